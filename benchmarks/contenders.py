@@ -1,0 +1,137 @@
+"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce, and the limits.
+
+Each contender is a function of no arguments that runs forward and backward once, made by a function of the tensors that
+all of them share.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
+from torch.utils.checkpoint import checkpoint
+
+from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
+
+
+def run_ours(student, teacher, settings, group=None):
+    """`vocab_parallel_jsd` on logits [N, V/TP]; student requires a gradient."""
+
+    def run():
+        loss = vocab_parallel_jsd(student, teacher, group=group, **settings)
+        return torch.autograd.grad(loss.sum(), student)
+
+    return run
+
+
+def run_trl(student, teacher, settings):
+    """TRL's generalized_jsd_loss; its beta is the teacher's weight."""
+    from trl.experimental.gkd import GKDTrainer
+
+    arguments = dict(beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum")
+
+    def run():
+        loss = GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), **arguments)
+        return torch.autograd.grad(loss, student)
+
+    return run
+
+
+def _log_softmax(logits, temperature, group):
+    """Over the vocabulary of all ranks, in float32, with a sum whose backward sums too."""
+    scaled = logits.float() / temperature
+    top = scaled.detach().amax(-1, keepdim=True)
+    if group is None:
+        return F.log_softmax(scaled, -1)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    return scaled - top - all_reduce((scaled - top).exp().sum(-1, keepdim=True), group=group).log()
+
+
+def _plain_jsd(student, teacher, beta, temperature, group):
+    log_q, log_p = _log_softmax(student, temperature, group), _log_softmax(teacher, temperature, group)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1.0 - beta))
+    loss = (beta * log_q.exp() * (log_q - log_m) + (1.0 - beta) * log_p.exp() * (log_p - log_m)).sum(-1)
+    return loss if group is None else all_reduce(loss, group=group)
+
+
+def run_plain(student, teacher, settings, group=None, chunk_rows=64):
+    """Plain torch, chunk by chunk under activation checkpointing.
+
+    The differentiable all-reduce sums the upstream gradients of all ranks, each of which holds the whole loss: hence
+    the division by their number.
+    """
+
+    def run():
+        losses = [
+            checkpoint(
+                _plain_jsd,
+                student[start : start + chunk_rows],
+                teacher[start : start + chunk_rows],
+                settings["beta"],
+                settings["temperature"],
+                group,
+                use_reentrant=False,
+            )
+            for start in range(0, len(student), chunk_rows)
+        ]
+        ranks = 1 if group is None else dist.get_world_size(group)
+        return torch.autograd.grad(torch.cat(losses).sum() / ranks, student)
+
+    return run
+
+
+def run_read_write(student, teacher):
+    """The limit of everything on logits: one read of both sides, one write of the gradient's size."""
+    first, second = student.detach(), teacher.detach()
+    return lambda: torch.add(first, second)
+
+
+def run_liger(student, teacher, settings):
+    """Liger-Kernel's fused JSD (CUDA only); its beta is the teacher's weight, and it takes log-probabilities."""
+    from liger_kernel.ops.jsd import LigerJSDFunction
+
+    def run():
+        log_q = F.log_softmax(student.float() / settings["temperature"], -1)
+        log_p = F.log_softmax(teacher.float() / settings["temperature"], -1)
+        return torch.autograd.grad(LigerJSDFunction.apply(log_q, log_p, None, 1.0 - settings["beta"]), student)
+
+    return run
+
+
+def run_linear(student_hidden, teacher_hidden, weight, settings, group=None):
+    """`linear_jsd` on hidden states [N, H]; student_hidden requires a gradient."""
+
+    def run():
+        output = linear_jsd(student_hidden, teacher_hidden, weight, group=group, **settings)
+        return torch.autograd.grad(output.loss.sum(), student_hidden)
+
+    return run
+
+
+def run_linear_trl(student_hidden, teacher_hidden, weight, settings):
+    """The lm_head under autograd, then TRL's function."""
+    from trl.experimental.gkd import GKDTrainer
+
+    arguments = dict(beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum")
+
+    def run():
+        student = student_hidden @ weight.t()
+        with torch.no_grad():
+            teacher = teacher_hidden @ weight.t()
+        loss = GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), **arguments)
+        return torch.autograd.grad(loss, student_hidden)
+
+    return run
+
+
+def run_gemms(student_hidden, teacher_hidden, weight):
+    """The limit of everything on hidden states: both sides' logits and one product back, on all N rows at once."""
+    student_hidden = student_hidden.detach()
+
+    def run():
+        logits = student_hidden @ weight.t()
+        torch.mm(teacher_hidden, weight.t(), out=logits)
+        return logits @ weight
+
+    return run

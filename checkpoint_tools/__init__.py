@@ -1,0 +1,1 @@
+"""Command lines over the package: make, convert, merge and verify model folders."""

@@ -1,0 +1,87 @@
+"""PEFT adapters in the tools: their sum added to the base's tensors; an adapter folder written with its manifest."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint_tools.job import check_disk, check_output, file_states
+from checkpoint_tools.manifest import Manifest, describe_file
+from megatron_gkd.lora.adapter import ROOT
+from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class AdapterSum:
+    """Adapters of one base, each with a factor."""
+
+    adapters: list[PeftAdapter]
+    weights: list[float]
+    shape: ModelShape
+
+    def identity(self) -> list:
+        """All that the sum depends on, for the journal of a conversion."""
+        states = [file_states(adapter.folder, [CONFIG, TENSORS]) for adapter in self.adapters]
+        return [[str(a.folder), state, weight] for a, state, weight in zip(self.adapters, states, self.weights)]
+
+    def change(self, name: str, rows: slice, base: Tensor) -> Tensor:
+        """`rows` of the base's tensor `name` plus their updates: computed in fp32, rounded once to the base's dtype."""
+        linear = name.removeprefix(f"{self.shape.prefix}model.layers.").removesuffix(".weight")
+        down, up = (f"{ROOT}{linear}.lora_{side}.weight" for side in "AB")
+        terms = [(adapter, weight) for adapter, weight in zip(self.adapters, self.weights) if down in adapter]
+        if not terms:
+            return base
+        total = base.float()
+        for adapter, weight in terms:
+            (matrix_a, scale), (matrix_b, _) = adapter.tensor(down), adapter.tensor(up)
+            total.addmm_(matrix_b[rows], matrix_a, alpha=weight * scale)
+        return total.to(base.dtype)
+
+
+def open_adapters(folders: list[str], weights: list[float], shape: ModelShape) -> AdapterSum:
+    """Raises FileNotFoundError or ValueError naming the adapter that does not fit the model, or both counts."""
+    if weights and len(weights) != len(folders):
+        raise ValueError(f"{len(weights)} weights for {len(folders)} adapters: give one for each, or none for 1 each")
+    if not folders:
+        raise ValueError("no --adapter is named")
+    return AdapterSum([PeftAdapter(folder, shape) for folder in folders], weights or [1.0] * len(folders), shape)
+
+
+def write_adapter(output: Path, made_by: str, fill) -> None:
+    """Make the adapter folder `output`: `fill(folder)` writes its files, a manifest is added, the rest is one rename.
+
+    Raises ValueError when the folder is not empty.
+    """
+    output = output.absolute()
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        fill(partial)
+        manifest = Manifest(made_by, files={name: describe_file(partial / name) for name in (CONFIG, TENSORS)})
+        manifest.write(partial)
+        partial.chmod(0o755)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_adapter(source: Path, output: Path) -> str:
+    """The adapter of a training run's checkpoint, alone. Returns a line for the user."""
+    check_disk(output, sum((source / name).stat().st_size for name in (CONFIG, TENSORS)))
+    write_adapter(
+        output, "megatron_to_hf", lambda folder: [shutil.copy(source / name, folder) for name in (CONFIG, TENSORS)]
+    )
+    return f"the adapter of {source} in {output}"
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, metadata={"format": "pt"}
+    )

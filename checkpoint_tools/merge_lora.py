@@ -1,0 +1,41 @@
+"""`python -m checkpoint_tools.merge_lora --hf_model DIR --adapter DIR --output DIR`: the adapter added to the weights.
+
+W + (alpha / r) W_up W_down, in fp32 and rounded once, tensor by tensor on the CPU. The base folder is only read.
+Several adapters, each with a factor: `--adapter A B --weight 0.7 0.3`.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from checkpoint_tools.adapters import open_adapters
+from checkpoint_tools.command import default_num_workers, run_command
+from checkpoint_tools.hf_writer import HfFolderPlan, write_hf_folder
+from checkpoint_tools.plans import plan_from
+from checkpoint_tools.units import UNIT_BYTES
+
+
+@dataclass
+class MergeLoraConfig:
+    hf_model: str = field(metadata={"help": "Hugging Face folder (or Megatron checkpoint) of the base model."})
+    output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
+    adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapter folders."})
+    weight: list[float] = field(default_factory=list, metadata={"help": "A factor for each adapter. Default: 1."})
+    num_workers: int = field(
+        default_factory=default_num_workers, metadata={"help": "Processes. Default: CPUs, at most 8."}
+    )
+
+
+def add_adapters(plan: HfFolderPlan, adapters: list[str], weights: list[float]) -> HfFolderPlan:
+    """The plan with the adapters added to what it reads. Raises as `open_adapters`."""
+    opened = open_adapters(adapters, weights, plan.shape)
+    return replace(plan, change=opened.change, change_identity=opened.identity())
+
+
+def convert(config: MergeLoraConfig, unit_bytes: int = UNIT_BYTES) -> str:
+    """The whole merge. Returns a line for the user. Raises FileNotFoundError or ValueError naming what does not fit."""
+    plan = add_adapters(plan_from(Path(config.hf_model), None, "merge_lora"), config.adapter, config.weight)
+    return write_hf_folder(plan, Path(config.output), config.num_workers, unit_bytes)
+
+
+if __name__ == "__main__":
+    run_command(MergeLoraConfig, convert, __doc__)

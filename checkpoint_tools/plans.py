@@ -1,0 +1,97 @@
+"""Where the tensors and files of a folder to be written come from: a Hugging Face folder, or a Megatron checkpoint."""
+
+from pathlib import Path
+
+from checkpoint_tools.hf_writer import HfFolderPlan
+from checkpoint_tools.job import file_states
+from checkpoint_tools.manifest import read_manifest
+from checkpoint_tools.torch_dist_writer import HEADERS, RELEASE
+from checkpoint_tools.travellers import list_travellers
+from megatron_gkd.model.folder import INDEX, SafetensorsFolder, check_tensors
+from megatron_gkd.model.megatron_folder import MegatronFolder
+from megatron_gkd.model.shape import ModelShape, read_model_shape
+from megatron_gkd.model.torch_dist import METADATA, TRACKER, find_checkpoint
+
+
+def plan_from(model: Path, hf_model: Path | None, made_by: str) -> HfFolderPlan:
+    """`model` is a Hugging Face folder or a Megatron checkpoint; `hf_model` has what the checkpoint does not hold.
+
+    Raises FileNotFoundError or ValueError when they do not make up a complete folder.
+    """
+    checkpoint = find_checkpoint(model)
+    if checkpoint is None:
+        return _plan_from_hf(model, made_by)
+    if (checkpoint.parent / HEADERS).is_dir():
+        return _plan_from_converted(checkpoint, made_by)
+    if hf_model is None:
+        raise ValueError(
+            f"{checkpoint}: holds the decoder alone; name the Hugging Face folder that it came from with --hf_model"
+        )
+    return _plan_from_both(checkpoint, hf_model, made_by)
+
+
+def _plan_from_hf(hf_model: Path, made_by: str) -> HfFolderPlan:
+    shape, folder = _open_hf(hf_model)
+    return HfFolderPlan(
+        made_by=made_by,
+        source=hf_model,
+        shape=shape,
+        headers=folder.headers,
+        index=_read(hf_model / INDEX),
+        tensors=folder.tensors,
+        travellers_folder=hf_model,
+        travellers=list_travellers(hf_model, besides=folder.headers),
+        expected=read_manifest(hf_model),
+        states=file_states(hf_model, folder.headers),
+    )
+
+
+def _plan_from_converted(checkpoint: Path, made_by: str) -> HfFolderPlan:
+    """A checkpoint of `hf_to_megatron`: the folder as it was."""
+    root = checkpoint.parent
+    shape = read_model_shape(root)
+    headers = {path.name[: -len(".header")]: path.read_bytes() for path in sorted((root / HEADERS).glob("*.header"))}
+    plan = HfFolderPlan(
+        made_by=made_by,
+        source=root,
+        shape=shape,
+        headers=headers,
+        index=_read(root / HEADERS / INDEX),
+        tensors=MegatronFolder(checkpoint, shape).tensors,
+        travellers_folder=root,
+        travellers=list_travellers(root, besides=(RELEASE, HEADERS, TRACKER)),
+        expected=read_manifest(root),
+        states=file_states(checkpoint, [METADATA]),
+    )
+    plan.check()
+    return plan
+
+
+def _plan_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> HfFolderPlan:
+    """A checkpoint of another writer: the decoder from it, all else and the names of the files from `hf_model`."""
+    shape, folder = _open_hf(hf_model)
+    plan = HfFolderPlan(
+        made_by=made_by,
+        source=checkpoint,
+        shape=shape,
+        headers=folder.headers,
+        index=_read(hf_model / INDEX),
+        tensors=folder.tensors | MegatronFolder(checkpoint, shape).tensors,
+        travellers_folder=hf_model,
+        travellers=list_travellers(hf_model, besides=folder.headers),
+        expected=None,
+        states=file_states(checkpoint, [METADATA]) | file_states(hf_model, folder.headers),
+    )
+    plan.check()
+    return plan
+
+
+def _open_hf(hf_model: Path) -> tuple[ModelShape, SafetensorsFolder]:
+    shape = read_model_shape(hf_model)
+    folder = SafetensorsFolder(hf_model)
+    check_tensors(folder, shape)
+    return shape, folder
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,28 @@
+"""What differs between versions of `transformers` in the thinker's class.
+
+Until 5.20 its `model` is the decoder itself, later the decoder is `model.language_model`; and only later versions let
+`peft` find the adapter names of the whole model, `thinker.model.layers...`, on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def decoder(thinker: nn.Module) -> nn.Module:
+    """The text decoder, embedding to final norm, of a Qwen3OmniMoeThinkerForConditionalGeneration."""
+    return getattr(thinker.model, "language_model", thinker.model)
+
+
+def load_peft(thinker: nn.Module, adapter: str | Path, **options) -> PeftModel:
+    """`thinker` with the adapter, whether its names start with `thinker.` or not. Where a tensor of the adapter has no
+    place, or a module of `thinker` no tensor, peft says no more than a warning "Found missing adapter keys"."""
+    from peft import PeftModel  # not at the top: only who has an adapter needs peft
+
+    return PeftModel.from_pretrained(thinker, str(adapter), key_mapping={r"^thinker\.": ""}, **options)

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Create or update .venv in this checkout: Python 3.10-3.12, torch, this package with its test extra.
+#
+#   bash launch/setup_env.sh && source .venv/bin/activate
+#
+# Takes minutes the first time and a second when nothing changed. PYTHON=... names an interpreter, EXTRAS=test,gpu more
+# extras. Without a GPU the CPU build of torch is installed; with one, a CUDA build that some python here already has is
+# used as it is, and the default build is installed where there is none.
+set -euo pipefail
+
+torch_version=2.13.0
+extras=${EXTRAS:-test}
+candidates=${PYTHON:-python3.12 python3.11 python3.10 python3 python}
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$repository/.venv
+stamp_file=$venv/megatron_gkd.stamp
+stamp=$({ echo "$extras $repository"; cat "$repository/setup.py" "$repository/launch/setup_env.sh"; } | cksum)
+
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
+    echo "setup_env: $venv is up to date"
+    exit 0
+fi
+
+has_gpu=$(nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
+torch_build=$("$venv/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")' 2>/dev/null || true)
+if [ "$has_gpu" = yes ] && [ "$torch_build" = cpu ]; then
+    echo "setup_env: error: $venv holds a CPU build of torch and there is a GPU; remove that folder, run again" >&2
+    exit 1
+fi
+
+if [ -n "$torch_build" ]; then
+    echo "[1/3] $venv exists: $("$venv/bin/python" --version)"
+else
+    # Interpreters that can make a virtual environment; running them tells (a pyenv shim may exist and not run).
+    pythons=()
+    for name in $candidates; do
+        check='import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+        if "$name" -c "$check" 2>/dev/null; then pythons+=("$(command -v "$name")"); fi
+    done
+    if [ "${#pythons[@]}" = 0 ]; then
+        echo "setup_env: error: no Python 3.10, 3.11 or 3.12 with venv and ensurepip among: $candidates" >&2
+        echo "setup_env: install one (Debian, Ubuntu: apt install python3-venv), or name it: PYTHON=/path/to/python" >&2
+        exit 1
+    fi
+    python=${pythons[0]}
+    cuda_packages=""
+    if [ "$has_gpu" = yes ]; then # the first python with a CUDA torch in setup.py's range lends it to the environment
+        for name in "${pythons[@]}"; do
+            cuda_packages=$("$name" - 2>/dev/null <<'PYTHON' || true
+import os, torch
+version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if torch.version.cuda and (2, 11) <= version < (2, 14):
+    print(os.path.dirname(os.path.dirname(torch.__file__)))
+PYTHON
+            )
+            if [ -n "$cuda_packages" ]; then
+                python=$name
+                break
+            fi
+        done
+    fi
+    echo "[1/3] $venv: $("$python" --version) ($python)"
+    "$python" -m venv --clear "$venv"
+fi
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+if [ -n "$torch_build" ]; then
+    echo "[2/3] torch is there: $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
+elif [ -n "$cuda_packages" ]; then
+    echo "[2/3] torch: the CUDA build in $cuda_packages"
+    site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    echo "import site; site.addsitedir('$cuda_packages')" >"$site_packages/cuda_torch.pth"
+elif [ "$has_gpu" = no ] && [ "$(uname -s)" = Linux ]; then
+    echo "[2/3] torch $torch_version, CPU build"
+    # PyPI holds no CPU build. A configured index may; else PyTorch's own; where that cannot be reached, any build runs.
+    pip install -q "torch==$torch_version+cpu" 2>/dev/null ||
+        pip install "torch==$torch_version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu ||
+        { echo "[2/3] no CPU build found: the default one (several GB)" && pip install "torch==$torch_version"; }
+else
+    echo "[2/3] torch $torch_version, default build"
+    pip install "torch==$torch_version"
+fi
+
+echo "[3/3] megatron_gkd[$extras] and what it needs"
+pip install -e "${repository}[$extras]"
+"$venv/bin/python" -W ignore -c 'import megatron.core, megatron_gkd, torch, transformers'
+echo "$stamp" >"$stamp_file"
+echo "setup_env: done; source $venv/bin/activate"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# launch/multi_node.sh as a Slurm job. Submit it from the repository's root:
+#
+#   MODEL=... DATASET=... OUTPUT=... sbatch launch/slurm.sh [more flags, which win]
+#
+# Two minutes before the time limit the run gets SIGTERM, saves and exits; the same command continues it from the newest
+# checkpoint in OUTPUT.
+#SBATCH --job-name=megatron_gkd
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+OUTPUT=${OUTPUT:-output}
+export OUTPUT
+nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}")
+export MASTER_ADDR=${nodes%%$'\n'*} # the first of them; a pipe into head could end scontrol with SIGPIPE
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export NNODES=$SLURM_NNODES
+
+resume=()
+if compgen -G "$OUTPUT/checkpoint-*" >/dev/null; then resume=(--resume_from_checkpoint latest); fi
+
+# Slurm runs a copy of this file, so the repository is where the job was submitted.
+# shellcheck disable=SC2016  # NODE_RANK is each node's own
+srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$SLURM_SUBMIT_DIR/launch/multi_node.sh" "${resume[@]}" "$@"

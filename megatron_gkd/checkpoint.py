@@ -1,0 +1,238 @@
+"""Checkpoints: a PEFT adapter folder with, beside it, all that is needed to go on. Written beside and renamed,
+independent of the layout.
+
+OUTPUT/checkpoint-STEP/
+    adapter_config.json, adapter_model.safetensors   what `peft` loads
+    optimizer.safetensors                            AdamW's moments, under the adapter's tensor names
+    trainer_state.json                               step and counters; random state is a function of (seed, step)
+OUTPUT/latest_checkpoint                             name of the last run's newest, empty before its first
+
+Each rank writes the pieces it owns, rank 0 joins them: no tensor travels over the network, but all ranks must see the
+output folder.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied
+from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, zero_tensors
+from megatron_gkd.metrics import write_atomically
+from megatron_gkd.optimizer import MOMENTS, Optimizer
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+LATEST = "latest_checkpoint"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the complete checkpoints in a run folder, oldest first."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = _FOLDER.fullmatch(path.name)
+        if match and (path / TENSORS).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
+    """The folder that `--resume_from_checkpoint` names. `latest` is the last run's newest, None if it has none yet.
+
+    Raises FileNotFoundError for a folder that is not there.
+    """
+    if resume_from == "latest":
+        found, note = [path for _, path in checkpoints(output_dir)], Path(output_dir, LATEST)
+        name = note.read_text().strip() if note.is_file() else None
+        if name == "" or not found:
+            return None
+        return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
+    if not (Path(resume_from) / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a checkpoint-STEP folder, or latest"
+        )
+    return Path(resume_from)
+
+
+def note_latest(output_dir: str | Path, folder: Path | None) -> None:
+    """Write down which checkpoint of `output_dir` is its last run's newest; None, or one that lies elsewhere: it has
+    none yet."""
+    inside = folder is not None and folder.resolve().parent == Path(output_dir).resolve()
+    write_atomically(Path(output_dir, LATEST), f"{folder.name}\n" if inside else "")
+
+
+def read_state(folder: Path) -> dict:
+    """trainer_state.json. Raises FileNotFoundError for a checkpoint that holds only the adapter."""
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {folder}: holds only the adapter (--save_only_model); "
+            f"start from it with --adapter {folder}"
+        )
+    return json.loads((folder / STATE).read_text())
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    *,
+    model,
+    shape,
+    parallel,
+    alpha: float,
+    dropout: float,
+    base_model: str,
+    optimizer: Optimizer | None,
+    state: dict,
+    save_total_limit: int,
+) -> Path:
+    """Write OUTPUT/checkpoint-STEP and remove the oldest beyond `save_total_limit`. `optimizer=None` writes the adapter
+    alone.
+
+    `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this one whole or not at
+    all. Checkpoints of later steps are an earlier run's: they neither count nor go. Collectives: three barriers of the
+    world.
+    """
+    final, partial = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}.partial"
+    if parallel.rank == 0:
+        _tidy(Path(output_dir))
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+
+    owned = [piece for piece in adapter_pieces(model, shape, parallel) if piece.owned]
+    kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
+    moments = {} if optimizer is None else optimizer.moments()
+    pieces = {}
+    for piece in owned:
+        for kind in kinds:
+            values = piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
+            pieces[_piece_key(kind, piece)] = values.detach().cpu().contiguous()
+    save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
+    torch.distributed.barrier()
+
+    if parallel.rank == 0:
+        rank, _, targets = applied(model)
+        shapes = adapter_tensors(shape, rank, targets)
+        weights = _join(partial, "weight", shapes, parallel.world_size)
+        _save_tensors(weights | zero_tensors(shape, rank, targets), partial / TENSORS)
+        config = peft_config(rank=rank, alpha=alpha, dropout=dropout, targets=targets, base_model=base_model)
+        _save_json(config, partial / CONFIG)
+        if optimizer is not None:
+            joined = {
+                f"{name}.{kind}": t
+                for kind in MOMENTS
+                for name, t in _join(partial, kind, shapes, parallel.world_size).items()
+            }
+            _save_tensors(joined, partial / OPTIMIZER)
+            full_state = state | {
+                "step": step,
+                "num_updates": optimizer.num_updates,
+                "loss_scale": optimizer.scaler_state(),
+            }
+            _save_json(
+                full_state | {"lora": {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}},
+                partial / STATE,
+            )
+        for path in partial.glob("rank-*.safetensors"):
+            path.unlink()
+        _replace(partial, final)
+        note_latest(output_dir, final)
+        so_far = [path for number, path in checkpoints(output_dir) if number <= step]
+        for path in so_far[:-save_total_limit]:
+            shutil.rmtree(path)
+    torch.distributed.barrier()
+    return final
+
+
+def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimizer) -> None:
+    """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly. Any parallel layout.
+    No collectives.
+
+    Raises FileNotFoundError or ValueError naming the file when it is not complete.
+    """
+    state, moments = read_state(folder), optimizer.moments()
+    for name in (TENSORS, OPTIMIZER):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
+            )
+    with (
+        safe_open(folder / TENSORS, framework="pt") as weights,
+        safe_open(folder / OPTIMIZER, framework="pt") as states,
+    ):
+        for piece in adapter_pieces(model, shape, parallel):
+            piece.target.copy_(weights.get_slice(piece.name)[piece.index])
+            for kind in MOMENTS:
+                moments[piece.parameter][kind][piece.where].copy_(states.get_slice(f"{piece.name}.{kind}")[piece.index])
+    optimizer.num_updates = state["num_updates"]
+    optimizer.load_scaler_state(state["loss_scale"])
+
+
+def _piece_key(kind: str, piece) -> str:
+    index = ",".join(f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in piece.index)
+    return f"{kind}|{piece.name}|{index}"
+
+
+def _parse_index(text: str) -> tuple[slice, ...]:
+    return tuple(slice(*(int(number) if number else None for number in part.split(":"))) for part in text.split(","))
+
+
+def _join(folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks: int) -> dict[str, torch.Tensor]:
+    """The whole tensors of one kind from the ranks' files. A hole is our own error: every element has one owner."""
+    joined = {name: torch.empty(size) for name, size in shapes.items()}
+    missing = {name: size[0] * size[1] for name, size in shapes.items()}
+    for rank in range(num_ranks):
+        with safe_open(folder / f"rank-{rank}.safetensors", framework="pt") as file:
+            for key in file.keys():
+                piece_kind, name, index = key.split("|")
+                if piece_kind == kind:
+                    values = file.get_tensor(key)
+                    joined[name][_parse_index(index)] = values
+                    missing[name] -= values.numel()
+    holes = [name for name, number in missing.items() if number]
+    assert not holes, f"{holes[0]}: {missing[holes[0]]} elements without or with more than one owner"
+    return joined
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    _sync(path)
+
+
+def _save_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Rename the finished folder into place; one of the same step (another run came by here) steps aside first."""
+    _sync(partial)
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tidy(output_dir: Path) -> None:
+    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
+    for path in output_dir.glob(".checkpoint-*"):
+        final = path.with_name(path.stem.removeprefix("."))
+        if path.suffix == ".old" and not final.exists():
+            path.rename(final)
+        elif path.suffix in (".old", ".partial"):
+            shutil.rmtree(path)

@@ -1,0 +1,529 @@
+"""Every setting of a run, once: a few small dataclasses, one owner per field.
+
+`transformers.HfArgumentParser` turns them into flags, each class checks its own values when it is built, and
+`check_layout` checks the parallel sizes against the model. `python -m megatron_gkd.config --check_layout RANKS FLAGS`
+prints the layout of a run, or why there is none. Refused is what cannot work; the guide's ranges are recommendations.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser
+
+# Flags of the DeepSpeed command that have no meaning here, and the one line that answers each of them.
+REPLACED_FLAGS = {
+    "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
+    "teacher_deepspeed": "the teacher is the student's own base model with LoRA off, so it is sharded with it",
+}
+
+
+def setting(default: Any, help: str, aliases: list[str] | None = None) -> Any:
+    """A dataclass field with its help text; a list as default is copied for each instance."""
+    metadata = {"help": help} | ({"aliases": aliases} if aliases else {})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(ok: bool, flag: str, value: Any, allowed: str, way_out: str = "") -> None:
+    """Raise ValueError unless `ok`, naming the flag, its value, what is allowed and, where it helps, the way out."""
+    if not ok:
+        raise ValueError(f"--{flag} {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
+
+
+def require_at_least(config: Any, low: int, *flags: str) -> None:
+    """Raise ValueError for the first of the integer settings `flags` of `config` that is below `low`."""
+    for flag in flags:
+        require(getattr(config, flag) >= low, flag, getattr(config, flag), f"{low} or more")
+
+
+@dataclass
+class ModelConfig:
+    _argument_group_name = "model"
+
+    model: str = field(metadata={"help": "Hugging Face folder (read directly) or Megatron checkpoint of the model."})
+    teacher_model: str | None = setting(
+        None, "Only the same folder as --model: the teacher is the student with LoRA off."
+    )
+    train_type: str = setting("lora", "Only lora: the frozen base is the teacher.")
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "Type of the base model; LoRA weights are float32."
+    )
+    attn_impl: Literal["auto", "flash_attention_2", "flash", "sdpa", "eager", "te"] = setting(
+        "auto",
+        "Attention; what is not installed falls back to torch's scaled-dot-product attention, and the run says so.",
+    )
+    experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
+        "auto", "Products of the experts; auto: Transformer Engine's on a GPU where installed, else torch's grouped_mm."
+    )
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
+    recompute: Literal["none", "full"] = setting(
+        "none", "full: recompute each layer's activations in backward, for less memory."
+    )
+
+    def __post_init__(self):
+        same = self.teacher_model is None or os.path.realpath(self.teacher_model) == os.path.realpath(self.model)
+        way_out = "drop the flag: the teacher is this model with its LoRA modules off, no second one is loaded"
+        require(same, "teacher_model", self.teacher_model, f"the same folder as --model {self.model}", way_out)
+        way_out = "only LoRA weights are trained, the base they sit on is the teacher"
+        require(self.train_type == "lora", "train_type", self.train_type, "lora", way_out)
+
+
+@dataclass
+class ParallelConfig:
+    _argument_group_name = "parallel layout"
+
+    tensor_model_parallel_size: int = setting(
+        1, "Ranks that share each layer's weights, its sequence and the vocabulary."
+    )
+    pipeline_model_parallel_size: int = setting(1, "Stages that the layers are cut into.")
+    expert_model_parallel_size: int = setting(1, "Ranks that share the experts of a layer; inside one pipeline stage.")
+    context_parallel_size: int = setting(1, "Only 1 is supported.")
+
+    def __post_init__(self):
+        require_at_least(
+            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+        )
+        way_out = "a long sequence is already sharded over --tensor_model_parallel_size ranks (sequence parallelism)"
+        require(self.context_parallel_size == 1, "context_parallel_size", self.context_parallel_size, "1", way_out)
+
+
+@dataclass
+class LoraConfig:
+    _argument_group_name = "LoRA"
+
+    lora_rank: int | None = setting(None, "Rank r of each W_down [r, in] and W_up [out, r]. Default: the adapter's, or 8.")
+    lora_alpha: float | None = setting(None, "The update is scaled by alpha / r. Default: the adapter's scale, or alpha 16.")
+    lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
+    lora_target_modules: list[str] = setting(
+        [],
+        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj. "
+        "Default: the adapter's, or ALL.",
+        ["--target_modules"],
+    )
+    adapter: str | None = setting(None, "Start from this PEFT adapter folder instead of a fresh one.")
+
+    def __post_init__(self):
+        if self.lora_rank is not None:
+            require_at_least(self, 1, "lora_rank")
+        if self.lora_alpha is not None:
+            require(0 < self.lora_alpha < math.inf, "lora_alpha", self.lora_alpha, "above 0", "twice the rank is usual")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        names = [name for word in self.lora_target_modules for name in word.replace(",", " ").split()]
+        names = ["ALL" if name in ("ALL", "all", "all-linear") else name for name in names]
+        allowed = "ALL alone, or names of linears"
+        require("ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed)
+        self.lora_target_modules = names
+
+
+@dataclass
+class DataConfig:
+    _argument_group_name = "data"
+
+    dataset: list[str] = field(
+        metadata={"help": "Files (.jsonl, .parquet) or `datasets` names; NAME#N takes N samples, seeded."}
+    )
+    val_dataset: list[str] = setting([], "Evaluation data, in the same forms.")
+    split_dataset_ratio: float = setting(0.0, "Share of --dataset that is set aside for evaluation.")
+    max_length: int = setting(
+        2048, "Tokens of prompt and response together; a longer response is cut at its end and counted."
+    )
+    dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
+    dataset_num_proc: int = setting(1, "Processes that turn rows into tokens.")
+    skip_bad_rows: bool = setting(
+        False, "Count and skip rows that cannot be used; without it they stop the run before step 1."
+    )
+    check_data: bool = setting(False, "Read and check the data, print the report and stop.")
+
+    def __post_init__(self):
+        ratio = self.split_dataset_ratio
+        require(0 <= ratio < 1, "split_dataset_ratio", ratio, "in [0, 1)", "0.01 sets one row in a hundred aside")
+        require_at_least(self, 2, "max_length")
+        require_at_least(self, 0, "dataloader_num_workers")
+        require_at_least(self, 1, "dataset_num_proc")
+        for name in self.dataset + self.val_dataset:
+            require(bool(name.strip()), "dataset", repr(name), "a file or a name")
+
+
+class Mixture(NamedTuple):
+    """What the loss compares: `beta` is the weight of the **student** in M, without effect in the two KLs."""
+
+    divergence: str
+    beta: float
+
+
+@dataclass
+class DistillConfig:
+    _argument_group_name = "distillation"
+
+    lmbda: str = setting(
+        "0.5", "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as 0:0.3,500:0.5,1000:0.7."
+    )
+    temperature: float = setting(
+        2.0, "Softens teacher and student in the loss (--rollout_temperature is the one for sampling)."
+    )
+    beta: float = setting(
+        0.5, "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see --beta_convention."
+    )
+    beta_convention: Literal["guide", "paper"] = setting(
+        "guide",
+        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward KL, 1 reverse KL.",
+    )
+    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = setting(
+        "jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t)."
+    )
+    seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
+    sft_alpha: float = setting(0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only.")
+    allow_zero_signal: bool = setting(False, "Run even where student and teacher are equal and nothing can be learned.")
+
+    def __post_init__(self):
+        self.lmbda = str(self.lmbda)
+        parse_schedule(self.lmbda)
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0", "1 to 4 is usual")
+        require(0 <= self.sft_alpha <= 1, "sft_alpha", self.sft_alpha, "in [0, 1]")
+        if self.beta_convention == "paper":
+            require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1] in the paper's convention")
+        else:
+            way_out = "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, --beta_convention paper"
+            require(0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out)
+
+    def lmbda_at(self, step: int) -> float:
+        """Probability that the step with this number (the first is 0) is on-policy."""
+        return [value for start, value in parse_schedule(self.lmbda) if start <= step][-1]
+
+    @property
+    def may_be_on_policy(self) -> bool:
+        """Whether any step of the schedule can be on-policy."""
+        return any(value > 0 for _, value in parse_schedule(self.lmbda))
+
+    @property
+    def may_use_data_responses(self) -> bool:
+        """Whether any step of the schedule can learn from the data set's own responses, which is where sft_alpha counts."""
+        return not self.seq_kd and any(value < 1 for _, value in parse_schedule(self.lmbda))
+
+    @property
+    def mixture(self) -> Mixture:
+        """The divergence that is computed and the student's weight in it, whichever convention --beta was given in."""
+        if self.divergence != "jsd":
+            return Mixture(self.divergence, 0.5)
+        if self.beta_convention == "guide":
+            return Mixture("jsd", self.beta)
+        if self.beta in (0, 1):
+            return Mixture("reverse_kl" if self.beta == 1 else "forward_kl", 0.5)
+        return Mixture("jsd", 1 - self.beta)
+
+    def mixture_line(self) -> str:
+        """One line for the start of a run: what the loss is, in numbers."""
+        divergence, student = self.mixture
+        formula = {
+            "jsd": f"M = {student:.2f} student + {1 - student:.2f} teacher, "
+            f"JSD = {student:.2f} KL(student || M) + {1 - student:.2f} KL(teacher || M)",
+            "forward_kl": "forward KL = KL(teacher || student)",
+            "reverse_kl": "reverse KL = KL(student || teacher)",
+        }[divergence]
+        used = (
+            f"--beta {self.beta:g}, {self.beta_convention} convention"
+            if self.divergence == "jsd"
+            else f"--divergence {divergence}"
+        )
+        sft = f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
+        return f"{formula}, in nats at temperature {self.temperature:g}{sft} ({used})"
+
+
+def parse_schedule(text: str) -> list[tuple[int, float]]:
+    """`0.5` or `0:0.3,500:0.5,1000:0.7` -> [(first step, probability), ...] from step 0 on; else ValueError."""
+    allowed = "a number in [0, 1], or FROM_STEP:VALUE pairs that start at 0 and ascend, such as 0:0.3,500:0.5,1000:0.7"
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")] if ":" in text else [["0", text]]
+        schedule = [(int(start), float(value)) for start, value in pairs]
+    except ValueError:
+        require(False, "lmbda", text, allowed)
+    starts = [start for start, _ in schedule]
+    ascending = starts[0] == 0 and all(low < high for low, high in zip(starts, starts[1:]))
+    require(ascending and all(0 <= value <= 1 for _, value in schedule), "lmbda", text, allowed)
+    return schedule
+
+
+@dataclass
+class RolloutConfig:
+    _argument_group_name = "rollout"
+
+    max_completion_length: int = setting(512, "Tokens that a generated response may have.")
+    rollout_temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = setting(0.9, "Sample from the smallest set of tokens with this much probability; 1 is off.")
+    top_k: int = setting(50, "Sample from this many most probable tokens; 0 is off.")
+    repetition_penalty: float = setting(
+        1.1, "Divides the positive logits of tokens already seen, multiplies the negative; 1 is off."
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 1, "max_completion_length")
+        temperature = self.rollout_temperature
+        require(0 <= temperature < math.inf, "rollout_temperature", temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
+        penalty = self.repetition_penalty
+        require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0", "1 switches it off")
+
+
+@dataclass
+class TrainConfig:
+    _argument_group_name = "training"
+
+    per_device_train_batch_size: int = setting(4, "Samples in a micro-batch of one data-parallel rank.")
+    per_device_eval_batch_size: int = setting(4, "The same in evaluation.")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches in a step.")
+    learning_rate: float = setting(1e-5, "Peak learning rate, reached at the end of the warm-up.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "From the peak to 0 over the run (constant: stays)."
+    )
+    warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises from 0.")
+    weight_decay: float = setting(0.0, "AdamW's decay of the LoRA weights, as in Hugging Face's Trainer.")
+    adam_beta1: float = setting(0.9, "Decay of AdamW's first moment.")
+    adam_beta2: float = setting(0.999, "Decay of AdamW's second moment.")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
+    num_train_epochs: float = setting(1.0, "Passes over the data; fractions are allowed.")
+    max_steps: int = setting(-1, "Steps, instead of --num_train_epochs; -1 is unset.")
+    seed: int = setting(42, "Of data order, dropout, new LoRA weights, sampling and on-policy draws.")
+    max_bad_steps: int = setting(10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped.")
+
+    def __post_init__(self):
+        require_at_least(
+            self,
+            1,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "max_bad_steps",
+        )
+        require(0 <= self.learning_rate < math.inf, "learning_rate", self.learning_rate, "0 or more", "1e-5 is usual")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "in [0, 1)")
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+        require(0 < self.adam_epsilon < math.inf, "adam_epsilon", self.adam_epsilon, "above 0")
+        way_out = "a large number switches clipping off"
+        require(0 < self.max_grad_norm < math.inf, "max_grad_norm", self.max_grad_norm, "above 0", way_out)
+        require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "above 0")
+        way_out = "-1 leaves the length to --num_train_epochs"
+        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1, or 1 or more", way_out)
+        require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+
+
+@dataclass
+class RunConfig:
+    _argument_group_name = "run folder"
+
+    output_dir: str = setting("output", "Metrics, checkpoints and run.json go here.")
+    eval_steps: int = setting(50, "Evaluate after every so many steps.")
+    save_steps: int = setting(50, "Write a checkpoint after every so many steps; the last step always writes one.")
+    save_total_limit: int = setting(2, "Checkpoints that are kept, the newest.")
+    logging_steps: int = setting(5, "Write a line of metrics after every so many steps.")
+    save_only_model: bool = setting(False, "Checkpoints hold the adapter only, and a run cannot be resumed from them.")
+    resume_from_checkpoint: str | None = setting(
+        None, "A checkpoint folder, or latest: the newest one in --output_dir."
+    )
+    tensorboard: bool = setting(True, "Write TensorBoard files to OUTPUT/tensorboard.")
+
+    def __post_init__(self):
+        require_at_least(self, 1, "eval_steps", "save_steps", "save_total_limit", "logging_steps")
+        require(bool(self.output_dir), "output_dir", repr(self.output_dir), "a folder")
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    lora: LoraConfig
+    data: DataConfig
+    distill: DistillConfig
+    rollout: RolloutConfig
+    train: TrainConfig
+    run: RunConfig
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """JSON-able: group name -> setting -> value."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The resolved settings for the log, one line a group."""
+        lines = [
+            f"  {group}: " + " ".join(f"{k}={v}" for k, v in values.items()) for group, values in self.to_dict().items()
+        ]
+        return "\n".join(["Settings:"] + lines)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are ValueErrors of one line, not a page of usage and an exit."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        [group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Settings as `flag: value` lines; flags on the command line win."
+    )
+    for flag, answer in REPLACED_FLAGS.items():
+        parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
+    return parser
+
+
+def _unknown(name: str, where: str, parser: _Parser) -> ValueError:
+    names = [
+        option[2:] for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
+    ]
+    nearest = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.0)[0]
+    return ValueError(f"{where} is not a setting; the nearest is --{nearest} (--help lists all of them)")
+
+
+def _yaml_flags(path: str, parser: _Parser) -> list[str]:
+    """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or `null` ones are unset."""
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path}: must hold `flag: value` lines, is a {type(settings).__name__}")
+    flags = []
+    for name, value in settings.items():
+        if name == "config" or f"--{name}" not in parser._option_string_actions:
+            raise _unknown(name, f"--config {path}: {name}", parser)
+        if isinstance(value, dict):
+            raise ValueError(f"--config {path}: {name} must be a value or a list of values, not a mapping")
+        if isinstance(value, list):
+            flags += [f"--{name}", *value] if value else []
+        elif value not in ("", "null", "~"):
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Settings from `argv` (without the program's name) and the YAML file that --config names; the flags win.
+
+    Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a missing flag, a bad value.
+    Rank 0 prints one line for each DeepSpeed flag.
+    """
+    parser = _make_parser()
+    file_parser = _Parser([], add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    path = file_parser.parse_known_args(argv)[0].config
+    arguments = (_yaml_flags(path, parser) if path else []) + list(argv)
+    *groups, others, rest = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        flag = next((word for word in rest if word.startswith("-")), None)
+        if flag is None:
+            raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
+        raise _unknown(flag.split("=")[0].lstrip("-"), flag.split("=")[0], parser)
+    for flag, answer in REPLACED_FLAGS.items():
+        if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
+            print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
+    return Config(*groups)
+
+
+def parse_config_or_exit(argv: list[str]) -> Config:
+    """`parse_config` for a command line: rank 0 prints what is wrong to stderr in one line, the exit status is 2."""
+    try:
+        return parse_config(argv)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron_gkd: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def check_layout(
+    world_size: int,
+    parallel: ParallelConfig,
+    *,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    num_experts: int,
+    num_layers: int,
+) -> int:
+    """The data-parallel size of this layout; ValueError with both numbers and the way out where there is none.
+
+    Experts are not cut further (expert tensor parallel size 1), so an expert group lies inside one pipeline stage.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"{world_size} ranks cannot be cut into model copies of --tensor_model_parallel_size {tp} x "
+            f"--pipeline_model_parallel_size {pp} = {tp * pp} ranks; start a multiple of that, or lower a size"
+        )
+    stage = world_size // pp
+    for flag, size, number, of_what in (
+        ("expert_model_parallel_size", ep, stage, f"ranks of a pipeline stage ({world_size} ranks / PP {pp})"),
+        ("expert_model_parallel_size", ep, num_experts, "experts of the model"),
+        ("tensor_model_parallel_size", tp, num_attention_heads, "attention heads of the model"),
+        ("pipeline_model_parallel_size", pp, num_layers, "layers of the model"),
+    ):
+        if number % size:
+            raise ValueError(f"--{flag} {size} does not divide the {number} {of_what}; choose a divisor of {number}")
+    if num_key_value_heads % tp and tp % num_key_value_heads:
+        raise ValueError(
+            f"--tensor_model_parallel_size {tp} and the model's {num_key_value_heads} key-value heads: "
+            "one must divide the other"
+        )
+    return world_size // (tp * pp)
+
+
+def describe_layout(world_size: int, config: Config) -> str:
+    """One line on how `world_size` ranks share the model in the folder --model; ValueError where they cannot."""
+    from transformers import AutoConfig
+
+    if not Path(config.model.model, "config.json").is_file():
+        raise ValueError(f"--model {config.model.model}: there is no config.json in this folder")
+    model = AutoConfig.from_pretrained(config.model.model, local_files_only=True)
+    text = getattr(model, "thinker_config", model).get_text_config()
+    parallel, train = config.parallel, config.train
+    data_parallel_size = check_layout(
+        world_size,
+        parallel,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        num_experts=text.num_experts,
+        num_layers=text.num_hidden_layers,
+    )
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size
+    samples, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    return (
+        f"Layout: {world_size} ranks = TP {tp} x PP {pp} x DP {data_parallel_size}; "
+        f"EP {ep}: {text.num_experts // ep} of {text.num_experts} experts a rank; "
+        f"{text.num_hidden_layers // pp} of {text.num_hidden_layers} layers a stage; "
+        f"a step takes {samples * micro_batches * data_parallel_size} samples "
+        f"({samples} x {micro_batches} micro-batches x {data_parallel_size} data-parallel ranks)"
+    )
+
+
+def main() -> None:
+    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout line, or exit status 2 and the reason."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_gkd.config", add_help=False, allow_abbrev=False)
+    parser.add_argument("--check_layout", type=int, required=True, metavar="RANKS")
+    own, flags = parser.parse_known_args()
+    config = parse_config_or_exit(flags)
+    try:
+        print(describe_layout(own.check_layout, config), flush=True)
+    except ValueError as error:
+        print(f"megatron_gkd: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

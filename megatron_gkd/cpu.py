@@ -1,0 +1,113 @@
+"""Run megatron-core on a machine without CUDA: `enable()`, called once by the entry point, never on import.
+
+megatron-core asks `torch.cuda` for devices, streams and generators even where no GPU is involved. `enable()` answers
+those calls with their CPU meaning and rewrites `device="cuda"` in tensor factories. Everything above this layer is the
+real megatron-core. The patches hold for the whole process, which is why the call is explicit; a process that has a GPU
+in use is refused.
+"""
+
+import contextlib
+import functools
+import logging
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randn", "tensor", "zeros", "zeros_like"),
+)
+_enabled = False
+
+
+class _NoStream:
+    """Stands for torch.cuda.Stream and Event: work on a CPU is already ordered."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+    def query(self):
+        return True
+
+    def record_event(self, event=None):
+        return self
+
+    def synchronize(self, *args):
+        pass
+
+    record = wait = wait_event = wait_stream = synchronize
+
+
+def _without_cuda(factory):
+    """The tensor factory with `device="cuda"` read as CPU. A mode that sees every operation costs 15 % of a forward."""
+
+    @functools.wraps(factory)
+    def make(*args, device=None, **kwargs):
+        if device is not None:
+            kwargs["device"] = _CPU if str(device).startswith("cuda") else device
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def enable() -> None:
+    """Make megatron-core run on CPU in this process. Idempotent. Raises RuntimeError when CUDA is already in use."""
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        raise RuntimeError(
+            "megatron_gkd.cpu.enable() in a process that already uses a GPU; start a new one with --device cpu"
+        )
+    _enabled = True
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda device: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
+    cuda.synchronize = lambda device=None: None
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = torch.default_generator.manual_seed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # Lets torch note its own factories first: `with torch.device("meta")` must go on to know them.
+    with torch.device("cpu"):
+        torch.empty(0)
+    for name in _FACTORIES:
+        setattr(torch, name, _without_cuda(getattr(torch, name)))
+    type_of = torch.Tensor.type
+
+    def type_as_on_cuda(self, *args, **kwargs):
+        """The optimizer compares `tensor.type()` with names such as "torch.cuda.FloatTensor"."""
+        answer = type_of(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_as_on_cuda
+
+    from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    # The tracker warns when the CPU's generator moves inside one of its contexts; here it manages that generator.
+    logging.getLogger(mcore_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 defines the name only where Transformer Engine is installed
+        moe_utils.te_general_gemm = None
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_and_convert(tensor, as_numpy=False, record_stream=False):
+        if as_numpy and torch.is_tensor(tensor):  # the original converts only what it copied from a GPU
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_and_convert

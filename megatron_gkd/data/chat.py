@@ -1,0 +1,172 @@
+"""The folder's tokenizer and chat template: a conversation -> token ids and the spans of its assistant turns.
+
+A span is the content of an assistant turn and the token that closes it (`<|im_end|>` in ChatML). Templates are
+programs, so the spans come from what a template does and not from what it is supposed to look like: each turn is
+rendered as a prompt (`add_generation_prompt`) and once more with a marker in the place of its content. Both must
+agree with the text of the whole conversation, which is what the model sees; a template that does not keep to this is
+refused with the reason.
+"""
+
+import json
+import os
+from typing import Optional
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import (
+    get_tokenizer_config,
+    tokenizer_class_from_name,
+)
+
+from megatron_gkd.data.errors import DataError, RowError, shown
+from megatron_gkd.data.rows import Messages
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
+_MARKER = "\ue000response\ue001"
+
+Span = tuple[int, int]
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template. `pad_token_id` is its pad token's, or its end-of-text token's, or 0."""
+
+    def __init__(self, tokenizer, folder: str):
+        self.tokenizer = tokenizer
+        self.folder = folder
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_token_id = next(token for token in candidates if token is not None)
+        self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    def encode(self, messages: Messages) -> tuple[list[int], list[Span]]:
+        """Ids of a conversation that ends with an assistant turn, up to the token that closes it, and each assistant
+        turn's span in them.
+
+        Raises RowError where the template refuses the conversation or does not render it turn by turn.
+        """
+        ids, positions = self._tokenise(*self._cut(messages))
+        spans = list(zip(positions[::2], positions[1::2]))
+        contents = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+        for (start, end), content in zip(spans, contents):
+            if end - start < 2:  # content and closing token
+                raise RowError(f"empty response: the tokenizer makes no token of {shown(content)}")
+        return ids, spans
+
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """The ids of `encode` that stand before the last assistant turn's span."""
+        text, cuts = self._cut(messages)
+        return self._tokenise(text, cuts[:-1])[0]
+
+    def _cut(self, messages: Messages) -> tuple[str, list[int]]:
+        """The whole conversation as text, and where in it each assistant turn's span starts and ends."""
+        text = self._render(messages)
+        assistants = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+        return text, [cut for index in assistants for cut in self._locate(messages, index, text)]
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program: besides jinja's own errors it may raise any other
+            raise RowError(f"the chat template of {self.folder} refuses the conversation: {error}") from error
+
+    def _locate(self, messages: Messages, index: int, text: str) -> Span:
+        """Characters [start, end) of `text`, the whole conversation, that are trained for turn `index`."""
+        prompt = self._render(messages[:index], add_generation_prompt=True)
+        marked = list(messages)
+        marked[index] = {"role": "assistant", "content": _MARKER}
+        pieces = self._render(marked).split(_MARKER)
+        if len(pieces) != 2:
+            raise RowError(
+                f"the chat template of {self.folder} renders an assistant turn's content {len(pieces) - 1} times, "
+                "not once"
+            )
+        before, after = pieces
+        if not (text.startswith(prompt) and before.startswith(prompt)):
+            raise RowError(
+                f"the chat template of {self.folder} does not begin assistant turn {index} with its own generation "
+                f"prompt {shown(prompt[-30:])}: prompt and response cannot be told apart"
+            )
+        closing = self._closing(after)
+        if not closing:
+            raise RowError(
+                f"the chat template of {self.folder} does not close assistant turns: the model could not learn to stop"
+            )
+        if not text.endswith(after):
+            raise RowError(
+                f"the chat template of {self.folder} renders what follows assistant turn {index} depending on its "
+                "content"
+            )
+        # What the template itself writes before the content (an empty thinking block) belongs to the prompt.
+        start = len(before) if text.startswith(before) else len(prompt)
+        return start, len(text) - len(after) + len(closing)
+
+    def _closing(self, after: str) -> str:
+        """The closing token and the space before it, out of the text after a turn's content; "" if there is none."""
+        bare = after.lstrip()
+        space = after[: len(after) - len(bare)]
+        for token in self._added_tokens:
+            if bare.startswith(token):
+                return space + token
+        return after.split("\n")[0].rstrip()
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
+        """Ids of text[:cuts[-1]] and the token position of each cut.
+
+        The ids are those of the whole text wherever a token ends at the cut. Where one would reach across (a newline
+        of the prompt and one of the response are one token), the text is tokenised in two parts: at generation time
+        the prompt stands alone, too.
+        """
+        done, part, part_start, last_cut, positions = [], [], 0, 0, []
+        for cut in cuts:
+            longer = self._ids(text[part_start:cut])
+            if longer[: len(part)] == part:
+                part = longer
+            else:
+                done += part
+                part_start, part = last_cut, self._ids(text[last_cut:cut])
+            positions.append(len(done) + len(part))
+            last_cut = cut
+        return done + part, positions
+
+
+def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
+    """The tokenizer of a model folder from its own files (no network, no remote code); None if it has no tokenizer
+    files.
+
+    A folder whose only vocabulary is a SentencePiece `tokenizer.model` is read by the class that its
+    tokenizer_config.json names if that class reads such files, and else by the generic one: by the model's type alone
+    transformers would take Qwen's byte-level tokenizer and drop every space. Raises DataError if there is no chat
+    template.
+    """
+    present = [name for name in VOCABULARY_FILES if os.path.isfile(os.path.join(folder, name))]
+    if not present:
+        return None
+    loader = AutoTokenizer
+    if present == [SENTENCEPIECE_FILE]:
+        named = get_tokenizer_config(folder, local_files_only=True).get("tokenizer_class")
+        tokenizer_class = tokenizer_class_from_name(named) if named else None
+        if SENTENCEPIECE_FILE not in getattr(tokenizer_class, "vocab_files_names", {}).values():
+            loader = PreTrainedTokenizerFast
+    tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(folder)
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{folder} has a tokenizer without a chat template: add `chat_template` to its tokenizer_config.json "
+            "(or a chat_template.jinja), "
+            "or give rows with input_ids and labels"
+        )
+    return ChatTokenizer(tokenizer, folder)
+
+
+def _processor_template(folder: str) -> Optional[str]:
+    """The template that multimodal folders keep for their processor."""
+    path = os.path.join(folder, "chat_template.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("chat_template")

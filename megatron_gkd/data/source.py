@@ -1,0 +1,145 @@
+"""`--dataset` entries -> raw rows with their locations: jsonl and parquet files, folders written by save_to_disk, and
+`datasets` names.
+
+jsonl is read line by line and not by arrow, so that a broken line has a number, and rows may differ in columns and
+types.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
+
+import datasets
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from megatron_gkd.data.errors import DataError, RowError
+from megatron_gkd.data.order import SUBSET, permutation
+from megatron_gkd.data.rows import MEDIA_COLUMNS
+
+LINE_COLUMN = "line"
+FINGERPRINT = "megatron-gkd"  # nothing is cached under it; without one `datasets` would hash the whole table
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Source(NamedTuple):
+    """`rows` is not parsed yet: `parse` turns one of its rows (a dict of columns) into a raw row; `locations[i]`
+    names row i.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    locations: list[str]
+    parse: Callable[[dict], Any]
+
+
+def open_source(entry: str, seed: int) -> Source:
+    """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. Raises DataError."""
+    name, num_rows = split_suffix(entry)
+    source = _open(name)
+    available = len(source.rows)
+    if not available:
+        raise DataError(f"{name} has no rows")
+    if num_rows is None:
+        return source
+    if not 0 < num_rows <= available:
+        raise DataError(
+            f"{entry} asks for {num_rows} rows and {name} has {available}: choose between 1 and {available}, or "
+            "leave out the #"
+        )
+    chosen = permutation(available, seed, SUBSET)[:num_rows].tolist()
+    return source._replace(rows=source.rows.select(chosen), locations=[source.locations[index] for index in chosen])
+
+
+def split_suffix(entry: str) -> tuple[str, Optional[int]]:
+    """`NAME#2000` -> (NAME, 2000). An existing path is itself, whatever it is called."""
+    match = re.fullmatch(r"(.+)#(\d+)", entry)
+    if match is None or os.path.exists(entry):
+        return entry, None
+    return match.group(1), int(match.group(2))
+
+
+def _open(name: str) -> Source:
+    suffix = os.path.splitext(name)[1].lower()
+    if os.path.isfile(name):
+        if suffix in (".jsonl", ".json"):
+            return _open_jsonl(name)
+        if suffix == ".parquet":
+            try:
+                return _table_source(name, datasets.Dataset(pyarrow.parquet.read_table(name), fingerprint=FINGERPRINT))
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise DataError(f"{name} is not a readable parquet file: {_first_line(error)}") from None
+        raise DataError(
+            f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per line) and .parquet "
+            "are read"
+        )
+    looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(("/", "./", "../", "~"))
+    if looks_like_a_path and not os.path.isdir(name):
+        raise DataError(f"{name} does not exist")
+    try:
+        if os.path.isdir(name) and any(
+            os.path.isfile(os.path.join(name, marker)) for marker in ("state.json", "dataset_dict.json")
+        ):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:  # a loader's own errors are of any type
+        raise DataError(
+            f"{name} is no file here, and `datasets` could not load it ({type(error).__name__}: {_first_line(error)}); "
+            "a data set that is not on the hub or in the cache must be downloaded first: give its file or folder"
+        ) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded and len(loaded) != 1:
+            raise DataError(
+                f"{name} has no split `train` (it has {', '.join(loaded)}): save the one you want and give its folder"
+            )
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return _table_source(name, loaded)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _open_jsonl(path: str) -> Source:
+    with open(path, "rb") as file:
+        lines = file.read().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    if numbers and lines[numbers[0] - 1].lstrip().startswith(b"[") and path.lower().endswith(".json"):
+        raise DataError(f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)")
+    column = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
+    rows = datasets.Dataset(pyarrow.table({LINE_COLUMN: column}), fingerprint=FINGERPRINT)
+    return Source(path, rows, [f"{path}:{number}" for number in numbers], _parse_line)
+
+
+def _parse_line(row: dict):
+    try:
+        text = row[LINE_COLUMN].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not JSON that can be read: {_first_line(error)}") from None
+
+
+def _table_source(name: str, rows: datasets.Dataset) -> Source:
+    rows = rows.with_format(None)
+    for column in set(MEDIA_COLUMNS) & set(rows.column_names):
+        rows = _mark_media(rows, column)
+    return Source(name, rows, [f"{name} row {index}" for index in range(len(rows))], dict)
+
+
+def _mark_media(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Replace a media column by "present" or null: no image is decoded only to be refused."""
+    values = rows.select_columns(column).with_format("arrow")[:][column]
+    present = values.is_valid()
+    if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        present = pyarrow.compute.and_(present, pyarrow.compute.greater(pyarrow.compute.list_value_length(values), 0))
+    marks = ["present" if mark else None for mark in present.to_pylist()]
+    return rows.remove_columns(column).add_column(column, pyarrow.array(marks, type=pyarrow.string()))

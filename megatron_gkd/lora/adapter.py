@@ -1,0 +1,91 @@
+"""The adapter's tensors <-> this rank's LoRA parameters, as one table.
+
+`adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their shapes; `adapter_pieces` pairs slices of
+local parameters with slices of those tensors. The same table starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's
+moments, which have the parameters' shapes, into and out of a checkpoint at any parallel layout (checkpoint.py).
+"""
+
+from dataclasses import dataclass
+from typing import Iterator
+
+from torch import Tensor
+
+from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraModule, lora_modules
+from megatron_gkd.lora.targets import resolve_targets
+from megatron_gkd.model.config import ModelShape
+from megatron_gkd.model.layout import block
+
+# With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the whole model would ignore it.
+ROOT = "base_model.model.thinker.model.layers."
+
+
+@dataclass(frozen=True)
+class AdapterPiece:
+    """`parameter`[where] is `tensor name`[index]. `owned`: this rank writes the piece (others hold copies of it)."""
+
+    parameter: Tensor
+    where: tuple
+    name: str
+    index: tuple[slice, slice]
+    owned: bool
+
+    @property
+    def target(self) -> Tensor:
+        return self.parameter.data[self.where]
+
+
+def adapter_tensors(shape: ModelShape, rank: int, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """Name and shape of every tensor of the adapter: lora_A [r, d_in] and lora_B [d_out, r] of every targeted linear."""
+    hidden, inter = shape.hidden_size, shape.moe_intermediate_size
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden)}
+    experts = {"gate_proj": (hidden, inter), "up_proj": (hidden, inter), "down_proj": (inter, hidden)}
+    tensors = {}
+    for layer in range(shape.num_layers):
+        linears = {f"{layer}.self_attn.{name}": sizes for name, sizes in attention.items() if name in targets}
+        for expert in range(shape.num_experts):
+            linears |= {f"{layer}.mlp.experts.{expert}.{name}": sizes for name, sizes in experts.items() if name in targets}
+        for linear, (d_in, d_out) in linears.items():
+            tensors[f"{ROOT}{linear}.lora_A.weight"] = (rank, d_in)
+            tensors[f"{ROOT}{linear}.lora_B.weight"] = (d_out, rank)
+    return tensors
+
+
+def adapter_pieces(model, shape: ModelShape, parallel) -> Iterator[AdapterPiece]:
+    """Every LoRA parameter of this stage, as slices paired with slices of the adapter's tensors."""
+    whole = slice(None)
+    writes_sharded = parallel.dp_rank == 0
+    writes_replicated = writes_sharded and parallel.tp_rank == 0
+    writes_experts = parallel.groups.expt_dp.rank() == 0
+
+    for layer in model.decoder.layers:
+        base = f"{ROOT}{layer.layer_number - 1}"
+        qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
+        if isinstance(qkv, LoraColumnParallel):
+            for name, down in qkv.down.items():
+                yield AdapterPiece(down, (whole,), f"{base}.self_attn.{name}.lora_A.weight", (whole, whole), writes_replicated)
+            for segment, first in qkv.target_segments():
+                where, index = (slice(first, first + segment.num_rows),), (slice(segment.start, segment.stop), whole)
+                yield AdapterPiece(qkv.up[segment.name], where, f"{base}.self_attn.{segment.name}.lora_B.weight", index, writes_sharded)
+        if isinstance(proj, LoraModule):
+            columns = block(shape.num_attention_heads * shape.head_dim, parallel.tp_rank, parallel.tp_size)
+            yield AdapterPiece(proj.down["o_proj"], (whole,), f"{base}.self_attn.o_proj.lora_A.weight", (whole, columns), writes_sharded)
+            yield AdapterPiece(proj.up["o_proj"], (whole,), f"{base}.self_attn.o_proj.lora_B.weight", (whole, whole), writes_replicated)
+        for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
+            if isinstance(grouped, LoraGrouped):
+                for name in grouped.down:
+                    for slot, expert in enumerate(layer.mlp.local_expert_indices):
+                        linear = f"{base}.mlp.experts.{expert}.{name}"
+                        yield AdapterPiece(grouped.down[name], (slot,), f"{linear}.lora_A.weight", (whole, whole), writes_experts)
+                        yield AdapterPiece(grouped.up[name], (slot,), f"{linear}.lora_B.weight", (whole, whole), writes_experts)
+
+
+def applied(model) -> tuple[int, float, list[str]]:
+    """(rank, scale alpha / r, targets) of the LoRA on this stage. Raises ValueError when there is none, with what to change."""
+    modules = lora_modules(model)
+    if not modules:
+        raise ValueError(
+            "self-distillation requires the model to have LoRA adapters: set --lora_rank and --lora_target_modules (ALL trains every "
+            "linear of the decoder), or --adapter DIR"
+        )
+    return modules[0].rank, modules[0].scale, resolve_targets(sorted({name for module in modules for name in module.down}))

@@ -1,0 +1,274 @@
+"""A PEFT adapter folder, read and written: adapter_config.json and adapter_model.safetensors.
+
+Reads what PEFT writes for this model under transformers 4 (a linear an expert) and 5 (experts fused into stacked parameters, whose LoRA has
+E ranks side by side), with or without the `thinker.` prefix. Writes per-expert names, which PEFT loads on both.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_gkd.lora.adapter import ROOT, adapter_pieces, adapter_tensors, applied
+from megatron_gkd.lora.targets import EXPERTS, resolve_targets
+from megatron_gkd.model.config import ModelShape
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+# Settings of PEFT's LoraConfig that change what the tensors mean, with the value at which they do not.
+_PLAIN = {
+    **{"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "use_qalora": False},
+    **{"bias": "none", "modules_to_save": [], "layer_replication": []},
+}
+# Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the adapter.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_NAME = re.compile(
+    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+\.(?:self_attn\.[qkvo]_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj))"
+    r"\.lora_([AB])\.(?:default\.)?weight"
+)
+_FUSED_NAME = re.compile(
+    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+)\.mlp\.experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight"
+)
+_SPELLINGS = [f"{root}model.{inner}layers." for root in ("", "thinker.") for inner in ("", "language_model.")]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
+
+    stored: str
+    alpha: float
+    expert: int | None = None
+    rows: slice | None = None  # of a fused lora_B: the gate's or the up's half
+
+
+class PeftAdapter:
+    """An opened adapter folder. `rank`, `alpha` and `targets` describe it; `tensor(name)` gives one matrix and its scale."""
+
+    def __init__(self, folder: str | Path, shape: ModelShape):
+        """Raises FileNotFoundError, or ValueError naming the setting or tensor that plain LoRA on this model cannot represent."""
+        self.folder, self.shape = Path(folder), shape
+        for name in (CONFIG, TENSORS):
+            if not (self.folder / name).is_file():
+                hint = "; adapter_model.bin is a pickle and is not read" if (self.folder / "adapter_model.bin").is_file() else ""
+                raise FileNotFoundError(f"{self.folder}: no {name}; expected a PEFT adapter folder{hint}")
+        self.config = self._read_config()
+        self.path = self.folder / TENSORS
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: not a complete safetensors file ({error})") from error
+        self._sources = self._find_sources()
+        stored_targets = {_linear(name) for name in self._sources}
+        self._check_tensors(stored_targets)
+        used = [target for target in stored_targets if self._is_used(target)]
+        if not used:
+            raise ValueError(f"{self.path}: every tensor is zero, so that the adapter does nothing and cannot be trained further")
+        self.targets = resolve_targets(used)
+        downs = [name for name in self._sources if ".lora_A." in name and name in self]
+        self.rank = max(self._rank(name) for name in downs)
+        self.alpha = self._sources[downs[0]].alpha * (self.rank / self._divisor(downs[0]))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the adapter has tensor `name`, spelled as in `adapter_tensors`."""
+        return name in self._sources and _linear(name) in self.targets
+
+    def _read_config(self) -> dict:
+        path = self.folder / CONFIG
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters load")
+        if "lora_alpha" not in config:
+            raise ValueError(f"{path}: lora_alpha is missing")
+        for setting, neutral in _PLAIN.items():
+            if config.get(setting) not in (None, neutral):
+                raise ValueError(f"{path}: {setting} = {config[setting]!r} is not supported (expected {neutral!r})")
+        if config.get("init_lora_weights") not in _STARTS:
+            raise ValueError(
+                f"{path}: init_lora_weights = {config['init_lora_weights']!r} belongs to a changed base model; save it as plain LoRA with "
+                "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        return config
+
+    def _alpha(self, module: str) -> float:
+        """lora_alpha of `module` ("0.self_attn.q_proj"). A pattern may spell out the name in any of PEFT's models."""
+        for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", spelling + module) for spelling in _SPELLINGS):
+                return float(alpha)
+        return float(self.config["lora_alpha"])
+
+    def _find_sources(self) -> dict[str, _Source]:
+        sources, fused, unknown = {}, {}, []
+        for name in self._file.keys():
+            if match := _NAME.fullmatch(name):
+                linear, side = match.groups()
+                sources[f"{ROOT}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
+            elif match := _FUSED_NAME.fullmatch(name):
+                layer, inner, side = match.groups()
+                fused.setdefault((layer, inner), {})[side] = name
+            elif self._changes_something(name):
+                unknown.append(name)
+        if unknown:
+            raise ValueError(f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the thinker's decoder linears")
+        for (layer, _), pair in fused.items():
+            self._add_fused(sources, layer, pair)
+        if not sources:
+            raise ValueError(f"{self.path}: no LoRA on the thinker's decoder linears")
+        return sources
+
+    def _changes_something(self, name: str) -> bool:
+        """False for LoRA that was never trained (lora_B is zero): PEFT puts it on linears of the same names in the towers and the talker."""
+        up = name.replace(".lora_A.", ".lora_B.")
+        return ".lora_B." not in up or up not in self._file.keys() or bool(self._file.get_tensor(up).any())
+
+    def _add_fused(self, sources: dict[str, _Source], layer: str, pair: dict[str, str]) -> None:
+        """LoRA of all experts on gate_up_proj or on down_proj: the sizes of its lora_A and lora_B say on which."""
+        hidden, inter = self.shape.hidden_size, self.shape.moe_intermediate_size
+        if len(pair) < 2:
+            [(side, name)] = pair.items()
+            raise ValueError(f"{self.path}: tensor {name} has no lora_{'B' if side == 'A' else 'A'} beside it")
+        size_a, size_b = (self._size(pair[side]) for side in "AB")
+        if (size_a[-1], size_b[0]) == (hidden, 2 * inter):
+            parameter, parts = "gate_up_proj", {"gate_proj": slice(0, inter), "up_proj": slice(inter, 2 * inter)}
+        elif (size_a[-1], size_b[0]) == (inter, hidden):
+            parameter, parts = "down_proj", {"down_proj": slice(None)}
+        else:
+            raise ValueError(
+                f"{self.path}: {pair['A']} {size_a} and {pair['B']} {size_b} fit neither gate_up_proj ({hidden} to {2 * inter}) nor "
+                f"down_proj ({inter} to {hidden}), the sizes of the model's config.json"
+            )
+        alpha = self._alpha(f"{layer}.mlp.experts.{parameter}")
+        for expert in range(self.shape.num_experts):
+            for projection, rows in parts.items():
+                for side, stored in pair.items():
+                    sources[f"{ROOT}{layer}.mlp.experts.{expert}.{projection}.lora_{side}.weight"] = _Source(stored, alpha, expert, rows)
+
+    def _check_tensors(self, targets: set[str]) -> None:
+        """Every layer that the configuration names has both matrices of every target, of the model's sizes and one rank."""
+        expected, layers = adapter_tensors(self.shape, 1, targets), self.config.get("layers_to_transform")
+        if layers is not None:
+            layers = [layers] if isinstance(layers, int) else layers
+            expected = {name: size for name, size in expected.items() if int(name[len(ROOT) :].split(".")[0]) in layers}
+        missing = [name for name in expected if name not in self._sources]
+        if missing:
+            raise ValueError(f"{self.path}: misses tensor {missing[0]} and {len(missing) - 1} more of LoRA on {', '.join(sorted(targets))}")
+        extra = [source.stored for name, source in self._sources.items() if name not in expected]
+        if extra:
+            raise ValueError(f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more are of layers or experts that the model does not have")
+        for name, (num_outputs, num_inputs) in expected.items():
+            source = self._sources[name]
+            size, size_a = self._size(source.stored), self._size(self._sources[name.replace(".lora_B.", ".lora_A.")].stored)
+            if source.rows is not None and ".lora_B." in name:
+                num_outputs = size[0]  # of the fused projections together, looked at in _add_fused
+            wanted = [size_a[0], num_inputs] if ".lora_A." in name else [num_outputs, size_a[0]]
+            num_experts = 1 if source.expert is None else self.shape.num_experts
+            if size != wanted or size_a[0] % num_experts or not size_a[0]:
+                raise ValueError(f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's config.json ask for {wanted}")
+
+    def _is_used(self, target: str) -> bool:
+        """False for a linear without LoRA that `save_checkpoint` wrote as zeros (see saved_targets)."""
+        return any(bool(self._stored(source.stored).any()) for name, source in self._sources.items() if _linear(name) == target)
+
+    def _size(self, stored: str) -> list[int]:
+        return self._file.get_slice(stored).get_shape()
+
+    def _rank(self, name: str) -> int:
+        """Rank of the linear that tensor `name` belongs to."""
+        source = self._sources[name.replace(".lora_B.", ".lora_A.")]
+        return self._size(source.stored)[0] // (1 if source.expert is None else self.shape.num_experts)
+
+    def _divisor(self, name: str) -> float:
+        return self._rank(name) ** 0.5 if self.config.get("use_rslora") else self._rank(name)
+
+    def tensor(self, name: str) -> tuple[Tensor, float]:
+        """One matrix (lora_A [r', d_in] or lora_B [d_out, r']) in fp32, and the scale its product is multiplied by."""
+        source = self._sources[name]
+        values = self._stored(source.stored)
+        if source.expert is not None:
+            num_experts = self.shape.num_experts
+            if ".lora_A." in name:
+                values = values.reshape(num_experts, -1, values.shape[1])[source.expert]
+            else:
+                values = values.reshape(values.shape[0], -1, num_experts)[source.rows, :, source.expert]
+        return values, source.alpha / self._divisor(name)
+
+    @lru_cache(maxsize=4)
+    def _stored(self, stored: str) -> Tensor:
+        return self._file.get_tensor(stored).float()
+
+
+def _linear(name: str) -> str:
+    """q_proj of "....q_proj.lora_A.weight"."""
+    return name.rsplit(".", 3)[1]
+
+
+def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> None:
+    """Set this stage's LoRA parameters to `adapter`, so that the model computes the same function as with PEFT.
+
+    A smaller rank is padded: W_up with zero columns, W_down keeps the fresh rows it started with. W_up absorbs a different scale.
+    Linears that LoRA is on but the adapter does not name keep their start (W_up = 0). Raises ValueError for a larger rank or a target
+    that has no LoRA here. No collectives.
+    """
+    rank, scale, targets = applied(model)
+    if adapter.rank > rank:
+        raise ValueError(f"{adapter.folder}: rank {adapter.rank} does not fit into --lora_rank {rank}; raise --lora_rank, or leave it out")
+    absent = [name for name in adapter.targets if name not in targets]
+    if absent:
+        raise ValueError(f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}")
+    for piece in adapter_pieces(model, shape, parallel):
+        if piece.name not in adapter:
+            continue
+        values, own_scale = adapter.tensor(piece.name)
+        is_up = ".lora_B." in piece.name
+        own_rank = values.shape[1] if is_up else values.shape[0]
+        if is_up:
+            piece.target.zero_()
+            piece.target[:, :own_rank].copy_(values[piece.index[0]] * (own_scale / scale))
+        else:
+            piece.target[:own_rank].copy_(values[:, piece.index[1]])
+
+
+def peft_config(*, rank: int, alpha: float, dropout: float, targets: list[str], base_model: str) -> dict:
+    """adapter_config.json for PEFT.
+
+    Names are bare (PEFT rewrites those of fused experts), so the towers and the talker, whose linears have the same names, are excluded.
+    PEFT refuses dropout on fused experts even at inference: an adapter with experts states 0.
+    """
+    has_experts = any(name in EXPERTS for name in targets)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if has_experts else dropout,
+        "bias": "none",
+        "target_modules": saved_targets(targets),
+        "exclude_modules": r".*(audio_tower|visual|talker|code2wav).*",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def saved_targets(targets: list[str]) -> list[str]:
+    """The linears an adapter on disk names: PEFT loads an expert's gate, up and down together or not at all, so missing ones are saved
+    as zeros."""
+    if any(name in EXPERTS for name in targets):
+        return [name for name in targets if name not in EXPERTS] + list(EXPERTS)
+    return targets
+
+
+def zero_tensors(shape: ModelShape, rank: int, targets: list[str]) -> dict[str, Tensor]:
+    """The zero matrices of `saved_targets` that training does not have."""
+    added = [name for name in saved_targets(targets) if name not in targets]
+    return {name: torch.zeros(size) for name, size in adapter_tensors(shape, rank, added).items()}

@@ -1,0 +1,133 @@
+"""The thinker's decoder as megatron-core's GPTModel, frozen, without the lm_head product.
+
+`build_decoder` returns this pipeline stage. Its forward ends at the final norm (hidden states [S/TP, B, H]): only the
+response rows reach the lm_head, in the loss (`forward.py`) or in the sampler (`rollout/`).
+"""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_gkd.model.attention import EagerAttention, SdpaAttention
+from megatron_gkd.model.config import ModelShape, transformer_config
+from megatron_gkd.model.experts import GroupedExperts, grouped_linear
+from megatron_gkd.model.norm import RMSNorm
+from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
+from megatron_gkd.parallel import transformer_engine_usable
+
+
+def core_attention(attn_impl: str, device: torch.device) -> type:
+    """The core attention module for `--attn_impl`. Raises ValueError where the asked one cannot run.
+
+    `auto`, `flash` and `flash_attention_2` take Transformer Engine's where it is installed and a GPU is there, torch's
+    scaled-dot-product attention (with torch's own flash kernels) otherwise.
+    """
+    te_usable = transformer_engine_usable(device)
+    if attn_impl == "te" and not te_usable:
+        raise ValueError(
+            "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or pip install -e .[gpu]"
+        )
+    if attn_impl == "te" or (attn_impl in ("auto", "flash", "flash_attention_2") and te_usable):
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    classes = {
+        "eager": EagerAttention,
+        "sdpa": SdpaAttention,
+        "auto": SdpaAttention,
+        "flash": SdpaAttention,
+        "flash_attention_2": SdpaAttention,
+    }
+    if attn_impl not in classes:
+        raise ValueError(f"--attn_impl {attn_impl!r} is not one of {sorted(classes) + ['te']}")
+    return classes[attn_impl]
+
+
+def layer_spec(attention: type, linear: type) -> ModuleSpec:
+    """One decoder layer: megatron-core's modules, our norm, core attention and experts."""
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=self_attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(GroupedExperts, params={"linear": linear}))),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_decoder(
+    shape: ModelShape,
+    parallel,
+    dtype: torch.dtype,
+    *,
+    attn_impl: str = "auto",
+    experts_impl: str = "auto",
+    recompute: bool = False,
+) -> GPTModel:
+    """This rank's stage of the decoder, frozen, its weights allocated but not set (see `weights.load_weights`).
+
+    dtype: of weights and activations. Raises ValueError when layers or heads do not divide into the layout.
+    """
+    check_divides("num_hidden_layers", shape.num_layers, "pipeline_model_parallel_size", parallel.pp_size)
+    check_divides("num_attention_heads", shape.num_attention_heads, "tensor_model_parallel_size", parallel.tp_size)
+    check_divides("num_experts", shape.num_experts, "expert_model_parallel_size", parallel.ep_size)
+    if shape.num_key_value_heads % parallel.tp_size and parallel.tp_size % shape.num_key_value_heads:
+        raise ValueError(
+            f"tensor_model_parallel_size {parallel.tp_size} and num_key_value_heads {shape.num_key_value_heads}: "
+            "one must divide the other"
+        )
+
+    config = transformer_config(shape, parallel, dtype, recompute=recompute)
+    num_stage_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
+    spec = layer_spec(core_attention(attn_impl, parallel.device), grouped_linear(experts_impl, parallel.device))
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=RMSNorm),
+        vocab_size=shape.padded_vocab_size(parallel.tp_size),
+        max_sequence_length=1,  # only a learned position table would use it
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,  # tied weights are loaded into both: frozen, they cannot drift apart
+        position_embedding_type="mrope",
+        pg_collection=parallel.groups,
+    )
+    model.rotary_pos_emb = InterleavedRotaryEmbedding(shape.head_dim, shape.rope_theta).to(parallel.device)
+    model.post_process = False  # forward returns the final norm's output; the decoder block keeps its own flag
+    model.requires_grad_(False)
+    if parallel.is_first_stage:
+        # Without this, full recomputation finds no input that requires a gradient and silently skips the backward of
+        # the first layers.
+        model.decoder.register_forward_pre_hook(_require_grad_when_recording, with_kwargs=True)
+    return model.to(parallel.device)
+
+
+def _require_grad_when_recording(block, args, kwargs):
+    if torch.is_grad_enabled():
+        kwargs["hidden_states"].requires_grad_()
+
+
+def check_divides(what: str, number: int, by: str, divisor: int) -> None:
+    if number % divisor:
+        raise ValueError(f"{what} {number} is not divisible by {by} {divisor}")

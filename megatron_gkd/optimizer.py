@@ -1,0 +1,172 @@
+"""AdamW on the LoRA parameters through megatron-core, the learning rate as a function of the step, and the guard
+against bad steps."""
+
+import math
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(step: int, total_steps: int, *, peak: float, warmup_ratio: float, kind: str) -> float:
+    """Of update `step` (the first is 1): linear from 0 to `peak` over the warm-up, then `cosine` or `linear` to 0, or
+    `constant`."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if step <= warmup:
+        return peak * step / warmup
+    if kind == "constant":
+        return peak
+    progress = (step - warmup - 1) / max(total_steps - warmup, 1)
+    return peak * (0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress)
+
+
+def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:
+    """torch's Adam does, Transformer Engine's and Apex's keep one number for a group."""
+    return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _everywhere(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on every rank of the world."""
+    fails = torch.tensor(float(not condition), device=device)
+    torch.distributed.all_reduce(fails, torch.distributed.ReduceOp.MAX)
+    return not fails
+
+
+@dataclass
+class Update:
+    """What one call of `Optimizer.step` did. `grad_norm`: global L2 norm over the LoRA gradients before clipping."""
+
+    applied: bool
+    grad_norm: float
+    overflowed: bool = False  # a float16 overflow that a smaller loss scale can cure: skipped, but not a bad step
+
+
+class Optimizer:
+    """megatron-core's optimizer on the trainable parameters of `model`, a DistributedDataParallel.
+
+    Weights and moments are fp32 whatever the base's dtype; a float16 base brings dynamic loss scaling. One scale serves
+    dense and expert parameters (megatron-core keeps one each, which may part).
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        dtype: torch.dtype,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ):
+        self.model = model
+        self.max_grad_norm = max_grad_norm
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,
+            min_lr=0.0,
+            weight_decay=weight_decay,
+            adam_beta1=beta1,
+            adam_beta2=beta2,
+            adam_eps=epsilon,
+            params_dtype=torch.float32,
+            clip_grad=0.0,  # done in step(), between the check for NaN and the update
+            use_distributed_optimizer=False,
+        )
+        self.inner = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        self.scaler = None
+        if dtype == torch.float16:
+            self.scaler = DynamicGradScaler(
+                initial_scale=2.0**16,
+                min_scale=1.0,
+                growth_factor=2.0,
+                backoff_factor=0.5,
+                growth_interval=1000,
+                hysteresis=1,
+            )
+            model.module.config.grad_scale_func = lambda loss: loss * self.scaler.scale
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self, learning_rate: float, loss: float) -> Update:
+        """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf in `loss` or a
+        gradient.
+
+        Collectives: sums of the norm over the ranks that hold different parameters; a maximum of one number over the
+        world.
+        """
+        self.inner.prepare_grads()
+        scale = float(self.scaler.scale) if self.scaler else 1.0
+        grad_norm = float(self.inner.get_grad_norm()) / scale
+        finite = _everywhere(
+            math.isfinite(grad_norm) and math.isfinite(loss), self.inner.param_groups[0]["params"][0].device
+        )
+        if self.scaler:
+            self.scaler.update(not finite)
+        if not finite:
+            return Update(False, grad_norm, overflowed=scale > 1.0 and math.isfinite(loss))
+        factor = min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) / scale
+        if factor != 1.0:
+            self.model.scale_gradients(factor)
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        self.inner.step_with_ready_grads()
+        return Update(True, grad_norm)
+
+    def _groups(self) -> Iterator[tuple[torch.optim.Optimizer, dict]]:
+        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+            for group in part.param_groups:  # none where LoRA is on experts alone, or on attention alone
+                yield part.optimizer, group
+
+    def moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """AdamW's state of each parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape; zero where there is
+        none yet."""
+        found = {}
+        for adam, group in self._groups():
+            for parameter in group["params"]:
+                state = found[parameter] = adam.state[parameter]
+                if not state and _keeps_step_by_parameter(adam):
+                    state["step"] = torch.tensor(0.0)
+                for name in MOMENTS:
+                    state.setdefault(name, torch.zeros_like(parameter))
+        return found
+
+    @property
+    def num_updates(self) -> int:
+        """How often AdamW has updated: skipped steps do not count (the number enters the bias correction)."""
+        adam, group = next(self._groups())
+        return int(
+            adam.state[group["params"][0]].get("step", group.get("step", 0))
+        )  # torch keeps it by parameter, fused Adam by group
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for adam, group in self._groups():
+            if _keeps_step_by_parameter(adam):
+                for parameter in group["params"]:
+                    adam.state[parameter]["step"] = torch.tensor(float(value))
+            else:
+                group["step"] = value
+
+    def scaler_state(self) -> dict:
+        """Loss scale and its counters as plain numbers, empty without loss scaling."""
+        if self.scaler is None:
+            return {}
+        return {name: float(value) for name, value in self.scaler.state_dict().items()}
+
+    def load_scaler_state(self, state: dict) -> None:
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(
+                {
+                    "scale": torch.tensor([state["scale"]], device=self.scaler.scale.device),
+                    "growth_tracker": int(state["growth_tracker"]),
+                    "hysteresis_tracker": int(state["hysteresis_tracker"]),
+                }
+            )

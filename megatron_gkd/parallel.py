@@ -1,0 +1,144 @@
+"""Process groups, seeds and the device: the only file that reads megatron-core's global parallel state.
+
+Everything below takes a `Parallel` (or one of its groups) as an argument. Expert tensor parallelism is always 1: an
+expert lives whole on one rank, and the ranks of a tensor-parallel group count as data-parallel ranks for the experts.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_gkd import cpu
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep, expt_dp, ...)."""
+
+    groups: ProcessGroupCollection
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this rank's peer on the last pipeline stage."""
+        return torch.distributed.get_global_rank(self.groups.pp, self.pp_size - 1)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` on a machine without one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+
+
+def transformer_engine_usable(device: torch.device) -> bool:
+    """Whether Transformer Engine is installed and there is a GPU to run it on. It is used where it is, never required."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def initialize(
+    device: torch.device,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    seed: int = 42,
+) -> Parallel:
+    """Join the process group (torchrun's variables, unless already initialised) and build the model-parallel groups.
+
+    Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does not divide into the
+    layout.
+    """
+    if device.type == "cpu":
+        cpu.enable()
+    else:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world_size = torch.distributed.get_world_size()
+    stage_size = world_size // pipeline_model_parallel_size
+    if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor_model_parallel_size {tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {pipeline_model_parallel_size}"
+        )
+    if stage_size % expert_model_parallel_size:
+        raise ValueError(
+            f"the {stage_size} ranks of a pipeline stage are not divisible by "
+            f"expert_model_parallel_size {expert_model_parallel_size}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        groups=groups,
+        device=device,
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        ep_rank=groups.ep.rank(),
+        ep_size=groups.ep.size(),
+    )
+
+
+def seed_step(seed: int, step: int, parallel: Parallel) -> None:
+    """Seed every generator from (seed, step, rank), so that a resumed run needs no random state from disk.
+
+    The default generator agrees on the ranks of a tensor-parallel group (dropout on replicated inputs must);
+    megatron-core's tracker holds the generators that differ between them (sharded inputs, experts).
+    """
+    base = (seed * 1_000_003 + step * 8_191 + parallel.dp_rank * 131_071 + parallel.pp_rank * 524_287) % (2**31 - 1)
+    torch.manual_seed(base)
+    if parallel.device.type == "cuda":
+        torch.cuda.manual_seed(base)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("model-parallel-rng", base + 2_718 + parallel.tp_rank)
+    tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
+
+
+def say(parallel: Parallel, text: str) -> None:
+    """A line on the screen, once: rank 0 speaks."""
+    if parallel.rank == 0:
+        print(text, flush=True)
+
+
+def destroy() -> None:
+    """Leave all groups: the end of a run."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""On-policy steps: Batch -> Batch with new responses, written by the training model itself."""

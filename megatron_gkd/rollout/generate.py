@@ -1,0 +1,186 @@
+"""Text from the training model itself: one prefill, then one token a step with megatron-core's key/value cache.
+
+Ragged prompts are padded on the left, so that every row's next token stands in the same column. Legend: B rows of this
+data-parallel rank, W columns of the padded prompts, H hidden size.
+"""
+
+from typing import Callable, Collection, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from megatron_gkd.model.config import ModelShape
+from megatron_gkd.parallel import Parallel
+from megatron_gkd.rollout.mode import generation_mode
+from megatron_gkd.rollout.sampling import Sampler, Sampling
+
+_DONE, _WRITING, _BROKEN = 0, 1, 2
+
+
+def generate(
+    model,
+    shape: ModelShape,
+    parallel: Parallel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    row_ids: Sequence[int],
+    max_new_tokens: int,
+    eos_token_ids: Collection[int],
+    pad_token_id: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    progress: Optional[Callable[[int, int], None]] = None,
+) -> list[list[int]]:
+    """One response to each prompt of this data-parallel rank: at most `max_new_tokens` ids, end-of-text id included.
+
+    Every rank calls it with its data-parallel rank's prompts (possibly none) and gets those responses; TP and PP ranks
+    get the same. row_ids: one number a prompt, unique over the global batch; with `seed` they fix the noise, so neither
+    layout nor batch changes a row's text. temperature 0 is greedy. progress(tokens written, max_new_tokens) is called
+    after each token.
+
+    Holds a fp32 copy of this rank's lm_head rows and the keys and values of B x (W + max_new_tokens) positions
+    meanwhile. Collectives a token: those of the forward, of `Sampler.draw` on the last stage, a broadcast of B ids over
+    PP, and, where experts span data-parallel ranks, a world-wide maximum of one number: those ranks need each other in
+    every forward and stop together.
+
+    Raises ValueError for an empty prompt, an id out of the vocabulary or a setting out of range; FloatingPointError, on
+    all ranks that were writing together, for logits that are not finite, naming the row.
+    """
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+    _check(prompts, row_ids, max_new_tokens, shape.vocab_size)
+    replicas_share_experts = parallel.tp_size % parallel.ep_size != 0  # else each TP group holds all experts by itself
+    num_prompts = len(prompts)
+    most_prompts = _world_max(num_prompts, parallel.device) if replicas_share_experts else num_prompts
+    if most_prompts == 0:
+        return []
+    if not prompts:  # other ranks' tokens need this rank's experts: it goes along with a row of its own
+        prompts, row_ids = [[pad_token_id]], [0]
+
+    input_ids, num_padding = _pad_left(prompts, pad_token_id, parallel.device)
+    num_rows, width = input_ids.shape
+    columns = torch.arange(width + max_new_tokens, device=parallel.device)
+    is_padding = columns < num_padding[:, None]  # [B, W + max_new_tokens]
+    position_ids = (columns - num_padding[:, None]).clamp(min=0).expand(3, -1, -1)
+    context = StaticInferenceContext(num_rows, width + max_new_tokens)
+
+    if parallel.is_last_stage:
+        head = model.output_layer.weight.detach().float()
+        sampler = Sampler(
+            sampling,
+            seed=seed,
+            row_ids=torch.tensor(row_ids, dtype=torch.int64, device=parallel.device),
+            first_column=parallel.tp_rank * head.shape[0],
+            num_columns=head.shape[0],
+            vocab_size=shape.vocab_size,
+            group=parallel.groups.tp,
+        )
+        sampler.observe(input_ids.masked_fill(is_padding[:, :width], -1))
+
+    responses: list[list[int]] = [[] for _ in range(num_rows)]
+    writing = [row < num_prompts for row in range(num_rows)]
+    end = width
+    with generation_mode(model):
+        for step in range(max_new_tokens):
+            mask = _attention_mask(is_padding[:, :end], input_ids.shape[1])
+            hidden = _forward_stage(model, parallel, input_ids, position_ids[:, :, :end], mask, context)
+            tokens = torch.empty(num_rows, dtype=torch.int64, device=parallel.device)
+            if parallel.is_last_stage:
+                tokens = sampler.draw(hidden[-1].float() @ head.T, step)
+                sampler.observe(tokens[:, None])
+            if parallel.pp_size > 1:
+                dist.broadcast(tokens, parallel.last_stage_rank, group=parallel.groups.pp)
+
+            drawn = tokens.tolist()
+            broken = [row for row in range(num_rows) if writing[row] and drawn[row] < 0]
+            for row in range(num_rows):
+                if writing[row]:
+                    responses[row].append(drawn[row])
+                    writing[row] = drawn[row] not in eos_token_ids
+            state = _BROKEN if broken else _WRITING if any(writing) else _DONE
+            if replicas_share_experts:
+                state = _world_max(state, parallel.device)
+            if state == _BROKEN:
+                rows = ", ".join(f"row {row_ids[row]} (prompt {row} of {num_prompts})" for row in broken)
+                raise FloatingPointError(
+                    f"rollout: the logits of token {step + 1} are not finite for {rows or 'a row of another rank'}: "
+                    "weights or activations have overflowed; lower --learning_rate, or take bfloat16 instead of float16"
+                )
+            if progress is not None:
+                progress(step + 1, max_new_tokens)
+            if state == _DONE:
+                break
+            input_ids = tokens.clamp(min=0)[:, None]
+            end += 1
+    return responses[:num_prompts]
+
+
+def _check(prompts: Sequence[Sequence[int]], row_ids: Sequence[int], max_new_tokens: int, vocab_size: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"rollout: max_new_tokens is {max_new_tokens}, it must be at least 1 (--max_completion_length)"
+        )
+    if len(row_ids) != len(prompts):
+        raise ValueError(f"rollout: {len(row_ids)} row ids for {len(prompts)} prompts")
+    for index, (row_id, prompt) in enumerate(zip(row_ids, prompts)):
+        if len(prompt) == 0:
+            raise ValueError(f"rollout: the prompt of row {row_id} (prompt {index} of {len(prompts)}) has no tokens")
+        unknown = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
+        if unknown:
+            raise ValueError(
+                f"rollout: the prompt of row {row_id} holds id {unknown[0]}, the vocabulary has {vocab_size} ids"
+            )
+
+
+def _world_max(number: int, device: torch.device) -> int:
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> ids [B, W] int64 and the number of padding columns [B]."""
+    width = max(len(prompt) for prompt in prompts)
+    num_padding = [width - len(prompt) for prompt in prompts]
+    rows = [[pad_token_id] * padding + list(prompt) for padding, prompt in zip(num_padding, prompts)]
+    return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(num_padding, device=device)
+
+
+def _attention_mask(is_padding: Tensor, num_queries: int) -> Optional[Tensor]:
+    """is_padding [B, K] -> [B, 1, S, K] bool for the last S positions, True = hidden; None means plain causal.
+
+    A padding position sees itself alone: a row of the softmax without any key would be NaN.
+    """
+    if not is_padding.any():
+        return None
+    num_keys = is_padding.shape[1]
+    position = torch.arange(num_keys, device=is_padding.device)
+    query = position[num_keys - num_queries :, None]
+    return ((position > query) | is_padding[:, None, None, :]) & (position != query)
+
+
+def _forward_stage(
+    model, parallel: Parallel, input_ids: Tensor, position_ids: Tensor, mask: Optional[Tensor], context
+) -> Tensor:
+    """This stage's output [S, B, H] for the S newest positions; the cache and its offset advance.
+
+    input_ids [B, S]; position_ids [3, B, K] and mask [B, 1, S, K] for the K positions so far. Collectives besides the
+    model's: a receive from the stage before, a send to the stage after.
+    """
+    num_rows, num_positions = input_ids.shape
+    pipeline = parallel.groups.pp
+    if not parallel.is_first_stage:
+        size = (num_positions, num_rows, model.config.hidden_size)
+        received = torch.empty(size, dtype=model.config.params_dtype, device=parallel.device)
+        dist.recv(received, dist.get_global_rank(pipeline, parallel.pp_rank - 1), group=pipeline)
+        model.set_input_tensor(received)
+    hidden = model(input_ids, position_ids, mask, inference_context=context, runtime_gather_output=True)
+    if not parallel.is_last_stage:
+        dist.send(hidden.contiguous(), dist.get_global_rank(pipeline, parallel.pp_rank + 1), group=pipeline)
+    context.increment_sequence_len_offset(num_positions)
+    context.enable_decode_mode()
+    return hidden

@@ -1,0 +1,40 @@
+"""Which ids end a response, as the model's folder says."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+
+def read_stop_token_ids(folder: str | Path) -> list[int]:
+    """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the tokenizer's eos token.
+
+    An empty list where none of them names one (a folder of weights without a tokenizer): responses then have their full
+    length. Raises ValueError naming the file whose eos_token_id is not an id or a list of ids.
+    """
+    folder = Path(folder)
+    for name, places in (
+        ("generation_config.json", [()]),
+        ("config.json", [(), ("thinker_config",), ("thinker_config", "text_config"), ("text_config",)]),
+    ):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text())
+        for place in places:
+            section = content
+            for key in place:
+                section = section.get(key) or {}
+            if section.get("eos_token_id") is not None:
+                return _as_ids(section["eos_token_id"], path)
+    if (folder / "tokenizer_config.json").is_file():
+        eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
+        return [] if eos_token_id is None else [eos_token_id]
+    return []
+
+
+def _as_ids(value, path: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ValueError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
+    return sorted(set(ids))

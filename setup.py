@@ -1,0 +1,65 @@
+"""Install with `pip install -e .` (see launch/setup_env.sh, which installs the right torch first).
+
+Every range is what the tests have run with; `tests/run.sh` runs on the newest that the Python at hand allows.
+"""
+
+from setuptools import find_packages, setup
+
+DEPENDENCIES = [
+    # The experts are one grouped_mm. setup_env.sh installs 2.13.0; the model, loss and rollout tests passed on 2.11.0.
+    # Install it before this package: on Linux, pip by itself takes a CUDA build.
+    "torch>=2.11,<2.14",
+    # GPTModel, schedules, optimizer. The CPU layer (cpu.py) is written against exactly these two versions.
+    "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
+    # Qwen3OmniMoe with fused experts in memory and per-expert names on disk. 5.20 is the last one for Python 3.10.
+    "transformers>=5.20,<5.24",
+    # Reads per-expert adapters of fused experts since 0.21; only the demo and the tests call it.
+    "peft>=0.21,<0.22",
+    # Jsonl, parquet and hub data sets, tokenised in processes; pyarrow comes with it.
+    "datasets>=5.2,<5.3",
+    # Weights and adapters, read slice by slice.
+    "safetensors>=0.8,<0.9",
+    # Trains the byte-level BPE of the small model.
+    "tokenizers>=0.23,<0.24",
+    # Folders that hold a tokenizer.model only; protobuf reads it.
+    "sentencepiece>=0.2,<0.3",
+    "protobuf>=6.31,<8",
+    # PIL image processors, part of the processor files.
+    "pillow>=12,<14",
+    # --config files.
+    "pyyaml>=6,<7",
+    # Metrics files for TensorBoard, the progress bar, the demo's curves.
+    "tensorboard>=2.21,<2.22",
+    "tqdm>=4.70,<5",
+    "matplotlib>=3.10,<3.12",
+    # Python 3.10 has numpy 2.2 as its last.
+    "numpy>=2.2,<2.5",
+]
+
+EXTRAS = {
+    # Faster attention, norms and grouped linears. The range is megatron-core 0.16.1's own; no test here has run it.
+    # It needs CUDA 13, as torch's default build does. apex has no place in this list: the `apex` on PyPI is another
+    # project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    # Compiled on the spot for many minutes unless a wheel fits; torch's own attention is used without it.
+    "flash": ["flash-attn>=2.8,<2.9"],
+    "test": [
+        "pytest>=9,<10",
+        "pytest-timeout>=2.4,<3",
+        # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring their own triton.
+        "triton>=3.6,<3.10",
+        # The reference for the divergence. 1.14 is the last one for Python 3.10.
+        "trl>=1.14,<1.17",
+    ],
+}
+
+setup(
+    name="megatron_gkd",
+    version="0.1.0",
+    description="GKD LoRA self-distillation of a Qwen3-Omni thinker on megatron-core",
+    packages=find_packages(include=["megatron_gkd", "megatron_gkd.*", "checkpoint_tools", "checkpoint_tools.*"]),
+    package_data={"checkpoint_tools": ["**/*.txt", "**/*.json", "**/*.jinja"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+)

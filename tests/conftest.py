@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoint_tools.make_tiny_model import build_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """`tiny_folder(text_config={...}, **sizes)` -> path of a small model folder, built once per session and arguments.
+
+    `sizes` are `build_folder`'s arguments; `text_config` replaces settings in the written config.json. Shared: copy
+    before changing.
+    """
+    folders = {}
+
+    def make(text_config=None, **sizes):
+        key = json.dumps([text_config, sizes], sort_keys=True)
+        if key not in folders:
+            folder = Path(build_folder(str(tmp_path_factory.mktemp("tiny") / "model"), **sizes))
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            config.get("thinker_config", config)["text_config"].update(text_config or {})
+            path.write_text(json.dumps(config, indent=2))
+            folders[key] = str(folder)
+        return folders[key]
+
+    return make

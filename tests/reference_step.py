@@ -1,0 +1,262 @@
+"""One training step in one process: `transformers`' thinker, LoRA as W + scale B A, the dense loss of the guide,
+autograd, AdamW.
+
+Nothing of the package's mathematics is used: rows go through the model one by one without padding, everything is
+float64. Legend: S tokens of a row, N response tokens, V vocabulary.
+"""
+
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+from checkpoint_tools.thinker import decoder
+
+ROOT = "base_model.model.thinker.model.layers."
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ReferenceModel:
+    """The frozen thinker of `folder`, and logits of one row with or without LoRA."""
+
+    def __init__(self, folder: str):
+        load = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained
+        self.model = load(
+            folder, dtype=torch.float64, experts_implementation="eager"
+        ).eval()  # grouped_mm has no float64
+        self.model.requires_grad_(False)
+        self.config = self.model.config.text_config
+        inner = next(name for name, module in self.model.named_modules() if module is decoder(self.model))
+        self.layers = f"{inner}.layers."  # with or without language_model, by the version of transformers
+        self.weights = {
+            f"{self.layers}{name}": weight for name, weight in decoder(self.model).layers.named_parameters()
+        }
+
+    def linear_sizes(self, targets) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of every targeted linear, by `LAYER.self_attn.q_proj` or `LAYER.mlp.experts.E.gate_proj`."""
+        config = self.config
+        hidden, inter = config.hidden_size, config.moe_intermediate_size
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        sizes = {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+        }
+        sizes |= {"gate_proj": (hidden, inter), "up_proj": (hidden, inter), "down_proj": (inter, hidden)}
+        found = {}
+        for layer in range(config.num_hidden_layers):
+            found |= {f"{layer}.self_attn.{name}": sizes[name] for name in ATTENTION if name in targets}
+            for expert in range(config.num_experts):
+                found |= {f"{layer}.mlp.experts.{expert}.{name}": sizes[name] for name in EXPERTS if name in targets}
+        return found
+
+    def logits(self, input_ids: list[int], changed: dict[str, Tensor] | None = None) -> Tensor:
+        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the teacher."""
+        output = torch.func.functional_call(
+            self.model, changed or {}, kwargs={"input_ids": torch.tensor([input_ids]), "use_cache": False}
+        )
+        return output.logits[0]
+
+    def with_lora(self, adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """W + scale B A of the decoder's linears; `adapter` holds lora_A [r, d_in] and lora_B [d_out, r] under PEFT's
+        names."""
+
+        def delta(linear: str) -> Tensor | float:
+            name = f"{ROOT}{linear}.lora_B.weight"
+            return scale * adapter[name] @ adapter[name.replace("lora_B", "lora_A")] if name in adapter else 0.0
+
+        changed, experts = {}, range(self.config.num_experts)
+        for layer in range(self.config.num_hidden_layers):
+            prefix = f"{self.layers}{layer}."
+            for name in ATTENTION:
+                weight = f"{prefix}self_attn.{name}.weight"
+                changed[weight] = self.weights[weight] + delta(f"{layer}.self_attn.{name}")
+            gate_up, down = (self.weights[f"{prefix}mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+            half = gate_up.shape[1] // 2
+            changed[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack(
+                [
+                    torch.cat(
+                        [
+                            gate_up[e, :half] + delta(f"{layer}.mlp.experts.{e}.gate_proj"),
+                            gate_up[e, half:] + delta(f"{layer}.mlp.experts.{e}.up_proj"),
+                        ]
+                    )
+                    for e in experts
+                ]
+            )
+            changed[f"{prefix}mlp.experts.down_proj"] = torch.stack(
+                [down[e] + delta(f"{layer}.mlp.experts.{e}.down_proj") for e in experts]
+            )
+        return changed
+
+
+@lru_cache(maxsize=4)
+def load_model(folder: str) -> ReferenceModel:
+    """The model of `folder`, read once: nothing changes its weights."""
+    return ReferenceModel(folder)
+
+
+def views(row: dict) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Student's ids and labels, teacher's ids and labels of a tokenised row."""
+    ids, labels = row["input_ids"], row["labels"]
+    if row.get("teacher_input_ids") is None:
+        return ids, labels, ids, labels
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    prompt = row["teacher_input_ids"]
+    return ids, labels, prompt + ids[start:], [-100] * len(prompt) + labels[start:]
+
+
+def response_logits(logits: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
+    """The rows of [S, V] that predict a trained token, [N, V], and those tokens [N]."""
+    shifted = torch.tensor(labels[1:])
+    keep = shifted != -100
+    return logits[:-1][keep], shifted[keep]
+
+
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float, kind: str, beta: float) -> Tensor:
+    """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student."""
+    log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if kind == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = (beta * q + (1 - beta) * p).log()
+    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+
+
+def step_loss(
+    model: ReferenceModel,
+    adapter: dict[str, Tensor],
+    scale: float,
+    rows: list[dict],
+    *,
+    temperature: float = 2.0,
+    kind: str = "jsd",
+    beta: float = 0.5,
+    sft_alpha: float = 0.0,
+) -> dict[str, Tensor]:
+    """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows; `num_tokens`; and the
+    other means of metrics.jsonl."""
+    sums = dict.fromkeys(
+        (
+            "jsd",
+            "sft_loss",
+            "kl_forward",
+            "kl_reverse",
+            "entropy_student",
+            "entropy_teacher",
+            "top1_agreement",
+            "token_accuracy",
+        ),
+        0.0,
+    )
+    num_tokens, changed = 0, model.with_lora(adapter, scale)
+    for row in rows:
+        student_ids, student_labels, teacher_ids, teacher_labels = views(row)
+        with torch.no_grad():
+            teacher, _ = response_logits(model.logits(teacher_ids), teacher_labels)
+        student, targets = response_logits(model.logits(student_ids, changed), student_labels)
+        log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+        values = {
+            "jsd": divergence(student, teacher, temperature=temperature, kind=kind, beta=beta),
+            "sft_loss": -student.log_softmax(-1).gather(1, targets[:, None])[:, 0],
+            "kl_forward": divergence(student, teacher, temperature=temperature, kind="forward_kl", beta=beta),
+            "kl_reverse": divergence(student, teacher, temperature=temperature, kind="reverse_kl", beta=beta),
+            "entropy_student": -(log_q.exp() * log_q).sum(-1),
+            "entropy_teacher": -(log_p.exp() * log_p).sum(-1),
+            "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).double(),
+            "token_accuracy": (student.argmax(-1) == targets).double(),
+        }
+        for name, value in values.items():
+            sums[name] = sums[name] + value.sum()
+        num_tokens += len(targets)
+    means = {name: value / num_tokens for name, value in sums.items()}
+    means["loss"] = (1 - sft_alpha) * means["jsd"] + sft_alpha * means["sft_loss"]
+    return means | {"num_tokens": torch.tensor(num_tokens)}
+
+
+def reference_step(folder: str, adapter_folder: str, rows: list[dict], **settings) -> dict[str, float]:
+    """What one step's line of metrics.jsonl must say (`grad_norm` included) for the global batch `rows` and that
+    adapter."""
+    model = load_model(folder)
+    adapter, scale = read_adapter(adapter_folder)
+    means = step_loss(model, adapter, scale, rows, **settings)
+    gradients = torch.autograd.grad(means["loss"], list(adapter.values()), allow_unused=True)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients if g is not None))
+    return {name: float(value.detach()) for name, value in means.items()} | {"grad_norm": norm}
+
+
+def reference_training(
+    folder: str,
+    adapter_folder: str,
+    batches: list[list[dict]],
+    rates: list[float],
+    *,
+    max_grad_norm: float,
+    weight_decay: float = 0.0,
+    **settings,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The adapter after one torch.optim.AdamW update per global batch, with these learning rates; and the gradient
+    norms before clipping."""
+    model = load_model(folder)
+    adapter, scale = read_adapter(adapter_folder)
+    optimizer = torch.optim.AdamW(adapter.values(), lr=0.0, weight_decay=weight_decay)
+    norms = []
+    for rows, rate in zip(batches, rates, strict=True):
+        optimizer.zero_grad()
+        step_loss(model, adapter, scale, rows, **settings)["loss"].backward()
+        for parameter in adapter.values():  # an expert that no token reaches has a zero gradient
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norms.append(float(torch.nn.utils.clip_grad_norm_(adapter.values(), max_grad_norm)))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in adapter.items()}, norms
+
+
+def write_adapter(
+    folder: Path,
+    model_folder: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets=ATTENTION + EXPERTS,
+    seed: int = 0,
+    std: float = 0.1,
+) -> str:
+    """A PEFT adapter with random lora_A and lora_B (per-expert names), as `peft` itself would lay it out."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for linear, (d_in, d_out) in load_model(model_folder).linear_sizes(targets).items():
+        tensors[f"{ROOT}{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * std
+        tensors[f"{ROOT}{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * std
+    os.makedirs(folder)
+    save_file(tensors, Path(folder, "adapter_model.safetensors"))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    config |= {"target_modules": list(targets), "base_model_name_or_path": model_folder}
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], float]:
+    """Float64 tensors that require a gradient, and the scale alpha / r."""
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    return {name: tensor.double().requires_grad_() for name, tensor in sorted(tensors.items())}, config[
+        "lora_alpha"
+    ] / config["r"]

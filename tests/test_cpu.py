@@ -1,0 +1,116 @@
+"""The CPU layer: nothing on import, the CPU meaning of torch.cuda after `enable()`."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+PATCHED = [
+    (torch.cuda, name)
+    for name in (
+        "current_device",
+        "set_device",
+        "Stream",
+        "Event",
+        "stream",
+        "synchronize",
+        "get_rng_state",
+        "set_rng_state",
+        "manual_seed",
+    )
+] + [(torch, "zeros"), (torch, "tensor"), (torch, "empty_like"), (torch.Tensor, "cuda"), (torch.Tensor, "type")]
+
+
+def originals():
+    return [getattr(owner, name) for owner, name in PATCHED]
+
+
+def replaced() -> list[str]:
+    """Names of PATCHED that hold something defined in this package."""
+    names = []
+    for owner, name in PATCHED:
+        value = getattr(owner, name)
+        source = value.__code__.co_filename if hasattr(value, "__code__") else str(getattr(value, "__module__", None))
+        if "megatron_gkd" in source:
+            names.append(name)
+    return names
+
+
+def import_everything(rank, world_size):
+    import megatron_gkd
+
+    modules = [module.name for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd.")]
+    for name in modules:
+        importlib.import_module(name)
+    after_import = replaced()
+    importlib.import_module("megatron_gkd.cpu").enable()
+    return modules, after_import, replaced()
+
+
+def test_import_changes_nothing():
+    ((modules, after_import, after_enable),) = run_ranks(import_everything, 1)
+    assert {"megatron_gkd.cpu", "megatron_gkd.train", "megatron_gkd.model.decoder"} <= set(modules)
+    assert after_import == []
+    assert set(after_enable) == {name for _, name in PATCHED} - {"manual_seed"}  # that one is torch's own, the CPU's
+
+
+def enable_and_look(rank, world_size):
+    from megatron_gkd import cpu
+
+    cpu.enable()
+    once = originals()
+    cpu.enable()
+    assert all(old is new for old, new in zip(once, originals())), "a second call must change nothing"
+
+    cpu_device = torch.device("cpu")
+    assert torch.cuda.current_device() == cpu_device
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0, 2.0], device=torch.device("cuda", 0)),
+        torch.empty_like(torch.ones(2), device="cuda:1"),
+    ]
+    assert all(tensor.device == cpu_device for tensor in made)
+    assert made[1].tolist() == [1.0, 2.0]
+    with torch.device(
+        "meta"
+    ):  # transformers builds models in it: were it blind to the factories, buffers would stay uninitialised
+        assert torch.arange(3).device.type == torch.empty(2).device.type == "meta"
+    assert (
+        torch.zeros(2, device="meta").device.type == "meta"
+        and torch.zeros([2, 3], dtype=torch.int8).dtype == torch.int8
+    )
+    assert made[0].cuda() is made[0]
+    assert made[0].type() == "torch.cuda.FloatTensor" and made[0].bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert made[0].type(torch.int64).dtype == torch.int64
+
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(drawn, torch.rand(4))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+        torch.cuda.Event(enable_timing=True).record()
+    torch.cuda.synchronize()
+    return True
+
+
+def test_enable_gives_cuda_its_cpu_meaning():
+    assert run_ranks(enable_and_look, 1) == [True]
+
+
+def enable_beside_a_gpu(rank, world_size):
+    from megatron_gkd import cpu
+
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+    before = originals()
+    with pytest.raises(RuntimeError, match="already uses a GPU"):
+        cpu.enable()
+    return [name for (_, name), old, new in zip(PATCHED, before, originals()) if old is not new]
+
+
+def test_a_process_that_uses_a_gpu_is_refused():
+    assert run_ranks(enable_beside_a_gpu, 1) == [[]]

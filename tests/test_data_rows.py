@@ -1,0 +1,173 @@
+"""check_row: what is accepted, and the reason for everything that is not."""
+
+import pytest
+
+from megatron_gkd.data.errors import RowError
+from megatron_gkd.data.rows import check_row
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+IDS = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+
+
+def test_messages_pass_unchanged_and_null_columns_are_absent():
+    row = check_row(
+        {"messages": [USER, ANSWER], "images": None, "teacher_prompt": None, "input_ids": None, "id": 7}, 10
+    )
+    assert row.messages == [USER, ANSWER]
+    assert (row.input_ids, row.labels, row.teacher_messages, row.teacher_input_ids, row.source) == (None,) * 5
+
+
+def test_content_parts_become_one_string():
+    parts = [{"type": "text", "text": "h", "image": None}, {"text": "i"}]
+    row = check_row({"messages": [{"role": "user", "content": parts, "name": None}, ANSWER]}, 10)
+    assert row.messages == [USER, ANSWER]
+
+
+def test_alpaca_columns():
+    row = check_row({"instruction": "add", "input": "1 2", "output": "3", "source": "math"}, 10)
+    assert row.messages == [{"role": "user", "content": "add\n1 2"}, {"role": "assistant", "content": "3"}]
+    assert row.source == "math"
+    assert check_row({"instruction": "add", "input": "", "output": "3"}, 10).messages[0]["content"] == "add"
+    assert check_row({"instruction": "add", "output": "3"}, 10).messages[0]["content"] == "add"
+
+
+def test_teacher_prompt_replaces_the_last_user_turn():
+    turns = [USER, ANSWER, {"role": "user", "content": "second"}, ANSWER]
+    row = check_row({"messages": turns, "teacher_prompt": "more"}, 10)
+    assert row.teacher_messages == [USER, ANSWER, {"role": "user", "content": "more"}, ANSWER]
+    assert row.messages == turns
+
+
+def test_tokenised_rows_end_with_the_last_trained_token():
+    row = check_row({"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, -100, 4, -100]}, 10)
+    assert (row.input_ids, row.labels) == ([1, 2, 3, 4], [-100, 2, -100, 4])
+
+
+def test_a_trained_first_token_has_nothing_that_predicts_it():
+    row = check_row({"input_ids": [1, 2], "labels": [1, 2]}, 10)
+    assert row.labels == [-100, 2]
+
+
+def test_a_mask_over_the_cut_off_padding_is_fine():
+    row = check_row({"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}, 10)
+    assert row.input_ids == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        ([1], "a row is a JSON object, this is a list"),
+        ("text", "this is a string"),
+        (None, "this is null"),
+        ({}, "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` (every column is empty)"),
+        ({"conversations": [], "id": 3}, "(its columns: conversations, id)"),
+        ({"messages": [USER, ANSWER], **IDS}, "has messages and input_ids/labels: one of them must go"),
+        ({"messages": [USER, ANSWER], "instruction": "x", "output": "y"}, "has messages and instruction/output"),
+        ({"messages": "hi"}, "messages must be a list of turns, got a string"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": ["hi"]}, "messages[0] must be an object with role and content, got a string"),
+        (
+            {"messages": [USER, {"role": "robot", "content": "x"}]},
+            "messages[1].role 'robot' is unknown: system, user, assistant are the roles",
+        ),
+        ({"messages": [USER, {"content": "x"}]}, "messages[1].role None is unknown"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role ['user'] is unknown"),
+        (
+            {"messages": [{"role": "user", "content": 3}, ANSWER]},
+            "messages[0].content must be a string, got an integer 3",
+        ),
+        ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content must be a string, got null"),
+        ({"messages": [{"role": "user", "content": ["x"]}, ANSWER]}, "messages[0].content[0] must be an object"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]},
+            "content[0].text must be a string, got null",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER]},
+            "is of type 'image' and holds image: only text parts are read (media rows need",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "audio": "a.wav"}]}, ANSWER]},
+            "holds audio: only text parts are read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]},
+            "messages[0].content is not valid Unicode: lone surrogate at character 0",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "messages[1]: empty response"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1]: empty response"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": []}]},
+            "messages[1] has tool_calls: a turn has role and content",
+        ),
+        ({"messages": [USER]}, "messages end with a user turn: the last turn must be the assistant's response"),
+        ({"messages": [ANSWER]}, "messages[0] is an assistant turn: nothing stands before it"),
+        ({"instruction": "x"}, "empty response: output has no text"),
+        ({"instruction": "x", "output": None}, "empty response"),
+        ({"instruction": "x", "output": 3.5}, "output must be a string, got a float 3.5"),
+        ({"instruction": "x", "input": float("nan"), "output": "y"}, "input must be a string, got a float nan"),
+        ({"instruction": " ", "output": "y"}, "empty prompt: neither instruction nor input has text"),
+        ({"output": "y"}, "empty prompt"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` holds media: media rows need"),
+        ({"messages": [USER, ANSWER], "teacher_audios": ["a.wav"]}, "column `teacher_audios` holds media"),
+        ({"messages": [USER, ANSWER], "tools": [{}]}, "column `tools` is not supported"),
+        (
+            {"messages": [USER, ANSWER], "system": "be kind"},
+            "column `system` is not supported: write it as the first turn",
+        ),
+        ({"messages": [USER, ANSWER], "source": 3}, "source must be a string, got an integer 3"),
+        ({"input_ids": [1, 2]}, "`labels` is missing"),
+        ({"labels": [1, 2]}, "`input_ids` is missing"),
+        ({"input_ids": [], "labels": []}, "input_ids is empty"),
+        ({"input_ids": [1, True], "labels": [-100, 1]}, "input_ids[1] must be an integer, got a boolean True"),
+        ({"input_ids": [1, 2.0], "labels": [-100, 2]}, "input_ids[1] must be an integer, got a float 2.0"),
+        ({"input_ids": [[1, 2]], "labels": [[-100, 2]]}, "input_ids[0] must be an integer, got a list [1, 2]"),
+        ({"input_ids": [1, 10], "labels": [-100, 9]}, "input_ids[1] is 10, out of the vocabulary [0, 10)"),
+        ({"input_ids": [1, -1], "labels": [-100, 9]}, "input_ids[1] is -1, out of the vocabulary [0, 10)"),
+        ({"input_ids": [1, 10**40], "labels": [-100, 9]}, f"input_ids[1] is {10**40}, out of the vocabulary"),
+        ({"input_ids": [1, 2], "labels": [-100, -1]}, "labels[1] is -1, out of the vocabulary [0, 10) or -100"),
+        ({"input_ids": [1, 2], "labels": [-100, 10]}, "labels[1] is 10, out of the vocabulary [0, 10) or -100"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 2]}, "input_ids has 3 tokens and labels 2"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "empty response: no label after the first is other than -100"),
+        ({"input_ids": [1, 2], "labels": [1, -100]}, "empty response"),
+        (
+            {"input_ids": [0, 1, 2], "labels": [-100, 1, 2], "attention_mask": [0, 1, 1]},
+            "attention_mask[0] is 0 before the last trained token",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1]},
+            "attention_mask must be a list as long as input_ids",
+        ),
+        ({**IDS, "teacher_input_ids": []}, "teacher_input_ids is empty"),
+        ({**IDS, "teacher_input_ids": [10]}, "teacher_input_ids[0] is 10, out of the vocabulary"),
+        ({**IDS, "teacher_input_ids": "1"}, "teacher_input_ids must be a list of integers, got a string"),
+        ({**IDS, "teacher_prompt": "x"}, "teacher_prompt replaces a user turn, and a tokenised row has none"),
+        (
+            {"input_ids": [1, 2], "labels": [1, 2], "teacher_input_ids": [3]},
+            "labels[0] is trained: with a teacher view",
+        ),
+        (
+            {**IDS, "teacher_input_ids": [1], "teacher_messages": [USER, ANSWER]},
+            "has teacher_messages and teacher_input_ids: the teacher has one view",
+        ),
+        ({"messages": [USER, ANSWER], "teacher_prompt": ""}, "teacher_prompt has no text"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, ANSWER], "teacher_prompt": "x"},
+            "replaces the last user turn, and messages have none",
+        ),
+        (
+            {"messages": [USER, ANSWER], "teacher_messages": [USER]},
+            "teacher view without response: teacher_messages end with a user turn",
+        ),
+        ({"messages": [USER, ANSWER], "teacher_messages": []}, "teacher_messages is empty"),
+        (
+            {"messages": [USER, ANSWER], "teacher_messages": [{"role": "x", "content": "y"}]},
+            "teacher_messages[0].role 'x' is unknown",
+        ),
+        ({"teacher_messages": [USER, ANSWER]}, "has none of `messages`"),
+    ],
+)
+def test_bad_rows_name_the_reason(raw, reason):
+    with pytest.raises(RowError) as error:
+        check_row(raw, 10)
+    assert reason in str(error.value)

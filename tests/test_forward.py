@@ -1,0 +1,170 @@
+"""Teacher and student passes: what the toggle, dropout, recomputation and empty micro-batches may not change."""
+
+import math
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.reference_step import write_adapter
+from tests.train_runs import SMALL, arguments, build_parts, layout_flags, make_rows, write_rows
+
+LAYOUTS = [(1, 1, 1, 1), (4, 2, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("forward")
+    model = tiny_folder(**SMALL)
+    adapter = write_adapter(root / "adapter", model, rank=3, alpha=5)
+    return dict(model=model, adapter=adapter, dataset=write_rows(root / "rows.jsonl", make_rows(8)), output_dir=root)
+
+
+def micro_batches(parts, parallel, sizes=(3, 0, 5), seed=0):
+    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a filler row."""
+    from megatron_gkd.data import Sample, View, collate
+
+    rows, batches = make_rows(sum(sizes), seed=seed), []
+    for size in sizes:
+        samples = []
+        for row in rows[:size]:
+            ids, labels, prompt = row["input_ids"], row["labels"], row["teacher_input_ids"]
+            start = next(i for i, label in enumerate(labels) if label != -100)
+            teacher = View(prompt + ids[start:], [-100] * len(prompt) + labels[start:], len(prompt))
+            samples.append(Sample(View(ids, labels, start), teacher, True, "", len(samples), 0))
+        batches.append(collate(samples or [None], 0, parallel.tp_size))
+        del rows[:size]
+    return batches
+
+
+def gradients(parts) -> list[torch.Tensor]:
+    return [parameter.main_grad.clone() for parameter in parts.optimizer.moments()]
+
+
+def pass_through(parts, parallel, batches, seed=7, settings=None):
+    """One step's passes as the loop makes them: the sums and the gradients."""
+    from megatron_gkd.forward import student_forward_backward, teacher_forward
+    from megatron_gkd.parallel import seed_step
+
+    seed_step(seed, 0, parallel)
+    teacher = teacher_forward(parts.model, batches, parallel)
+    parts.optimizer.zero_grad()
+    sums = student_forward_backward(parts.ddp, batches, teacher, settings or parts.loss, parallel)
+    return sums.means(parallel), gradients(parts), teacher
+
+
+def _recompute(rank, world_size, argv):
+    plain = build_parts(argv + ["--lora_dropout", "0.2"])
+    recomputing = build_parts(argv + ["--lora_dropout", "0.2", "--recompute", "full"], again=True)
+    parallel = plain.parallel
+    batches = micro_batches(plain, parallel, (3, 5))
+    first, second = pass_through(plain, parallel, batches), pass_through(recomputing, parallel, batches)
+    other = pass_through(plain, parallel, batches, seed=8)
+    assert any(gradient.any() for gradient in first[1])
+    return (
+        first[0] == second[0],
+        max(float((x - y).abs().max()) for x, y in zip(first[1], second[1], strict=True)),
+        max(float((x - y).abs().max()) for x, y in zip(first[1], other[1], strict=True)),
+    )
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_recompute_repeats_the_dropout(flags, world_size, tp, pp, ep):
+    """The same masks in the second forward: the same gradients, which another seed does not give."""
+    for same_loss, error, other_error in run_ranks(
+        _recompute, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
+    ):
+        assert same_loss and error < 1e-6 < 1e-3 < other_error
+
+
+def _modes(rank, world_size, argv):
+    from megatron_gkd.forward import TokenSums, student_forward, student_forward_backward, teacher_forward
+    from megatron_gkd.lora.modules import lora_modules
+
+    parts = build_parts(argv + ["--lora_dropout", "0.2"])
+    parallel = parts.parallel
+    batches = micro_batches(parts, parallel, (3, 5))
+    modules = lora_modules(parts.model)
+
+    def modes():
+        return {(module.enabled, module.training) for module in modules} | {("ddp", parts.ddp.training)}
+
+    answers = [modes()]
+    teacher = teacher_forward(parts.model, batches, parallel)
+    answers.append(modes())
+    again = teacher_forward(parts.model, batches, parallel)
+    evaluations = []
+    for _ in range(2):
+        sums = TokenSums.zero(parallel.device)
+        student_forward(parts.ddp, batches, again, parts.loss, parallel, sums)
+        evaluations.append(sums.means(parallel))
+    answers.append(modes())
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(math.nan)
+    without = teacher_forward(parts.model, batches, parallel)
+    broken = student_forward_backward(parts.ddp, batches, without, parts.loss, parallel).means(parallel)
+    answers.append(modes())
+    return (
+        answers,
+        [torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(teacher, again, without, strict=True)],
+        any(x.requires_grad for x in teacher),
+        evaluations[0] == evaluations[1],
+        math.isnan(broken["loss"]),
+    )
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_teacher_is_the_base_bit_for_bit(flags, world_size, tp, pp, ep):
+    """NaN in every LoRA weight does not reach it; evaluation has no dropout; every pass leaves flags and modes as it
+    found them."""
+    for answers, same_teacher, needs_grad, same_evaluation, broken in run_ranks(
+        _modes, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
+    ):
+        assert answers == [{(True, True), ("ddp", True)}] * 4
+        assert all(same_teacher) and not needs_grad and same_evaluation and broken
+
+
+def _empty(rank, world_size, argv):
+    parts = build_parts(argv)
+    parallel = parts.parallel
+    whole = pass_through(parts, parallel, micro_batches(parts, parallel, (8,)))
+    pieces = pass_through(parts, parallel, micro_batches(parts, parallel, (3, 0, 5)))
+    nothing = pass_through(parts, parallel, micro_batches(parts, parallel, (0,)))
+    return (
+        whole[0],
+        pieces[0],
+        max(float((x - y).norm() / x.norm()) for x, y in zip(whole[1], pieces[1]) if x.any()),
+        nothing[0],
+    )
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_micro_batches_do_not_matter(flags, world_size, tp, pp, ep):
+    """One batch, or ragged pieces of it and one without any response token: the same means and gradients."""
+    for whole, pieces, error, nothing in run_ranks(_empty, world_size, arguments(**flags, **layout_flags(tp, pp, ep))):
+        assert error < 1e-4 and whole.keys() == pieces.keys()
+        for name, value in whole.items():
+            assert pieces[name] == pytest.approx(value, rel=1e-5), name
+        assert nothing["num_tokens"] == 0 and nothing["loss"] == 0
+
+
+def _on_policy(rank, world_size, argv):
+    from dataclasses import replace
+
+    parts = build_parts(argv + ["--sft_alpha", "0.5"])
+    batches = micro_batches(parts, parts.parallel, (3, 5))
+    written = [replace(batch, on_policy=True) for batch in batches]
+    without = replace(parts.loss, sft_alpha=0.0)
+    results = [pass_through(parts, parts.parallel, batches), pass_through(parts, parts.parallel, written)]
+    results.append(pass_through(parts, parts.parallel, batches, settings=without))
+    same = all(torch.equal(x, y) for x, y in zip(results[1][1], results[2][1]))
+    return [means for means, _, _ in results], same
+
+
+def test_no_sft_on_written_text(flags):
+    (((data, written, without), same_gradients),) = run_ranks(_on_policy, 1, arguments(**flags))
+    assert data["loss"] == pytest.approx(0.5 * data["jsd"] + 0.5 * data["sft_loss"], rel=1e-6) and data["sft_loss"] > 1
+    assert written == without and written["loss"] == written["jsd"] and same_gradients

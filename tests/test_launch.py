@@ -1,0 +1,127 @@
+"""The launch scripts, run for real on CPU ranks with a small model: one step each, and impossible layouts refused."""
+
+import json
+import math
+import os
+import random
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint_tools.make_tiny_model import build_folder
+
+REPOSITORY = Path(__file__).parents[1]
+# What makes the flagship's settings small: the layout and the rest of each script stay as they are.
+SMALL = "--max_steps 1 --max_length 48 --max_completion_length 4 --torch_dtype float32 --logging_steps 1".split()
+SMALL += "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1".split()
+SMALL += "--split_dataset_ratio 0 --dataloader_num_workers 0 --dataset_num_proc 1".split()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Variables that point the scripts at a small model and tokenised rows whose teacher sees another prompt."""
+    folder = tmp_path_factory.mktemp("launch")
+    model = build_folder(str(folder / "model"), num_hidden_layers=2, hidden_size=64, head_dim=16, vocab_size=1024)
+    rng = random.Random(0)
+
+    def tokens(count):
+        return [rng.randrange(300, 900) for _ in range(count)]
+
+    with open(folder / "rows.jsonl", "w") as file:
+        for _ in range(16):
+            prompt, response = tokens(rng.randrange(3, 9)), tokens(rng.randrange(3, 9))
+            row = {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+            file.write(json.dumps(row | {"teacher_input_ids": tokens(12)}) + "\n")
+    variables = {"MODEL": model, "DATASET": str(folder / "rows.jsonl"), "DEVICE": "cpu", "PYTHON": sys.executable}
+    return os.environ | variables | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def launch(script, environment, *flags):
+    command = ["bash", str(REPOSITORY / "launch" / script), *SMALL, *flags]
+    log = Path(environment["OUTPUT"] + ".log")
+    with open(log, "w") as file:  # a file, not a pipe: an orphan would keep a pipe open
+        status = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=300).returncode
+    return status, log.read_text()
+
+
+def check_one_step(output, layout):
+    """The run folder holds one step with a finite loss, taken at this layout."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1]
+    assert math.isfinite(lines[0]["loss"]) and lines[0]["loss"] > 0 and lines[0]["grad_norm"] > 0
+    assert (output / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    recorded = json.loads((output / "run.json").read_text())["layout"]
+    assert {name: recorded[name] for name in layout} == layout
+
+
+@pytest.mark.parametrize(
+    "script, layout, line",
+    [
+        (
+            "qwen3_omni_30b_8gpu.sh",
+            {"world_size": 8, "tp": 8, "ep": 8, "dp": 1},
+            "8 ranks = TP 8 x PP 1 x DP 1; EP 8: 1 of 8 experts a rank",
+        ),
+        (
+            "qwen3_omni_30b_8gpu_tp4.sh",
+            {"world_size": 8, "tp": 4, "ep": 8, "dp": 2},
+            "8 ranks = TP 4 x PP 1 x DP 2; EP 8: 1 of 8 experts a rank",
+        ),
+    ],
+)
+def test_one_node(script, layout, line, environment, tmp_path):
+    status, log = launch(script, environment | {"OUTPUT": str(tmp_path / "out")})
+    assert status == 0, log
+    assert line in log
+    check_one_step(tmp_path / "out", layout)
+
+
+def test_slurm_and_two_nodes(environment, tmp_path):
+    commands = {
+        "scontrol": 'test "$*" = "show hostnames node[0-1]" && printf "127.0.0.1\\n127.0.0.2\\n"',
+        "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" || exit 1\nwait %1',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "NPROC_PER_NODE": "1"}
+    slurm |= {"SLURM_SUBMIT_DIR": str(REPOSITORY), "MASTER_PORT": str(port), "EXPERT_PARALLEL": "2"}
+    slurm |= {"PATH": f"{tmp_path / 'bin'}:{environment['PATH']}", "OUTPUT": str(tmp_path / "out")}
+    status, log = launch("slurm.sh", environment | slurm, "--tensor_model_parallel_size", "1")
+    assert status == 0, log
+    assert "2 ranks = TP 1 x PP 1 x DP 2; EP 2: 4 of 8 experts a rank" in log
+    layout = {"world_size": 2, "tp": 1, "ep": 2, "dp": 2}
+    check_one_step(tmp_path / "out", layout)
+
+
+@pytest.mark.parametrize(
+    "script, variables, flags, numbers",
+    [
+        ("qwen3_omni_30b_8gpu.sh", {"NPROC_PER_NODE": "6"}, [], ["6 ranks", "= 8 ranks"]),
+        ("qwen3_omni_30b_8gpu_tp4.sh", {"NPROC_PER_NODE": "4"}, [], ["expert_model_parallel_size 8", "4 ranks"]),
+        ("multi_node.sh", {"EXPERT_PARALLEL": "16"}, [], ["expert_model_parallel_size 16", "8 experts"]),
+        ("qwen3_omni_30b_8gpu.sh", {}, ["--lora_rnk", "4"], ["--lora_rnk", "--lora_rank"]),
+    ],
+)
+def test_impossible_runs_are_refused_before_they_start(script, variables, flags, numbers, environment, tmp_path):
+    nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OUTPUT": str(tmp_path / "out")}
+    status, log = launch(script, environment | nodes | variables, *flags)
+    assert status == 2, log
+    assert all(number in log for number in numbers), log
+    assert "Traceback" not in log and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"])
+def test_missing_variables_are_named(script, environment, tmp_path):
+    variables = {name: value for name, value in environment.items() if name not in ("MODEL", "MASTER_ADDR")}
+    status, log = launch(script, variables | {"OUTPUT": str(tmp_path / "out")})
+    assert status == 1 and ("MODEL" in log or "MASTER_ADDR" in log), log

@@ -1,0 +1,392 @@
+"""LoRA against peft at every parallel layout, the toggle, dropout, how adapters start, what the run says about them.
+
+Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from checkpoint_tools.thinker import decoder
+from megatron_gkd import parallel
+from megatron_gkd.lora import lora_enabled
+from megatron_gkd.lora.adapter import adapter_pieces, applied
+from megatron_gkd.lora.apply import banner, count_parameters
+from megatron_gkd.lora.modules import LoraModule, lora_modules
+from megatron_gkd.lora.targets import resolve_targets
+from megatron_gkd.model.config import ModelShape, read_model_shape
+from tests.adapters import (
+    ALL,
+    ATTENTION,
+    EXPERTS,
+    linear_sizes,
+    load_peft,
+    load_thinker,
+    make_batches,
+    peft_gradients,
+    random_adapter,
+    with_zero_experts,
+    write_adapter,
+)
+from tests.lora_runs import FOLDERS, VOCAB_SIZE, add_lora, build, gather, in_reducer, initialize, make_optimizer, run_schedule, share
+from tests.ranks import run_ranks
+
+CASES = {  # folder, targets, rank, alpha
+    "all, rank 4": ("4 KV heads", ALL, 4, 8),
+    "all, rank 3": ("2 KV heads, odd sizes", ALL, 3, 5),
+    "q and v, rank 8": ("4 KV heads", ["q_proj", "v_proj"], 8, 16),
+    "o, rank 16": ("4 KV heads", ["o_proj"], 16, 8),
+    "k and experts, rank 1": ("2 KV heads, odd sizes", ["k_proj", *EXPERTS], 1, 2),
+    "gate and up, rank 3": ("4 KV heads", ["gate_proj", "up_proj"], 3, 4),
+    "down, rank 16": ("4 KV heads", ["down_proj"], 16, 32),
+}
+DROPOUT = 0.3
+
+
+def gradients_of(model, shape, place):
+    """(tensor name, slice of it, gradient) of every LoRA parameter on this rank, copies of replicated ones included."""
+    return [
+        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone()) for piece in adapter_pieces(model, shape, place)
+    ]
+
+
+def lora_at_layout(rank, world_size, tp, pp, ep, runs):
+    """For each (folder, adapter, options): logits, gradients, gradient norm, and whether LoRA off equals the base bit for bit."""
+    place = initialize(tp, pp, ep)
+    batches = share(make_batches(VOCAB_SIZE), place)
+    results = []
+    for folder, adapter, options in runs:
+        shape, model = build(place, folder, **options)
+        base = run_schedule(place, in_reducer(model), batches, backward=False)
+        add_lora(place, shape, model, adapter)
+        ddp = in_reducer(model)
+        optimizer = make_optimizer(ddp)
+        optimizer.zero_grad()
+        logits = run_schedule(place, ddp, batches)
+        gradients = gradients_of(model, shape, place)
+        update = optimizer.step(0.05, 0.0)
+        trained = run_schedule(place, ddp, batches, backward=False)
+        off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+        results.append(
+            SimpleNamespace(
+                logits=logits,
+                gradients=gradients,
+                grad_norm=update.grad_norm,
+                dtypes={parameter.dtype for parameter in model.parameters() if parameter.requires_grad},
+                off_is_base=[torch.equal(*pair) for pair in zip(off, base)],
+                moved=[(new - old).abs().max().item() for new, old in zip(trained, logits)],
+                numbers=list(range(max(2, place.dp_size)))[place.dp_rank :: place.dp_size],
+            )
+        )
+    return results
+
+
+class Reference:
+    """One case through peft: logits of each micro-batch and gradients of their summed losses, computed when first asked for."""
+
+    def __init__(self, folder: str, adapter: str, shape, rank: int):
+        model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
+        assert not missing
+        self.logits, self.gradients, self.num_tokens = [], [], []
+        for batch in make_batches(VOCAB_SIZE):
+            logits = model(input_ids=batch.input_ids).logits
+            (logits * batch.cotangent(VOCAB_SIZE)).sum().backward()
+            self.logits.append(logits.detach())
+            self.gradients.append(peft_gradients(model, shape, rank))
+            self.num_tokens.append(int(batch.real.sum()))
+            model.zero_grad(set_to_none=True)
+
+    def mean_gradients(self, num_batches: int) -> dict[str, torch.Tensor]:
+        total = sum(self.num_tokens[:num_batches])
+        return {name: sum(of[name] for of in self.gradients[:num_batches]) / total for name in self.gradients[0]}
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_folder, tmp_path_factory):
+    """name -> (folder, adapter folder, targets, Reference)."""
+    made = {}
+    for name, (kind, targets, rank, alpha) in CASES.items():
+        folder = tiny_folder(**FOLDERS[kind])
+        shape = read_model_shape(folder)
+        tensors, written = with_zero_experts(random_adapter(shape, rank, targets), shape, rank, targets)
+        adapter = write_adapter(tmp_path_factory.mktemp("adapter"), tensors, rank=rank, alpha=alpha, targets=written)
+        made[name] = (folder, adapter, targets, Reference(folder, adapter, shape, rank))
+    return made
+
+
+def check_logits(result, reference, tolerance=1e-4):
+    for number, value in zip(result.numbers, result.logits):
+        expected, real = reference.logits[number], make_batches(VOCAB_SIZE)[number].real
+        difference = ((value[..., :VOCAB_SIZE] - expected).abs() * real[..., None]).max().item()
+        assert difference < tolerance, f"micro-batch {number}: logits differ by {difference}"
+
+
+def check_gradients(results, expected, targets, tolerance=1e-4):
+    """Every rank's gradients, copies of replicated weights included, and every element of every tensor seen."""
+    expected = {name: value for name, value in expected.items() if name.split(".")[-3] in targets}
+    largest = {}
+    for name, value in expected.items():
+        kind = tuple(name.split(".")[-3:])
+        largest[kind] = max(largest.get(kind, 0.0), value.abs().max().item())
+    assert min(largest.values()) > 1e-3, "the reference's own gradients must not vanish"
+    seen = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in expected.items()}
+    for rank, result in enumerate(results):
+        for name, index, value in result.gradients:
+            limit = tolerance * largest[tuple(name.split(".")[-3:])]
+            difference = (value - expected[name][index]).abs().max().item()
+            assert difference < limit, f"rank {rank}: gradient of {name} differs by {difference}, allowed {limit}"
+            seen[name][index] = True
+    assert all(flags.all() for flags in seen.values())
+    norm = torch.stack([value.norm() for value in expected.values()]).norm().item()
+    for result in results:
+        assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+LAYOUTS = [  # world size, TP, PP, EP; DP is the rest
+    pytest.param(1, 1, 1, 1, id="one rank"),
+    pytest.param(2, 2, 1, 2, id="TP2 EP2"),
+    pytest.param(2, 1, 2, 1, id="PP2"),
+    pytest.param(4, 4, 1, 1, id="TP4"),
+    pytest.param(4, 2, 1, 1, id="TP2 DP2"),
+    pytest.param(4, 1, 1, 4, id="EP4 over DP4"),
+    pytest.param(8, 8, 1, 8, id="TP8 EP8, the flagship"),
+    pytest.param(8, 4, 2, 2, id="TP4 PP2 EP2"),
+    pytest.param(8, 2, 2, 4, id="TP2 PP2 DP2 EP4", marks=pytest.mark.smoke),
+]
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_logits_and_gradients_equal_peft(cases, world_size, tp, pp, ep):
+    """Every set of linears, plus full recompute of the first; and LoRA off is the base bit for bit, also after a step of training."""
+    names = [*cases, "all, rank 4"]
+    runs = [(*cases[name][:2], {"recompute": number == len(cases)}) for number, name in enumerate(names)]
+    by_rank = run_ranks(lora_at_layout, world_size, tp, pp, ep, runs)
+    for number, name in enumerate(names):
+        _, _, targets, reference = cases[name]
+        results = [of_rank[number] for of_rank in by_rank]
+        for result in results:
+            check_logits(result, reference)
+            assert all(result.off_is_base), f"{name}: LoRA off is not the base"
+            assert all(difference > 1e-2 for difference in result.moved), f"{name}: a step of training does not show"
+            assert result.dtypes == {torch.float32}
+        assert {number for result in results if result.logits for number in result.numbers} == set(range(max(2, world_size // tp // pp)))
+        check_gradients(results, reference.mean_gradients(max(2, world_size // tp // pp)), targets)
+
+
+@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.98), ("float16", 0.01, 0.999)])
+def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, cosine_limit):
+    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype allows, off is still the base."""
+    folder, adapter, _, reference = cases["all, rank 4"]
+    results = [of_rank[0] for of_rank in run_ranks(lora_at_layout, 2, 2, 1, 2, [(folder, adapter, {"dtype": dtype})])]
+    expected, ours, theirs = reference.mean_gradients(2), [], []
+    for result in results:
+        assert result.dtypes == {torch.float32} and all(result.off_is_base)
+        assert all(value.dtype == torch.float32 for _, _, value in result.gradients)
+        for number, value in zip(result.numbers, result.logits):
+            real, wanted = make_batches(VOCAB_SIZE)[number].real, reference.logits[number]
+            error = ((value[..., :VOCAB_SIZE] - wanted).norm(dim=-1) / wanted.norm(dim=-1))[real].median().item()
+            assert error < logits_limit, f"relative error {error}"
+        ours += [value.flatten() for _, _, value in result.gradients]
+        theirs += [expected[name][index].flatten() for name, index, _ in result.gradients]
+    cosine = torch.nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0).item()
+    assert cosine > cosine_limit, f"cosine {cosine}"
+
+
+def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
+    """Gradients without recompute, then with it while LoRA is switched between forward and backward: on/off, off/on. Dropout is on."""
+    place = initialize(tp, pp, ep)
+    results = []
+    for recompute, on_in_forward, on_in_backward in ((False, True, True), (True, True, False), (True, False, True)):
+        shape, model = build(place, folder, adapter, recompute=recompute, dropout=DROPOUT)
+        ddp = in_reducer(model).train()
+        ddp.zero_grad_buffer()
+        parallel.seed_step(42, 0, place)
+        batches = make_batches(VOCAB_SIZE)[:3]
+        run_schedule(place, ddp, batches, on_in_forward=on_in_forward, on_in_backward=on_in_backward)
+        assert all(module.enabled for module in lora_modules(model)), "the flags must be back"
+        results.append([value for _, _, value in gradients_of(model, shape, place)])
+    return results
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (2, 1, 2, 1), (2, 2, 1, 2)])
+def test_recompute_sees_the_flag_of_the_forward_pass(cases, world_size, tp, pp, ep):
+    """Backward may run after the toggle's context has ended, or inside the teacher's: gradients are those of what the forward pass did, dropout
+    masks included."""
+    folder, adapter, _, _ = cases["all, rank 4"]
+    for plain, student, teacher in run_ranks(gradients_with_toggles, world_size, tp, pp, ep, folder, adapter):
+        for expected, recomputed, of_base in zip(plain, student, teacher):
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(recomputed, expected, rtol=1e-5, atol=1e-7)
+            assert not of_base.any(), "a forward pass with LoRA off has no LoRA gradient"
+
+
+def test_toggle_nests_and_comes_back_after_an_exception():
+    model = torch.nn.ModuleList(LoraModule(torch.nn.Identity(), rank=2, alpha=4, dropout=0.0) for _ in range(3))
+    flags = lambda: [module.enabled for module in model]  # noqa: E731
+    model[1].enabled = False
+    with pytest.raises(KeyError, match="a step went wrong"):
+        with lora_enabled(model, False):
+            assert flags() == [False, False, False]
+            with lora_enabled(model, True):
+                assert flags() == [True, True, True]
+            assert flags() == [False, False, False]
+            raise KeyError("a step went wrong")
+    assert flags() == [True, False, True]
+
+
+def equal_on_all(values, group):
+    flat = torch.cat([value.flatten() for value in values])
+    return all(torch.equal(flat, part) for part in gather(flat[None], group, 0))
+
+
+def check_copies(place, model, get):
+    """Bit-equal copies of get(parameter): replicated weights over TP, attention's over DP, experts' over their own data-parallel group."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    experts = [get(parameter) for parameter in trainable if not getattr(parameter, "allreduce", True)]
+    attention = [get(parameter) for parameter in trainable if getattr(parameter, "allreduce", True)]
+    replicated = [get(parameter) for parameter in trainable if not getattr(parameter, "tensor_model_parallel", False)]
+    assert len(replicated) == 4 * len(model.decoder.layers)  # W_down of q, k, v and W_up of o in each layer
+    assert equal_on_all(replicated, place.groups.tp) and equal_on_all(attention, place.groups.dp) and equal_on_all(experts, place.groups.expt_dp)
+
+
+def train_with_dropout(rank, world_size, tp, pp, ep, folder):
+    place = initialize(tp, pp, ep)
+    _, model = build(place, folder, rank=3, alpha=6, targets=ALL, seed=0, dropout=DROPOUT)
+    ddp, batches = in_reducer(model), share(make_batches(VOCAB_SIZE), place)
+    base = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+    start = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(ddp.train())
+    for step in range(20):
+        parallel.seed_step(42, step, place)
+        optimizer.zero_grad()
+        run_schedule(place, ddp, batches)
+        check_copies(place, model, lambda parameter: parameter.main_grad)
+        assert optimizer.step(1e-2, 0.0).applied
+        check_copies(place, model, lambda parameter: parameter.data)
+    now = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all((after - before).abs().max() > 1e-3 for before, after in zip(start, now)), "a weight was never trained"
+    off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+    assert all(torch.equal(*pair) for pair in zip(off, base)), "LoRA off is no longer the base"
+
+
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep",
+    [
+        pytest.param(4, 2, 1, 2, id="TP2 DP2 EP2, experts twice", marks=pytest.mark.smoke),
+        pytest.param(4, 4, 1, 1, id="TP4, experts four times"),
+        pytest.param(4, 2, 2, 2, id="TP2 PP2 EP2"),
+    ],
+)
+def test_copies_stay_bit_equal_over_20_steps_with_dropout(tiny_folder, world_size, tp, pp, ep):
+    run_ranks(train_with_dropout, world_size, tp, pp, ep, tiny_folder(**FOLDERS["4 KV heads"]))
+
+
+def dropout_masks(rank, world_size, folder):
+    """At TP 2, DP 2: masks of the first layer's linears, and what dropout does to one linear and in evaluation."""
+    place = initialize(2, 1, 2)
+    shape, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=DROPOUT)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # W_up too; equal on all ranks, which does not matter here
+            parameter.data.normal_(generator=torch.Generator().manual_seed(9), std=0.1)
+    layer = model.decoder.layers[0]
+    linears = dict(qkv=layer.self_attention.linear_qkv, o=layer.self_attention.linear_proj, down=layer.mlp.experts.down)
+    model.train()
+    masks = []
+    for step in (0, 0, 1):
+        parallel.seed_step(42, step, place)
+        masks.append({name: linear.drop(torch.ones(64, 64), generator_of(name)) for name, linear in linears.items()})
+
+    x, offsets = torch.randn(8, shape.moe_intermediate_size), torch.tensor([1, 3, 6, 8], dtype=torch.int32)
+    with torch.no_grad():
+        model.eval()
+        evaluated = linears["down"](x, offsets)
+        model.train()
+        average = sum(linears["down"](x, offsets) for _ in range(1000)) / 1000
+        with lora_enabled(model, False):
+            base = linears["down"](x, offsets)
+
+    evaluations = []
+    for dropout in (0.0, DROPOUT):
+        _, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=dropout)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.05)
+        evaluations.append(run_schedule(place, in_reducer(model.eval()), make_batches(VOCAB_SIZE)[:1], backward=False)[0])
+    return SimpleNamespace(masks=masks, averaged=(average - base, evaluated - base), evaluations=evaluations)
+
+
+def generator_of(name):
+    return "expert-parallel-rng" if name == "down" else "model-parallel-rng"
+
+
+def test_dropout(tiny_folder):
+    """Masks: seeded by the step, different on sequence shards, feature shards, experts and data-parallel ranks; scaled so that the mean is kept;
+    none in evaluation."""
+    results = run_ranks(dropout_masks, 4, tiny_folder(**FOLDERS["4 KV heads"]))
+    for name in ("qkv", "o", "down"):
+        first, again, next_step = ([result.masks[step][name] for result in results] for step in range(3))
+        for rank in range(4):
+            assert torch.equal(first[rank], again[rank])
+            others = [next_step[rank], *(first[other] for other in range(4) if other != rank)]
+            assert not any(torch.equal(first[rank], other) for other in others), f"{name}: rank {rank} shares a mask"
+        values = torch.stack(first)
+        kept = values != 0
+        torch.testing.assert_close(values[kept], torch.full_like(values[kept], 1 / (1 - DROPOUT)))
+        assert kept.float().mean().item() == pytest.approx(1 - DROPOUT, abs=0.02)
+    for result in results:
+        average, exact = result.averaged
+        assert (average - exact).norm() < 0.1 * exact.norm() and exact.norm() > 0.1
+        assert torch.equal(*result.evaluations)
+
+
+def test_parameter_count_of_the_real_model():
+    """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
+    shape = ModelShape(
+        prefix="thinker.", num_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+        num_experts_per_tok=8, norm_topk_prob=True, moe_intermediate_size=768, vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6,
+        mrope_section=(24, 20, 20), tie_word_embeddings=False,
+    )
+    attention = (2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048)
+    experts = 128 * 3 * (2048 + 768)
+    norms, router = 2 * 2048 + 2 * 128, 128 * 2048
+    layer = 2048 * (4096 + 512 + 512) + 4096 * 2048 + router + norms + 128 * 3 * 2048 * 768
+    base = 48 * layer + 2 * 152064 * 2048 + 2048
+    assert base == 30_532_646_912
+    assert count_parameters(shape, 8, ALL) == (48 * 8 * (attention + experts), base + 48 * 8 * (attention + experts))
+    assert count_parameters(shape, 16, ATTENTION) == (48 * 16 * attention, base + 48 * 16 * attention)
+    assert count_parameters(shape, 1, ["k_proj", "down_proj"])[0] == 48 * (2560 + 128 * 2816)
+
+
+def test_parameter_count_is_what_trains(cases):
+    """The count of the banner against the elements of the adapter that peft loads."""
+    folder, adapter, targets, _ = cases["k and experts, rank 1"]
+    shape = read_model_shape(folder)
+    expected = sum(d_in + d_out for d_in, d_out in linear_sizes(shape, targets).values())
+    model = load_thinker(folder)
+    base = sum(value.numel() for part in (decoder(model), model.lm_head) for value in part.parameters())
+    assert count_parameters(shape, 1, targets) == (expected, base + expected)
+    assert expected == sum(value.numel() for value in random_adapter(shape, 1, targets).values())
+
+
+def test_banner():
+    assert banner(150_994_944, 30_573_527_040) == (
+        "Using shared base model architecture:\n"
+        "  - Student model: base_model + LoRA (trainable)\n"
+        "  - Teacher model: base_model with LoRA disabled (frozen)\n"
+        "trainable params: 150,994,944 (0.49% of 30,573,527,040)"
+    )
+
+
+def test_a_model_without_lora_is_refused():
+    with pytest.raises(ValueError, match="requires the model to have LoRA adapters.*--lora_target_modules.*--adapter DIR"):
+        applied(torch.nn.Linear(2, 2))
+
+
+def test_names_of_linears():
+    assert resolve_targets(["ALL"]) == resolve_targets(["all-linear"]) == ALL
+    assert resolve_targets(["up_proj", "q_proj", "up_proj"]) == ["q_proj", "up_proj"]
+    with pytest.raises(ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"):
+        resolve_targets(["q_proj", "qkv_proj"])
+    with pytest.raises(ValueError, match=r"\(nothing\)"):
+        resolve_targets([])

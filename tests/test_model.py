@@ -1,0 +1,380 @@
+"""The decoder against transformers: logits, gradients of the input embeddings, at every layout, precision, recompute.
+
+B rows, S positions, V vocabulary, H hidden size. Ranks are gloo processes (tests/ranks.py); the reference runs in this
+process.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration
+
+from megatron_gkd import parallel
+from megatron_gkd.model.attention import EagerAttention, SdpaAttention
+from megatron_gkd.model.config import DTYPES, read_model_shape
+from megatron_gkd.model.decoder import build_decoder, core_attention
+from megatron_gkd.model.experts import GroupedLinear, grouped_linear, grouped_product
+from megatron_gkd.model.weights import load_weights
+from tests.ranks import run_ranks
+
+SIZES = dict(
+    num_hidden_layers=2, hidden_size=64, num_attention_heads=8, head_dim=16, num_experts=8, moe_intermediate_size=32
+)
+FOLDERS = {
+    "whole": dict(SIZES, num_hidden_layers=4, vocab_size=503, text_config={"rms_norm_eps": 1e-5}),
+    "thinker, tied, 2 KV heads, probabilities as they are": dict(
+        SIZES,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        thinker_only=True,
+        tie_word_embeddings=True,
+        rope_theta=1e4,
+        max_shard_size="200KB",
+        text_config={"norm_topk_prob": False},
+    ),
+    "one KV head, 3 experts a token, odd sizes": dict(
+        SIZES,
+        num_key_value_heads=1,
+        head_dim=24,
+        moe_intermediate_size=20,
+        num_experts_per_tok=3,
+        vocab_size=701,
+        thinker_only=True,
+    ),
+}
+
+
+@dataclass
+class MicroBatch:
+    input_ids: torch.Tensor  # [B, S]
+    position_ids: torch.Tensor  # [3, B, S]
+    lengths: torch.Tensor  # [B]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """[B, S] bool: not padding."""
+        return torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+
+    def cotangent(self, vocab_size: int) -> torch.Tensor:
+        """[B, S, V]: the gradient of the loss at the logits, zero on padding."""
+        generator = torch.Generator().manual_seed(5)
+        return torch.randn(*self.input_ids.shape, vocab_size, generator=generator) * self.real[..., None]
+
+
+def make_batches(vocab_size: int) -> list[MicroBatch]:
+    """Ragged micro-batches of several widths; the first has text positions, the others three different planes."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for index, (width, lengths) in enumerate(((24, (24, 9, 17)), (16, (5, 16)), (8, (8, 1, 3)), (32, (30, 7)))):
+        rows = len(lengths)
+        text = torch.arange(width).expand(3, rows, width)
+        planes = torch.cumsum(torch.randint(0, 3, (3, rows, width), generator=generator), dim=-1)
+        ids = torch.randint(0, vocab_size, (rows, width), generator=generator)
+        batches.append(MicroBatch(ids, text if index == 0 else planes, torch.tensor(lengths)))
+    return batches
+
+
+def reference(folder: str, batches: list[MicroBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """transformers' logits [B, S, V] and gradients of the input embeddings [B, S, H] for each micro-batch, fp32."""
+    whole = read_model_shape(folder).prefix != ""
+    model_class = Qwen3OmniMoeForConditionalGeneration if whole else Qwen3OmniMoeThinkerForConditionalGeneration
+    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    thinker = model.thinker if whole else model
+    results = []
+    for batch in batches:
+        embeddings = thinker.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+        logits = thinker(
+            inputs_embeds=embeddings, attention_mask=batch.real.long(), position_ids=batch.position_ids
+        ).logits
+        (gradient,) = torch.autograd.grad((logits * batch.cotangent(logits.shape[-1])).sum(), embeddings)
+        results.append((logits.detach(), gradient))
+    return results
+
+
+def gather(tensor: torch.Tensor, group, dim: int) -> torch.Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def run_decoder(place, folder, batches, dtype="float32", attn_impl="sdpa", recompute=False, backward=True):
+    """(logits, gradients of the input embeddings), lists over this rank's micro-batches, by megatron-core's schedule.
+
+    Logits are there on the last pipeline stage, gradients on the first; whole tensors, gathered over the TP group.
+    """
+    shape = read_model_shape(folder)
+    model = build_decoder(shape, place, DTYPES[dtype], attn_impl=attn_impl, recompute=recompute)
+    load_weights(model, shape, place, folder)
+    logits, embeddings = [], []
+    if place.is_first_stage:
+        model.embedding.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
+
+    def loss_of(hidden, batch):
+        tp, vocab = place.groups.tp, shape.vocab_size
+        if place.tp_size > 1:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+        local = (hidden.float() @ model.output_layer.weight.float().T).transpose(0, 1)  # [B, S, V_padded / TP]
+        columns = slice(place.tp_rank * local.shape[-1], (place.tp_rank + 1) * local.shape[-1])
+        cotangent = torch.nn.functional.pad(batch.cotangent(vocab), (0, shape.padded_vocab_size(place.tp_size) - vocab))
+        logits.append(gather(local.detach(), tp, -1))
+        return (local * cotangent[..., columns]).sum(), torch.ones((), dtype=torch.int), {}
+
+    def step(iterator, model):
+        batch = next(iterator)
+        hidden = model(batch.input_ids, batch.position_ids, None)
+        return hidden, lambda output: loss_of(output, batch)
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].input_ids.shape[1],
+        micro_batch_size=batches[0].input_ids.shape[0],
+        forward_only=not backward,
+    )
+    gradients = [gather(output.grad, place.groups.tp, 0).transpose(0, 1) for output in embeddings] if backward else []
+    return logits, gradients
+
+
+def share(batches, dp_rank, dp_size):
+    """This DP rank's micro-batches: two of them at DP 1, one each at DP 2 and 4."""
+    return batches[: max(2, dp_size)][dp_rank::dp_size]
+
+
+def decoder_at_layout(rank, world_size, tp, pp, ep, runs):
+    """For each (folder, batches, options) of `runs`: this rank's logits, gradients and its micro-batches' numbers."""
+    place = parallel.initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    results = []
+    for folder, batches, options in runs:
+        logits, gradients = run_decoder(place, folder, share(batches, place.dp_rank, place.dp_size), **options)
+        results.append((logits, gradients, share(range(len(batches)), place.dp_rank, place.dp_size)))
+    return results
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_folder):
+    """name -> (folder, micro-batches, transformers' (logits, gradient) for each)."""
+    made = {}
+    for name, sizes in FOLDERS.items():
+        folder = tiny_folder(**sizes)
+        batches = make_batches(sizes["vocab_size"])
+        made[name] = (folder, batches, reference(folder, batches))
+    return made
+
+
+def worst_difference(actual, expected, real):
+    return ((actual - expected).abs() * real[..., None]).max().item()
+
+
+def check(results, index, batches, references, tolerance=1e-4):
+    """Compare run `index` of every rank with the reference on real positions; return the micro-batches seen."""
+    seen_logits, seen_gradients = set(), set()
+    for rank, result in enumerate(results):
+        logits, gradients, numbers = result[index]
+        for number, value in zip(numbers, logits):
+            expected, real = references[number][0], batches[number].real
+            assert value[..., expected.shape[-1] :].abs().max() == 0, "padded vocabulary rows must be zero"
+            difference = worst_difference(value[..., : expected.shape[-1]], expected, real)
+            assert difference < tolerance, f"rank {rank}, micro-batch {number}: logits differ by {difference}"
+            seen_logits.add(number)
+        for number, value in zip(numbers, gradients):
+            expected = references[number][1]
+            difference = worst_difference(value, expected, batches[number].real) / expected.abs().max().item()
+            assert difference < tolerance, (
+                f"rank {rank}, micro-batch {number}: gradients differ by {difference} of the largest"
+            )
+            seen_gradients.add(number)
+    return seen_logits, seen_gradients
+
+
+LAYOUTS = [  # world size, TP, PP, EP; DP is the rest
+    pytest.param(1, 1, 1, 1, id="one rank"),
+    pytest.param(2, 2, 1, 2, id="TP2 EP2"),
+    pytest.param(2, 1, 2, 1, id="PP2"),
+    pytest.param(4, 4, 1, 1, id="TP4"),
+    pytest.param(4, 2, 1, 1, id="TP2 DP2"),
+    pytest.param(4, 1, 1, 4, id="EP4 over DP4"),
+    pytest.param(8, 8, 1, 8, id="TP8 EP8, the flagship", marks=pytest.mark.smoke),
+    pytest.param(8, 4, 2, 4, id="TP4 PP2 EP4"),
+    pytest.param(8, 2, 2, 4, id="TP2 PP2 DP2 EP4", marks=pytest.mark.smoke),
+]
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_logits_and_gradients_equal_transformers(cases, world_size, tp, pp, ep):
+    """Every folder at every layout, plus full recompute of the first."""
+    names = list(cases) + ["whole"]
+    runs = [(cases[name][0], cases[name][1], {"recompute": number == len(cases)}) for number, name in enumerate(names)]
+    results = run_ranks(decoder_at_layout, world_size, tp, pp, ep, runs)
+    expected = set(share(range(4), 0, 1)) if world_size == tp * pp else set(range(max(2, world_size // (tp * pp))))
+    for index, name in enumerate(names):
+        seen = check(results, index, *cases[name][1:])
+        assert seen == (expected, expected)
+
+
+def variants_on_one_rank(rank, world_size, folder, batches, variants):
+    """Logits of the first micro-batch for each (dtype, attention implementation)."""
+    place = parallel.initialize(torch.device("cpu"))
+    return [
+        run_decoder(place, folder, batches[:1], dtype=dtype, attn_impl=attn_impl)[0][0] for dtype, attn_impl in variants
+    ]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_precisions_and_attention_implementations(cases, name):
+    """eager equals sdpa; bf16 and fp16 (odd expert sizes included) are as near to fp32 as their mantissas allow.
+
+    The first quartile over positions: where rounding changes a choice of experts, the logits there and later differ by
+    more (transformers' do too).
+    """
+    folder, batches, references = cases[name]
+    limits = {
+        ("float32", "sdpa"): 1e-5,
+        ("float32", "eager"): 1e-5,
+        ("bfloat16", "sdpa"): 0.03,
+        ("bfloat16", "eager"): 0.03,
+        ("float16", "sdpa"): 4e-3,
+    }
+    (logits,) = run_ranks(variants_on_one_rank, 1, folder, batches, list(limits))
+    expected = references[0][0][batches[0].real]
+    for (variant, limit), value in zip(limits.items(), logits):
+        actual = value[..., : expected.shape[-1]][batches[0].real]
+        error = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).quantile(0.25).item()
+        assert error < limit, f"{variant}: relative error {error}"
+        assert torch.isfinite(actual).all()
+
+
+def test_ranks_whose_experts_get_no_token(tiny_folder):
+    """One-token micro-batches on 4 ranks (the filler rows of an evaluation): two experts get all, most ranks none."""
+    folder = tiny_folder(**FOLDERS["whole"])
+    position = torch.zeros(3, 1, 1, dtype=torch.int64)
+    batches = [MicroBatch(torch.tensor([[7]]), position, torch.tensor([1]))] * 4
+    results = run_ranks(decoder_at_layout, 4, 1, 1, 4, [(folder, batches, {})])
+    assert check(results, 0, batches, reference(folder, batches)) == ({0, 1, 2, 3}, {0, 1, 2, 3})
+
+
+def gradient_of_given_embeddings(rank, world_size, folder):
+    """Gradients of a `decoder_input` that does not ask for one, without and with recompute; none under no_grad."""
+    place = parallel.initialize(torch.device("cpu"))
+    shape = read_model_shape(folder)
+    ids, positions = torch.zeros(2, 8, dtype=torch.int64), torch.arange(8).expand(3, 2, 8)
+    gradients = []
+    for recompute in (False, True):
+        model = build_decoder(shape, place, torch.float32, recompute=recompute)
+        load_weights(model, shape, place, folder)
+        embeddings = torch.randn(8, 2, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert (
+                not model(ids, positions, None, decoder_input=embeddings).requires_grad and not embeddings.requires_grad
+            )
+        hidden = model(ids, positions, None, decoder_input=embeddings)
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        gradients.append(embeddings.grad)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    return gradients
+
+
+def test_recompute_reaches_embeddings_from_elsewhere(tiny_folder):
+    """Media embeddings will come in as `decoder_input`: recomputation must not cut the backward pass there."""
+    ((plain, recomputed),) = run_ranks(gradient_of_given_embeddings, 1, tiny_folder(**FOLDERS["whole"]))
+    assert plain.abs().max() > 0.1
+    torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("num_inputs, num_outputs", [(64, 32), (50, 20), (51, 3)])
+@pytest.mark.parametrize("ends", [(0, 2, 2, 7), (0, 0, 0, 0)], ids=["7 rows", "no row"])
+def test_grouped_product(dtype, tolerance, num_inputs, num_outputs, ends):
+    """Value and both gradients against one product per expert, for sizes that grouped_mm does not take as they are."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ends[-1], num_inputs, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(4, num_outputs, num_inputs, generator=generator) / num_inputs**0.5).to(dtype).requires_grad_()
+    cotangent = torch.randn(ends[-1], num_outputs, generator=generator).to(dtype)
+    starts = (0,) + ends[:-1]
+    expected = torch.cat([x[first:last] @ weight[expert].T for expert, (first, last) in enumerate(zip(starts, ends))])
+    actual = grouped_product(x, weight, torch.tensor(ends, dtype=torch.int32))
+    assert actual.shape == (ends[-1], num_outputs)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    for value, wanted in zip(
+        torch.autograd.grad(actual, (x, weight), cotangent), torch.autograd.grad(expected, (x, weight), cotangent)
+    ):
+        torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+
+
+def attention_inputs(num_queries=5, num_keys=5):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(length, 2, heads, 8, generator=generator)
+        for length, heads in ((num_queries, 4), (num_keys, 2), (num_keys, 2))
+    ]
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_attention_masks(num_queries):
+    """eager equals sdpa under an explicit mask; None is causal, or everything for one query; nothing becomes NaN."""
+    config = SimpleNamespace(kv_channels=8)
+    sdpa, eager = (kind(config, 1, None) for kind in (SdpaAttention, EagerAttention))
+    query, key, value = attention_inputs(num_queries)
+    hidden = torch.ones(num_queries, 5, dtype=torch.bool).triu(6 - num_queries)
+    causal = sdpa(query, key, value, hidden.expand(2, 1, num_queries, 5))
+    for attention in (sdpa, eager):
+        torch.testing.assert_close(attention(query, key, value, None), causal)
+    hidden = hidden.expand(2, 1, num_queries, 5).clone()
+    hidden[1, 0, 0] = True  # the first query of row 1 sees nothing, as a padding position may
+    results = [attention(query, key, value, hidden) for attention in (sdpa, eager)]
+    assert all(torch.isfinite(result).all() for result in results)
+    torch.testing.assert_close(results[0][:, 0], results[1][:, 0])
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+def test_attention_refuses_what_it_cannot_do():
+    attention = SdpaAttention(SimpleNamespace(kv_channels=8), 1, None)
+    with pytest.raises(ValueError, match="3 queries over 5 keys need an explicit attention mask"):
+        attention(*attention_inputs(num_queries=3), None)
+    with pytest.raises(ValueError, match="packed sequences need Transformer Engine"):
+        attention(*attention_inputs(), None, packed_seq_params=object())
+
+
+def test_impl_names():
+    """`auto` and the flash names fall back to torch's own kernels where Transformer Engine cannot run; `te` must not."""
+    for name in ("auto", "grouped_mm"):
+        assert grouped_linear(name, torch.device("cpu")) is GroupedLinear
+    with pytest.raises(ValueError, match="--experts_impl te needs Transformer Engine"):
+        grouped_linear("te", torch.device("cpu"))
+    for name in ("auto", "flash", "flash_attention_2", "sdpa"):
+        assert core_attention(name, torch.device("cpu")) is SdpaAttention
+    assert core_attention("eager", torch.device("cpu")) is EagerAttention
+    with pytest.raises(ValueError, match="--attn_impl te needs Transformer Engine"):
+        core_attention("te", torch.device("cpu"))
+    with pytest.raises(ValueError, match="'xformers' is not one of"):
+        core_attention("xformers", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "sizes, layout, message",
+    [
+        ({}, dict(pp_size=3), "num_hidden_layers 4 is not divisible by pipeline_model_parallel_size 3"),
+        ({}, dict(tp_size=16), "num_attention_heads 8 is not divisible by tensor_model_parallel_size 16"),
+        ({}, dict(ep_size=3), "num_experts 8 is not divisible by expert_model_parallel_size 3"),
+        (
+            dict(num_attention_heads=12, num_key_value_heads=6),
+            dict(tp_size=4),
+            "tensor_model_parallel_size 4 and num_key_value_heads 6: one must divide the other",
+        ),
+    ],
+)
+def test_impossible_layouts_name_both_numbers(tiny_folder, sizes, layout, message):
+    shape = read_model_shape(tiny_folder(**{**FOLDERS["whole"], **sizes}))
+    place = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "ep_size": 1, **layout})
+    with pytest.raises(ValueError, match=message):
+        build_decoder(shape, place, torch.float32)

@@ -1,0 +1,120 @@
+"""Process groups, refused layouts, the device, and random state that is a function of the step."""
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_gkd import parallel
+from tests.ranks import run_ranks
+
+
+def place_at_layout(rank, world_size, tp, pp, ep):
+    place = parallel.initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    members = {
+        name: torch.distributed.get_process_group_ranks(getattr(place.groups, name))
+        for name in ("tp", "pp", "dp", "ep", "expt_dp")
+    }
+    sizes = (place.tp_size, place.pp_size, place.dp_size, place.ep_size)
+    ranks = (place.tp_rank, place.pp_rank, place.dp_rank, place.ep_rank)
+    stage = (place.is_first_stage, place.is_last_stage, place.last_stage_rank)
+    return members, sizes, ranks, stage, (place.rank, place.world_size)
+
+
+def test_groups_and_ranks():
+    """TP2 PP2 DP2 EP4: experts are spread over the TP and DP ranks of a stage, tensor ranks are neighbours."""
+    results = run_ranks(place_at_layout, 8, 2, 2, 4)
+    for rank, (members, sizes, ranks, (first, last, last_rank), own) in enumerate(results):
+        assert sizes == (2, 2, 2, 4) and own == (rank, 8)
+        stage = rank // 4
+        assert ranks == (rank % 2, stage, rank // 2 % 2, rank % 4)
+        assert members["tp"] == [rank - rank % 2, rank - rank % 2 + 1]
+        assert members["ep"] == list(range(4 * stage, 4 * stage + 4)) and members["expt_dp"] == [rank]
+        assert members["pp"] == [rank % 4, rank % 4 + 4] and members["dp"] == [
+            4 * stage + rank % 2,
+            4 * stage + rank % 2 + 2,
+        ]
+        assert (first, last, last_rank) == (stage == 0, stage == 1, rank % 4 + 4)
+
+
+def leave_and_return(rank, world_size):
+    for _ in range(2):
+        parallel.initialize(torch.device("cpu"))
+        parallel.destroy()
+        assert not torch.distributed.is_initialized()
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=rank, world_size=world_size
+        )
+
+
+def test_destroy_leaves_nothing_behind():
+    run_ranks(leave_and_return, 1)
+
+
+def refusals(rank, world_size, layouts):
+    messages = []
+    for tp, pp, ep in layouts:
+        with pytest.raises(ValueError) as error:
+            parallel.initialize(
+                torch.device("cpu"),
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                expert_model_parallel_size=ep,
+            )
+        messages.append(str(error.value))
+    return messages
+
+
+def test_impossible_worlds_name_both_numbers():
+    messages = run_ranks(refusals, 4, [(3, 1, 1), (4, 2, 1), (1, 2, 4)])[0]
+    assert (
+        "world size 4 is not divisible by tensor_model_parallel_size 3 x pipeline_model_parallel_size 1" in messages[0]
+    )
+    assert (
+        "world size 4 is not divisible by tensor_model_parallel_size 4 x pipeline_model_parallel_size 2" in messages[1]
+    )
+    assert "the 2 ranks of a pipeline stage are not divisible by expert_model_parallel_size 4" in messages[2]
+
+
+def test_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parallel.resolve_device("auto") == parallel.resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU here"):
+        parallel.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parallel.resolve_device("auto") == parallel.resolve_device("cuda") == torch.device("cuda", 3)
+    assert parallel.resolve_device("cpu") == torch.device("cpu")
+
+
+def draws(rank, world_size, tp, ep, seeds_and_steps):
+    """(default, tensor-parallel, expert) numbers drawn after seeding each (seed, step)."""
+    place = parallel.initialize(torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
+    results = []
+    for seed, step in seeds_and_steps:
+        parallel.seed_step(seed, step, place)
+        default, sharded, expert = torch.rand(3).tolist(), [], []
+        for name, numbers in (("model-parallel-rng", sharded), ("expert-parallel-rng", expert)):
+            with tensor_parallel.get_cuda_rng_tracker().fork(name):
+                numbers.extend(torch.rand(3).tolist())
+        results.append((default, sharded, expert, torch.rand(3).tolist()))
+    return results
+
+
+def test_random_state_is_a_function_of_the_step():
+    """TP2 DP2 EP4: TP ranks share the default generator only, DP ranks nothing; a step gives the same numbers again."""
+    results = run_ranks(draws, 4, 2, 4, [(42, 0), (42, 1), (42, 0), (43, 0)])
+    for rank, (first, second, again, other_seed) in enumerate(results):
+        assert first == again
+        assert all(a != b for a, b in zip(first, second)) and all(a != b for a, b in zip(first, other_seed))
+        neighbour, replica = results[rank ^ 1][0], results[rank ^ 2][0]
+        assert (
+            (first[0], first[3]) == (neighbour[0], neighbour[3])
+            and first[1] != neighbour[1]
+            and first[2] != neighbour[2]
+        )
+        assert all(a != b for a, b in zip(first, replica))

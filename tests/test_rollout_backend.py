@@ -1,0 +1,179 @@
+"""MegatronRollout: micro-batches in, micro-batches with new responses out; and the folder's stop ids."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_tools.make_tiny_model import build_folder
+from megatron_gkd import parallel as parallel_module
+from megatron_gkd.data.batch import collate
+from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora.modules import lora_modules
+from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.weights import load_weights
+from megatron_gkd.rollout.backend import MegatronRollout
+from megatron_gkd.rollout.generate import generate
+from megatron_gkd.rollout.stop_tokens import read_stop_token_ids
+from tests.ranks import run_ranks
+
+STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
+MAX_COMPLETION_LENGTH = 5
+SAMPLING = dict(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = dict(num_hidden_layers=2, hidden_size=64, head_dim=16, moe_intermediate_size=32)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "whole"), **sizes)
+
+
+def make_batches(rows, pad_to_multiple_of):
+    """Micro-batches of two rows; the last one is filled up. The teacher's prompts are the student's, reversed, after
+    two more tokens."""
+    samples = []
+    for row in rows:
+        prompt, response = STUDENT_PROMPTS[row], [90 + row, 91]
+        views = [View(ids + response, [-100] * len(ids) + response, len(ids)) for ids in (prompt, teacher_prompt(row))]
+        samples.append(Sample(*views, has_teacher_view=True, source="toy", row=row, cut_tokens=3))
+    samples += [None] * (-len(samples) % 2)
+    return [collate(samples[first : first + 2], 0, pad_to_multiple_of) for first in range(0, len(samples), 2)]
+
+
+def teacher_prompt(row):
+    return [7, 8] + STUDENT_PROMPTS[row][::-1]
+
+
+def respond(rank, world_size, folder, tp, pp, ep, steps):
+    """Student, then teacher as the writer: {(step, row): (student's prompt, teacher's prompt, response)}, and the text
+    of `generate` for the writer's prompts at step 0."""
+    parallel = parallel_module.initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    shape = read_model_shape(folder)
+    model = build_decoder(shape, parallel, torch.float32)
+    load_weights(model, shape, parallel, folder)
+    apply_lora(model, shape, parallel, rank=2, alpha=8.0, dropout=0.5, targets=["o_proj", "gate_proj"], seed=0)
+    for module in lora_modules(model):
+        for up in module.up.values():
+            torch.nn.init.constant_(up, 0.1)
+    rows = range(len(STUDENT_PROMPTS))[parallel.dp_rank :: parallel.dp_size]
+    results = []
+    for teacher_writes in (False, True):
+        backend = MegatronRollout(
+            shape,
+            parallel,
+            eos_token_ids=[5],
+            pad_token_id=0,
+            pad_to_multiple_of=tp,
+            seed=4,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            teacher_writes=teacher_writes,
+            **SAMPLING,
+        )
+        texts = {}
+        for step in steps:
+            batches = make_batches(rows, tp)
+            for old, new in zip(batches, backend.respond(model, batches, step)):
+                check_batch(old, new, tp)
+                for index, row in enumerate(new.rows):
+                    texts[step, row] = split_row(new, index)
+        assert all(module.enabled for module in lora_modules(model))
+        texts = {key: text for key, text in texts.items() if key[1] >= 0}
+        prompts = [teacher_prompt(row) if teacher_writes else STUDENT_PROMPTS[row] for row in rows]
+        settings = dict(max_new_tokens=MAX_COMPLETION_LENGTH, eos_token_ids=[5], pad_token_id=0, **SAMPLING)
+        with lora_enabled(model, not teacher_writes):
+            direct = generate(model, shape, parallel, prompts, row_ids=list(rows), seed=4 << 32, **settings)
+        results.append((texts, dict(zip(rows, direct))))
+    return results
+
+
+def check_batch(old, new, multiple):
+    assert new.on_policy and not old.on_policy
+    assert (new.rows, new.sources) == (old.rows, old.sources)
+    assert new.student.input_ids.shape[1] % multiple == new.teacher.input_ids.shape[1] % multiple == 0
+    assert torch.equal(new.student.targets, new.teacher.targets)
+    for index, row in enumerate(new.rows):
+        if row < 0:
+            assert (new.student.labels[index] == -100).all()
+
+
+def split_row(batch, index):
+    prompts, responses = [], []
+    for view in (batch.student, batch.teacher):
+        ids = view.input_ids[index, : view.lengths[index]].tolist()
+        start = int(view.prompt_lengths[index])
+        prompts.append(ids[:start])
+        responses.append(ids[start:])
+        assert view.labels[index, start : view.lengths[index]].tolist() == responses[-1]
+    assert responses[0] == responses[1]
+    return (*prompts, responses[0])
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return run_ranks(respond, 1, folder, 1, 1, 1, [0, 1])[0]
+
+
+def test_both_views_keep_their_prompts_and_share_the_new_response(reference):
+    for texts, direct in reference:
+        for (step, row), (student, teacher, response) in texts.items():
+            assert student == STUDENT_PROMPTS[row] and teacher == teacher_prompt(row)
+            assert 1 <= len(response) <= MAX_COMPLETION_LENGTH
+            if step == 0:
+                assert response == direct[row]
+
+
+def test_writer_and_step_change_the_text(reference):
+    (student, _), (teacher, _) = reference
+    written = {
+        str([texts[step, row][2] for row in range(len(STUDENT_PROMPTS))])
+        for texts in (student, teacher)
+        for step in (0, 1)
+    }
+    assert len(written) == 4
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1, 2), (4, 1, 2, 2)], ids=["TP2-EP2", "PP2-EP2-DP2"])
+def test_same_responses_at_every_layout(folder, reference, layout):
+    world_size, *sizes = layout
+    results = run_ranks(respond, world_size, folder, *sizes, [0, 1])
+    for writer in range(2):
+        texts = {}
+        for result in results:
+            for key, text in result[writer][0].items():
+                assert texts.setdefault(key, text) == text
+        assert texts == reference[writer][0]
+
+
+def write_json(folder, name, content):
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder, tmp_path):
+    token_ids = json.loads((Path(folder) / "tokenizer.json").read_text())
+    end = {token["content"]: token["id"] for token in token_ids["added_tokens"]}
+    assert read_stop_token_ids(folder) == sorted([end["<|im_end|>"], end["<|endoftext|>"]])
+
+    assert read_stop_token_ids(tmp_path) == []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(folder) / name, tmp_path)
+    assert read_stop_token_ids(tmp_path) == [end["<|im_end|>"]]
+    write_json(tmp_path, "config.json", {"thinker_config": {"text_config": {"eos_token_id": 9}}})
+    assert read_stop_token_ids(tmp_path) == [9]
+    write_json(tmp_path, "generation_config.json", {"do_sample": True})
+    assert read_stop_token_ids(tmp_path) == [9]
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": 12})
+    assert read_stop_token_ids(tmp_path) == [12]
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": [12, 3]})
+    assert read_stop_token_ids(tmp_path) == [3, 12]
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": "<|im_end|>"})
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '<|im_end|>'"):
+        read_stop_token_ids(tmp_path)

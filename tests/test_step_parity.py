@@ -1,0 +1,317 @@
+"""One step of the command line against one process of `transformers` (reference_step.py), at every kind of parallel
+layout.
+
+A case is a model, an adapter, rows and flags; each layout runs several cases on the same ranks. The numbers of
+metrics.jsonl are compared.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+from checkpoint_tools.thinker import decoder, load_peft
+from tests.reference_step import (
+    ATTENTION,
+    EXPERTS,
+    load_model,
+    read_adapter,
+    reference_step,
+    reference_training,
+    write_adapter,
+)
+from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, write_rows
+
+NUM_ROWS = 16
+COMPARED = ("loss", "jsd", "sft_loss", "grad_norm", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher")
+COUNTED = ("num_tokens", "top1_agreement", "token_accuracy")
+# Another decoder: tied head, no renormalisation of the routing weights, two key/value heads, a vocabulary that is no
+# multiple of anything.
+OTHER = dict(
+    num_hidden_layers=4, num_experts=16, num_experts_per_tok=4, num_key_value_heads=2, vocab_size=769, thinker_only=True
+)
+OTHER |= dict(hidden_size=64, head_dim=16, moe_intermediate_size=24, tie_word_embeddings=True, seed=3)
+
+# name: (model, adapter, rows, settings of the reference, flags of the run)
+CASES = {
+    "plain": ("small", "all", "teacher", {}, {}),
+    "guide": (
+        "small",
+        "all",
+        "mixed",
+        dict(beta=0.3, temperature=3.5, sft_alpha=0.3),
+        dict(beta=0.3, temperature=3.5, sft_alpha=0.3),
+    ),
+    "paper": (
+        "small",
+        "attention",
+        "teacher",
+        dict(beta=0.9, temperature=1.0),
+        dict(beta=0.1, beta_convention="paper", temperature=1),
+    ),
+    "paper 0": ("small", "all", "teacher", dict(kind="forward_kl"), dict(beta=0, beta_convention="paper")),
+    "paper 1": (
+        "small",
+        "experts",
+        "teacher",
+        dict(kind="reverse_kl"),
+        dict(beta=1, beta_convention="paper", sft_alpha=0),
+    ),
+    "forward": (
+        "small",
+        "some",
+        "mixed",
+        dict(kind="forward_kl", temperature=0.7),
+        dict(divergence="forward_kl", temperature=0.7),
+    ),
+    "reverse": (
+        "small",
+        "all",
+        "teacher",
+        dict(kind="reverse_kl", temperature=1.0, sft_alpha=0.5),
+        dict(divergence="reverse_kl", temperature=1, sft_alpha=0.5),
+    ),
+    "recompute": ("small", "all", "mixed", dict(sft_alpha=0.3), dict(recompute="full", sft_alpha=0.3)),
+    "eager": ("small", "all", "teacher", {}, dict(attn_impl="eager")),
+    "only sft": ("small", "all", "plain", dict(sft_alpha=1.0), dict(sft_alpha=1)),
+    "other": ("other", "all", "mixed", dict(sft_alpha=0.2), dict(sft_alpha=0.2)),
+    "other recompute": ("other", "experts", "teacher", dict(temperature=1.0), dict(recompute="full", temperature=1)),
+}
+TARGETS = {
+    "all": ATTENTION + EXPERTS,
+    "attention": ATTENTION,
+    "experts": EXPERTS,
+    "some": ("k_proj", "o_proj", "down_proj"),
+}
+RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0)}
+
+
+def answered(folder: str, row: dict) -> dict:
+    """The row without a teacher view and with five tokens of the base model's own choice as its response."""
+    model, prompt = load_model(folder), row["input_ids"][: row["labels"].count(-100)]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(5):
+            ids.append(int(model.logits(ids)[-1].argmax()))
+    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory):
+    """Model, adapter and row files of the cases by name, and a place for runs."""
+    root = tmp_path_factory.mktemp("parity")
+    models = {"small": tiny_folder(**SMALL), "other": tiny_folder(text_config=dict(norm_topk_prob=False), **OTHER)}
+    rows = {"teacher": make_rows(NUM_ROWS), "plain": make_rows(NUM_ROWS, with_teacher=False, seed=1)}
+    rows["mixed"] = [answered(models["small"], row) if i % 4 == 1 else row for i, row in enumerate(rows["teacher"])]
+    adapters = {
+        (model, name): write_adapter(
+            root / f"{model}-{name}", folder, rank=RANKS[name][0], alpha=RANKS[name][1], targets=targets
+        )
+        for model, folder in models.items()
+        for name, targets in TARGETS.items()
+    }
+    files = {name: write_rows(root / f"{name}.jsonl", content) for name, content in rows.items()}
+    return dict(root=root, models=models, rows=rows, adapters=adapters, files=files, expected={})
+
+
+def expected(folders, name: str) -> dict:
+    """The reference of a case, computed once."""
+    if name not in folders["expected"]:
+        model, adapter, rows, settings, _ = CASES[name]
+        values = reference_step(
+            folders["models"][model], folders["adapters"][model, adapter], folders["rows"][rows], **settings
+        )
+        folders["expected"][name] = values
+    return folders["expected"][name]
+
+
+def case_arguments(folders, name: str, output: Path, *, dp: int = 1, accumulation: int = 1, **flags) -> list[str]:
+    """Flags of a case such that one step takes all NUM_ROWS rows."""
+    model, adapter, rows, _, own = CASES[name]
+    return arguments(
+        model=folders["models"][model],
+        adapter=folders["adapters"][model, adapter],
+        dataset=folders["files"][rows],
+        output_dir=output,
+        max_steps=1,
+        per_device_train_batch_size=NUM_ROWS // dp // accumulation,
+        gradient_accumulation_steps=accumulation,
+        **own,
+        **flags,
+    )
+
+
+def check(folders, name: str, output: Path, relative: float = 1e-4) -> None:
+    (line,) = read_lines(output / "metrics.jsonl")
+    reference = expected(folders, name)
+    for key in COMPARED:
+        assert line[key] == pytest.approx(reference[key], rel=relative), (name, key)
+    for key in COUNTED:
+        assert line[key] == pytest.approx(reference[key], rel=1e-9), (name, key)
+    assert line["skipped_steps"] == 0 and line["on_policy"] is False
+
+
+def run_cases(folders, tmp_path, names, world_size: int, tp: int, pp: int, ep: int, accumulation: int) -> None:
+    dp = world_size // tp // pp
+    flags = layout_flags(tp, pp, ep)
+    runs = [case_arguments(folders, name, tmp_path / name, dp=dp, accumulation=accumulation, **flags) for name in names]
+    run_training(world_size, *runs)
+    for name in names:
+        check(folders, name, tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
+def test_reference_adapter_is_peft(folders):
+    """W + scale B A is what `peft` computes from the same folder, per-expert names included."""
+    folder, adapter = folders["models"]["small"], folders["adapters"]["small", "all"]
+    base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = load_peft(base, adapter).eval()
+    assert all(value.any() for name, value in decoder(base).named_parameters() if ".lora_B." in name)
+    reference = load_model(folder)
+    tensors, scale = read_adapter(adapter)
+    ids = folders["rows"]["teacher"][2]["input_ids"]
+    with torch.no_grad():
+        theirs, ours = (
+            model(input_ids=torch.tensor([ids])).logits[0].double(),
+            reference.logits(ids, reference.with_lora(tensors, scale)),
+        )
+        base_logits = reference.logits(ids)
+    assert (theirs - ours).abs().max() < 1e-3 * (theirs - base_logits).abs().max()
+
+
+def test_one_rank_all_cases(folders, tmp_path):
+    run_cases(folders, tmp_path, list(CASES), 1, 1, 1, 1, accumulation=2)
+    assert 0 < expected(folders, "guide")["top1_agreement"] < 1 and 0 < expected(folders, "guide")["token_accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep, accumulation, names",
+    [
+        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other"]),
+        (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
+        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse"]),
+        (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
+        (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute"]),
+        (4, 2, 2, 2, 2, ["guide", "forward", "recompute"]),
+        (4, 4, 1, 4, 1, ["guide", "paper", "other"]),
+        (4, 2, 1, 4, 2, ["guide", "other recompute"]),
+    ],
+)
+def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names):
+    run_cases(folders, tmp_path, names, world_size, tp, pp, ep, accumulation)
+
+
+@pytest.mark.parametrize(
+    "tp, pp, ep, accumulation, names",
+    [
+        pytest.param(8, 1, 8, 2, ["guide", "paper", "recompute", "other"], marks=pytest.mark.smoke),
+        pytest.param(2, 2, 4, 2, ["guide", "recompute", "forward", "other"], marks=pytest.mark.smoke),
+        (4, 1, 8, 2, ["guide", "paper 1", "other recompute"]),
+        (1, 1, 8, 2, ["guide", "recompute"]),
+        (2, 4, 1, 4, ["other", "other recompute"]),
+        (8, 1, 1, 1, ["guide", "other"]),
+    ],
+)
+def test_layouts_of_eight_ranks(folders, tmp_path, tp, pp, ep, accumulation, names):
+    run_cases(folders, tmp_path, names, 8, tp, pp, ep, accumulation)
+
+
+def test_torchrun(folders, tmp_path):
+    """The command as a user types it, with real process start-up."""
+    flags = layout_flags(tp=2, ep=2)
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "megatron_gkd.train",
+    ]
+    argv = case_arguments(folders, "guide", tmp_path / "guide", accumulation=2, **flags)
+    with (tmp_path / "log").open("w") as log:
+        status = subprocess.run(
+            command + argv, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode
+    assert status == 0, (tmp_path / "log").read_text()
+    check(folders, "guide", tmp_path / "guide")
+
+
+def test_bfloat16_base(folders, tiny_folder, tmp_path):
+    """bf16 rounds activations, not the loss: a few per cent. The reference has the same bf16 weights in float64."""
+    folder = tiny_folder(torch_dtype="bfloat16", **SMALL)
+    adapter = folders["adapters"]["small", "all"]
+    reference = reference_step(folder, adapter, folders["rows"]["mixed"])
+    runs = [(tmp_path / str(tp), layout_flags(tp=tp, ep=tp)) for tp in (1, 2)]
+    for output, flags in runs:
+        run_training(
+            flags["tensor_model_parallel_size"],
+            arguments(
+                model=folder,
+                adapter=adapter,
+                dataset=folders["files"]["mixed"],
+                output_dir=output,
+                max_steps=1,
+                per_device_train_batch_size=NUM_ROWS,
+                torch_dtype="bfloat16",
+                **flags,
+            ),
+        )
+        (line,) = read_lines(output / "metrics.jsonl")
+        for key in ("loss", "jsd", "sft_loss", "grad_norm"):
+            assert line[key] == pytest.approx(reference[key], rel=0.03), key
+        assert line["num_tokens"] == reference["num_tokens"]
+
+
+@lru_cache
+def four_steps(model: str, adapter: str, rows: str, max_grad_norm: float) -> tuple[dict, list[float], list[float]]:
+    """The reference's adapter, gradient norms and learning rates of `test_adapter_after_four_steps`."""
+    rates = [0.01, 0.01, 0.0075, 0.0025]  # one step of warm-up, then half a cosine over three
+    batches = [[json.loads(line) for line in Path(rows).read_text().splitlines()]] * 4
+    tensors, norms = reference_training(
+        model, adapter, batches, rates, max_grad_norm=max_grad_norm, weight_decay=0.1, sft_alpha=0.3
+    )
+    return tensors, norms, rates
+
+
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep, max_grad_norm",
+    [(1, 1, 1, 1, 1e9), (2, 2, 1, 2, 0.3), (4, 2, 2, 2, 0.3), (4, 2, 1, 4, 1e9), (8, 8, 1, 8, 0.3)],
+)
+def test_adapter_after_four_steps(folders, tmp_path, world_size, tp, pp, ep, max_grad_norm):
+    """Clipping, AdamW and the learning rate: the saved adapter is torch's, from the reference's gradients. Every step
+    takes all rows."""
+    model, adapter, rows = folders["models"]["small"], folders["adapters"]["small", "all"], folders["files"]["mixed"]
+    argv = arguments(
+        model=model,
+        adapter=adapter,
+        dataset=rows,
+        output_dir=tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=NUM_ROWS // (world_size // tp // pp),
+        learning_rate=0.01,
+        warmup_ratio=0.25,
+        max_grad_norm=max_grad_norm,
+        weight_decay=0.1,
+        sft_alpha=0.3,
+        **layout_flags(tp, pp, ep),
+    )
+    run_training(world_size, argv)
+    tensors, norms, rates = four_steps(model, adapter, rows, max_grad_norm)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-12)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
+    assert all((norm > max_grad_norm) == (max_grad_norm < 1) for norm in norms)  # clipped always, or never
+    start, saved = (
+        load_file(Path(folder, "adapter_model.safetensors")) for folder in (adapter, tmp_path / "checkpoint-4")
+    )
+    assert saved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        moved = (tensor - start[name]).norm()
+        assert (saved[name] - tensor).norm() < 2e-4 * max(moved, 0.01), name
