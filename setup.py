@@ -26,6 +26,10 @@ DEPENDENCIES = [
     "protobuf>=6.31,<8",
     # PIL image processors, part of the processor files.
     "pillow>=12,<14",
+    # Reads sound files of many kinds, and writes the demo's.
+    "soundfile>=0.13,<0.15",
+    # Brings sound of any rate to the audio tower's 16 kHz.
+    "soxr>=1.0,<2",
     # --config files.
     "pyyaml>=6,<7",
     # Metrics files for TensorBoard, the progress bar, the demo's curves.
@@ -41,8 +45,14 @@ EXTRAS = {
     # It needs CUDA 13, as torch's default build does. apex has no place in this list: the `apex` on PyPI is another
     # project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds; tests/test_data_video.py ran
+    # with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and ffmpeg's libraries.
+    "video": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
     # Compiled on the spot for many minutes unless a wheel fits; torch's own attention is used without it.
     "flash": ["flash-attn>=2.8,<2.9"],
+    # What benchmarks/loss.py is compared with on CUDA, beside TRL (extra `test`). It calls two autograd Functions by the
+    # order of their arguments, which is 0.8's; no test here has run it.
+    "benchmarks": ["liger-kernel>=0.8,<0.9"],
     "test": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",

@@ -1,4 +1,4 @@
-"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce, and the limits.
+"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce, Liger, and the limits.
 
 Each contender is a function of no arguments that runs forward and backward once, made by a function of the tensors that
 all of them share.
@@ -88,13 +88,28 @@ def run_read_write(student, teacher):
 
 
 def run_liger(student, teacher, settings):
-    """Liger-Kernel's fused JSD (CUDA only); its beta is the teacher's weight, and it takes log-probabilities."""
-    from liger_kernel.ops.jsd import LigerJSDFunction
+    """Liger-Kernel's JSD of log-probabilities (CUDA only), its mean over the rows; its beta is the teacher's weight."""
 
     def run():
+        from liger_kernel.ops.jsd import LigerJSDFunction
+
         log_q = F.log_softmax(student.float() / settings["temperature"], -1)
         log_p = F.log_softmax(teacher.float() / settings["temperature"], -1)
         return torch.autograd.grad(LigerJSDFunction.apply(log_q, log_p, None, 1.0 - settings["beta"]), student)
+
+    return run
+
+
+def run_linear_liger(student_hidden, teacher_hidden, weight, settings):
+    """Liger-Kernel's JSD fused with the lm_head (CUDA only), its mean over the rows; beta as in `run_liger`."""
+
+    def run():
+        from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+        loss = LigerFusedLinearJSDFunction.apply(
+            student_hidden, weight, teacher_hidden, weight, None, 1.0 - settings["beta"], -100, settings["temperature"]
+        )
+        return torch.autograd.grad(loss, student_hidden)
 
     return run
 

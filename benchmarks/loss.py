@@ -2,22 +2,28 @@
 
     python -m benchmarks.loss [--device cpu|cuda] [--threads 2] [--rounds 3] [--small] [--output FILE]
 
-In each table the contenders run in turn on the same tensors, forward and backward, after one run that is not counted;
-medians over the rounds. Memory is the highest resident size (CUDA: allocated bytes) during a run above the size just
-before it, so the gradient that a contender returns counts, its inputs do not. Collectives are counted by wrapping
-torch.distributed. --small takes sizes that finish in a minute, to see that everything runs.
+In each table the contenders run in turn on the same tensors, forward and backward. Up to 1024 rows the table shows
+medians over the rounds, up to 512 after a run that is not counted; above 1024 rows one run, of `linear_jsd` and the
+GEMMs two. Memory is the highest resident size (CUDA: allocated bytes) during a run above the size just before it, so
+the gradient that a contender returns counts, its inputs do not. Collectives are counted by wrapping torch.distributed.
+What would not fit into memory, by what it took at fewer rows, is not run and says so. --device cuda writes
+docs/benchmarks/loss_gpu.md. --small takes sizes that finish in a minute, to see that all runs, and writes nothing.
 """
 
 import argparse
 import ctypes
 import gc
+import importlib.util
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,10 +31,30 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks import contenders
+from megatron_gkd.loss.divergence import SideStatistics, Sums
+from megatron_gkd.loss.linear import _chunk_rows
+from megatron_gkd.loss.rows import gather_statistics, reduce_sums
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = {"cpu": REPOSITORY / "docs/benchmarks/loss.md", "cuda": REPOSITORY / "docs/benchmarks/loss_gpu.md"}
 MIB = 2**20
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+REAL, OTHER = 151936, 32000  # columns: Qwen3-Omni's vocabulary, and a small one
+OURS = ("vocab_parallel_jsd", "linear_jsd")
+PASSES = 7  # reads and writes of a logit: both sides in each of three passes, and the gradient
+SHARE_OF_MEMORY = 0.85  # of what is available, that a run may be expected to take
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contender's run on one case (the columns that name it), or why there is none."""
+
+    case: tuple
+    name: str
+    seconds: float = float("nan")
+    peak: float = float("nan")  # bytes above those before the run
+    above_outputs: float = float("nan")  # peak less what the run returns
+    failure: str = ""
 
 
 def resident_bytes(field):
@@ -65,15 +91,50 @@ class Meter:
         return seconds, peak - before
 
 
-def measure(runs, device, rounds):
-    """{name: (median seconds, median peak bytes)} of {name: run}, taken in turn."""
-    meter, samples = Meter(device), {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            sample = meter(run)
-            if number > 0:
+def available_bytes(device):
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def attempt(meter, name, run):
+    """(seconds, bytes) of one run, or the reason why a contender has none. Our own functions may not fail."""
+    try:
+        return meter(run)
+    except torch.OutOfMemoryError:
+        return "does not fit in memory"
+    except ModuleNotFoundError as error:
+        return f"not installed: {error.name}"
+    except Exception as error:
+        if name in OURS:
+            raise
+        return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+
+
+def measure(case, runs, device, rounds, warm, outputs, expected=None):
+    """[Result] of {name: run}, taken in turn. outputs: bytes that a run returns; expected: {name: bytes of a run}."""
+    meter, samples, failures = Meter(device), {name: [] for name in runs}, {}
+    for name, size in (expected or {}).items():
+        if name in runs and size > SHARE_OF_MEMORY * available_bytes(device):
+            failures[name] = f"does not fit in memory: about {size / 2**30:.0f} GiB"
+    for number in range(rounds + warm):
+        for name in runs:
+            if name in failures:
+                continue
+            sample = attempt(meter, name, runs[name])
+            if isinstance(sample, str):
+                failures[name] = sample
+            elif number >= warm:
                 samples[name].append(sample)
-    return {name: tuple(statistics.median(column) for column in zip(*taken)) for name, taken in samples.items()}
+    results = []
+    for name, taken in samples.items():
+        if name in failures:
+            results.append(Result(case, name, failure=failures[name]))
+        else:
+            seconds, peak = (statistics.median(column) for column in zip(*taken))
+            results.append(Result(case, name, seconds, peak, peak - outputs))
+    return results
 
 
 def table(header, rows):
@@ -81,11 +142,23 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
+def ratio(numerator, denominator, digits=1):
+    """Text of a quotient; - where one of the two is not known or not positive (a peak may be too small to see)."""
+    return f"{numerator / denominator:.{digits}f}" if numerator > 0 and denominator > 0 else "-"
+
+
+def number(value, digits):
+    return f"{value:.{digits}f}" if value == value else "-"
+
+
 def logit_tensors(num_rows, num_columns, dtype, device, seed=0):
-    generator = torch.Generator(device).manual_seed(seed)
-    student = torch.randn(num_rows, num_columns, generator=generator, device=device) * 2
-    teacher = student + 0.5 * torch.randn(num_rows, num_columns, generator=generator, device=device)
-    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+    """Both sides' logits; of more than 256 rows the first 256, repeated."""
+    generator, distinct = torch.Generator(device).manual_seed(seed), min(num_rows, 256)
+    student = torch.randn(distinct, num_columns, generator=generator, device=device) * 2
+    teacher = student + 0.5 * torch.randn(distinct, num_columns, generator=generator, device=device)
+    copies = -(-num_rows // distinct)
+    student, teacher = (side.to(dtype).repeat(copies, 1)[:num_rows] for side in (student, teacher))
+    return student.requires_grad_(), teacher
 
 
 def hidden_tensors(num_rows, hidden_size, num_columns, dtype, device):
@@ -100,10 +173,29 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def logits_table(sizes, device, rounds):
-    """Rows for (N, V, dtype, beta): ours against TRL, plain torch and the read-write limit."""
-    rows = []
+def by_name(results):
+    return {result.name: result for result in results}
+
+
+def copy_bandwidth():
+    """Bytes a second, read and written, that Tensor.copy_ moves on this GPU."""
+    source, target = (torch.empty(2**29, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    meter = Meter("cuda")
+    return 2 * source.nbytes / statistics.median(meter(lambda: target.copy_(source))[0] for _ in range(6))
+
+
+def logits_results(sizes, device, rounds):
+    """[Result] for (N, V, dtype, beta): ours against TRL, plain torch and the read-write limit."""
+    results, bytes_a_logit = [], {}
     for num_rows, num_columns, dtype, beta in sizes:
+        case, logits = (num_rows, num_columns, dtype, beta), num_rows * num_columns
+        inputs = 2 * logits * dtype.itemsize
+        # what a contender takes above its inputs, as seen in the case before
+        expected = {name: size * logits for name, size in bytes_a_logit.items()}
+        if 1.1 * inputs > SHARE_OF_MEMORY * available_bytes(device):
+            failure = f"does not fit in memory: {inputs / 2**30:.0f} GiB of logits"
+            results += [Result(case, name, failure=failure) for name in (OURS[0], "TRL", "plain torch")]
+            continue
         settings = dict(beta=beta, temperature=2.0)
         student, teacher = logit_tensors(num_rows, num_columns, dtype, device)
         runs = {
@@ -112,54 +204,82 @@ def logits_table(sizes, device, rounds):
             "plain torch": contenders.run_plain(student, teacher, settings),
             "one read, one write": contenders.run_read_write(student, teacher),
         }
+        if num_rows > 1024:  # each chunk's backward adds a gradient of all rows: 46 s for 8192 x 32000 on two cores
+            del runs["plain torch"]
+            results.append(Result(case, "plain torch", failure="not run: its time grows with the square of N"))
         if device == "cuda":
             runs["Liger"] = contenders.run_liger(student, teacher, settings)
-        measured = measure(runs, device, rounds)
-        trl_seconds, trl_bytes = measured["TRL"]
-        for name, (seconds, peak) in measured.items():
-            rows.append(
-                [
-                    f"{num_rows} x {num_columns}",
-                    dtype_name(dtype),
-                    f"{beta}",
-                    name,
-                    f"{seconds * 1e3:.1f}",
-                    f"{trl_seconds / seconds:.1f}",
-                    f"{peak / MIB:.0f}",
-                    f"{trl_bytes / max(peak, 1):.1f}",
-                ]
-            )
+        repeats = rounds if num_rows <= 1024 or device == "cuda" else 1
+        found = measure(case, runs, device, repeats, num_rows <= 512 or device == "cuda", student.nbytes, expected)
+        for result in found:
+            if result.peak > 0 and device == "cpu":
+                bytes_a_logit[result.name] = result.peak / logits
+        results += found
         del runs, student, teacher
+    return results
+
+
+def logits_table(results, copied):
+    """copied: measured bytes a second of a copy, or None off CUDA."""
+    rows, cases = [], {}
+    for result in results:
+        cases.setdefault(result.case, []).append(result)
+    for (num_rows, num_columns, dtype, beta), found in cases.items():
+        trl = by_name(found)["TRL"]
+        for result in found:
+            row = [f"{num_rows} x {num_columns}", dtype_name(dtype), f"{beta}", result.name]
+            if result.failure:
+                row += [result.failure, "-", "-", "-"]
+            else:
+                row += [f"{result.seconds * 1e3:.1f}", ratio(trl.seconds, result.seconds)]
+                row += [f"{result.peak / MIB:.0f}", ratio(trl.peak, result.peak)]
+            if copied:
+                passes = 3 if result.name == "one read, one write" else PASSES
+                moved = passes * dtype.itemsize * num_rows * num_columns / result.seconds
+                row += [number(moved / 1e9, 0), number(100 * moved / copied, 0)]
+            rows.append(row)
     header = ["N x V", "dtype", "beta", "what", "ms", "x faster than TRL", "extra MiB", "TRL's / this memory"]
+    if copied:
+        header += ["GB/s at 7 passes", "% of a copy's"]
     return table(header, rows)
 
 
-def linear_table(sizes, device, rounds):
-    """Rows for (N, H, V, dtype, with TRL): linear_jsd, its three GEMMs, and the lm_head followed by TRL."""
-    rows = []
-    for num_rows, hidden_size, num_columns, dtype, with_trl in sizes:
+def linear_results(sizes, device, rounds):
+    """[Result] for (N, H, V, dtype, with contenders): linear_jsd, its three GEMMs, and the lm_head followed by TRL."""
+    results = []
+    for num_rows, hidden_size, num_columns, dtype, with_contenders in sizes:
         settings = dict(beta=0.5, temperature=2.0)
         student, teacher, weight = hidden_tensors(num_rows, hidden_size, num_columns, dtype, device)
         runs = {
             "linear_jsd": contenders.run_linear(student, teacher, weight, settings),
             "three GEMMs": contenders.run_gemms(student, teacher, weight),
         }
-        if with_trl:
+        if with_contenders:
             runs["lm_head + TRL"] = contenders.run_linear_trl(student, teacher, weight, settings)
-        measured = measure(runs, device, rounds)
-        for name, (seconds, peak) in measured.items():
-            rows.append(
-                [
-                    f"{num_rows} x {hidden_size} x {num_columns}",
-                    dtype_name(dtype),
-                    name,
-                    f"{seconds:.2f}",
-                    f"{seconds / measured['three GEMMs'][0]:.2f}",
-                    f"{peak / MIB:.0f}",
-                ]
-            )
+        if device == "cuda":
+            runs["Liger, fused linear"] = contenders.run_linear_liger(student, teacher, weight, settings)
+        case = (num_rows, hidden_size, num_columns, dtype)
+        if device == "cpu" and dtype == torch.float16:
+            del runs["three GEMMs"]
+            results.append(Result(case, "three GEMMs", failure="not run: torch's float16 GEMM takes minutes on a CPU"))
+        repeats = rounds if num_rows <= 1024 or device == "cuda" else 2
+        results += measure(case, runs, device, repeats, num_rows <= 512 or device == "cuda", student.nbytes)
         del runs, student, teacher, weight
-    return table(["N x H x V", "dtype", "what", "s", "x three GEMMs", "extra MiB"], rows)
+    return results
+
+
+def linear_table(results):
+    rows, gemms = [], {result.case: result for result in results if result.name == "three GEMMs"}
+    for result in results:
+        num_rows, hidden_size, num_columns, dtype = result.case
+        row = [f"{num_rows} x {hidden_size} x {num_columns}", dtype_name(dtype), result.name]
+        if result.failure:
+            row += [result.failure, "-", "-", "-"]
+        else:
+            row += [f"{result.seconds:.3f}", ratio(result.seconds, gemms[result.case].seconds, 2)]
+            row += [f"{result.peak / MIB:.0f}", f"{result.above_outputs / MIB:.0f}"]
+        rows.append(row)
+    return table(["N x H x V", "dtype", "what", "s", "x three GEMMs", "extra MiB", "less outputs"], rows)
 
 
 def count_collectives(calls):
@@ -174,10 +294,24 @@ def count_collectives(calls):
         setattr(dist, name, counted)
 
 
-def parallel_rank(rank, world_size, port, num_rows, num_columns, hidden_size, rounds, answers):
-    """One gloo rank with one thread: its part of every contender, timed between barriers."""
+def collective_seconds(num_rows, group):
+    """Median of what the two collectives of a chunk of `num_rows` take between ranks that arrive together."""
+    side = SideStatistics(*torch.rand(len(SideStatistics._fields), num_rows, dtype=torch.float64))
+    sums, samples = Sums(*torch.rand(len(Sums._fields), num_rows, dtype=torch.float64)), []
+    for _ in range(20):
+        dist.barrier(group)
+        start = time.perf_counter()
+        gather_statistics(side, side, 1.0, group)
+        reduce_sums(sums, group)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
+def parallel_rank(rank, world_size, folder, num_rows, num_columns, hidden_size, rounds):
+    """One gloo rank with one thread: its part of every contender, timed between barriers. Rank 0 writes the numbers."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     group, local = dist.group.WORLD, num_columns // world_size
     settings = dict(beta=0.5, temperature=2.0)
     student, teacher = logit_tensors(num_rows, local, torch.float32, "cpu", seed=rank)
@@ -188,6 +322,8 @@ def parallel_rank(rank, world_size, port, num_rows, num_columns, hidden_size, ro
         "linear_jsd": contenders.run_linear(student_hidden, teacher_hidden, weight, settings, group),
         "three GEMMs": contenders.run_gemms(student_hidden, teacher_hidden, weight),
     }
+    chunk_rows = _chunk_rows(num_rows, local, weight.device)
+    together = collective_seconds(chunk_rows, group)
     calls, results = Counter(), {}
     count_collectives(calls)
     meter = Meter("cpu")
@@ -200,20 +336,21 @@ def parallel_rank(rank, world_size, port, num_rows, num_columns, hidden_size, ro
         seconds, peak = (statistics.median(column) for column in zip(*samples[1:]))
         results[name] = (seconds, peak, calls["collectives"])
     if rank == 0:
-        answers.put(results)
+        answer = dict(results=results, chunks=-(-num_rows // chunk_rows), together=together)
+        Path(folder, "results.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 
 def parallel_table(sizes, rounds):
     """Rows for (TP, N, V, H) on gloo ranks of one thread each; the time of rank 0."""
-    rows, context = [], torch.multiprocessing.get_context("spawn")
-    for number, (world_size, num_rows, num_columns, hidden_size) in enumerate(sizes):
-        answers = context.SimpleQueue()
-        arguments = (world_size, 29600 + number, num_rows, num_columns, hidden_size, rounds, answers)
-        ranks = torch.multiprocessing.spawn(parallel_rank, arguments, nprocs=world_size, join=False)
-        results = answers.get()
-        ranks.join()
-        for name, (seconds, peak, collectives) in results.items():
+    rows = []
+    for world_size, *size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            # raises if a rank does, and ends the others
+            torch.multiprocessing.spawn(parallel_rank, (world_size, folder, *size, rounds), nprocs=world_size)
+            answer = json.loads(Path(folder, "results.json").read_text())
+        num_rows, num_columns, hidden_size = size
+        for name, (seconds, peak, collectives) in answer["results"].items():
             rows.append(
                 [
                     f"{world_size}",
@@ -222,9 +359,52 @@ def parallel_table(sizes, rounds):
                     f"{seconds * 1e3:.0f}",
                     f"{peak / MIB:.0f}",
                     f"{collectives}",
+                    f"{answer['together'] * 1e3:.1f} of {seconds / answer['chunks'] * 1e3:.0f}"
+                    if name == "linear_jsd"
+                    else "",
                 ]
             )
-    return table(["TP", "N x V", "what", "ms", "extra MiB a rank", "collectives"], rows)
+    header = ["TP", "N x V", "what", "ms", "extra MiB a rank", "collectives", "a chunk's collectives alone, ms"]
+    return table(header, rows)
+
+
+def bounds(device, logits, linear, copied):
+    """What must hold (issue 3), beside what was measured; the rows that such a bound speaks of may be missing."""
+    found = {(result.case, result.name): result for result in logits + linear if not result.failure}
+    rows = []
+
+    def bound(text, value, held, shown):
+        rows.append([text, shown if value == value else "not measured", "held" if held else "missed"])
+
+    def of(case, name):
+        return found.get((case, name), Result(case, name))
+
+    if device == "cuda":
+        case = (4096, 2048, REAL, torch.bfloat16)
+        value = of(case, "linear_jsd").seconds / of(case, "three GEMMs").seconds
+        bound("linear_jsd, N 4096, bfloat16: at most 1.2 x the three GEMMs", value, value <= 1.2, f"{value:.2f} x")
+        case = (4096, REAL, torch.bfloat16, 0.5)
+        value = PASSES * 2 * 4096 * REAL / of(case, "vocab_parallel_jsd").seconds / copied
+        text = "vocab_parallel_jsd, N 4096, bfloat16: 80 % of a copy's bytes a second"
+        bound(text, value, value >= 0.8, f"{value:.0%}")
+        return table(["bound", "measured", ""], rows)
+    extra = {}
+    for num_rows in (256, 512, 1024, 2048):
+        case = (num_rows, 2048, REAL, torch.float32)
+        value = of(case, "linear_jsd").seconds / of(case, "three GEMMs").seconds
+        bound(f"linear_jsd, N {num_rows}: at most 1.2 x the three GEMMs", value, value <= 1.2, f"{value:.2f} x")
+        extra[num_rows] = of(case, "linear_jsd").above_outputs / MIB
+    value = max(extra.values()) / min(extra.values())
+    shown = ", ".join(f"{size:.0f}" for size in extra.values()) + " MiB"
+    bound("linear_jsd: memory above inputs and outputs constant in N (within 5 %)", value, value <= 1.05, shown)
+    for num_rows in (256, 1024):
+        case = (num_rows, REAL, torch.float32, 0.5)
+        ours, trl = of(case, "vocab_parallel_jsd"), of(case, "TRL")
+        value = trl.seconds / ours.seconds
+        bound(f"vocab_parallel_jsd, N {num_rows}: 6 x faster than TRL", value, value >= 6, f"{value:.1f} x")
+        value = trl.peak / ours.peak
+        bound(f"vocab_parallel_jsd, N {num_rows}: a sixth of TRL's memory", value, value >= 6, f"1 / {value:.1f}")
+    return table(["bound", "measured", ""], rows)
 
 
 def machine(device):
@@ -236,45 +416,68 @@ def machine(device):
 
 
 def commit():
-    output = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    return output.stdout.strip() or "no commit"
+    """Of the working tree, and whether that is what was committed."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+
+    changed = " with changes" if git("status", "--porcelain", "--", "megatron_gkd", "benchmarks") else ""
+    return (git("rev-parse", "--short", "HEAD") or "no commit") + changed
+
+
+def kernels_section():
+    """What is known of the Triton kernels where there is no GPU: how many instructions the compiler makes of them."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    from benchmarks.kernel_instructions import REASONING, instructions_table
+
+    return f"\n## The kernels, without a GPU\n\n{REASONING}\n\n{instructions_table()}"
+
+
+def cases(device, small):
+    """Sizes of the three tables: (N, V, dtype, beta), (N, H, V, dtype, with contenders), (TP, N, V, H)."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    if small:
+        return [(16, OTHER, fp32, 0.5)], [(16, 64, OTHER, fp32, True)], [(2, 16, OTHER, 64)]
+    if device == "cuda":
+        logits = [(n, v, d, 0.5) for d in (fp32, bf16, fp16) for v in (OTHER, REAL) for n in (256, 1024, 4096, 8192)]
+        logits += [(4096, REAL, bf16, beta) for beta in (0.1, 0.3, 0.9)]
+        linear = [(n, 2048, REAL, d, n < 4096) for d in (bf16, fp16) for n in (256, 1024, 4096, 8192)]
+        return logits, linear + [(1024, 2048, REAL, fp32, True)], []
+    logits = [(256, REAL, d, 0.5) for d in (bf16, fp16, fp32)]
+    logits += [(n, REAL, fp32, 0.5) for n in (1024, 2048, 8192)] + [(8192, REAL, bf16, 0.5)]
+    logits += [(256, OTHER, fp32, beta) for beta in (0.1, 0.3, 0.5, 0.9)]
+    logits += [(n, OTHER, fp32, 0.5) for n in (2048, 8192)]
+    linear = [(n, 2048, REAL, fp32, n == 256) for n in (256, 512, 1024, 2048)] + [(8192, 2048, OTHER, fp32, False)]
+    linear += [(64, 2048, REAL, bf16, False), (64, 2048, OTHER, fp16, False)]
+    return logits, linear, [(tp, 256, REAL, 2048) for tp in (1, 2, 4, 8)]
 
 
 def main(arguments):
     torch.set_num_threads(arguments.threads)
     device, rounds = arguments.device, arguments.rounds
-    real, other = 151936, 32000
-    if arguments.small:
-        logit_sizes = [(16, other, torch.float32, 0.5)]
-        linear_sizes = [(16, 64, other, torch.float32, True)]
-        parallel_sizes = [(2, 16, other, 64)]
-    else:
-        logit_sizes = [(n, real, torch.float32, 0.5) for n in (256, 1024)]
-        logit_sizes += [(256, real, torch.float32, 0.3), (256, real, torch.bfloat16, 0.5)]
-        logit_sizes += [(1024, other, torch.float32, 0.5), (8192, other, torch.float32, 0.5)]
-        linear_sizes = [(256, 2048, real, torch.float32, True)]
-        linear_sizes += [(n, 2048, real, torch.float32, False) for n in (512, 1024, 2048)]
-        linear_sizes += [(512, 2048, real, torch.bfloat16, False)]
-        parallel_sizes = [(tp, 256, real, 256) for tp in (1, 2, 4, 8)]
-        if device == "cuda":
-            logit_sizes = [
-                (n, v, d, 0.5) for n in (256, 4096) for v in (other, real) for d in (torch.float32, torch.bfloat16)
-            ]
-            linear_sizes = [(n, 2048, real, torch.bfloat16, n < 4096) for n in (256, 1024, 4096, 8192)]
+    logit_sizes, linear_sizes, parallel_sizes = cases(device, arguments.small)
+    copied = copy_bandwidth() if device == "cuda" else None
+    logits, linear = logits_results(logit_sizes, device, rounds), linear_results(linear_sizes, device, rounds)
     command = "python -m benchmarks.loss " + " ".join(sys.argv[1:])
     text = (
         f"# The loss, measured\n\nCommit {commit()}; {machine(device)}; {arguments.threads} threads; torch "
-        f"{torch.__version__}; `{command.strip()}`. How: the head of `benchmarks/loss.py`. Temperature 2.\n\n"
-        "## From logits, forward and backward\n\n"
-        + logits_table(logit_sizes, device, rounds)
-        + "\n## From hidden states, forward and backward\n\n"
-        + linear_table(linear_sizes, device, rounds)
+        f"{torch.__version__}; `{command.strip()}`. How: the head of `benchmarks/loss.py`. Temperature 2.\n"
     )
+    if copied:
+        text += f"\nTensor.copy_ of 1 GiB moves {copied / 1e9:.0f} GB/s, read and written.\n"
+    if not arguments.small:
+        text += "\n## Bounds\n\n" + bounds(device, logits, linear, copied)
+    text += "\n## From logits, forward and backward\n\n" + logits_table(logits, copied)
+    text += "\n## From hidden states, forward and backward\n\n" + linear_table(linear)
+    if parallel_sizes:
+        text += "\n## On gloo ranks of one thread each\n\n" + parallel_table(parallel_sizes, min(rounds, 2))
     if device == "cpu":
-        text += "\n## On gloo ranks of one thread each\n\n" + parallel_table(parallel_sizes, rounds)
+        text += kernels_section()
     print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text)
+    output = arguments.output or (None if arguments.small else DOCS[device])
+    if output:
+        Path(output).write_text(text)
 
 
 if __name__ == "__main__":
@@ -283,5 +486,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--output", help="a file for the Markdown, besides standard output")
+    parser.add_argument("--output", help="a file for the Markdown, instead of the page in docs/benchmarks")
     main(parser.parse_args())

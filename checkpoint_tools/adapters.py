@@ -6,12 +6,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_tools.job import check_disk, check_output, file_states
+from checkpoint_tools.job import check_disk, check_output, file_states, sync
 from checkpoint_tools.manifest import Manifest, describe_file
-from megatron_gkd.lora.adapter import ROOT
+from megatron_gkd.lora.adapter import THINKER
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
 from megatron_gkd.model.shape import ModelShape
 
@@ -30,9 +29,12 @@ class AdapterSum:
         return [[str(a.folder), state, weight] for a, state, weight in zip(self.adapters, states, self.weights)]
 
     def change(self, name: str, rows: slice, base: Tensor) -> Tensor:
-        """`rows` of the base's tensor `name` plus their updates: computed in fp32, rounded once to the base's dtype."""
-        linear = name.removeprefix(f"{self.shape.prefix}model.layers.").removesuffix(".weight")
-        down, up = (f"{ROOT}{linear}.lora_{side}.weight" for side in "AB")
+        """`rows` of the base's tensor `name` plus their updates: computed in fp32, rounded once to the base's dtype.
+
+        Raises ValueError naming a tensor whose sum is NaN, Inf, or too large for that dtype.
+        """
+        linear = name.removeprefix(self.shape.prefix).removesuffix(".weight")
+        down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
         terms = [(adapter, weight) for adapter, weight in zip(self.adapters, self.weights) if down in adapter]
         if not terms:
             return base
@@ -40,7 +42,10 @@ class AdapterSum:
         for adapter, weight in terms:
             (matrix_a, scale), (matrix_b, _) = adapter.tensor(down), adapter.tensor(up)
             total.addmm_(matrix_b[rows], matrix_a, alpha=weight * scale)
-        return total.to(base.dtype)
+        rounded = total.to(base.dtype)
+        if not rounded.isfinite().all():
+            raise ValueError(f"tensor {name}: the base plus the adapters is not finite in {base.dtype}")
+        return rounded
 
 
 def open_adapters(folders: list[str], weights: list[float], shape: ModelShape) -> AdapterSum:
@@ -52,13 +57,13 @@ def open_adapters(folders: list[str], weights: list[float], shape: ModelShape) -
     return AdapterSum([PeftAdapter(folder, shape) for folder in folders], weights or [1.0] * len(folders), shape)
 
 
-def write_adapter(output: Path, made_by: str, fill) -> None:
+def write_adapter(output: Path, made_by: str, fill, sources: list[Path]) -> None:
     """Make the adapter folder `output`: `fill(folder)` writes its files, a manifest is added, the rest is one rename.
 
-    Raises ValueError when the folder is not empty.
+    Raises ValueError when the folder is not empty, or lies in one of the folders `sources`.
     """
     output = output.absolute()
-    check_output(output)
+    check_output(output, sources)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -66,7 +71,10 @@ def write_adapter(output: Path, made_by: str, fill) -> None:
         manifest = Manifest(made_by, files={name: describe_file(partial / name) for name in (CONFIG, TENSORS)})
         manifest.write(partial)
         partial.chmod(0o755)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         os.replace(partial, output)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -75,13 +83,10 @@ def write_adapter(output: Path, made_by: str, fill) -> None:
 def copy_adapter(source: Path, output: Path) -> str:
     """The adapter of a training run's checkpoint, alone. Returns a line for the user."""
     check_disk(output, sum((source / name).stat().st_size for name in (CONFIG, TENSORS)))
-    write_adapter(
-        output, "megatron_to_hf", lambda folder: [shutil.copy(source / name, folder) for name in (CONFIG, TENSORS)]
-    )
+
+    def fill(folder: Path) -> None:
+        for name in (CONFIG, TENSORS):
+            shutil.copy(source / name, folder)
+
+    write_adapter(output, "megatron_to_hf", fill, [source])
     return f"the adapter of {source} in {output}"
-
-
-def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, metadata={"format": "pt"}
-    )

@@ -1,9 +1,12 @@
 """What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
 
+import logging
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 from transformers import HfArgumentParser
@@ -11,6 +14,7 @@ from transformers import HfArgumentParser
 # megatron-core says on import, which follows this one, which accelerators are absent: a converter needs none.
 for message in (".*Apex (is|are) not installed", "full scope is deprecated", "`torch.distributed.*deprecated"):
     warnings.filterwarnings("ignore", message=message)
+logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)  # does not know the model's rotary keys
 
 Settings = TypeVar("Settings")
 
@@ -19,16 +23,45 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def default_num_workers() -> int:
-    return min(os.cpu_count() or 1, 8)
+def num_workers_setting() -> Any:
+    """Two at least: one reads while the other writes."""
+    return field(
+        default_factory=lambda: max(2, min(os.cpu_count() or 1, 8)),
+        metadata={"help": "Processes. Default: CPUs, at least 2, at most 8."},
+    )
+
+
+def check_num_workers(num_workers: int) -> None:
+    if num_workers < 1:
+        raise ValueError(f"--num_workers {num_workers}: must be 1 or more")
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are ValueErrors of one line, not a page of usage and an exit."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def parse_flags(settings: type[Settings], description: str) -> Settings:
+    """The command line. Raises ValueError naming the flag."""
+    parser = Parser(settings, description=description.strip().splitlines()[0], allow_abbrev=False)
+    (config,) = parser.parse_args_into_dataclasses()
+    return config
+
+
+@contextmanager
+def refusals_in_one_line():
+    """A refusal inside is one line on stderr, from rank 0 where there are several, and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).stem}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def run_command(settings: type[Settings], run: Callable[[Settings], str], description: str) -> None:
-    """Parse the flags, run, print what `run` returns. A refusal is one line on stderr."""
-    parser = HfArgumentParser(settings, description=description.strip().splitlines()[0])
-    (config,) = parser.parse_args_into_dataclasses()
-    try:
-        print(run(config))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Parse the flags, run, print what `run` returns."""
+    with refusals_in_one_line():
+        print(run(parse_flags(settings, description)))

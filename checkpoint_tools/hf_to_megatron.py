@@ -15,9 +15,10 @@ from typing import Iterator
 
 import torch
 
-from checkpoint_tools.command import default_num_workers, run_command, setting
-from checkpoint_tools.job import Job, file_states, run_job
-from checkpoint_tools.manifest import Manifest, read_manifest
+from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command, setting
+from checkpoint_tools.job import Job, file_states, run_job, sync
+from checkpoint_tools.manifest import Manifest, describe_file, read_manifest
+from checkpoint_tools.other_parts import check_other_parts
 from checkpoint_tools.torch_dist_writer import HEADERS, RELEASE, write_chunk, write_description
 from checkpoint_tools.travellers import copy_travellers, list_travellers, total_bytes
 from checkpoint_tools.units import UNIT_BYTES, Unit, plan_units, row_blocks
@@ -27,7 +28,7 @@ from megatron_gkd.model.folder import INDEX, SafetensorsFolder, check_tensors, s
 from megatron_gkd.model.megatron_folder import CARRIED
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 from megatron_gkd.model.table import COLUMNS, ROWS, Place, checkpoint_tensors, places, stored_entries
-from megatron_gkd.model.torch_dist import TRACKER
+from megatron_gkd.model.torch_dist import TRACKER, TorchDist
 
 _RESERVED = (RELEASE, HEADERS, TRACKER)
 
@@ -41,9 +42,10 @@ class HfToMegatronConfig:
     )
     pipeline_model_parallel_size: int = setting(1, "Checked against the model; the checkpoint loads at any layout.")
     expert_model_parallel_size: int = setting(1, "Checked against the model; the checkpoint loads at any layout.")
-    num_workers: int = field(
-        default_factory=default_num_workers, metadata={"help": "Processes. Default: CPUs, at most 8."}
-    )
+    num_workers: int = num_workers_setting()
+
+    def __post_init__(self):
+        check_num_workers(self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ def open_source(hf_model: Path, tp_size: int) -> Source:
     shape = read_model_shape(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, shape)
-    return Source(folder, shape, tp_size, read_manifest(hf_model))
+    check_other_parts(folder, shape)
+    manifest = read_manifest(hf_model)
+    if manifest:
+        manifest.check(hf_model, folder.tensors)
+    return Source(folder, shape, tp_size, manifest)
 
 
 def write_unit(source: Source, unit: Unit, path: Path, report) -> dict:
@@ -142,6 +148,7 @@ def write_unit(source: Source, unit: Unit, path: Path, report) -> dict:
                 source.manifest.check_tensor(name, hashes[name], tensor.path)
         file.flush()
         os.fsync(file.fileno())
+    sync(path.parent)  # the file's name
     return {"sha256": hashes, "chunks": chunks}
 
 
@@ -170,6 +177,7 @@ def convert(config: HfToMegatronConfig, unit_bytes: int = UNIT_BYTES) -> str:
         identity=_identity(config, source, travellers, unit_bytes),
         unit_bytes=[unit.num_bytes for unit in units],
         other_bytes=total_bytes(hf_model, travellers),
+        sources=[hf_model],
     )
 
     def prepare() -> None:
@@ -186,9 +194,12 @@ def convert(config: HfToMegatronConfig, unit_bytes: int = UNIT_BYTES) -> str:
             (job.content / HEADERS / f"{name}.header").write_bytes(header)
         if (hf_model / INDEX).is_file():
             shutil.copyfile(hf_model / INDEX, job.content / HEADERS / INDEX)
+        for path in sorted((job.content / HEADERS).iterdir()):
+            manifest.files[f"{HEADERS}/{path.name}"] = describe_file(path)
         records = {f"__{number}_0.distcp": result["chunks"] for number, result in enumerate(results)}
         records["__padding_0.distcp"] = _write_padding(source, dtypes, job.content / RELEASE / "__padding_0.distcp")
         write_description(job.content / RELEASE, source.checkpoint_sizes(), dtypes, records, source.shape)
+        TorchDist(job.content / RELEASE)  # raises where a file is shorter than what was written into it
         manifest.write(job.content)
 
     if not run_job(job, prepare, work, finish, config.num_workers):

@@ -12,11 +12,11 @@ from typing import Callable
 from torch import Tensor
 
 from checkpoint_tools.job import Job, content_of, file_states, run_job
-from checkpoint_tools.manifest import Manifest
+from checkpoint_tools.manifest import Manifest, describe_file
 from checkpoint_tools.travellers import copy_travellers, total_bytes
 from checkpoint_tools.units import UNIT_BYTES, Unit, plan_units, row_blocks
 from megatron_gkd.model.byte_range import memory
-from megatron_gkd.model.folder import INDEX, StoredTensor, stored_tensors
+from megatron_gkd.model.folder import INDEX, SafetensorsFolder, StoredTensor, stored_tensors
 from megatron_gkd.model.shape import ModelShape
 
 Change = Callable[[str, slice, Tensor], Tensor]  # (name, rows, their values) -> what is written, of the same dtype
@@ -38,6 +38,11 @@ class HfFolderPlan:
     states: dict  # sizes and times of the files read
     change: Change | None = None
     change_identity: list = field(default_factory=list)  # all that the change depends on
+    change_folders: list[Path] = field(default_factory=list)  # that the change reads
+
+    @property
+    def folders_read(self) -> list[Path]:
+        return [self.source, self.travellers_folder, *self.change_folders]
 
     def files(self, folder: Path) -> dict[str, dict[str, StoredTensor]]:
         return {name: stored_tensors(folder / name, header) for name, header in self.headers.items()}
@@ -79,6 +84,7 @@ def write_hf_folder(plan: HfFolderPlan, output: Path, num_workers: int, unit_byt
         identity=plan.identity(unit_bytes),
         unit_bytes=[unit.num_bytes for unit in units],
         other_bytes=total_bytes(plan.travellers_folder, plan.travellers) + sum(map(len, plan.headers.values())),
+        sources=plan.folders_read,
     )
 
     def prepare() -> None:
@@ -93,6 +99,8 @@ def write_hf_folder(plan: HfFolderPlan, output: Path, num_workers: int, unit_byt
         copy_travellers(plan.travellers_folder, plan.travellers, job.content, manifest, plan.expected)
         if plan.index is not None:
             (job.content / INDEX).write_bytes(plan.index)
+            manifest.files[INDEX] = describe_file(job.content / INDEX)
+        SafetensorsFolder(job.content)  # raises where a file has not the size that its header asks for
         manifest.write(job.content)
 
     if not run_job(job, prepare, work, finish, num_workers):

@@ -1,8 +1,9 @@
 """`python -m checkpoint_tools.lower_rank --hf_model DIR --adapter DIR --lora_rank R --output DIR`: a lower rank.
 
 Each linear's update W_up W_down is replaced by its best approximation of rank R (singular values, in fp64; no matrix
-larger than the adapter's own is formed), and the error that this makes is printed. Raising a rank needs no tool:
-training continues an adapter at a higher --lora_rank with the function unchanged.
+larger than the adapter's own is formed), and the error that this makes is printed. A linear whose own rank is lower
+(rank_pattern, layers without LoRA) keeps its update and is padded with zeros. Raising a rank needs no tool: training
+continues an adapter at a higher --lora_rank with the function unchanged.
 """
 
 import json
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from checkpoint_tools.adapters import save_tensors, write_adapter
+from checkpoint_tools.adapters import write_adapter
 from checkpoint_tools.command import run_command
-from megatron_gkd.lora.adapter import adapter_tensors
-from megatron_gkd.lora.peft_folder import CONFIG, PeftAdapter, peft_config, zero_tensors
+from megatron_gkd.lora.adapter import THINKER, adapter_tensors
+from megatron_gkd.lora.peft_folder import CONFIG, PeftAdapter, peft_config, save_tensors, saved_targets
 from megatron_gkd.model.shape import read_model_shape
 
 
@@ -28,7 +30,9 @@ class LowerRankConfig:
 
 
 def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """down [r, in], up [out, r] -> ([rank, in], [out, rank], the singular values of up @ down, falling), all fp64."""
+    """down [r, in], up [out, r] -> ([rank, in], [out, rank], the singular values of up @ down, falling), all fp64.
+
+    `rank` stands for r where r is smaller."""
     basis_up, small_up = torch.linalg.qr(up.double())
     basis_down, small_down = torch.linalg.qr(down.double().T)
     left, values, right = torch.linalg.svd(small_up @ small_down.T)
@@ -44,25 +48,33 @@ def lower(config: LowerRankConfig) -> str:
     if not 0 < rank < adapter.rank:
         raise ValueError(f"--lora_rank {rank}: the adapter has rank {adapter.rank}; choose 1 to {adapter.rank - 1}")
     scale = adapter.alpha / adapter.rank
-    tensors, lost, total = zero_tensors(shape, rank, adapter.targets), {}, {}
-    for down_name in [name for name in adapter_tensors(shape, rank, adapter.targets) if ".lora_A." in name]:
+    sizes = adapter_tensors(shape, rank, saved_targets(adapter.targets))
+    tensors, lost, total = {name: torch.zeros(size) for name, size in sizes.items()}, {}, {}
+    names = [name for name in sizes if ".lora_A." in name]
+    for down_name in names + [f"{THINKER}{linear}.lora_A.weight" for linear in adapter.towers]:
         if down_name not in adapter:
             continue
         up_name = down_name.replace(".lora_A.", ".lora_B.")
         (down, own_scale), (up, _) = adapter.tensor(down_name), adapter.tensor(up_name)
         new_down, new_up, values = truncate(down, up * (own_scale / scale), rank)
-        tensors[down_name], tensors[up_name] = new_down.float(), new_up.float()
+        missing = rank - len(new_down)
+        tensors[down_name], tensors[up_name] = pad(new_down, (0, 0, 0, missing)).float(), pad(new_up, (0, missing)).float()
         linear = down_name.split(".lora_A.")[0].removeprefix("base_model.model.")
         lost[linear], total[linear] = values[rank:].square().sum().item(), values.square().sum().item()
     settings = peft_config(
-        rank=rank, alpha=scale * rank, dropout=0.0, targets=adapter.targets, base_model=str(config.hf_model)
+        rank=rank,
+        alpha=scale * rank,
+        dropout=0.0,
+        targets=adapter.targets,
+        base_model=str(config.hf_model),
+        towers=adapter.towers,
     )
 
     def fill(folder: Path) -> None:
-        save_tensors(tensors, folder)
+        save_tensors(tensors, folder, rank=rank, alpha=scale * rank, targets=adapter.targets)
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
-    write_adapter(Path(config.output), "lower_rank", fill)
+    write_adapter(Path(config.output), "lower_rank", fill, [adapter.folder, Path(config.hf_model)])
     return f"rank {adapter.rank} -> {rank}, alpha {adapter.alpha:g} -> {scale * rank:g}\n" + error_table(lost, total)
 
 

@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint_tools.command import default_num_workers, run_command, setting
+from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command, setting
 from checkpoint_tools.hf_writer import write_hf_folder
-from checkpoint_tools.plans import plan_from
+from checkpoint_tools.plans import is_converted, plan_from
 from checkpoint_tools.units import UNIT_BYTES
 from megatron_gkd.model.torch_dist import TRACKER, find_checkpoint
 
@@ -25,13 +25,15 @@ class MegatronToHfConfig:
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     hf_model: str | None = setting(None, "Hugging Face folder: what the checkpoint itself does not hold.")
     adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapters to add to the weights."})
-    weight: list[float] = field(default_factory=list, metadata={"help": "A factor for each adapter. Default: 1."})
-    export: str = setting("merged", "Of a training run: `merged` into the base model, or the `adapter` alone.")
-    num_workers: int = field(
-        default_factory=default_num_workers, metadata={"help": "Processes. Default: CPUs, at most 8."}
+    weight: list[float] = field(
+        default_factory=list,
+        metadata={"help": "A factor for each adapter, a training run's own first. Default: 1."},
     )
+    export: str = setting("merged", "Of a training run: `merged` into the base model, or the `adapter` alone.")
+    num_workers: int = num_workers_setting()
 
     def __post_init__(self):
+        check_num_workers(self.num_workers)
         if self.export not in EXPORTS:
             raise ValueError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}")
 
@@ -43,8 +45,13 @@ def convert(config: MegatronToHfConfig, unit_bytes: int = UNIT_BYTES) -> str:
         return _export_training(config, checkpoint, hf_model, unit_bytes)
     if config.export == "adapter":
         raise ValueError(f"--export adapter: {checkpoint} has no {ADAPTER_CONFIG}; give a training run's checkpoint")
-    if find_checkpoint(checkpoint) is None:
+    if config.weight and not config.adapter:
+        raise ValueError(f"--weight {' '.join(map(str, config.weight))}: there is no --adapter to weigh")
+    found = find_checkpoint(checkpoint)
+    if found is None:
         raise FileNotFoundError(f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there")
+    if hf_model and is_converted(found):
+        raise ValueError(f"--hf_model {hf_model}: {checkpoint} holds the whole folder; leave the flag out")
     return _write(config, checkpoint, hf_model, config.adapter, unit_bytes)
 
 
@@ -61,6 +68,9 @@ def _export_training(config: MegatronToHfConfig, checkpoint: Path, hf_model: Pat
     if config.export == "adapter":
         from checkpoint_tools.adapters import copy_adapter
 
+        for flag in ("hf_model", "adapter", "weight"):
+            if getattr(config, flag):
+                raise ValueError(f"--{flag} has no effect with --export adapter; leave it out")
         return copy_adapter(checkpoint, Path(config.output))
     return _write(config, _base_of(checkpoint, hf_model), hf_model, [str(checkpoint), *config.adapter], unit_bytes)
 

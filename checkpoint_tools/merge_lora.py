@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoint_tools.adapters import open_adapters
-from checkpoint_tools.command import default_num_workers, run_command
+from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from checkpoint_tools.hf_writer import HfFolderPlan, write_hf_folder
 from checkpoint_tools.plans import plan_from
 from checkpoint_tools.units import UNIT_BYTES
+from megatron_gkd.lora.adapter import THINKER, adapter_tensors
+from megatron_gkd.lora.targets import HEAD
 
 
 @dataclass
@@ -20,15 +22,27 @@ class MergeLoraConfig:
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapter folders."})
     weight: list[float] = field(default_factory=list, metadata={"help": "A factor for each adapter. Default: 1."})
-    num_workers: int = field(
-        default_factory=default_num_workers, metadata={"help": "Processes. Default: CPUs, at most 8."}
-    )
+    num_workers: int = num_workers_setting()
+
+    def __post_init__(self):
+        check_num_workers(self.num_workers)
 
 
 def add_adapters(plan: HfFolderPlan, adapters: list[str], weights: list[float]) -> HfFolderPlan:
-    """The plan with the adapters added to what it reads. Raises as `open_adapters`."""
+    """The plan with the adapters added to what it reads. Raises as `open_adapters`, and ValueError naming a linear whose
+    weight the folder does not have."""
     opened = open_adapters(adapters, weights, plan.shape)
-    return replace(plan, change=opened.change, change_identity=opened.identity())
+    for adapter in opened.adapters:
+        names = [name for name in adapter_tensors(plan.shape, 1, adapter.targets) if ".lora_B." in name and name in adapter]
+        linears = [name.removeprefix(THINKER).removesuffix(".lora_B.weight") for name in names] + adapter.towers
+        lost = [linear for linear in linears if f"{plan.shape.prefix}{linear}.weight" not in plan.tensors]
+        if lost:
+            raise ValueError(
+                f"{adapter.folder}: has LoRA on {lost[0]}, and {plan.source} no such weight to add it to"
+                + (" (it is tied to the embedding)" if lost == [HEAD] else "")
+            )
+    folders = [adapter.folder for adapter in opened.adapters]
+    return replace(plan, change=opened.change, change_identity=opened.identity(), change_folders=folders)
 
 
 def convert(config: MergeLoraConfig, unit_bytes: int = UNIT_BYTES) -> str:

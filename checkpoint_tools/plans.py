@@ -4,13 +4,19 @@ from pathlib import Path
 
 from checkpoint_tools.hf_writer import HfFolderPlan
 from checkpoint_tools.job import file_states
-from checkpoint_tools.manifest import read_manifest
+from checkpoint_tools.manifest import NAME, read_manifest
+from checkpoint_tools.other_parts import check_other_parts
 from checkpoint_tools.torch_dist_writer import HEADERS, RELEASE
 from checkpoint_tools.travellers import list_travellers
 from megatron_gkd.model.folder import INDEX, SafetensorsFolder, check_tensors
 from megatron_gkd.model.megatron_folder import MegatronFolder
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 from megatron_gkd.model.torch_dist import METADATA, TRACKER, find_checkpoint
+
+
+def is_converted(checkpoint: Path) -> bool:
+    """Whether `hf_to_megatron` wrote it: what is not the decoder stands around it."""
+    return checkpoint.name == RELEASE and (checkpoint.parent / HEADERS).is_dir()
 
 
 def plan_from(model: Path, hf_model: Path | None, made_by: str) -> HfFolderPlan:
@@ -21,7 +27,7 @@ def plan_from(model: Path, hf_model: Path | None, made_by: str) -> HfFolderPlan:
     checkpoint = find_checkpoint(model)
     if checkpoint is None:
         return _plan_from_hf(model, made_by)
-    if (checkpoint.parent / HEADERS).is_dir():
+    if is_converted(checkpoint):
         return _plan_from_converted(checkpoint, made_by)
     if hf_model is None:
         raise ValueError(
@@ -32,6 +38,9 @@ def plan_from(model: Path, hf_model: Path | None, made_by: str) -> HfFolderPlan:
 
 def _plan_from_hf(hf_model: Path, made_by: str) -> HfFolderPlan:
     shape, folder = _open_hf(hf_model)
+    manifest = read_manifest(hf_model)
+    if manifest:
+        manifest.check(hf_model, folder.tensors)
     return HfFolderPlan(
         made_by=made_by,
         source=hf_model,
@@ -41,7 +50,7 @@ def _plan_from_hf(hf_model: Path, made_by: str) -> HfFolderPlan:
         tensors=folder.tensors,
         travellers_folder=hf_model,
         travellers=list_travellers(hf_model, besides=folder.headers),
-        expected=read_manifest(hf_model),
+        expected=manifest,
         states=file_states(hf_model, folder.headers),
     )
 
@@ -50,6 +59,11 @@ def _plan_from_converted(checkpoint: Path, made_by: str) -> HfFolderPlan:
     """A checkpoint of `hf_to_megatron`: the folder as it was."""
     root = checkpoint.parent
     shape = read_model_shape(root)
+    tensors, manifest = MegatronFolder(checkpoint, shape).tensors, read_manifest(root)
+    if manifest is None:
+        raise FileNotFoundError(f"{root / NAME} is missing: without it nothing says whether the checkpoint is complete")
+    manifest.check(root, tensors)
+    trained = [path.name for path in root.glob("iter_*")]  # checkpoints of training in the same place
     headers = {path.name[: -len(".header")]: path.read_bytes() for path in sorted((root / HEADERS).glob("*.header"))}
     plan = HfFolderPlan(
         made_by=made_by,
@@ -57,10 +71,10 @@ def _plan_from_converted(checkpoint: Path, made_by: str) -> HfFolderPlan:
         shape=shape,
         headers=headers,
         index=_read(root / HEADERS / INDEX),
-        tensors=MegatronFolder(checkpoint, shape).tensors,
+        tensors=tensors,
         travellers_folder=root,
-        travellers=list_travellers(root, besides=(RELEASE, HEADERS, TRACKER)),
-        expected=read_manifest(root),
+        travellers=list_travellers(root, besides=(RELEASE, HEADERS, TRACKER, *trained)),
+        expected=manifest,
         states=file_states(checkpoint, [METADATA]),
     )
     plan.check()
@@ -90,6 +104,7 @@ def _open_hf(hf_model: Path) -> tuple[ModelShape, SafetensorsFolder]:
     shape = read_model_shape(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, shape)
+    check_other_parts(folder, shape)
     return shape, folder
 
 

@@ -1,7 +1,7 @@
 """What differs between versions of `transformers` in the thinker's class.
 
-Until 5.20 its `model` is the decoder itself, later the decoder is `model.language_model`; and only later versions let
-`peft` find the adapter names of the whole model, `thinker.model.layers...`, on it.
+Until 5.20 its `model` is the decoder itself, beside the towers, later `model` holds decoder and towers; and only later
+versions let `peft` find the adapter names of the whole model, `thinker.model.layers...`, on it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 def decoder(thinker: nn.Module) -> nn.Module:
     """The text decoder, embedding to final norm, of a Qwen3OmniMoeThinkerForConditionalGeneration."""
     return getattr(thinker.model, "language_model", thinker.model)
+
+
+def audio_tower(thinker: nn.Module) -> nn.Module:
+    """The audio encoder of a Qwen3OmniMoeThinkerForConditionalGeneration."""
+    return thinker.model.audio_tower if hasattr(thinker.model, "audio_tower") else thinker.audio_tower
 
 
 def load_peft(thinker: nn.Module, adapter: str | Path, **options) -> PeftModel:

@@ -7,7 +7,8 @@ from typing import Iterable
 from checkpoint_tools.manifest import NAME, Manifest, describe_file
 from megatron_gkd.model.folder import INDEX
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+# Names of pickles, and of what may hold one.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 _LEFT_BEHIND = (".git", ".cache")  # a clone's and a download's own records, as large as the model
 
 
@@ -21,7 +22,7 @@ def list_travellers(folder: Path, besides: Iterable[str]) -> list[str]:
         relative = path.relative_to(folder)
         if relative.parts[0] in {*_LEFT_BEHIND, *besides} or not path.is_file():
             continue
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise ValueError(f"{path} is a pickle, which is neither read nor copied: move it out of the folder")
         if relative.parts not in ((INDEX,), (NAME,)):
             found.append(str(relative))

@@ -1,30 +1,41 @@
 """`[torchrun ...] -m checkpoint_tools.verify --hf_model DIR [--checkpoint DIR] [--adapter DIR]`: is it the same model?
 
 First tensor by tensor (bits of the checkpoint, names, shapes, types, padding, the adapter's own records), then logits
-in fp32 on text, audio and image rows: the Megatron decoder, read from the checkpoint (or the folder) at the given
-layout, against transformers and peft. Prints a table, names the first layer that parts; the exit status is 1 on any
-mismatch.
+in fp32 on text, audio and image rows: our towers and Megatron decoder, read from the checkpoint (or the folder) at the
+given layout, against transformers and peft. Prints a table, names the first layer that parts; the exit status is 1 on any
+mismatch, 2 when there is nothing to compare. Without torchrun it is one process.
 """
 
+import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable
 
 import torch
-from transformers import HfArgumentParser, Qwen3OmniMoeThinkerForConditionalGeneration
+from torch import Tensor
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from checkpoint_tools.adapters import open_adapters
-from checkpoint_tools.command import setting
+from checkpoint_tools.command import parse_flags, refusals_in_one_line, setting
+from checkpoint_tools.plans import is_converted
 from checkpoint_tools.thinker import load_peft
-from checkpoint_tools.verify_logits import DecoderInput, Trace, compare, megatron_trace, transformers_trace
+from checkpoint_tools.verify_logits import Trace, compare, megatron_trace, transformers_trace
 from checkpoint_tools.verify_rows import Rows, make_rows
-from checkpoint_tools.verify_tensors import check_adapter, compare_checkpoint, compare_manifests, compare_merged
+from checkpoint_tools.verify_tensors import (
+    Comparison,
+    check_adapter,
+    compare_checkpoint,
+    compare_manifests,
+    compare_merged,
+)
 from megatron_gkd import parallel as parallel_layout
-from megatron_gkd.forward import eval_mode
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.shape import read_model_shape
+from megatron_gkd.model.torch_dist import find_checkpoint
+from megatron_gkd.model.towers import build_towers
 from megatron_gkd.model.weights import load_weights
 
 _MOST_LINES = 20
@@ -42,69 +53,105 @@ class VerifyConfig:
     expert_model_parallel_size: int = 1
     device: str = setting("auto", "auto, cuda or cpu.")
     tolerance: float = setting(1e-4, "Largest difference of a logit that passes.")
+    tensor_tolerance: float = setting(
+        0.0, "Largest difference of a weight that passes, in fp32, whatever the types. 0: the same bits."
+    )
+
+    def __post_init__(self):
+        for flag in ("tolerance", "tensor_tolerance"):
+            if not getattr(self, flag) >= 0:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be 0 or more")
+        if self.merged and not self.adapter:
+            raise ValueError("--merged is compared with --hf_model and --adapter: name the adapter")
+        if self.quick and (self.merged or self.tensor_tolerance):
+            flag = "merged" if self.merged else "tensor_tolerance"
+            raise ValueError(f"--{flag} needs the tensors, and --quick reads none: leave one of them out")
+        if self.quick and not (self.checkpoint or self.adapter):
+            raise ValueError("--quick: there is nothing to compare, name --checkpoint or --adapter")
+
+
+BASE, ADAPTER, ADAPTER_OFF, MERGED = "base", "base + adapter", "adapter off", "merged"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What transformers makes of some rows. `lora`: without adapter (None), with it, or with it switched off."""
+    """What transformers makes of some rows; `model` is BASE, ADAPTER, ADAPTER_OFF or MERGED."""
 
+    model: str
     rows: Rows
-    given: DecoderInput
+    positions: Tensor
     trace: Trace
-    lora: bool | None = None
 
     @property
     def name(self) -> str:
-        what = {None: "base", True: "base + adapter", False: "adapter off"}[self.lora]
-        return f"{what}, {self.rows.name}"
+        return f"{self.model}, {self.rows.name}"
 
 
 def verify_tensors(config: VerifyConfig) -> bool:
-    """The part that needs no model. Prints; returns whether all is as it should be."""
-    hf_model, passed = Path(config.hf_model), True
+    """The part that needs no model. Prints; returns whether all is as it should be. Raises ValueError where --quick
+    has nothing to compare."""
+    hf_model, tolerance = Path(config.hf_model), config.tensor_tolerance
+    bits = f"to {tolerance:g}" if tolerance else "bit by bit"
+    found = []
     if config.checkpoint:
-        compare_both = compare_manifests if config.quick else compare_checkpoint
-        what = "manifests" if config.quick else "tensors, bit by bit"
-        passed &= _report(
-            f"{config.checkpoint} to {hf_model}, {what}", lambda: compare_both(hf_model, Path(config.checkpoint))
-        )
+        checkpoint, what = Path(config.checkpoint), f"{config.checkpoint} to {hf_model}"
+        if config.quick:
+            found.append(_report(f"{what}, manifests", lambda: compare_manifests(hf_model, checkpoint)))
+        else:
+            find = lambda: compare_checkpoint(hf_model, checkpoint, tolerance)  # noqa: E731
+            found.append(_report(f"{what}, tensors, {bits}", find))
     if config.adapter:
-        passed &= _report(f"{config.adapter}, its records", lambda: check_adapter(Path(config.adapter)))
+        found.append(_report(f"{config.adapter}, its records", lambda: check_adapter(Path(config.adapter))))
     if config.merged:
         adapters = open_adapters([config.adapter], [], read_model_shape(hf_model))
-        passed &= _report(
-            f"{config.merged}, base + adapter", lambda: compare_merged(hf_model, adapters, Path(config.merged))
-        )
-    return passed
+        find = lambda: compare_merged(hf_model, adapters, Path(config.merged), tolerance)  # noqa: E731
+        found.append(_report(f"{config.merged} to base + adapter, tensors, {bits}", find))
+    if config.quick and all(passed is None for passed in found):
+        raise ValueError("--quick: there is nothing to compare, the adapter has no records")
+    return all(passed is not False for passed in found)
 
 
-def _report(what: str, find_problems) -> bool:
+def _report(what: str, compare_both: Callable[[], Comparison | None]) -> bool | None:
+    """Print the outcome and what differs; None where there was nothing to compare."""
     try:
-        problems = find_problems()
+        comparison = compare_both()
     except (ValueError, FileNotFoundError) as error:
-        problems = [str(error)]
+        comparison = Comparison([str(error)])
+    if comparison is None:
+        print(f"{what}: no records to compare with")
+        return None
+    problems = comparison.problems
     print(f"{what}: {f'{len(problems)} DIFFER' if problems else 'ok'}")
     for problem in problems[:_MOST_LINES]:
         print(f"  {problem}")
     if len(problems) > _MOST_LINES:
         print(f"  and {len(problems) - _MOST_LINES} more")
+    for line in comparison.table():
+        print(f"    {line}")
     return not problems
 
 
 def expected_of_transformers(config: VerifyConfig) -> list[Expected]:
-    model = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(config.hf_model, dtype=torch.float32).eval()
+    """Of every model that the flags name, on every row."""
+    model = _load_thinker(config.hf_model)
     all_rows = make_rows(model.config)
-    found = []
-    for rows in all_rows:
-        trace, given = transformers_trace(model, rows)
-        found.append(Expected(rows, given, trace))
+    found = _expected(BASE, model, all_rows)
     if config.adapter:
-        base_text = found[0]
-        model = load_peft(model, config.adapter).eval()
-        trace, given = transformers_trace(model, base_text.rows)
-        found.append(Expected(base_text.rows, given, trace, lora=True))
-        found.append(Expected(base_text.rows, base_text.given, base_text.trace, lora=False))
+        found += [replace(expected, model=ADAPTER_OFF) for expected in found]
+        found += _expected(ADAPTER, load_peft(model, config.adapter).eval(), all_rows)
+    if config.merged:
+        del model
+        found += _expected(MERGED, _load_thinker(config.merged), all_rows)
     return found
+
+
+def _load_thinker(folder: str):
+    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _expected(name: str, model, all_rows: list[Rows]) -> list[Expected]:
+    traces = ((rows, *transformers_trace(model, rows)) for rows in all_rows)
+    return [Expected(name, rows, positions, trace) for rows, trace, positions in traces]
 
 
 def verify_logits(config: VerifyConfig, parallel) -> bool:
@@ -112,42 +159,54 @@ def verify_logits(config: VerifyConfig, parallel) -> bool:
     broadcast = [expected_of_transformers(config) if parallel.rank == 0 else None]
     torch.distributed.broadcast_object_list(broadcast)
     shape = read_model_shape(config.hf_model)
-    model = build_decoder(shape, parallel, torch.float32)
-    load_weights(model, shape, parallel, config.checkpoint or config.hf_model)
     if parallel.rank == 0:
         layout = f"TP {parallel.tp_size} PP {parallel.pp_size} DP {parallel.dp_size} EP {parallel.ep_size}"
         peft = " + peft" if config.adapter else ""
         print(f"Largest difference of a logit, Megatron ({layout}) to transformers{peft}, fp32:")
-    all_passed, logits = True, {}
-    with eval_mode(model):
-        for expected in broadcast[0]:
-            if expected.lora:
-                _add_adapter(model, shape, parallel, config.adapter)
-            with lora_enabled(model, expected.lora is not False):
-                ours = megatron_trace(model, shape, parallel, expected.rows, expected.given)
-            logits[expected.name] = ours.logits
-            line, passed = compare(expected.name, ours, expected.trace, expected.rows.real, config.tolerance)
-            all_passed &= passed
-            if parallel.rank == 0:
-                print(line)
-    if config.adapter and parallel.rank == 0:
-        change = (logits["base + adapter, text"] - logits["base, text"]).abs().max().item()
-        print(f"  the adapter moves a logit by up to {change:.2f}")
+    all_passed, logits, models = True, {}, {}
+    for expected in broadcast[0]:
+        which = ADAPTER if expected.model == ADAPTER_OFF else expected.model
+        if which not in models:
+            models = {which: _megatron_model(which, config, shape, parallel)}  # one at a time
+        model = models[which]
+        with lora_enabled(model, expected.model == ADAPTER):
+            ours = megatron_trace(model, shape, parallel, expected.rows, expected.positions)
+        logits[expected.name] = ours.logits[expected.rows.real]
+        line, passed = compare(expected.name, ours, expected.trace, expected.rows.real, config.tolerance)
+        all_passed &= passed
+        if parallel.rank == 0:
+            print(line)
+    if parallel.rank == 0:
+        for what, model, other in (("adapter", ADAPTER, BASE), ("merge's rounding", MERGED, ADAPTER)):
+            if f"{model}, text" in logits and f"{other}, text" in logits:
+                rows = [name.split(", ")[1] for name in logits if name.startswith(f"{model}, ")]
+                changes = [(logits[f"{model}, {row}"] - logits[f"{other}, {row}"]).abs().max().item() for row in rows]
+                print(f"  the {what} moves a logit by up to {max(changes):.1e}")
     return all_passed
 
 
-def _add_adapter(model, shape, parallel, folder: str) -> None:
-    adapter = PeftAdapter(folder, shape)
-    settings = dict(rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets, seed=0)
-    apply_lora(model, shape, parallel, **settings)
-    load_adapter(model, shape, parallel, adapter)
-    model.eval()
+def _megatron_model(name: str, config: VerifyConfig, shape, parallel):
+    """As read from the checkpoint where there is one (or from the merged folder), with LoRA for ADAPTER. The towers are
+    those of `hf_model` where a checkpoint holds the decoder alone."""
+    folder = config.merged if name == MERGED else config.checkpoint or config.hf_model
+    model = build_decoder(shape, parallel, torch.float32)
+    load_weights(model, shape, parallel, folder)
+    found = find_checkpoint(folder)
+    if found:
+        folder = found.parent if is_converted(found) else config.hf_model
+    model.towers = build_towers(folder, shape, parallel, torch.float32, audio=True, visual=True)
+    if name == ADAPTER:
+        adapter = PeftAdapter(config.adapter, shape)
+        settings = dict(rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets, seed=0)
+        apply_lora(model, shape, parallel, **settings, towers=bool(adapter.towers))
+        load_adapter(model, shape, parallel, adapter)
+    return model.eval()
 
 
 def verify(config: VerifyConfig) -> bool:
-    """The whole comparison, on every rank."""
-    if config.merged and not config.adapter:
-        raise ValueError("--merged is compared with --hf_model and --adapter: name the adapter")
+    """The whole comparison, on every rank. Raises ValueError where there is nothing to compare, or no such layout."""
+    if config.quick:
+        return verify_tensors(config) if os.environ.get("RANK", "0") == "0" else True
     parallel = parallel_layout.initialize(
         parallel_layout.resolve_device(config.device),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -156,8 +215,6 @@ def verify(config: VerifyConfig) -> bool:
     )
     passed = [verify_tensors(config) if parallel.rank == 0 else None]
     torch.distributed.broadcast_object_list(passed)
-    if config.quick:
-        return passed[0]
     try:
         return verify_logits(config, parallel) and passed[0]
     except (ValueError, FileNotFoundError) as error:
@@ -167,13 +224,11 @@ def verify(config: VerifyConfig) -> bool:
 
 
 def main() -> None:
-    (config,) = HfArgumentParser(VerifyConfig, description=__doc__).parse_args_into_dataclasses()
-    try:
+    with refusals_in_one_line():
+        config = parse_flags(VerifyConfig, __doc__)
         passed = verify(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"verify: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    parallel_layout.destroy()
+    if torch.distributed.is_initialized():
+        parallel_layout.destroy()
     sys.exit(0 if passed else 1)
 
 

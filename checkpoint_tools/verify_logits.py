@@ -1,10 +1,11 @@
-"""The same rows through transformers' thinker and the Megatron decoder: hidden states after every layer, logits.
+"""The same rows through transformers' thinker and ours: hidden states before and after every layer, logits.
 
-The towers run in transformers; what they hand to the decoder (embeddings, 3-D positions, the vision tower's features
-for the first layers) goes into both decoders. Legend: B rows, S positions, H hidden size.
+Ours are the towers and the Megatron decoder as training builds them; the rotary positions are transformers' (training's
+own are another matter, tests/test_positions.py). Legend: B rows, S positions, H hidden size.
 """
 
-from contextlib import ExitStack, contextmanager
+import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,118 +13,95 @@ from torch import Tensor
 
 from checkpoint_tools.thinker import decoder
 from checkpoint_tools.verify_rows import Rows
-from megatron_gkd.forward import forward_logits
+from megatron_gkd.data.batch import Batch, BatchView
+from megatron_gkd.forward import view_logits
 
-
-@dataclass
-class DecoderInput:
-    """What enters the decoder beside the ids. `features`: for `visual`'s positions, after the first layers."""
-
-    position_ids: Tensor  # [3, B, S]
-    media: Tensor  # bool [B, S]: the positions whose embeddings the towers made
-    embeddings: Tensor  # [B, S, H]
-    visual: Tensor | None  # bool [B, S]
-    features: list[Tensor]
+EMBEDDING = 0
+NOISE = 1e-5  # relative error of a token that is no more than fp32's rounding; a layer adds about a tenth of it
 
 
 @dataclass
 class Trace:
-    """layers: number from 1 -> [B, S, H] after that layer; logits [B, S, V]. fp32, on the CPU."""
+    """layers: number from 1 -> [B, S, H] after that layer (and what the vision tower adds there), EMBEDDING: what enters
+    the first; logits [B, S, V]. fp32, on the CPU."""
 
     layers: dict[int, Tensor]
     logits: Tensor
 
 
-def transformers_trace(thinker, rows: Rows) -> tuple[Trace, DecoderInput]:
-    """`thinker`: transformers' model, or peft's around it."""
+def transformers_trace(thinker, rows: Rows) -> tuple[Trace, Tensor]:
+    """`thinker`: transformers' model, or peft's around it. The second result: its position ids [3, B, S]."""
     text_model = decoder(thinker.get_base_model() if hasattr(thinker, "get_base_model") else thinker)
-    config, layers, entered = thinker.config, {}, {}
+    layers, entered = {}, {}
     with ExitStack() as hooks, torch.no_grad():
-        record = text_model.register_forward_pre_hook(
-            lambda module, args, kwargs: entered.update(kwargs), with_kwargs=True
-        )
-        hooks.callback(record.remove)
-        for number, layer in enumerate(text_model.layers, start=1):
-            keep = layer.register_forward_hook(
-                lambda module, args, out, number=number: layers.update({number: out.clone()})
-            )
-            hooks.callback(keep.remove)
+
+        def keep_input(number: int):
+            def keep(module, args, kwargs):
+                layers[number] = (args[0] if args else kwargs["hidden_states"]).float().clone()
+
+            return keep
+
+        before = (lambda module, args, kwargs: entered.update(kwargs), *map(keep_input, range(len(text_model.layers) + 1)))
+        for module, hook in zip((text_model, *text_model.layers, text_model.norm), before):
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         logits = thinker(**rows.inputs).logits
     ids, positions = rows.inputs["input_ids"], entered["position_ids"]
     if positions is None:
         positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
-    media = (ids == config.audio_token_id) | (ids == config.image_token_id)
-    given = DecoderInput(
-        position_ids=positions[-3:].contiguous(),
-        media=media,
-        embeddings=entered["inputs_embeds"].float(),
-        visual=entered.get("visual_pos_masks"),
-        features=[features.float() for features in entered.get("deepstack_visual_embeds") or []],
-    )
-    return Trace({number: hidden.float() for number, hidden in layers.items()}, logits.float()), given
+    return Trace(layers, logits.float()), positions[-3:].contiguous()
 
 
-def megatron_trace(model, shape, parallel, rows: Rows, given: DecoderInput) -> Trace:
-    """Complete on every rank. Collectives: those of the forward pass, an all-gather of the layers' hidden states."""
+def megatron_trace(model, shape, parallel, rows: Rows, positions: Tensor) -> Trace:
+    """`model` has its towers (`model.towers`, None on later stages). Complete on every rank.
+
+    Collectives: those of the towers and the forward pass, an all-gather of the layers' hidden states.
+    """
     layers: dict[int, Tensor] = {}
-    with _entering(model, parallel, given), _leaving(model, parallel, given, layers):
-        ids = rows.inputs["input_ids"].to(parallel.device)
-        logits = forward_logits(model, shape, parallel, ids, given.position_ids.to(parallel.device))
+    view = _view(rows, positions, parallel)
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in model.decoder.layers:
+
+            def keep(layer, args, output):
+                layers[layer.layer_number] = output[0].detach().clone()
+
+            hooks.callback(layer.register_forward_hook(keep).remove)
+        if parallel.is_first_stage:
+
+            def keep_input(layer, args, kwargs):
+                layers[EMBEDDING] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+
+            first = model.decoder.layers[0]
+            hooks.callback(first.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+        features = None
+        if rows.media is not None and model.towers is not None:
+            features = model.towers.encode(Batch(view, view, False, media=rows.media.to(parallel.device)))
+        length = rows.real.shape[1]
+        logits = view_logits(model, shape, parallel, view, features)[:, :length]
     shards = {number: (parallel.tp_rank, hidden.cpu()) for number, hidden in layers.items()}
     gathered = [None] * parallel.world_size
     torch.distributed.all_gather_object(gathered, shards if parallel.dp_rank == 0 else {})
     whole = {}
-    for number in range(1, shape.num_layers + 1):
+    for number in range(EMBEDDING, shape.num_layers + 1):
         parts = dict(found[number] for found in gathered if number in found)
         hidden = torch.cat([parts[rank] for rank in sorted(parts)])
-        whole[number] = hidden[: rows.real.shape[1]].transpose(0, 1).float()
+        whole[number] = hidden[:length].transpose(0, 1).float()
     return Trace(whole, logits)
 
 
-def _own_positions(tensor: Tensor, parallel) -> Tensor:
-    """[B, S, ...] -> this rank's sequence shard [S/TP, B, ...]; positions that padding adds are zero."""
-    whole = tensor.transpose(0, 1)
-    padding = whole.new_zeros(-len(whole) % parallel.tp_size, *whole.shape[1:])
-    return torch.cat([whole, padding]).chunk(parallel.tp_size)[parallel.tp_rank].to(parallel.device)
-
-
-@contextmanager
-def _entering(model, parallel, given: DecoderInput):
-    """Put the towers' embeddings in the place of the media tokens'."""
-    if not parallel.is_first_stage:
-        yield
-        return
-    media, embeddings = _own_positions(given.media, parallel), _own_positions(given.embeddings, parallel)
-
-    def replace(module, args, output):
-        return torch.where(media[..., None], embeddings.to(output.dtype), output)
-
-    hook = model.embedding.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _leaving(model, parallel, given: DecoderInput, layers: dict[int, Tensor]):
-    """Keep what every layer of this stage returns; add the vision tower's features after the first ones."""
-
-    def keep(layer, args, output):
-        hidden, *rest = output
-        layers[layer.layer_number] = hidden.clone()
-        if layer.layer_number <= len(given.features):
-            added = torch.zeros_like(given.embeddings)
-            added[given.visual] = given.features[layer.layer_number - 1]
-            hidden = hidden + _own_positions(added, parallel).to(hidden.dtype)
-        return (hidden, *rest)
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.decoder.layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _view(rows: Rows, positions: Tensor, parallel) -> BatchView:
+    """The rows as a batch's view, padded to a multiple of the tensor-parallel size."""
+    padding = (0, -rows.real.shape[1] % parallel.tp_size)
+    ids = torch.nn.functional.pad(rows.inputs["input_ids"], padding)
+    view = BatchView(
+        input_ids=ids,
+        labels=torch.zeros_like(ids),
+        lengths=rows.real.sum(1),
+        prompt_lengths=rows.real.sum(1),
+        position_ids=torch.nn.functional.pad(positions, padding).float(),
+        media_rows=torch.nn.functional.pad(rows.is_media, padding).flatten().nonzero().flatten(),
+        media_tokens=torch.arange(int(rows.is_media.sum())),
+    )
+    return view.to(parallel.device)
 
 
 def compare(name: str, ours: Trace, theirs: Trace, real: Tensor, tolerance: float) -> tuple[str, bool]:
@@ -133,14 +111,29 @@ def compare(name: str, ours: Trace, theirs: Trace, real: Tensor, tolerance: floa
     passed = difference <= tolerance  # a NaN does not
     line = f"  {name:22} {difference:.1e}  (largest logit {largest:.1f})  {'ok' if passed else 'DIFFERS'}"
     if not passed:
-        line += f"; {first_parting(ours, theirs, real, tolerance)}"
+        line += f"; {first_parting(layer_errors(ours, theirs, real))}"
     return line, passed
 
 
-def first_parting(ours: Trace, theirs: Trace, real: Tensor, tolerance: float) -> str:
+def layer_errors(ours: Trace, theirs: Trace, real: Tensor) -> dict[int, float]:
+    """Layer -> the largest over the tokens of RMS(difference) / RMS(expected); inf where one is not a number."""
+    errors = {}
     for number in sorted(theirs.layers):
-        expected = theirs.layers[number][real]
-        difference = ((ours.layers[number][real] - expected).abs().max() / expected.abs().max()).item()
-        if not difference <= tolerance:
-            return f"first at layer {number - 1}: {difference:.1e} of its largest value"
-    return "all layers agree: the final norm or the lm_head"
+        expected, found = theirs.layers[number][real], ours.layers[number][real]
+        error = (found - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt().clamp_min(1e-30)
+        errors[number] = error.nan_to_num(nan=math.inf).max().item()
+    return errors
+
+
+def first_parting(errors: dict[int, float]) -> str:
+    """The first layer whose error is above the noise and ten times that of the one before; else the largest jump."""
+    names = {number: f"layer {number - 1}" for number in errors} | {EMBEDDING: "the embedding or a tower"}
+    before = dict(zip(errors, [0.0, *errors.values()]))
+    for number, error in errors.items():
+        if error > NOISE and error > 10 * before[number]:
+            return f"first at {names[number]}: a token is off by {error:.1e} of its RMS, before it {before[number]:.1e}"
+    jump = max(errors, key=lambda number: errors[number] / max(before[number], NOISE / 100))
+    largest = f"the largest jump is at {names[jump]}, from {before[jump]:.1e} to {errors[jump]:.1e} of a token's RMS"
+    if max(errors.values()) <= NOISE:
+        return f"all layers agree: the final norm or the lm_head ({largest})"
+    return f"no layer stands out: {largest}"

@@ -7,16 +7,22 @@ from torch import Tensor
 from transformers import Qwen3OmniMoeThinkerConfig
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
 
+from megatron_gkd.data.batch import Media
+from megatron_gkd.data.sample import Medium
+
 NUM_FRAMES = 230  # of sound: two whole chunks of the audio tower and a part
 PICTURE = (1, 8, 12)  # patches: time, height, width
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`inputs` are the arguments of transformers' thinker; `real` [B, S] marks what is not padding."""
+    """`inputs` are the arguments of transformers' thinker, `media` and `is_media` [B, S], which marks their tokens, the
+    same for our towers; `real` [B, S] marks what is not padding."""
 
     name: str
     inputs: dict[str, Tensor]
+    media: Media | None
+    is_media: Tensor
 
     @property
     def real(self) -> Tensor:
@@ -41,7 +47,7 @@ def _text(config, generator) -> Rows:
     lengths = torch.tensor([32, 17, 5])
     mask = torch.arange(32) < lengths[:, None]
     ids = torch.where(mask, _words(config, generator, 3, 32), 0)
-    return Rows("text", {"input_ids": ids, "attention_mask": mask.long()})
+    return Rows("text", {"input_ids": ids, "attention_mask": mask.long()}, None, torch.zeros_like(mask))
 
 
 def _around(config, generator, media: Tensor) -> dict[str, Tensor]:
@@ -57,9 +63,9 @@ def _sound(config, generator) -> Rows:
     )
     features = torch.randn(1, audio.num_mel_bins, NUM_FRAMES, generator=generator)
     mask = torch.ones(1, NUM_FRAMES, dtype=torch.long)
-    return Rows(
-        "audio", _around(config, generator, media) | {"input_features": features, "feature_attention_mask": mask}
-    )
+    inputs = _around(config, generator, media) | {"input_features": features, "feature_attention_mask": mask}
+    sound = Media.of([Medium("audio", features[0], None, num_tokens)])
+    return Rows("audio", inputs, sound, inputs["input_ids"] == config.audio_token_id)
 
 
 def _picture(config, generator) -> Rows:
@@ -69,4 +75,6 @@ def _picture(config, generator) -> Rows:
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.randn(time * height * width, patch, generator=generator)
     inputs = _around(config, generator, torch.tensor(media))
-    return Rows("image", inputs | {"pixel_values": pixels, "image_grid_thw": torch.tensor([PICTURE])})
+    inputs |= {"pixel_values": pixels, "image_grid_thw": torch.tensor([PICTURE])}
+    picture = Media.of([Medium("image", pixels, PICTURE, num_tokens)])
+    return Rows("image", inputs, picture, inputs["input_ids"] == config.image_token_id)

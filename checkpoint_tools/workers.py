@@ -77,6 +77,7 @@ def _serve(connection: Connection, work: Work, parent: int) -> None:
             return
         try:
             connection.send(("done", unit, work(unit, report)))
-        except (ValueError, OSError) as error:
-            connection.send(("error", str(error)))
+        except Exception as error:  # whatever it is, the command says it and stops
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            connection.send(("error", f"{kind}{error}"))
             return

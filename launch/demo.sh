@@ -8,6 +8,7 @@
 # 3. writes the data 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2   5. shows before and after, computed with
 # transformers + peft alone, and that they give the Megatron model's logits
 # NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the run; one GPU takes NPROC=1 DEVICE=cuda.
+# MIN_OBEYED is the share of held-out answers that must obey the prompt: with a few steps none will, MIN_OBEYED=0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,6 +16,7 @@ DEMO=${DEMO:-output/demo}
 NPROC=${NPROC:-2}
 DEVICE=${DEVICE:-cpu}
 DTYPE=${DTYPE:-float32}
+MIN_OBEYED=${MIN_OBEYED:-0.8}
 export OMP_NUM_THREADS=1
 
 echo "[1/5] environment"
@@ -48,7 +50,7 @@ echo "[5/5] before and after"
 tolerance=$([ "$DTYPE" = float32 ] && echo 1e-4 || echo 1e-3) # JSD of Megatron to that of transformers in fp32
 adapter=$(ls -d "$DEMO"/run/checkpoint-* | sort -V | tail -n 1)
 python -m launch.demo_report --model "$DEMO/model" --heldout "$DEMO/data/heldout.jsonl" --run "$DEMO/run" \
-    --adapter "$adapter" --temperature 1.0 --tolerance "$tolerance"
+    --adapter "$adapter" --temperature 1.0 --tolerance "$tolerance" --min_obeyed "$MIN_OBEYED"
 PYTHONWARNINGS=ignore torchrun --standalone --nproc_per_node "$NPROC" -m checkpoint_tools.verify "${layout[@]}" \
     --hf_model "$DEMO/model" --adapter "$adapter"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; adapter: $adapter, curves: $DEMO/run/curves.png"

@@ -26,7 +26,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no display)
 
 MAX_NEW_TOKENS = 16
-MIN_OBEYED = 0.8  # share of held-out prompts that the trained student must answer as the teacher's prompt demands
 
 
 @dataclass
@@ -73,8 +72,13 @@ def read_held_out(path: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     )
 
 
-def response_logits(model: torch.nn.Module, prompts: List[List[int]], responses: List[List[int]]) -> torch.Tensor:
-    """Logits [N, V] that predict each response token, all rows in one right-padded batch, row-major."""
+def response_logits(
+    model: torch.nn.Module, prompts: List[List[int]], responses: List[List[int]], **media: torch.Tensor
+) -> torch.Tensor:
+    """Logits [N, V] that predict each response token, all rows in one right-padded batch, row-major.
+
+    `media`: what the model takes beside the ids, such as input_features.
+    """
     length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -84,7 +88,7 @@ def response_logits(model: torch.nn.Module, prompts: List[List[int]], responses:
         ids[row, :end] = torch.tensor(prompt + response)
         mask[row, :end] = 1
         predicts[row, len(prompt) - 1 : end - 1] = True
-    return model(input_ids=ids, attention_mask=mask).logits[predicts].float()
+    return model(input_ids=ids, attention_mask=mask, **media).logits[predicts].float()
 
 
 def mean_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> float:
@@ -96,12 +100,15 @@ def mean_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempera
     return divergences.mean().item()
 
 
-def greedy_answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: List[List[int]]) -> List[str]:
-    """Greedy continuations of left-padded prompts, as text without special tokens."""
+def greedy_answers(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: List[List[int]], **media: torch.Tensor
+) -> List[str]:
+    """Greedy continuations of left-padded prompts, as text without special tokens; `media` as in `response_logits`."""
     length = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    settings = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    output = model.generate(input_ids=ids, attention_mask=mask, **settings, **media)
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
@@ -182,6 +189,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="one of its checkpoint-STEP folders")
     parser.add_argument("--temperature", type=float, default=1.0, help="the run's distillation temperature")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed |JSD here - JSD in eval.jsonl|")
+    parser.add_argument("--min_obeyed", type=float, default=0.8, help="least share of answers that obey the prompt")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -206,10 +214,9 @@ def main() -> None:
         print(f"JSD {name}: transformers + peft {here.jsd:.6f}, Megatron {line['jsd']:.6f} (step {line['step']})")
         if difference > arguments.tolerance:
             sys.exit(f"demo_report: they differ by {difference:.2e}, more than --tolerance {arguments.tolerance:.0e}")
-    if after.obeyed < MIN_OBEYED:
-        sys.exit(
-            f"demo_report: only {after.obeyed:.0%} of the answers obey the prompt, at least {MIN_OBEYED:.0%} expected"
-        )
+    least = arguments.min_obeyed
+    if after.obeyed < least:
+        sys.exit(f"demo_report: only {after.obeyed:.0%} of the answers obey the prompt, at least {least:.0%} expected")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, for the record: what is installed, the tests on CUDA, the demo in bf16, the loss benchmark.
 #
-#   bash launch/gpu_checks.sh            writes docs/gpu.md with commit, versions and hardware
+#   bash launch/gpu_checks.sh            writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
+#
+# What fails is noted, the rest still runs; the exit status is 1 if anything failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,24 +12,33 @@ source .venv/bin/activate
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "gpu_checks: error: torch sees no GPU here" >&2; exit 1; }
 
 report=docs/gpu.md
-{
-    echo "# On a GPU: what \`bash launch/gpu_checks.sh\` saw"
-    echo
-    echo "Commit $(git rev-parse --short HEAD), $(date -u +%Y-%m-%d)."
-    echo '```'
-    nvidia-smi -L
-    python -m megatron_gkd.doctor
-    echo '```'
-    echo "## Tests"
-    echo '```'
-} >"$report"
-python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_kernels.py | tee -a "$report"
-{
-    echo '```'
-    echo "## The demo in bf16 on one GPU"
-    echo '```'
-} >>"$report"
-DEMO=output/demo_gpu NPROC=1 DEVICE=cuda DTYPE=bfloat16 bash launch/demo.sh | tee -a "$report"
-echo '```' >>"$report"
-python -m benchmarks.loss --device cuda
-echo "written: $report, docs/benchmarks/loss.md"
+failed=()
+
+step() {  # step TITLE COMMAND...: its output into the report, under that title
+    local title=$1 status=0
+    shift
+    printf '\n## %s\n\n```\n' "$title" >>"$report"
+    "$@" 2>&1 | tee -a "$report" || status=$?
+    printf '```\n' >>"$report"
+    [ "$status" -eq 0 ] && return
+    printf '\nFailed with status %s.\n' "$status" | tee -a "$report"
+    failed+=("$title")
+}
+
+sanitize() {
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed (it comes with the CUDA toolkit)"; return 1; }
+    compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 python -m pytest -q tests/test_loss_kernels.py
+}
+
+printf '# On a GPU: what `bash launch/gpu_checks.sh` saw\n\nCommit %s, %s.\n' "$(git rev-parse --short HEAD)" "$(date -u +%Y-%m-%d)" >"$report"
+step "Machine" nvidia-smi -L
+step "Versions" python -m megatron_gkd.doctor
+step "Liger-Kernel, for the comparison" python -m pip --disable-pip-version-check install -q -e ".[benchmarks]"
+step "Tests" python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_kernels.py tests/test_benchmarks_loss.py
+step "Memory accesses of the kernels (compute-sanitizer)" sanitize
+step "The demo in bf16 on one GPU" env DEMO=output/demo_gpu NPROC=1 DEVICE=cuda DTYPE=bfloat16 bash launch/demo.sh
+step "The loss (docs/benchmarks/loss_gpu.md)" python -m benchmarks.loss --device cuda
+step "Memory of a whole step (docs/benchmarks/step_memory_gpu.md)" python -m benchmarks.step_memory --device cuda
+
+echo "written: $report, docs/benchmarks/loss_gpu.md, docs/benchmarks/step_memory_gpu.md"
+[ ${#failed[@]} -eq 0 ] || { printf 'gpu_checks: failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, zero_tensors
+from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied, tower_loras, tower_tensors
+from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
 from megatron_gkd.metrics import write_atomically
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 
@@ -117,10 +117,14 @@ def save_checkpoint(
 
     if parallel.rank == 0:
         rank, _, targets = applied(model)
-        shapes = adapter_tensors(shape, rank, targets)
+        towers = list(tower_loras(model))
+        shapes = adapter_tensors(shape, rank, targets) | tower_tensors(model)
         weights = _join(partial, "weight", shapes, parallel.world_size)
-        _save_tensors(weights | zero_tensors(shape, rank, targets), partial / TENSORS)
-        config = peft_config(rank=rank, alpha=alpha, dropout=dropout, targets=targets, base_model=base_model)
+        saved = weights | zero_tensors(shape, rank, targets)
+        save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
+        _sync(partial / TENSORS)
+        lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+        config = peft_config(**lora, base_model=base_model, towers=towers)
         _save_json(config, partial / CONFIG)
         if optimizer is not None:
             joined = {
@@ -128,16 +132,14 @@ def save_checkpoint(
                 for kind in MOMENTS
                 for name, t in _join(partial, kind, shapes, parallel.world_size).items()
             }
-            _save_tensors(joined, partial / OPTIMIZER)
+            save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
+            _sync(partial / OPTIMIZER)
             full_state = state | {
                 "step": step,
                 "num_updates": optimizer.num_updates,
                 "loss_scale": optimizer.scaler_state(),
             }
-            _save_json(
-                full_state | {"lora": {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}},
-                partial / STATE,
-            )
+            _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
         for path in partial.glob("rank-*.safetensors"):
             path.unlink()
         _replace(partial, final)
@@ -197,11 +199,6 @@ def _join(folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks
     holes = [name for name, number in missing.items() if number]
     assert not holes, f"{holes[0]}: {missing[holes[0]]} elements without or with more than one owner"
     return joined
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    _sync(path)
 
 
 def _save_json(content: dict, path: Path) -> None:

@@ -10,13 +10,17 @@ import difflib
 import math
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from megatron_gkd.model.shape import ModelShape, read_model_shape
+
+SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end the others
 # Flags of the DeepSpeed command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
     "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
@@ -57,7 +61,7 @@ class ModelConfig:
         "bfloat16", "Type of the base model; LoRA weights are float32."
     )
     attn_impl: Literal["auto", "flash_attention_2", "flash", "sdpa", "eager", "te"] = setting(
-        "auto",
+        "flash",
         "Attention; what is not installed falls back to torch's scaled-dot-product attention, and the run says so.",
     )
     experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
@@ -104,10 +108,12 @@ class LoraConfig:
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
-        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj. "
+        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head beside them, "
+        "which needs all logits of a micro-batch at once. "
         "Default: the adapter's, or ALL.",
         ["--target_modules"],
     )
+    lora_towers: bool = setting(False, "LoRA on attention and MLP of the audio and the vision tower too; else they are frozen.")
     adapter: str | None = setting(None, "Start from this PEFT adapter folder instead of a fresh one.")
 
     def __post_init__(self):
@@ -140,7 +146,10 @@ class DataConfig:
     skip_bad_rows: bool = setting(
         False, "Count and skip rows that cannot be used; without it they stop the run before step 1."
     )
-    check_data: bool = setting(False, "Read and check the data, print the report and stop.")
+    check_data: bool = setting(False, "Read and check the data, every medium too, print the report and stop.")
+    media_cache: str | None = setting(
+        None, "Keep the features of audio, images and videos in this folder; ranks and runs may share it."
+    )
 
     def __post_init__(self):
         ratio = self.split_dataset_ratio
@@ -179,6 +188,11 @@ class DistillConfig:
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = setting(
         "jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t)."
     )
+    divergence_clip: float | None = setting(
+        None,
+        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it gives no gradient. "
+        "Default: no limit.",
+    )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
     sft_alpha: float = setting(0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only.")
     allow_zero_signal: bool = setting(False, "Run even where student and teacher are equal and nothing can be learned.")
@@ -188,6 +202,8 @@ class DistillConfig:
         parse_schedule(self.lmbda)
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0", "1 to 4 is usual")
         require(0 <= self.sft_alpha <= 1, "sft_alpha", self.sft_alpha, "in [0, 1]")
+        if self.divergence_clip is not None:
+            require(0 < self.divergence_clip < math.inf, "divergence_clip", self.divergence_clip, "above 0", "leave it out for no limit")
         if self.beta_convention == "paper":
             require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1] in the paper's convention")
         else:
@@ -233,8 +249,9 @@ class DistillConfig:
             if self.divergence == "jsd"
             else f"--divergence {divergence}"
         )
+        clip = "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
         sft = f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
-        return f"{formula}, in nats at temperature {self.temperature:g}{sft} ({used})"
+        return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft} ({used})"
 
 
 def parse_schedule(text: str) -> list[tuple[int, float]]:
@@ -437,13 +454,24 @@ def parse_config(argv: list[str]) -> Config:
 
 
 def parse_config_or_exit(argv: list[str]) -> Config:
-    """`parse_config` for a command line: rank 0 prints what is wrong to stderr in one line, the exit status is 2."""
+    """`parse_config` for a command line: see `exit_with`."""
     try:
         return parse_config(argv)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron_gkd: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        exit_with(error)
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """The end of a command line: what is wrong to stderr, exit status 2.
+
+    Most errors are those of every rank. Rank 0 speaks at once and ends; the others wait a moment before they do, in which
+    torchrun ends them. What only some ranks have seen (a file that a node lacks) is said by those.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"megatron_gkd: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
 
 
 def check_layout(
@@ -483,30 +511,24 @@ def check_layout(
     return world_size // (tp * pp)
 
 
-def describe_layout(world_size: int, config: Config) -> str:
-    """One line on how `world_size` ranks share the model in the folder --model; ValueError where they cannot."""
-    from transformers import AutoConfig
-
-    if not Path(config.model.model, "config.json").is_file():
-        raise ValueError(f"--model {config.model.model}: there is no config.json in this folder")
-    model = AutoConfig.from_pretrained(config.model.model, local_files_only=True)
-    text = getattr(model, "thinker_config", model).get_text_config()
+def describe_layout(world_size: int, shape: ModelShape, config: Config) -> str:
+    """One line on how `world_size` ranks share a model of these sizes; ValueError where they cannot."""
     parallel, train = config.parallel, config.train
     data_parallel_size = check_layout(
         world_size,
         parallel,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        num_experts=text.num_experts,
-        num_layers=text.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        num_experts=shape.num_experts,
+        num_layers=shape.num_layers,
     )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep = parallel.expert_model_parallel_size
     samples, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
     return (
         f"Layout: {world_size} ranks = TP {tp} x PP {pp} x DP {data_parallel_size}; "
-        f"EP {ep}: {text.num_experts // ep} of {text.num_experts} experts a rank; "
-        f"{text.num_hidden_layers // pp} of {text.num_hidden_layers} layers a stage; "
+        f"EP {ep}: {shape.num_experts // ep} of {shape.num_experts} experts a rank; "
+        f"{shape.num_layers // pp} of {shape.num_layers} layers a stage; "
         f"a step takes {samples * micro_batches * data_parallel_size} samples "
         f"({samples} x {micro_batches} micro-batches x {data_parallel_size} data-parallel ranks)"
     )
@@ -519,10 +541,9 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     config = parse_config_or_exit(flags)
     try:
-        print(describe_layout(own.check_layout, config), flush=True)
-    except ValueError as error:
-        print(f"megatron_gkd: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(describe_layout(own.check_layout, read_model_shape(config.model.model), config), flush=True)
+    except (ValueError, OSError) as error:
+        exit_with(error)
 
 
 if __name__ == "__main__":

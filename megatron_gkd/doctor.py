@@ -19,6 +19,8 @@ OPTIONAL = {
     "apex": "fused Adam and gradient clipping where Transformer Engine is missing",
     "flash_attn": "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels of its own",
     "triton": "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve without it",
+    "torchvision": "resizes the frames of videos; rows with videos are refused without it",
+    "torchcodec": "reads videos and their sound; rows with videos are refused without it",
 }
 
 
@@ -66,7 +68,7 @@ def choice_lines() -> list[str]:
     device = resolve_device("auto")
     return [
         f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}",
-        f"attention: {core_attention('auto', device).__name__}",
+        f"attention: {core_attention('flash', device).__name__}",
         f"experts: {grouped_linear('auto', device).__name__}",
         f"loss: {passes_for(device).__name__}",
     ]
@@ -82,7 +84,7 @@ def main() -> None:
         "Versions": [f"{package} {version}" for package, version in package_versions().items()],
         "Devices": device_lines(),
         "Optional packages": optional,
-        "What will be used (--device, --attn_impl, --experts_impl auto)": choice_lines(),
+        "What will be used (--device auto, --attn_impl flash, --experts_impl auto)": choice_lines(),
     }
     for title, lines in report.items():
         print(title, *lines, sep="\n  ")

@@ -1,7 +1,8 @@
 """What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the progress on the screen.
 
 One object a logged step, flushed as it is written. A resumed run first drops the lines after its checkpoint, so that
-the files read as if the run had never stopped. Only the rank that is `enabled` writes anything.
+the files read as if the run had never stopped; a run that starts at step 0 moves an earlier one's files aside. Only the
+rank that is `enabled` writes anything.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ PACKAGES = ("torch", "megatron-core", "transformers", "peft", "datasets", "safet
 class MetricsWriter:
     """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to `total_steps`.
 
-    `start_step` is the number of steps already done: 0 starts both files empty, otherwise later lines are dropped.
+    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`), otherwise later lines
+    are dropped.
     On a terminal there is a bar; in a log file one line for each logged step.
     """
 
@@ -36,8 +39,10 @@ class MetricsWriter:
         if not enabled:
             return
         os.makedirs(output_dir, exist_ok=True)
-        for name in ("metrics", "eval"):
-            path = Path(output_dir, f"{name}.jsonl")
+        paths = {name: Path(output_dir, f"{name}.jsonl") for name in ("metrics", "eval")}
+        if start_step == 0:
+            _set_aside([path for path in paths.values() if path.exists()])
+        for name, path in paths.items():
             _keep_lines_until(path, start_step)
             self._files[name] = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -85,11 +90,11 @@ class MetricsWriter:
             self._bar.close()
 
     def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        finite = _finite(values)
         self._files[name].write(json.dumps(finite, allow_nan=False) + "\n")
         self._files[name].flush()
         if self._board is not None:
-            for key, value in finite.items():
+            for key, value in _flat(finite):
                 if key != "step" and _is_number(value):
                     self._board.add_scalar(f"{group}/{key}", value, values["step"])
             self._board.flush()
@@ -97,6 +102,22 @@ class MetricsWriter:
     def _time_left(self, step: int) -> str:
         seconds_per_step = (time.monotonic() - self._start_time) / max(step - self.start_step, 1)
         return tqdm.format_interval(seconds_per_step * max(self.total_steps - step, 0))
+
+
+def _finite(value: Any) -> Any:
+    """NaN and Inf, at any depth, as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`by_source/NAME/jsd` and its value, and so on."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
 
 
 def _is_number(value: Any) -> bool:
@@ -114,11 +135,22 @@ def _shown(values: dict[str, Any]) -> str:
     return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
+def _set_aside(paths: list[Path]) -> None:
+    """Move what an earlier run wrote to NAME.N.jsonl, N the first free number, and say so."""
+    if not any(path.stat().st_size for path in paths):
+        return
+    number = 1
+    while any(path.with_suffix(f".{number}.jsonl").exists() for path in paths):
+        number += 1
+    moved = [path.rename(path.with_suffix(f".{number}.jsonl")) for path in paths]
+    print(f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}", flush=True)
+
+
 def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrite a file of metrics with the lines up to `step`, none for step 0; a last line torn by a kill goes too."""
+    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines() if step else []
+    lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -68,7 +68,8 @@ def initialize(
     expert_model_parallel_size: int = 1,
     seed: int = 42,
 ) -> Parallel:
-    """Join the process group (torchrun's variables, unless already initialised) and build the model-parallel groups.
+    """Join the process group (torchrun's variables, unless already initialised; without them a world of one) and build
+    the model-parallel groups.
 
     Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does not divide into the
     layout.
@@ -78,7 +79,8 @@ def initialize(
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
     world_size = torch.distributed.get_world_size()
     stage_size = world_size // pipeline_model_parallel_size
     if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):
@@ -130,6 +132,13 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     tracker.reset()
     tracker.add("model-parallel-rng", base + 2_718 + parallel.tp_rank)
     tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
+
+
+def any_rank(condition: bool, parallel: Parallel) -> bool:
+    """Whether `condition` holds on any rank of the world. Collectives: a maximum of one number over the world."""
+    found = torch.tensor(float(condition), device=parallel.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
 
 
 def say(parallel: Parallel, text: str) -> None:

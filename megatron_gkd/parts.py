@@ -1,7 +1,7 @@
 """What a run is made of: data, model with LoRA, optimizer, sampler; built from the settings, each with a line on the screen."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +14,12 @@ from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.lora.targets import resolve_targets
+from megatron_gkd.lora.targets import HEAD, resolve_targets
 from megatron_gkd.metrics import package_versions, write_run_json
 from megatron_gkd.model.config import DTYPES, ModelShape
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import grouped_linear
+from megatron_gkd.model.towers import Towers, build_towers
 from megatron_gkd.model.weights import load_weights
 from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, say
@@ -36,11 +37,23 @@ class Parts:
     optimizer: Optimizer
     loss: LossSettings
     alpha: float
+    adapter: PeftAdapter | None
     resume_folder: Path | None
 
+    @property
+    def towers(self) -> Towers | None:
+        """None on later stages and where no row has media."""
+        return self.model.towers
 
-def build(config: Config, shape: ModelShape, parallel: Parallel) -> Parts:
-    """Model from the folder, LoRA (fresh, from --adapter or from a checkpoint), optimizer. Raises ValueError or FileNotFoundError."""
+
+def build(config: Config, shape: ModelShape, parallel: Parallel, *, audio: bool = False, visual: bool = False) -> Parts:
+    """Model from the folder, LoRA (fresh, from --adapter or from a checkpoint), optimizer. Raises ValueError or FileNotFoundError.
+
+    audio, visual: whether the run has audio, and images or videos; without them their towers are not built.
+    """
+    config, adapter, resume_folder = resolve(config, shape, parallel)
+    lora = config.lora
+    say(parallel, config.describe())
     dtype = DTYPES[config.model.torch_dtype]
     attention = core_attention(config.model.attn_impl, parallel.device)
     experts = grouped_linear(config.model.experts_impl, parallel.device)
@@ -56,23 +69,31 @@ def build(config: Config, shape: ModelShape, parallel: Parallel) -> Parts:
     started = time.perf_counter()
     num_bytes = load_weights(model, shape, parallel, config.model.model)
     say(parallel, f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in {time.perf_counter() - started:.1f} s")
+    if lora.lora_towers and not (audio or visual):
+        raise ValueError("--lora_towers: no row of the data has audio, images or videos, nothing would train the towers")
+    audio, visual = audio or lora.lora_towers, visual or lora.lora_towers  # an adapter has LoRA on both towers or on none
+    model.towers = build_towers(config.model.model, shape, parallel, dtype, audio=audio, visual=visual, attn_impl=config.model.attn_impl)
 
-    resume_folder = None
-    if config.run.resume_from_checkpoint:
-        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
-        if resume_folder is None:
-            say(parallel, f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, starting at step 0")
-    source = resume_folder or config.lora.adapter
-    adapter = PeftAdapter(source, shape) if source else None
-    rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
-    alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
-    targets = resolve_targets(config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"]))
-    apply_lora(model, shape, parallel, rank=rank, alpha=alpha, dropout=config.lora.lora_dropout, targets=targets, seed=config.train.seed)
+    rank, alpha, targets = lora.lora_rank, lora.lora_alpha, lora.lora_target_modules
+    apply_lora(
+        model,
+        shape,
+        parallel,
+        rank=rank,
+        alpha=alpha,
+        dropout=lora.lora_dropout,
+        targets=targets,
+        seed=config.train.seed,
+        towers=lora.lora_towers,
+    )
     applied(model)  # raises where no linear of this stage carries LoRA
     if adapter:
         load_adapter(model, shape, parallel, adapter)
-        say(parallel, f"LoRA from {source} (rank {adapter.rank}" + (f", continued at rank {rank})" if rank != adapter.rank else ")"))
-    trainable, total = count_parameters(shape, rank, targets)
+        line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (f", continued at rank {rank})" if rank != adapter.rank else ")")
+        if not resume_folder:  # otherwise `resume` says how the run goes on
+            line += f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer starts anew at step 0"
+        say(parallel, line)
+    trainable, total = count_parameters(shape, rank, targets, model)
     say(parallel, banner(trainable, total))
     say(parallel, f"Loss: {config.distill.mixture_line()}")
 
@@ -89,12 +110,41 @@ def build(config: Config, shape: ModelShape, parallel: Parallel) -> Parts:
         weight_decay=train_config.weight_decay,
         max_grad_norm=train_config.max_grad_norm,
     )
-    divergence, beta = config.distill.mixture
-    loss = LossSettings(divergence, beta, config.distill.temperature, config.distill.sft_alpha, shape.vocab_size)
+    distill = config.distill
+    divergence, beta = distill.mixture
+    loss = LossSettings(divergence, beta, distill.temperature, distill.sft_alpha, shape.vocab_size, distill.divergence_clip)
     if parallel.rank == 0:
         layout = {"world_size": parallel.world_size, "tp": parallel.tp_size, "pp": parallel.pp_size, "dp": parallel.dp_size, "ep": parallel.ep_size}
         write_run_json(config.run.output_dir, config.to_dict(), package_versions(), {"trainable": trainable, "total": total}, layout)
-    return Parts(shape, model, ddp, optimizer, loss, alpha, resume_folder)
+    return Parts(shape, model, ddp, optimizer, loss, alpha, adapter, resume_folder)
+
+
+def resolve(config: Config, shape: ModelShape, parallel: Parallel) -> tuple[Config, PeftAdapter | None, Path | None]:
+    """(the settings with what an adapter, a checkpoint or the machine decides filled in, the adapter to start from, the checkpoint to resume)."""
+    resume_folder = None
+    if config.run.resume_from_checkpoint:
+        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
+        if resume_folder is None:
+            say(parallel, f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, starting at step 0")
+    source = resume_folder or config.lora.adapter
+    adapter = PeftAdapter(source, shape) if source else None
+    if adapter and adapter.towers and not config.lora.lora_towers:
+        raise ValueError(f"{source}: has LoRA on {len(adapter.towers)} linears of the towers ({adapter.towers[0]}, ...); add --lora_towers")
+    rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
+    alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
+    targets = resolve_targets(config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"]))
+    if HEAD in targets and shape.tie_word_embeddings:
+        raise ValueError(
+            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding (tie_word_embeddings), on which LoRA would "
+            f"change both; leave {HEAD} out"
+        )
+    resolved = replace(
+        config,
+        model=replace(config.model, device=parallel.device.type),
+        lora=replace(config.lora, lora_rank=rank, lora_alpha=alpha, lora_target_modules=targets),
+        run=replace(config.run, resume_from_checkpoint=str(resume_folder) if resume_folder else None),
+    )
+    return resolved, adapter, resume_folder
 
 
 def load_data(config: Config, shape: ModelShape, parallel: Parallel):
@@ -106,11 +156,16 @@ def load_data(config: Config, shape: ModelShape, parallel: Parallel):
     distill = config.distill
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses
     if not (train_data.report.has_teacher_view or has_sft or distill.allow_zero_signal):
+        given = config.lora.adapter or config.run.resume_from_checkpoint
+        why = (
+            f"the divergence can only pull the student from the LoRA of {given} back to the base model"
+            if given
+            else "with fresh LoRA the divergence and its gradient are exactly 0"
+        )
         raise ValueError(
-            "nothing to learn: the teacher is the student with LoRA off and sees the same input, so with fresh LoRA the divergence and its "
-            "gradient are exactly 0. Give the teacher more to see (teacher_messages or teacher_prompt in the data rows), or set "
-            "--sft_alpha above 0 (it counts on the data set's own responses: --lmbda below 1, no --seq_kd); --allow_zero_signal runs it "
-            "all the same"
+            f"nothing to learn: the teacher is the student with LoRA off and sees the same input, so {why}. Give the teacher more to see "
+            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
+            "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
     return train_data, eval_data
 

@@ -9,8 +9,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 
 if __name__ == "__main__":  # every rank would repeat these while megatron-core is imported; megatron_gkd.doctor says what is installed
     for message in ("Transformer Engine and Apex are not", "Apex is not installed", "full scope is deprecated", "`torch.distributed.*deprecated"):
@@ -20,31 +20,38 @@ if __name__ == "__main__":  # every rank would repeat these while megatron-core 
 import torch
 
 from megatron_gkd import parallel as parallel_layout
-from megatron_gkd.checkpoint import load_checkpoint, note_latest, read_state, save_checkpoint
-from megatron_gkd.config import Config, describe_layout, parse_config_or_exit
-from megatron_gkd.data import eval_loader, num_steps_of_epochs, step_loader
-from megatron_gkd.forward import TokenSums, student_forward, student_forward_backward, teacher_forward
+from megatron_gkd.checkpoint import STATE, load_checkpoint, note_latest, read_state, save_checkpoint
+from megatron_gkd.config import Config, describe_layout, exit_with, parse_config_or_exit
+from megatron_gkd.data import SampleDataset, eval_loader, num_steps_of_epochs, step_loader
+from megatron_gkd.data.batch import Batch
+from megatron_gkd.forward import Groups, TokenSums, student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.metrics import MetricsWriter, peak_memory_bytes
 from megatron_gkd.model.config import read_model_shape
-from megatron_gkd.optimizer import learning_rate
+from megatron_gkd.model.towers import StepMedia
+from megatron_gkd.optimizer import Update, learning_rate
 from megatron_gkd.parallel import Parallel, say
 from megatron_gkd.parts import Parts, build, load_data, make_rollout
+from megatron_gkd.rollout.backend import RolloutBackend
+
+PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
 
 
 def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 speaks and writes."""
     shape = read_model_shape(config.model.model)
-    say(parallel, describe_layout(parallel.world_size, config))
+    say(parallel, describe_layout(parallel.world_size, shape, config))
     train_data, eval_data = load_data(config, shape, parallel)
     if config.data.check_data:
         say(parallel, "--check_data: every row is good; no training was asked for")
         return
-    parts = build(config, shape, parallel)
     global_batch_size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * parallel.dp_size
+    if config.train.max_steps < 0:
+        num_steps = num_steps_of_epochs(len(train_data), global_batch_size, config.train.num_train_epochs)
+        config = replace(config, train=replace(config.train, max_steps=num_steps))
     total_steps = config.train.max_steps
-    if total_steps < 0:
-        total_steps = num_steps_of_epochs(len(train_data), global_batch_size, config.train.num_train_epochs)
+    kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
+    parts = build(config, shape, parallel, audio="audio" in kinds, visual=bool(kinds - {"audio"}))
     progress = resume(config, parts, parallel, total_steps, global_batch_size)
     writer = MetricsWriter(config.run.output_dir, total_steps, progress.step, enabled=parallel.rank == 0, tensorboard=config.run.tensorboard)
     if parallel.rank == 0:
@@ -67,23 +74,18 @@ def train(config: Config, parallel: Parallel) -> None:
     if progress.step == 0 and eval_data:
         writer.log_eval(evaluate(config, parts, eval_data, parallel, step=0))
 
-    with stop_signal() as asked_to_stop:
+    with closing(loader), stop_signal() as asked_to_stop:
         while progress.step < total_steps:
             clock = Clock(parallel.device)
             parallel_layout.seed_step(config.train.seed, progress.step, parallel)
             batches = [batch.to(parallel.device) for batch in next(loader)]
+            clock.lap("data_time")
+            media = StepMedia(parts.towers, batches)
             on_policy = draw(config.train.seed, progress.step) < config.distill.lmbda_at(progress.step)
-            if on_policy:
-                batches = student_rollout.respond(parts.model, batches, progress.step)
-            elif config.distill.seq_kd:
-                batches = teacher_rollout.respond(parts.model, batches, progress.step)
+            rollout = student_rollout if on_policy else teacher_rollout  # None: the data set's own responses
+            if rollout is not None:
+                batches = respond(rollout, parts.model, batches, progress.step, media, parallel)
             clock.lap("rollout_time")
-            teacher_hidden = teacher_forward(parts.model, batches, parallel)
-            clock.lap("teacher_time")
-            parts.optimizer.zero_grad()
-            sums = student_forward_backward(parts.ddp, batches, teacher_hidden, parts.loss, parallel)
-            means = sums.means(parallel)
-            clock.lap("student_time")
             rate = learning_rate(
                 progress.step + 1,
                 total_steps,
@@ -91,12 +93,21 @@ def train(config: Config, parallel: Parallel) -> None:
                 warmup_ratio=config.train.warmup_ratio,
                 kind=config.train.lr_scheduler_type,
             )
-            update = parts.optimizer.step(rate, means["loss"])
-            clock.lap("optimizer_time")
+            if batches:
+                teacher_hidden = teacher_forward(parts.model, batches, parallel, media)
+                clock.lap("teacher_time")
+                parts.optimizer.zero_grad()
+                sums = student_forward_backward(parts.ddp, batches, teacher_hidden, parts.loss, parallel, media, Groups.of(train_data.report))
+                means = sums.means(parallel)
+                clock.lap("student_time")
+                update = parts.optimizer.step(rate, means["loss"])
+                clock.lap("optimizer_time")
+            else:
+                means, update = TokenSums.unknown(parallel.device).means(parallel), Update(applied=False, grad_norm=math.nan)
 
             progress.count(update, on_policy)
             step = progress.step
-            counts = step_counts(batches, bool(asked_to_stop), config.rollout.max_completion_length, parallel)
+            counts = step_counts(batches, bool(asked_to_stop), rollout, parallel)
             last = step == total_steps or counts["stop"]
             if step == 1 or step % config.run.logging_steps == 0 or last or not update.applied:
                 metrics = {"step": step, "epoch": step * global_batch_size / len(train_data)} | means
@@ -105,17 +116,20 @@ def train(config: Config, parallel: Parallel) -> None:
                 writer.log_train(metrics)
             if progress.bad_in_a_row >= config.train.max_bad_steps:
                 raise FloatingPointError(
-                    f"{progress.bad_in_a_row} steps in a row had NaN or Inf in loss or gradient (--max_bad_steps {config.train.max_bad_steps}); "
+                    f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient (--max_bad_steps {config.train.max_bad_steps}); "
                     "all were skipped, the last checkpoint is sound. Try a lower --learning_rate, --torch_dtype bfloat16 instead of float16, "
                     "a longer --warmup_ratio, a lower --lmbda"
                 )
+            stop = counts["stop"]
             if eval_data and (step % config.run.eval_steps == 0 or step == total_steps):
                 writer.log_eval(evaluate(config, parts, eval_data, parallel, step))
-            if step % config.run.save_steps == 0 or last:
+                stop = parallel_layout.any_rank(bool(asked_to_stop), parallel)  # evaluation may take longer than a step
+            if step % config.run.save_steps == 0 or step == total_steps or stop:
                 folder = save(config, parts, parallel, progress, total_steps, global_batch_size)
                 say(parallel, f"saved {folder}")
-            if counts["stop"] and step < total_steps:
-                say(parallel, f"SIGTERM: stopped after step {step} of {total_steps}; go on with --resume_from_checkpoint latest")
+            if stop and step < total_steps:
+                way_on = f"--adapter {folder} (--save_only_model)" if config.run.save_only_model else "--resume_from_checkpoint latest"
+                say(parallel, f"SIGTERM: stopped after step {step} of {total_steps}; go on with {way_on}")
                 break
     writer.close()
 
@@ -140,16 +154,18 @@ def resume(config: Config, parts: Parts, parallel: Parallel, total_steps: int, g
     """The state of the checkpoint, if one is resumed. Another rank or other linears than the checkpoint's begin a new stage at step 0."""
     if parts.resume_folder is None:
         return Progress()
-    state = read_state(parts.resume_folder)
     rank, _, targets = applied(parts.model)
-    same_scale = math.isclose(parts.alpha, state["lora"]["alpha"])
-    if not same_scale or (rank, targets) != (state["lora"]["rank"], state["lora"]["targets"]):
+    before = lora_of(parts)
+    same_scale = math.isclose(parts.alpha, before["alpha"])
+    now = {"rank": rank, "targets": targets, "towers": config.lora.lora_towers}
+    if not same_scale or now != {name: before[name] for name in now}:
         say(
             parallel,
-            f"New stage from {parts.resume_folder}: LoRA rank {state['lora']['rank']} -> {rank}, alpha {state['lora']['alpha']:g} -> {parts.alpha:g}, "
-            f"on {', '.join(targets)}. The function is unchanged; the optimizer starts anew at step 0",
+            f"New stage from {parts.resume_folder}: LoRA rank {before['rank']} -> {rank}, alpha {before['alpha']:g} -> {parts.alpha:g}, "
+            f"on {', '.join(targets)}{' and the towers' if config.lora.lora_towers else ''}. The function is unchanged; the optimizer starts anew at step 0",
         )
         return Progress()
+    state = read_state(parts.resume_folder)
     load_checkpoint(parts.resume_folder, model=parts.model, shape=parts.shape, parallel=parallel, optimizer=parts.optimizer)
     now = {"seed": config.train.seed, "global_batch_size": global_batch_size, "total_steps": total_steps}
     for name, value in now.items():
@@ -157,6 +173,14 @@ def resume(config: Config, parts: Parts, parallel: Parallel, total_steps: int, g
             say(parallel, f"Note: {name} was {state[name]} and is {value}: the resumed run will differ from one that was never stopped")
     say(parallel, f"Resumed {parts.resume_folder} at step {state['step']} of {total_steps}")
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def lora_of(parts: Parts) -> dict:
+    """Rank, alpha, targets and whether on the towers, of the LoRA of the checkpoint that is resumed; --save_only_model leaves it no state."""
+    if (parts.resume_folder / STATE).is_file():
+        return read_state(parts.resume_folder)["lora"]
+    adapter = parts.adapter
+    return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "towers": bool(adapter.towers)}
 
 
 def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, total_steps: int, global_batch_size: int):
@@ -175,9 +199,9 @@ def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, t
     )
 
 
-def evaluate(config: Config, parts: Parts, data, parallel: Parallel, step: int) -> dict:
+def evaluate(config: Config, parts: Parts, data: SampleDataset, parallel: Parallel, step: int) -> dict:
     """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy."""
-    started, sums = time.perf_counter(), TokenSums.zero(parallel.device)
+    started, sums = time.perf_counter(), TokenSums.zero(parallel.device, Groups.of(data.report))
     loader = eval_loader(
         data,
         per_device_batch_size=config.train.per_device_eval_batch_size,
@@ -189,9 +213,28 @@ def evaluate(config: Config, parts: Parts, data, parallel: Parallel, step: int) 
     )
     for batch in loader:
         batches = [batch.to(parallel.device)]
-        teacher_hidden = teacher_forward(parts.model, batches, parallel)
-        student_forward(parts.ddp, batches, teacher_hidden, parts.loss, parallel, sums)
+        media = StepMedia(parts.towers, batches)
+        teacher_hidden = teacher_forward(parts.model, batches, parallel, media)
+        student_forward(parts.ddp, batches, teacher_hidden, parts.loss, parallel, sums, media)
     return {"step": step} | sums.means(parallel) | {"eval_time": time.perf_counter() - started}
+
+
+def respond(rollout: RolloutBackend, model, batches: list[Batch], step: int, media: StepMedia, parallel: Parallel) -> list[Batch]:
+    """The batches with new responses; on all ranks none where the logits of any row were not finite.
+
+    Collectives: the rollout's, and an exchange of what went wrong: replicas write apart, and must agree to skip the step.
+    """
+    written, error = [], ""
+    try:
+        written = rollout.respond(model, batches, step, media)
+    except FloatingPointError as caught:
+        error = str(caught)
+    errors = [""] * parallel.world_size
+    torch.distributed.all_gather_object(errors, error)
+    if any(errors):
+        say(parallel, f"Step {step + 1} is skipped: {max(errors, key=len)}")  # the longest names the most rows
+        return []
+    return written
 
 
 def draw(seed: int, step: int) -> float:
@@ -200,10 +243,10 @@ def draw(seed: int, step: int) -> float:
 
 
 class Clock:
-    """Seconds of the phases of a step. Waits for the device at each lap."""
+    """Seconds of the phases of a step, 0 for one that was left out. Waits for the device at each lap."""
 
     def __init__(self, device: torch.device):
-        self.device, self.laps = device, {}
+        self.device, self.laps = device, dict.fromkeys(PHASES, 0.0)
         self.started = self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
@@ -213,15 +256,13 @@ class Clock:
         self.laps[name], self.last = now - self.last, now
 
 
-def step_counts(batches, asked_to_stop: bool, max_completion_length: int, parallel: Parallel) -> dict:
+def step_counts(batches: list[Batch], asked_to_stop: bool, rollout: RolloutBackend | None, parallel: Parallel) -> dict:
     """Counts over the global batch, the most memory of any rank, and whether any rank was asked to stop. Two small collectives."""
-    lengths = torch.cat([batch.student.lengths - batch.student.prompt_lengths for batch in batches])
-    generated = any(batch.on_policy for batch in batches)
     sums = torch.tensor(
         [
             sum(int(batch.student.lengths.sum() + batch.teacher.lengths.sum()) for batch in batches),
             sum(batch.cut_tokens for batch in batches),
-            int((lengths >= max_completion_length).sum()) if generated else 0,
+            rollout.num_truncated(batches) if rollout is not None else 0,
         ],
         dtype=torch.float64,
         device=parallel.device,
@@ -270,9 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         train(config, parallel)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            print(f"megatron_gkd: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        exit_with(error)
     parallel_layout.destroy()
 
 

@@ -16,7 +16,9 @@ from checkpoint_tools import thinker
 
 ATTENTION, EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 ALL = ATTENTION + EXPERTS
-ROOT = "base_model.model.thinker.model.layers."
+HEAD = "lm_head"
+THINKER = "base_model.model.thinker."
+ROOT = f"{THINKER}model.layers."
 TOWERS = r".*(audio_tower|visual|talker|code2wav).*"
 
 
@@ -63,12 +65,12 @@ def linear_sizes(shape, targets: list[str]) -> dict[str, tuple[int, int]]:
         "up_proj": (shape.hidden_size, shape.moe_intermediate_size),
         "down_proj": (shape.moe_intermediate_size, shape.hidden_size),
     }
-    linears = {}
+    linears = {HEAD: (shape.hidden_size, shape.vocab_size)} if HEAD in targets else {}
     for layer in range(shape.num_layers):
         for target in targets:
             if target in ATTENTION:
                 linears[f"{layer}.self_attn.{target}"] = of_target[target]
-            else:
+            elif target in EXPERTS:
                 linears |= {f"{layer}.mlp.experts.{expert}.{target}": of_target[target] for expert in range(shape.num_experts)}
     return linears
 
@@ -77,8 +79,9 @@ def random_adapter(shape, rank: int, targets: list[str], seed: int = 3) -> dict[
     """Every lora_A [r, d_in] and lora_B [d_out, r], none of them zero."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for linear, (d_in, d_out) in linear_sizes(shape, targets).items():
-        tensors[f"{ROOT}{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-        tensors[f"{ROOT}{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.3 / rank**0.5
+        linear = f"{THINKER}{linear}" if linear == HEAD else f"{ROOT}{linear}"
+        tensors[f"{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
+        tensors[f"{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.3 / rank**0.5
     return tensors
 
 
@@ -86,7 +89,8 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], *, rank: int, 
     """A PEFT folder whose adapter_config.json is PEFT's own."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=TOWERS, task_type="CAUSAL_LM", **settings)
     config.save_pretrained(folder)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    bare = {name.replace(".thinker.", "."): value.clone() for name, value in tensors.items() if f".{HEAD}." in name}
+    save_file(tensors | bare, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
@@ -128,6 +132,9 @@ def peft_gradients(model, shape, rank: int) -> dict[str, torch.Tensor]:
     gradients = {}
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
+            continue
+        if f"{HEAD}." in name:
+            gradients[f"{THINKER}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = parameter.grad
             continue
         layer, _, linear = name.split("layers.")[1].partition(".")
         side = "A" if ".lora_A." in name else "B"

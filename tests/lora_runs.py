@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_gkd import parallel
 from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder
@@ -81,7 +82,7 @@ def run_schedule(place, model, batches, *, backward=True, on_in_forward=True, on
     def loss_of(hidden, batch):
         if place.tp_size > 1:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=place.groups.tp)
-        local = (hidden.float() @ decoder.output_layer.weight.float().T).transpose(0, 1)
+        local = lm_head(decoder, hidden).transpose(0, 1)
         width = local.shape[-1]
         cotangent = torch.nn.functional.pad(batch.cotangent(VOCAB_SIZE), (0, width * place.tp_size - VOCAB_SIZE))
         logits.append(gather(local.detach(), place.groups.tp, -1))
@@ -93,8 +94,13 @@ def run_schedule(place, model, batches, *, backward=True, on_in_forward=True, on
         until_next_forward.close()
         with lora_enabled(decoder, on_in_forward):
             hidden = model(batch.input_ids, batch.position_ids, None)
+
+        def loss(output):
+            with lora_enabled(decoder, on_in_forward):
+                return loss_of(output, batch)
+
         until_next_forward.enter_context(lora_enabled(decoder, on_in_backward))
-        return hidden, lambda output: loss_of(output, batch)
+        return hidden, loss
 
     with until_next_forward:
         get_forward_backward_func()(

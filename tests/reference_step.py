@@ -18,6 +18,7 @@ from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from checkpoint_tools.thinker import decoder
 
+HEAD = "base_model.model.thinker.lm_head."
 ROOT = "base_model.model.thinker.model.layers."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
@@ -58,12 +59,12 @@ class ReferenceModel:
                 found |= {f"{layer}.mlp.experts.{expert}.{name}": sizes[name] for name in EXPERTS if name in targets}
         return found
 
-    def logits(self, input_ids: list[int], changed: dict[str, Tensor] | None = None) -> Tensor:
-        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the teacher."""
-        output = torch.func.functional_call(
-            self.model, changed or {}, kwargs={"input_ids": torch.tensor([input_ids]), "use_cache": False}
-        )
-        return output.logits[0]
+    def logits(self, input_ids: list[int], changed: dict[str, Tensor] | None = None, media: dict | None = None) -> Tensor:
+        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the teacher. `media`:
+        the thinker's arguments for them."""
+        ids = torch.tensor([input_ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False} | (media or {})
+        return torch.func.functional_call(self.model, changed or {}, kwargs=inputs).logits[0]
 
     def with_lora(self, adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """W + scale B A of the decoder's linears; `adapter` holds lora_A [r, d_in] and lora_B [d_out, r] under PEFT's
@@ -95,6 +96,9 @@ class ReferenceModel:
             changed[f"{prefix}mlp.experts.down_proj"] = torch.stack(
                 [down[e] + delta(f"{layer}.mlp.experts.{e}.down_proj") for e in experts]
             )
+        if f"{HEAD}lora_A.weight" in adapter:
+            update = scale * adapter[f"{HEAD}lora_B.weight"] @ adapter[f"{HEAD}lora_A.weight"]
+            changed["lm_head.weight"] = self.model.lm_head.weight + update
         return changed
 
 
@@ -121,16 +125,19 @@ def response_logits(logits: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
     return logits[:-1][keep], shifted[keep]
 
 
-def divergence(student: Tensor, teacher: Tensor, *, temperature: float, kind: str, beta: float) -> Tensor:
-    """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student."""
+def divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, kind: str, beta: float, clip: float = math.inf
+) -> Tensor:
+    """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student. An entry of the sum counts as
+    `clip` at most."""
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     if kind == "forward_kl":
-        return (p * (log_p - log_q)).sum(-1)
+        return (p * (log_p - log_q)).clamp(max=clip).sum(-1)
     if kind == "reverse_kl":
-        return (q * (log_q - log_p)).sum(-1)
+        return (q * (log_q - log_p)).clamp(max=clip).sum(-1)
     log_m = (beta * q + (1 - beta) * p).log()
-    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).clamp(max=clip).sum(-1)
 
 
 def step_loss(
@@ -143,6 +150,7 @@ def step_loss(
     kind: str = "jsd",
     beta: float = 0.5,
     sft_alpha: float = 0.0,
+    clip: float = math.inf,
 ) -> dict[str, Tensor]:
     """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows; `num_tokens`; and the
     other means of metrics.jsonl."""
@@ -163,11 +171,11 @@ def step_loss(
     for row in rows:
         student_ids, student_labels, teacher_ids, teacher_labels = views(row)
         with torch.no_grad():
-            teacher, _ = response_logits(model.logits(teacher_ids), teacher_labels)
-        student, targets = response_logits(model.logits(student_ids, changed), student_labels)
+            teacher, _ = response_logits(model.logits(teacher_ids, media=row.get("teacher_media")), teacher_labels)
+        student, targets = response_logits(model.logits(student_ids, changed, row.get("media")), student_labels)
         log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
         values = {
-            "jsd": divergence(student, teacher, temperature=temperature, kind=kind, beta=beta),
+            "jsd": divergence(student, teacher, temperature=temperature, kind=kind, beta=beta, clip=clip),
             "sft_loss": -student.log_softmax(-1).gather(1, targets[:, None])[:, 0],
             "kl_forward": divergence(student, teacher, temperature=temperature, kind="forward_kl", beta=beta),
             "kl_reverse": divergence(student, teacher, temperature=temperature, kind="reverse_kl", beta=beta),
@@ -238,6 +246,10 @@ def write_adapter(
     for linear, (d_in, d_out) in load_model(model_folder).linear_sizes(targets).items():
         tensors[f"{ROOT}{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * std
         tensors[f"{ROOT}{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * std
+    if "lm_head" in targets:
+        vocab_size, hidden_size = load_model(model_folder).model.lm_head.weight.shape
+        tensors[f"{HEAD}lora_A.weight"] = torch.randn(rank, hidden_size, generator=generator) * std
+        tensors[f"{HEAD}lora_B.weight"] = torch.randn(vocab_size, rank, generator=generator) * std
     os.makedirs(folder)
     save_file(tensors, Path(folder, "adapter_model.safetensors"))
     config = {

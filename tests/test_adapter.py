@@ -51,6 +51,12 @@ PEFT_FORMS = {  # what get_peft_model is asked for; "load" is the model, the res
     "rslora": dict(
         r=5, lora_alpha=4, use_rslora=True, target_modules=ATTENTION, target_parameters=STACKED, exclude_modules=TOWERS
     ),
+    "linears that differ by layer": dict(
+        r=4, target_modules=r".*(layers\.0\.self_attn\.(q|v)_proj|layers\.1\.self_attn\.o_proj)", exclude_modules=TOWERS
+    ),
+    "experts of one layer": dict(
+        r=3, target_modules=["layers.1.self_attn.k_proj"], target_parameters=["layers.0.mlp.experts.down_proj"], exclude_modules=TOWERS
+    ),
     "one layer": dict(r=4, target_modules=["k_proj", "o_proj"], exclude_modules=TOWERS, layers_to_transform=[1]),
 }
 
@@ -198,13 +204,17 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
         lambda t: t | {f"{ROOT}2.self_attn.q_proj.lora_{side}.weight": torch.ones(3, 3) for side in "AB"},
         r"tensor .*layers.2.self_attn.q_proj.* that the model does not have",
     ),
-    "the lm_head": (
+    "an lm_head of another size": (
         lambda t: t | {f"base_model.model.thinker.lm_head.lora_{side}.weight": torch.ones(3, 3) for side in "AB"},
-        r"tensor base_model.model.thinker.lm_head.lora_A.weight and 1 more are not LoRA on the thinker's decoder",
+        r"tensor base_model.model.thinker.lm_head.lora_A.weight has shape \[3, 3\], .* ask for \[3, 64\]",
     ),
-    "the audio tower": (
-        lambda t: t | {f"base_model.model.thinker.audio_tower.layers.0.self_attn.q_proj.lora_{s}.weight": torch.ones(3, 3) for s in "AB"},
-        r"tensor base_model.model.thinker.audio_tower.layers.0.self_attn.q_proj.lora_A.weight and 1 more are not LoRA",
+    "half of an lm_head": (
+        lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)},
+        r"misses tensor base_model.model.thinker.lm_head.lora_B.weight",
+    ),
+    "a linear of the audio tower that --lora_towers leaves alone": (
+        lambda t: t | {f"base_model.model.thinker.audio_tower.proj1.lora_{side}.weight": torch.ones(3, 3) for side in "AB"},
+        r"tensor base_model.model.thinker.audio_tower.proj1.lora_A.weight and 1 more are not LoRA",
     ),
     "the talker": (
         lambda t: t | {f"base_model.model.talker.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.ones(3, 3) for side in "AB"},
@@ -321,6 +331,7 @@ def to_write(tiny_folder, tmp_path_factory):
         ("gate-up", whole, ["gate_proj", "up_proj"]),
         ("q-v", thinker, ["q_proj", "v_proj"]),
         ("k-down", thinker, ["k_proj", "down_proj"]),
+        ("o-head", whole, ["o_proj", "lm_head"]),
     ):
         tensors[name] = random_adapter(read_model_shape(folder), 3, targets)
         adapter = write_adapter(tmp_path_factory.mktemp("adapter"), tensors[name], rank=3, alpha=5, targets=targets)
@@ -360,6 +371,8 @@ def test_the_file_is_the_same_at_every_layout(to_write, written):
     for name, expected in tensors.items():
         saved = load_file(written[1, 1, 1, 1][0][name] / TENSORS)
         assert all(torch.equal(saved.pop(key), value) for key, value in expected.items()), name
+        for key in [key for key in saved if ".lm_head." in key]:  # under both names
+            assert torch.equal(saved.pop(key), expected[key.replace("base_model.model.", "base_model.model.thinker.")])
         assert not any(value.any() for value in saved.values()), "what PEFT wants beside them is zero"
 
 

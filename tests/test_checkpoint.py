@@ -1,5 +1,7 @@
 """Checkpoints: what a run leaves, and that going on from it is the run that was never stopped."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -92,7 +94,8 @@ def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
 def test_resumed_at_other_layouts(data, tmp_path):
     """A checkpoint knows no layout: the same global batch at another TP, PP, EP or DP gives the same run to
     rounding."""
-    flags = dict(lora_dropout=0, learning_rate=0.003)
+    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
+    flags = dict(lora_dropout=0, learning_rate=0.003, lora_target_modules=targets)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags, **layout_flags(tp=2, ep=2)))
     start, whole = adapter_of(tmp_path / "whole" / "checkpoint-3"), adapter_of(tmp_path / "whole" / "checkpoint-6")
     for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 1, 2, 2), (4, 4, 1, 2)]:
@@ -109,33 +112,40 @@ def test_resumed_at_other_layouts(data, tmp_path):
             assert (tensor - whole[name]).norm() <= 1e-3 * max(moved, 0.01), name
 
 
+def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
+    """torchrun, its output in a file: an orphan would hold a pipe."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(nproc)]
+    with log_path.open("w") as log:
+        command = [*torchrun, "-m", "megatron_gkd.train", *argv]
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(reached, launcher: subprocess.Popen, log_path: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert launcher.poll() is None and time.monotonic() < deadline, log_path.read_text()
+        time.sleep(0.02)
+
+
 def signal_run(argv: list[str], log_path: Path, newest: int, whom: str) -> str:
     """torchrun on two ranks; after checkpoint `newest`, at a random moment, SIGKILL to all its processes or SIGTERM to
     torchrun. Its log."""
     output = Path(argv[argv.index("--output_dir") + 1])
-    command = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "megatron_gkd.train",
-    ]
-    with log_path.open("w") as log:
-        launcher = subprocess.Popen(command + argv, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        deadline = time.monotonic() + 240
-        while newest not in [step for step, _ in checkpoints(output)]:
-            assert launcher.poll() is None and time.monotonic() < deadline, log_path.read_text()
-            time.sleep(0.02)
-        time.sleep(random.random() / 4)
-        if whom == "torchrun":
-            launcher.terminate()
-        else:
-            ranks = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-            assert len(ranks) == 2
-            for pid in [launcher.pid, *ranks]:
-                os.kill(pid, signal.SIGKILL)
-        assert launcher.wait() != 0
+    launcher = launch_run(argv, log_path, nproc=2)
+    wait_until(lambda: newest in [step for step, _ in checkpoints(output)], launcher, log_path)
+    time.sleep(random.random() / 4)
+    if whom == "torchrun":
+        launcher.terminate()
+    else:
+        ranks = children(launcher.pid)
+        assert len(ranks) == 2
+        for pid in [launcher.pid, *ranks]:
+            os.kill(pid, signal.SIGKILL)
+    assert launcher.wait() != 0
     assert read_lines(output / "metrics.jsonl")[-1]["step"] < 32, "the run was over before the signal"
     return log_path.read_text()
 
@@ -155,32 +165,71 @@ def test_signals(data, tmp_path):
     assert_same_run(output, tmp_path / "whole", 32)
 
 
-def _train_with_sigterm(rank, world_size, argv, step):
-    """SIGTERM reaches the last rank alone, after it has done `step` steps."""
+def _train_with_sigterm(rank, world_size, argv, step, during="step"):
+    """SIGTERM reaches the last rank alone, after it has done `step` steps, or in the evaluation after them. What the
+    rank said, and whether the signal means again what it did."""
     from megatron_gkd import parallel, train
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
-    count = train.Progress.count
+    count, evaluate, said = train.Progress.count, train.evaluate, io.StringIO()
+
+    def kill(here, steps):
+        if during == here and steps == step and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def count_and_kill(progress, *args):
         count(progress, *args)
-        if progress.step == step and rank == world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        kill("step", progress.step)
 
-    train.Progress.count = count_and_kill
-    train.main(argv)
-    return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    def evaluate_and_kill(*args, **kwargs):
+        values = evaluate(*args, **kwargs)
+        kill("evaluation", values["step"])
+        return values
+
+    train.Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
+    with contextlib.redirect_stdout(said):
+        train.main(argv)
+    return said.getvalue(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_sigterm_saves_and_stops(data, tmp_path):
     flags = layout_flags(tp=2)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
-    restored = run_ranks(_train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4)
-    assert restored == [True, True]
+    (said, restored), (_, other) = run_ranks(_train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4)
+    assert restored and other
+    assert "SIGTERM: stopped after step 4 of 6; go on with --resume_from_checkpoint latest" in said
     assert [step for step, _ in checkpoints(tmp_path / "stopped")] == [3, 4]
     assert read_lines(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == 4
     run_training(2, flags_of_run(data, tmp_path / "stopped", resume_from_checkpoint="latest", **flags))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
+
+
+def test_sigterm_in_an_evaluation(data, tmp_path):
+    """Looked at once more after it; a checkpoint that cannot be resumed is not said to be."""
+    argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0, **layout_flags(tp=2))
+    (said, _), _ = run_ranks(_train_with_sigterm, 2, argv, 4, "evaluation")
+    folder = tmp_path / "checkpoint-4"
+    assert f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)" in said
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
+
+
+def test_a_run_that_fails_ends_its_workers(data, tmp_path):
+    """Loader workers ignore SIGTERM: left alone, they keep their process, and torchrun with it, for ever."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ".checkpoint-1.partial").touch()  # a file where saving expects a folder
+    argv = flags_of_run(data, output, dataloader_num_workers=1, lmbda=0, max_steps=9, save_steps=1, val_dataset=None)
+    launcher = launch_run(argv, tmp_path / "log", nproc=1)
+    metrics = output / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, launcher, tmp_path / "log")
+    try:
+        assert launcher.wait(timeout=30) != 0
+    except subprocess.TimeoutExpired:
+        (rank,) = children(launcher.pid)
+        for pid in [launcher.pid, rank]:
+            os.kill(pid, signal.SIGKILL)
+        raise
+    assert "NotADirectoryError" in (tmp_path / "log").read_text()
 
 
 def _train_killed_while_saving(rank, world_size, argv, step):
@@ -299,7 +348,7 @@ def test_second_stage_at_a_higher_rank(data, tmp_path, world_size, tp, ep):
 
 
 @pytest.mark.parametrize(
-    "targets, rank, alpha", [("down_proj", 4, 8), ("q_proj,v_proj", 49, 1), ("k_proj,gate_proj", 3, 0.1)]
+    "targets, rank, alpha", [("down_proj", 4, 8), ("q_proj,v_proj,lm_head", 49, 1), ("k_proj,gate_proj", 3, 0.1)]
 )
 def test_resume_needs_no_lora_flags(data, tmp_path, targets, rank, alpha):
     """Rank, alpha and linears come from the checkpoint, zeros that only PEFT wanted and an alpha that rounds

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd.config import DistillConfig, ParallelConfig, check_layout, parse_config, parse_config_or_exit
+from megatron_gkd.config import (
+    SECONDS_FOR_RANK_0,
+    DistillConfig,
+    ParallelConfig,
+    check_layout,
+    main,
+    parse_config,
+    parse_config_or_exit,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 REQUIRED = ["--model", "/m", "--dataset", "d.jsonl"]
@@ -45,7 +53,7 @@ def test_guide_command_parses_with_its_values(capsys):
 def test_defaults_are_the_guides():
     config = parse_config(REQUIRED).to_dict()
     values = {name: value for group in config.values() for name, value in group.items()}
-    guide = {"lmbda": "0.5", "temperature": 2.0, "beta": 0.5, "seq_kd": False, "sft_alpha": 0.0, "lora_dropout": 0.05}
+    guide = {"attn_impl": "flash", "lmbda": "0.5", "temperature": 2.0, "beta": 0.5, "seq_kd": False, "sft_alpha": 0.0, "lora_dropout": 0.05}
     guide |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
     guide |= {"learning_rate": 1e-5, "warmup_ratio": 0.05, "max_length": 2048, "max_completion_length": 512}
     guide |= {"rollout_temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
@@ -114,6 +122,7 @@ def test_unknown_flag_names_the_nearest(flag, nearest):
         (["--beta", "1.1", "--beta_convention", "paper"], ["--beta 1.1", "[0, 1]"]),
         (["--divergence", "kl"], ["--divergence", "'kl'", "forward_kl"]),
         (["--sft_alpha", "-0.1"], ["--sft_alpha -0.1", "[0, 1]"]),
+        (["--divergence_clip", "0"], ["--divergence_clip 0", "above 0"]),
         (["--lora_rank", "0"], ["--lora_rank 0", "1 or more"]),
         (["--lora_rank", "4.5"], ["--lora_rank", "4.5"]),
         (["--lora_alpha", "0"], ["--lora_alpha 0.0"]),
@@ -151,11 +160,14 @@ def test_values_out_of_range_are_refused_with_flag_and_value(flags, parts):
 def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         parse_config_or_exit(["--dataset", "d"])
-    assert stop.value.code == 2 and "--model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--model" in said and said.startswith("megatron_gkd: error: ")
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         parse_config_or_exit(["--dataset", "d"])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == said.replace("error:", "error (rank 3):", 1) and waited == [SECONDS_FOR_RANK_0]
 
 
 def test_yaml_file_and_flags_win(tmp_path):
@@ -269,7 +281,7 @@ def test_impossible_layouts_name_both_numbers(world_size, sizes, model, numbers)
 
 
 def test_check_layout_command(tmp_path):
-    text = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_hidden_layers": 2}
+    text = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_hidden_layers": 2, "head_dim": 128}
     Qwen3OmniMoeThinkerConfig(text_config=text).save_pretrained(tmp_path)
 
     def check(*flags):
@@ -296,3 +308,24 @@ def test_check_layout_command(tmp_path):
     assert (
         bad.returncode == 2 and "4 ranks" in bad.stderr and "= 3 ranks" in bad.stderr and "Traceback" not in bad.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (None, "no config.json there"),
+        ("{", "config.json: Expecting"),
+        ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
+        ('{"model_type": "qwen3_omni_moe", "thinker_config": [1]}', "thinker_config.text_config is missing"),
+        ('{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_key_value_heads": 0}}', "num_key_value_heads = 0"),
+        ('{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_experts": "many"}}', "num_experts"),
+    ],
+)
+def test_check_layout_of_a_folder_that_is_no_model(tmp_path, monkeypatch, capsys, content, part):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["config", "--check_layout", "1", "--model", str(tmp_path), "--dataset", "d"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("megatron_gkd: error: ") and str(tmp_path) in said and part in said

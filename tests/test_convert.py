@@ -4,6 +4,7 @@ import filecmp
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,15 @@ from checkpoint_tools.hf_to_megatron import convert as hf_to_megatron
 from checkpoint_tools.manifest import NAME, read_manifest
 from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
+from checkpoint_tools.torch_dist_writer import write_chunk
 from megatron_gkd import parallel
+from megatron_gkd.model.byte_range import read_block
 from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.folder import DTYPES as DTYPES_OF_FOLDERS
+from megatron_gkd.model.megatron_folder import MegatronFolder
 from megatron_gkd.model.table import checkpoint_tensors
-from megatron_gkd.model.torch_dist import TorchDist
+from megatron_gkd.model.torch_dist import TorchDist, _elements
 from megatron_gkd.model.weights import load_weights
 from tests import mcore_model
 from tests.ranks import run_ranks
@@ -33,7 +38,7 @@ SMALL = dict(
     head_dim=8,
     num_experts=4,
     moe_intermediate_size=16,
-    vocab_size=503,
+    vocab_size=601,  # padded to 640 at TP 1, 768 at TP 2, 1024 at TP 4 and 8
 )
 WHOLE = dict(**SMALL, torch_dtype="bfloat16", max_shard_size="200KB")
 TIED = dict(**SMALL, thinker_only=True, tie_word_embeddings=True)
@@ -109,7 +114,7 @@ def test_the_checkpoint_has_transformer_engines_keys(checkpoints):
     decoder = {key: size for key, size in found.items() if not key.startswith("huggingface.")}
     layer = "decoder.layers."
     assert decoder == {
-        "embedding.word_embeddings.weight": (512, 32),
+        "embedding.word_embeddings.weight": (768, 32),
         f"{layer}self_attention.linear_qkv.layer_norm_weight": (4, 32),
         f"{layer}self_attention.linear_qkv.weight": (4, 128, 32),
         f"{layer}self_attention.q_layernorm.weight": (4, 8),
@@ -120,7 +125,7 @@ def test_the_checkpoint_has_transformer_engines_keys(checkpoints):
         f"{layer}mlp.experts.experts.linear_fc1.weight": (4, 4, 32, 32),
         f"{layer}mlp.experts.experts.linear_fc2.weight": (4, 4, 32, 16),
         "decoder.final_layernorm.weight": (32,),
-        "output_layer.weight": (512, 32),
+        "output_layer.weight": (768, 32),
     }
     carried = {key for key in found if key.startswith("huggingface.")}
     assert {key.split(".")[1] for key in carried} == {"thinker", "talker", "code2wav"}
@@ -167,16 +172,23 @@ def read_and_write(rank, world_size, folder, checkpoint, written, tp, pp, ep, dt
     return differing, differing_parameters(mcore, models[0]), num_bytes[0] - num_bytes[1]
 
 
+OTHER_LAYOUTS = [(1, 1, 4), (4, 1, 1), (1, 2, 2)]  # TP, PP, EP of four ranks
+
+
 @pytest.mark.parametrize(
     "name, dtype, tp, pp, ep",
     [
         pytest.param("whole", "bfloat16", 2, 2, 2, id="whole, converted for TP2, at TP2 PP2 EP2"),
         pytest.param("tied", "float32", 1, 1, 4, id="tied, converted for TP1, at DP4 EP4"),
+        pytest.param(
+            "tied", "float32", 2, 2, 1, id="tied, converted for TP1, at TP2 PP2", marks=pytest.mark.smoke
+        ),
     ],
 )
-def test_megatron_core_reads_and_writes_it(checkpoints, tmp_path, name, dtype, tp, pp, ep):
+def test_any_layout_writes_and_any_reads(checkpoints, tmp_path, name, dtype, tp, pp, ep):
     """Our loader fills the decoder from the checkpoint as from the folder, megatron-core fills its own model the same,
-    and what megatron-core then writes becomes the folder again, and loads at another layout."""
+    what megatron-core then writes becomes the folder again, and at other layouts, where the vocabulary is padded to
+    other sizes, both fill the decoder from it."""
     folder, checkpoint = checkpoints[name]
     written = tmp_path / "iter_0000007"
     results = run_ranks(read_and_write, 4, folder, checkpoint, written, tp, pp, ep, dtype)
@@ -184,18 +196,108 @@ def test_megatron_core_reads_and_writes_it(checkpoints, tmp_path, name, dtype, t
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     to_hf(tmp_path, tmp_path / "back", hf_model=str(folder))
     assert_same_folder(folder, tmp_path / "back")
-    (other,) = run_ranks(load_both, 1, folder, written)
-    assert not other
+    results = run_ranks(read_at_other_layouts, 4, folder, written, OTHER_LAYOUTS, dtype)
+    assert results == [dict.fromkeys(OTHER_LAYOUTS, ([], []))] * 4
 
 
-def load_both(rank, world_size, folder, checkpoint):
-    place = parallel.initialize(torch.device("cpu"))
-    shape = read_model_shape(folder)
-    models = [build_decoder(shape, place, torch.float32) for _ in range(2)]
-    for model, source in zip(models, (folder, checkpoint)):
-        load_weights(model, shape, place, source)
-    first, second = (dict(model.named_parameters()) for model in models)
-    return [name for name in first if not torch.equal(first[name], second[name])]
+def read_at_other_layouts(rank, world_size, folder, checkpoint, layouts, dtype):
+    """Layout -> what our loader reads otherwise from the checkpoint than from the folder, what megatron-core reads
+    otherwise than we do."""
+    found = {}
+    for tp, pp, ep in layouts:
+        place = parallel.initialize(
+            torch.device("cpu"),
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+        )
+        shape = read_model_shape(folder)
+        models = [build_decoder(shape, place, DTYPES[dtype]) for _ in range(2)]
+        for model, source in zip(models, (folder, checkpoint)):
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+            load_weights(model, shape, place, source)
+        first, second = (dict(model.named_parameters()) for model in models)
+        differing = [name for name in first if not torch.equal(first[name], second[name])]
+        mcore = mcore_model.build(shape, place, DTYPES[dtype])
+        for parameter in mcore.parameters():
+            parameter.data.fill_(float("nan"))
+        mcore_model.load(mcore, checkpoint)
+        zero_padding(mcore, shape, place)
+        found[tp, pp, ep] = differing, differing_parameters(mcore, models[0])
+        parallel.parallel_state.destroy_model_parallel()
+    return found
+
+
+def zero_padding(mcore, shape, place):
+    """megatron-core leaves rows of the vocabulary that only this layout has as they were."""
+    for name, parameter in mcore.named_parameters():
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            real = shape.vocab_size - place.tp_rank * len(parameter)
+            parameter.data[max(real, 0) :] = 0
+
+
+# --- checkpoints of Megatron-LM's own training ------------------------------------------------------------------------
+
+
+def edit_metadata(release, change):
+    """`change(sizes, storage)`: the tensors by key, and where their chunks lie by (key, offset, number)."""
+    with open(release / ".metadata", "rb") as file:
+        described = pickle.load(file)
+    change(described.state_dict_metadata, described.storage_data)
+    (release / ".metadata").write_bytes(pickle.dumps(described))
+
+
+def copy_key(key, other, sizes, storage):
+    sizes[other] = sizes[key]
+    for index in [index for index in storage if index.fqn == key]:
+        storage[replace(index, fqn=other)] = storage[index]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("optimizer", ["optimizer.", "chained_0.optimizer.", "chained_1.optimizer."])
+def test_the_optimizers_state_is_passed_over(checkpoints, tmp_path, prefix, optimizer):
+    """Its tensors are called like the model's, and may stand before them; the model itself may have a prefix."""
+    folder, checkpoint = checkpoints["tied"]
+    release = shutil.copytree(checkpoint / "release", tmp_path / "iter_0000007")
+
+    def as_of_training(sizes, storage):
+        model = [key for key in sizes if not key.startswith("huggingface.")]
+        for key in model:
+            copy_key(key, f"{optimizer}state.exp_avg.{prefix}{key}", sizes, storage)
+        for key in model:
+            copy_key(key, f"second {key}", sizes, storage)
+        for key in list(sizes):
+            if key.startswith("second "):
+                copy_key(key, prefix + key.removeprefix("second "), sizes, storage)
+            if key.startswith(("second ", "huggingface.")) or prefix and key in model:
+                del sizes[key]
+        ordered = dict(sorted(sizes.items(), key=lambda item: not item[0].startswith(optimizer)))
+        sizes.clear()
+        sizes |= ordered
+
+    edit_metadata(release, as_of_training)
+    assert MegatronFolder(release, read_model_shape(folder)).prefix == prefix
+    to_hf(release, tmp_path / "back", hf_model=str(folder))
+    assert_same_folder(folder, tmp_path / "back")
+
+
+def test_a_trained_checkpoint_beside_the_converted_one(checkpoints, tmp_path):
+    """Megatron-LM went on in the folder that hf_to_megatron made: its checkpoint is another writer's, and the first
+    one is still a whole folder."""
+    folder, checkpoint = checkpoints["tied"]
+    root = Path(shutil.copytree(checkpoint, tmp_path / "run"))
+    trained = shutil.copytree(root / "release", root / "iter_0000007")
+    edit_metadata(
+        trained, lambda sizes, storage: [sizes.pop(key) for key in list(sizes) if key.startswith("huggingface.")]
+    )
+    (root / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(ValueError, match="iter_0000007: holds the decoder alone; name the Hugging Face folder"):
+        to_hf(root, tmp_path / "back")
+    to_hf(root, tmp_path / "back", hf_model=str(folder))
+    assert_same_folder(folder, tmp_path / "back")
+    to_hf(root / "release", tmp_path / "first")
+    assert_same_folder(folder, tmp_path / "first")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -226,6 +328,12 @@ def test_folders_that_are_refused(broken, tmp_path):
     (broken / "extra" / "spk.pt").write_bytes(b"never opened")
     refuse_folder(broken, tmp_path, "extra/spk.pt is a pickle")
     (broken / "extra" / "spk.pt").unlink()
+    (broken / "extra" / "spk.NPZ").write_bytes(b"may hold one")
+    refuse_folder(broken, tmp_path, "extra/spk.NPZ is a pickle")
+    (broken / "extra" / "spk.NPZ").unlink()
+    with pytest.raises(ValueError, match="inside lies in .*model, which is only read"):
+        to_megatron(broken, broken / "inside")
+    assert not list(broken.glob("*inside*"))
     (broken / "release").write_bytes(b"")
     refuse_folder(broken, tmp_path, "release: a checkpoint needs this name")
     (broken / "release").unlink()
@@ -250,7 +358,7 @@ def test_folders_that_are_refused(broken, tmp_path):
 def test_a_full_disk_is_noticed_before_the_first_byte(broken, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 66_000_000))
     refuse_folder(broken, tmp_path, r"0.1 GB are needed and 0.1 GB are free")
-    assert not list(tmp_path.rglob("*.distcp"))
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_layers_of_two_types_are_refused(broken, tmp_path):
@@ -271,6 +379,17 @@ def test_a_changed_folder_or_checkpoint_is_noticed(checkpoints, tmp_path):
     flip_bit(shard, -1)
     last = list(load_file(shard))[-1]
     refuse_folder(tmp_path / "back", tmp_path, f"{shard.name}: tensor {last[:10]}.* has SHA-256 .* changed or damaged")
+    for partial in tmp_path.glob(".out.partial"):
+        shutil.rmtree(partial)
+    manifest = json.loads((tmp_path / "back" / NAME).read_text())
+    for changed, message in (
+        ({name: t for name, t in manifest["tensors"].items() if name != last}, f"{last} is unknown to {NAME}"),
+        (manifest["tensors"] | {"talker.x": {}}, "talker.x is not in the folder"),
+        (manifest["tensors"] | {last: manifest["tensors"][last] | {"shape": [1]}}, f"{last} is .*{NAME} says .* \\[1\\]"),
+    ):
+        (tmp_path / "back" / NAME).write_text(json.dumps(manifest | {"tensors": changed}))
+        refuse_folder(tmp_path / "back", tmp_path, message)
+    assert not list(tmp_path.glob(".out*"))  # noticed before anything was read
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     chunk = next(c for c in TorchDist(copy / "release")._chunks["decoder.layers.mlp.router.weight"])
@@ -284,6 +403,41 @@ def flip_bit(path, position):
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def test_a_checkpoint_without_one_of_its_files_is_refused(checkpoints, tmp_path):
+    """By name and before a tensor is read: a file of the folder, the index, a header, the manifest itself."""
+    _, checkpoint = checkpoints["whole"]
+    copy, index = Path(shutil.copytree(checkpoint, tmp_path / "copy")), "huggingface/model.safetensors.index.json"
+    header = next(str(path.relative_to(copy)) for path in sorted((copy / "huggingface").glob("*.header")))
+    for name in ("tokenizer.json", "chat_template.jinja", index, header, NAME):
+        whole = (copy / name).read_bytes()
+        (copy / name).unlink()
+        with pytest.raises((ValueError, FileNotFoundError), match=f"{copy / name} is missing"):
+            to_hf(copy, tmp_path / "out")
+        if name != NAME:
+            (copy / name).write_bytes(whole + b" ")
+            with pytest.raises(ValueError, match=f"{copy / name}: not the file that {NAME} lists"):
+                to_hf(copy, tmp_path / "out")
+        (copy / name).write_bytes(whole)
+    assert not list(tmp_path.glob(".out*"))
+    to_hf(copy, tmp_path / "out")
+
+
+def test_flags_without_effect_are_refused(checkpoints, tmp_path):
+    folder, checkpoint = checkpoints["whole"]
+
+    def refuse(message, path=checkpoint, **settings):
+        with pytest.raises(ValueError, match=message):
+            to_hf(path, tmp_path / "out", **settings)
+
+    refuse("--weight 0.5: there is no --adapter to weigh", weight=[0.5])
+    refuse("--hf_model .* holds the whole folder; leave the flag out", hf_model=str(folder))
+    run = tmp_path / "checkpoint-1"
+    run.mkdir()
+    (run / "adapter_config.json").write_text("{}")
+    for flag, value in (("hf_model", str(folder)), ("adapter", ["DIR"]), ("weight", [1.0])):
+        refuse(f"--{flag} has no effect with --export adapter", run, export="adapter", **{flag: value})
 
 
 def test_checkpoints_that_are_refused(checkpoints, tmp_path):
@@ -325,6 +479,18 @@ def test_metadata_cannot_run_code(checkpoints, tmp_path, monkeypatch):
     ):
         to_hf(copy, tmp_path / "out")
     assert not (tmp_path / "bomb-went-off").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_FOLDERS.values(), ids=str)
+def test_every_type_can_be_carried(tmp_path, dtype):
+    """What is written as a chunk is found again, whatever torch makes of its type."""
+    values = torch.arange(12).reshape(3, 4).to(dtype)
+    with open(tmp_path / "chunks", "w+b") as file:
+        *_, start, length = write_chunk(file, "key", (0, 0), values)
+        offset = _elements(file, (3, 4), dtype)
+    block = read_block(tmp_path / "chunks", start + offset, dtype, 4, range(3), range(4))
+    assert start + length == (tmp_path / "chunks").stat().st_size
+    assert torch.equal(block.view(torch.uint8), values.view(torch.uint8))
 
 
 def test_every_key_has_a_size(checkpoints):

@@ -4,8 +4,10 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,11 @@ from checkpoint_tools.hf_to_megatron import convert as hf_to_megatron
 from checkpoint_tools.job import Job, Journal, run_job
 from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
+from checkpoint_tools.merge_lora import MergeLoraConfig
+from checkpoint_tools.merge_lora import convert as merge_lora
+from megatron_gkd.model.shape import read_model_shape
 from megatron_gkd.model.torch_dist import TorchDist
+from tests.adapters import ALL, random_adapter, write_adapter
 from tests.test_convert import TIED, assert_same_folder
 
 UNIT_BYTES = 60_000
@@ -83,6 +89,17 @@ def test_both_directions_survive_kills(tiny_folder, tmp_path):
     assert all(calm[part] == killed[part] for part in ("sizes", "dtypes", "_chunks"))
 
 
+def test_a_merge_survives_kills(tiny_folder, tmp_path):
+    folder = tiny_folder(**TIED)
+    tensors = random_adapter(read_model_shape(folder), 2, ALL)
+    adapter = write_adapter(tmp_path / "adapter", tensors, rank=2, alpha=4, targets=ALL)
+    config = MergeLoraConfig(folder, str(tmp_path / "killed"), [adapter], num_workers=2)
+    assert kill_until_done(convert_slowly, config, merge_lora, UNIT_BYTES) > 2
+    merge_lora(replace(config, output=str(tmp_path / "calm")), UNIT_BYTES)
+    assert not list(tmp_path.glob(".*.partial"))
+    assert folder_hashes(tmp_path / "calm") == folder_hashes(tmp_path / "killed")
+
+
 def folder_hashes(folder):
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -122,13 +139,131 @@ def test_finished_units_are_not_done_again(tmp_path):
     assert job.output.is_dir() and not job.partial.exists()
 
 
-def test_killed_between_rename_and_tidying_up(tmp_path):
+def write_units(job):
+    """Run the job: unit n writes the byte n into the file n."""
+
+    def work(unit, report):
+        (job.content / str(unit)).write_bytes(bytes([unit]))
+        return unit
+
+    return run_job(job, nothing, work, lambda results: (job.content / "list").write_text(str(results)), num_workers=1)
+
+
+def is_whole(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        **{str(unit): bytes([unit]) for unit in range(3)},
+        "list": b"[0, 1, 2]",
+    }
+
+
+def killed_before(step, job, monkeypatch):
+    """The job, killed where it comes to the function `step` of job.py."""
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=write_units, args=(job,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_before_the_rename(tmp_path, monkeypatch):
+    """All is finished and marked so: the same command has only to rename, another one is refused."""
     job = make_job(tmp_path)
-    run_job(job, nothing, lambda unit, report: 0, lambda results: (job.content / "file").touch(), num_workers=1)
+    killed_before("_publish", job, monkeypatch)
+    assert not job.output.exists()
+    with pytest.raises(ValueError, match="left by another conversion"):
+        write_units(make_job(tmp_path, identity={"source": "b"}))
+    (job.partial / "journal.jsonl").unlink()  # as a moment later
+    with pytest.raises(ValueError, match="left by another conversion"):
+        write_units(make_job(tmp_path, identity={"source": "b"}))
+    assert run_job(job, nothing, die, nothing, num_workers=1)
+    assert is_whole(job.output) and not job.partial.exists()
+
+
+def test_killed_between_rename_and_tidying_up(tmp_path, monkeypatch):
+    """OUTPUT is complete: the same command says so; another conversion does not take it for its own."""
+    job = make_job(tmp_path)
+    killed_before("_tidy_up", job, monkeypatch)
+    assert is_whole(job.output)
+    assert not run_job(job, nothing, die, nothing, num_workers=1)
+    assert is_whole(job.output) and not job.partial.exists()
+
+    other = make_job(tmp_path, identity={"source": "b"}, unit_bytes=[1])
+    job.output.rename(tmp_path / "first")
+    killed_before("_tidy_up", job, monkeypatch)
+    with pytest.raises(ValueError, match="out exists and is not an empty folder"):
+        run_job(other, nothing, die, nothing, num_workers=1)
+    assert is_whole(job.output) and not job.partial.exists()
+
+
+def test_killed_after_the_rename_and_then_moved_away(tmp_path, monkeypatch):
+    """The same command writes the folder again: what the first one noted as finished is not there any more."""
+    job = make_job(tmp_path)
+    for number in range(2):
+        killed_before("_tidy_up", job, monkeypatch)
+        job.output.rename(tmp_path / f"moved-{number}")
+        if number:
+            job.output.mkdir()
+        assert write_units(job)
+        assert is_whole(job.output) and not job.partial.exists()
+        shutil.rmtree(job.output)
+
+
+def test_an_empty_output_is_not_a_complete_one(tmp_path):
+    """Beside it a partial folder without content, as a kill at the very start leaves it."""
+    job = make_job(tmp_path)
+    job.output.mkdir()
     job.partial.mkdir()
-    (job.partial / "journal.jsonl").touch()
-    assert not run_job(job, nothing, nothing, nothing, num_workers=1)
-    assert not job.partial.exists() and (job.output / "file").exists()
+    (job.partial / "lock").touch()
+    assert write_units(job)
+    assert is_whole(job.output) and not job.partial.exists()
+
+
+def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
+    """Full disk, output inside the source: no partial folder that would keep the next command out."""
+    job = make_job(tmp_path, sources=[tmp_path])
+    with pytest.raises(ValueError, match=f"--output {job.output} lies in {tmp_path}, which is only read"):
+        write_units(job)
+    job = make_job(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1))
+        for partial_exists in (False, True):
+            if partial_exists:
+                job.partial.mkdir()
+            with pytest.raises(ValueError, match="0.0 GB are free there"):
+                write_units(job)
+            assert not list(tmp_path.iterdir())
+    assert write_units(make_job(tmp_path, identity={"source": "b"}))
+
+
+def test_the_second_of_two_commands_finds_the_first_ones_work(tmp_path):
+    """It waits for the lock, and then neither writes into a folder that has gone nor a second time."""
+    job, results = make_job(tmp_path), tmp_path / "results"
+    results.mkdir()
+
+    def command(number):
+        def work(unit, report):
+            (results / f"unit-{number}-{unit}").touch()
+            time.sleep(0.1)
+            (job.content / str(unit)).write_bytes(bytes([unit]))
+            return unit
+
+        finish = lambda found: (job.content / "list").write_text(str(found))  # noqa: E731
+        try:
+            run_job(job, nothing, work, finish, num_workers=1)
+        except ValueError as error:
+            (results / f"refused-{number}").write_text(str(error))
+
+    processes = [multiprocessing.get_context("fork").Process(target=command, args=(n,)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert is_whole(job.output) and not job.partial.exists()
+    assert len(list(results.glob("unit-*"))) == 3
+    refused = [path.read_text() for path in results.glob("refused-*")]
+    assert all("exists and is not an empty folder" in text for text in refused) and len(refused) <= 1
 
 
 def test_another_conversion_is_not_continued(tmp_path):
@@ -142,8 +277,7 @@ def test_another_conversion_is_not_continued(tmp_path):
 def test_two_commands_do_not_write_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "_WAIT_FOR_LOCK", 0.2)
     job = make_job(tmp_path)
-    job.content.mkdir(parents=True)
-    with job_module._locked(job.partial / "lock"):
+    with job_module._locked(job.partial):
         with pytest.raises(ValueError, match="another command is writing this conversion"):
             run_job(job, nothing, nothing, nothing, num_workers=1)
 
@@ -158,6 +292,12 @@ def test_a_dead_worker_is_reported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_whatever_a_worker_raises_is_reported(tmp_path):
+    with pytest.raises(ValueError, match="ZeroDivisionError: division by zero"):
+        run_job(make_job(tmp_path), nothing, lambda unit, report: 1 / 0, nothing, num_workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_needed_counts_what_is_there(tmp_path, monkeypatch):
     """A continued conversion needs room for the rest alone."""
     free = job_module._SPARE_BYTES + 50_000
@@ -167,5 +307,7 @@ def test_what_is_needed_counts_what_is_there(tmp_path, monkeypatch):
     job = make_job(tmp_path, unit_bytes=[100_000])
     with pytest.raises(ValueError, match="0.1 GB are needed and 0.1 GB are free"):
         run_job(job, nothing, nothing, nothing, num_workers=1)
+    job.content.mkdir(parents=True)
+    Journal(job.partial / "journal.jsonl", job.identity, 1)
     (job.content / "written").write_bytes(os.urandom(80_000))
     assert run_job(job, nothing, lambda unit, report: 0, nothing, num_workers=1)

@@ -41,11 +41,12 @@ def test_exact_tensors():
         view.labels,
         view.lengths,
         view.prompt_lengths,
-        view.position_ids,
         view.response_rows,
         view.targets,
+        view.media_rows,
+        view.media_tokens,
     )
-    assert {tensor.dtype for tensor in tensors} == {torch.int64}
+    assert {tensor.dtype for tensor in tensors} == {torch.int64} and view.position_ids.dtype == torch.float32
     assert (batch.rows, batch.sources, batch.cut_tokens) == ([7, 3], ["a", "b"], 2)
 
 

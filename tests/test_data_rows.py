@@ -83,12 +83,27 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "content[0].text must be a string, got null",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER]},
-            "is of type 'image' and holds image: only text parts are read (media rows need",
+            {"messages": [{"role": "user", "content": [{"type": "movie", "movie": "a.mp4"}]}, ANSWER]},
+            "content[0] is of type 'movie': text, audio, image, video are the types",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "audio": "a.wav"}]}, ANSWER]},
-            "holds audio: only text parts are read",
+            "content[0] is text and holds audio: one part, one thing",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "path": "b"}]}, ANSWER]},
+            "content[0] is of type image and holds more than `image`",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
+            "messages[1].content[0] is of type image: media stand in user and system turns only",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "image"}]}, ANSWER],
+                "images": ["b"],
+            },
+            "messages hold images in some parts and not in others or in `images`: use one of them",
         ),
         (
             {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]},
@@ -108,8 +123,12 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ({"instruction": "x", "input": float("nan"), "output": "y"}, "input must be a string, got a float nan"),
         ({"instruction": " ", "output": "y"}, "empty prompt: neither instruction nor input has text"),
         ({"output": "y"}, "empty prompt"),
-        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column `images` holds media: media rows need"),
-        ({"messages": [USER, ANSWER], "teacher_audios": ["a.wav"]}, "column `teacher_audios` holds media"),
+        ({"messages": [USER, ANSWER], "image": "a.png"}, "column `image` is not supported: name it `images`, a list"),
+        ({"messages": [USER, ANSWER], "images": [3]}, "images[0] must be a path, bytes or an array, got 3"),
+        ({"messages": [USER, ANSWER], "images": [[[[300, 0, 0]]]]}, "images[0] is not the pixels [height][width][3]"),
+        ({"messages": [USER, ANSWER], "audios": [{"array": [0.0]}]}, "audios[0] must have an array of samples and a"),
+        ({"messages": [USER, ANSWER], "teacher_audios": ["http://x/a.wav"]}, "media are files here, nothing is fetched"),
+        ({"messages": [USER, ANSWER], "use_audio_in_video": "yes"}, "use_audio_in_video must be true or false"),
         ({"messages": [USER, ANSWER], "tools": [{}]}, "column `tools` is not supported"),
         (
             {"messages": [USER, ANSWER], "system": "be kind"},
@@ -171,3 +190,44 @@ def test_bad_rows_name_the_reason(raw, reason):
     with pytest.raises(RowError) as error:
         check_row(raw, 10)
     assert reason in str(error.value)
+
+
+def media_of(raw, folder="/data"):
+    row = check_row(raw, 10, folder)
+    return row, {kind: [reference.path for reference in references] for kind, references in row.media.items()}
+
+
+def test_media_stand_in_parts_or_in_columns():
+    parts = [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "and"}, {"type": "image", "url": "/b.png"}]
+    in_parts, media = media_of({"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert media == {"audio": ["/data/a.wav"], "image": ["/b.png"], "video": []}
+    columns = {"audios": ["a.wav"], "images": ["/b.png"]}
+    typed = [{"type": part["type"]} | ({"text": part["text"]} if "text" in part else {}) for part in parts]
+    for content in (typed, "<audio>and<image>"):
+        row, same = media_of({"messages": [{"role": "user", "content": content}, ANSWER], **columns})
+        assert same == media and row.messages == in_parts.messages
+    assert in_parts.messages[0]["content"] == [{"type": "audio"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    row, _ = media_of({"messages": [{"role": "user", "content": "<b> <video> <audio>"}, ANSWER], "audios": ["a.wav"]})
+    assert row.messages[0]["content"] == [{"type": "text", "text": "<b> <video> "}, {"type": "audio"}]
+    row, _ = media_of({"messages": [{"role": "user", "content": "an <image> tag"}, ANSWER]})
+    assert row.messages[0]["content"] == "an <image> tag" and not row.has_media
+
+
+def test_the_teachers_media():
+    def teacher(**columns):
+        row, media = media_of({"messages": [{"role": "user", "content": "<audio>?"}, ANSWER], "audios": ["a"], **columns})
+        assert media["audio"] == ["/data/a"]
+        own = row.teacher_media
+        return own and {kind: [reference.path for reference in references] for kind, references in own.items()}
+
+    silent = [{"role": "user", "content": "it says so"}, ANSWER]
+    assert teacher() is None and teacher(teacher_prompt="<audio>!") is None and teacher(teacher_audios=["a"]) is None
+    assert teacher(teacher_audios=[], teacher_messages=silent) == {"audio": [], "image": [], "video": []}
+    assert teacher(teacher_audios=["clean"]) == {"audio": ["/data/clean"], "image": [], "video": []}
+    assert teacher(teacher_images=["c"]) == {"audio": ["/data/a"], "image": ["/data/c"], "video": []}
+    # In columns, absent means the same as the student's; what stands in the student's turns belongs to those turns.
+    assert teacher(teacher_messages=silent) is None
+    heard = [{"role": "user", "content": [{"type": "audio", "audio": "a"}]}, ANSWER]
+    assert check_row({"messages": heard, "teacher_messages": silent}, 10).teacher_media["audio"] == []
+    own = [{"role": "user", "content": [{"type": "audio", "audio": "b"}]}, ANSWER]
+    assert check_row({"messages": heard, "teacher_messages": own}, 10).teacher_media["audio"][0].path == "b"

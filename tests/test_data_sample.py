@@ -4,6 +4,7 @@ import pytest
 
 from megatron_gkd.data.chat import load_chat_tokenizer
 from megatron_gkd.data.errors import RowError
+from megatron_gkd.data.media import MediaProcessor
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.data.sample import decode_sample, encode_row
 from tests.tiny_tokenizer import write_bpe_folder
@@ -28,7 +29,9 @@ def no_chat():
 
 def sample_of(raw, chat=None, max_length=100, vocab_size=VOCAB):
     get_chat = no_chat if chat is None else lambda: chat
-    return decode_sample(encode_row(check_row(raw, vocab_size), get_chat, max_length, vocab_size), "here", 5)
+    no_media = MediaProcessor("no folder")
+    encoded = encode_row(check_row(raw, vocab_size), get_chat, max_length, vocab_size, no_media)
+    return decode_sample(encoded, "here", 5, no_media)
 
 
 def trained_text(chat, view):

@@ -1,7 +1,12 @@
-"""The demo's parts that its own run does not judge: rows, the report's divergence, adapters that load badly."""
+"""The demo: its parts that its own run does not judge (rows, the report's divergence, adapters that load badly), and the
+whole of it in a few steps."""
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGenerat
 from checkpoint_tools.make_tiny_model import build_folder
 from checkpoint_tools.tiny import toy_language
 from launch import demo_data, demo_report
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +111,23 @@ def test_a_bad_adapter_is_an_error(folder, adapter, damage):
             demo_report.load_adapter(load_base(folder), adapter)
     finally:
         save_file(whole, path)
+
+
+@pytest.mark.skipif(Path(sys.prefix).resolve() != (REPOSITORY / ".venv").resolve(), reason="the demo makes and takes .venv")
+def test_the_whole_demo_in_a_few_steps(tmp_path):
+    """Data, training on two ranks, the table of transformers and peft, the comparison of logits. The model has learned
+    nothing, so that no answer obeys."""
+    build_folder(str(tmp_path / "model"))
+    environment = os.environ | {"DEMO": str(tmp_path), "MIN_OBEYED": "0"}
+    command = ["bash", str(REPOSITORY / "launch" / "demo.sh"), "--max_steps", "6"]
+    with open(tmp_path / "log", "w") as log:
+        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300).returncode
+    said = (tmp_path / "log").read_text()
+    assert status == 0, said
+    before, after = (json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[at])["jsd"] for at in (0, -1))
+    assert after < before
+    assert f"{'JSD to the teacher':24}{before:>12.4f}{after:>12.4f}" in said
+    table, _, logits = said.partition("Largest difference of a logit, Megatron (TP 2 PP 1 DP 1 EP 2)")
+    assert "JSD after: transformers + peft" in table and (tmp_path / "run" / "curves.png").is_file()
+    assert "base + adapter, text" in logits and "MISMATCH" not in logits.upper()
+    assert said.splitlines()[-1].startswith("done in ") and f"adapter: {tmp_path / 'run' / 'checkpoint-6'}" in said

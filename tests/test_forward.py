@@ -77,6 +77,24 @@ def test_recompute_repeats_the_dropout(flags, world_size, tp, pp, ep):
         assert same_loss and error < 1e-6 < 1e-3 < other_error
 
 
+def _teacher_memory(rank, world_size, argv):
+    from megatron_gkd.forward import teacher_forward
+
+    parts = build_parts(argv)
+    batches = micro_batches(parts, parts.parallel)
+    kept = teacher_forward(parts.model, batches, parts.parallel)
+    size = parts.model.config.hidden_size
+    expected = [(len(batch.teacher.response_rows), size) for batch in batches] if parts.parallel.is_last_stage else []
+    return expected, [(tuple(hidden.shape), hidden.untyped_storage().nbytes(), hidden.requires_grad) for hidden in kept]
+
+
+@pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
+def test_of_the_teacher_only_the_response_rows_are_kept(flags, world_size, tp, pp, ep):
+    """No view of a whole sequence's hidden states, whose memory would stay with it, and no graph."""
+    for expected, kept in run_ranks(_teacher_memory, world_size, arguments(**flags, **layout_flags(tp, pp, ep))):
+        assert kept == [((rows, size), rows * size * 4, False) for rows, size in expected]
+
+
 def _modes(rank, world_size, argv):
     from megatron_gkd.forward import TokenSums, student_forward, student_forward_backward, teacher_forward
     from megatron_gkd.lora.modules import lora_modules

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from checkpoint_tools.make_tiny_model import build_folder
 
@@ -121,7 +123,53 @@ def test_impossible_runs_are_refused_before_they_start(script, variables, flags,
 
 
 @pytest.mark.parametrize("script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"])
+def test_torchrun_gives_a_stopped_run_time_to_save(script, environment, tmp_path):
+    """Less than the two minutes of launch/slurm.sh, more than torchrun's 30 seconds."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$2 waits $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"\n')
+    stub.chmod(0o755)
+    nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OUTPUT": str(tmp_path / "out")}
+    status, log = launch(script, environment | nodes | {"PYTHON": str(stub)})
+    assert status == 0 and log.splitlines()[-1] == "torch.distributed.run waits 110 s"
+    assert "--signal=TERM@120" in (REPOSITORY / "launch" / "slurm.sh").read_text()
+
+
+def test_torchrun_reads_that_time(monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "110")
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    if not hasattr(config, "shutdown_timeout"):
+        pytest.skip("torch 2.11 has 30 seconds, and no setting")
+    assert config.shutdown_timeout == 110
+
+
+@pytest.mark.parametrize("script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"])
 def test_missing_variables_are_named(script, environment, tmp_path):
     variables = {name: value for name, value in environment.items() if name not in ("MODEL", "MASTER_ADDR")}
     status, log = launch(script, variables | {"OUTPUT": str(tmp_path / "out")})
     assert status == 1 and ("MODEL" in log or "MASTER_ADDR" in log), log
+
+
+def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
+    """With stubs for all that it calls: every step is in the report, the exit status is that of the worst."""
+    for folder in ("launch", "docs", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch/gpu_checks.sh", tmp_path / "launch")
+    stubs = tmp_path / ".venv/bin"
+    scripts = {
+        "launch/setup_env.sh": "",
+        "launch/demo.sh": "echo the demo ran",
+        ".venv/bin/activate": f"PATH={stubs}:$PATH",
+        ".venv/bin/python": 'echo "python $*"; case "$*" in *pytest*) exit 3;; esac',
+        ".venv/bin/nvidia-smi": "echo a GPU",
+        ".venv/bin/compute-sanitizer": "echo sanitizer; exit 0",
+        ".venv/bin/git": "echo abc",
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", str(tmp_path / "launch/gpu_checks.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    report = (tmp_path / "docs/gpu.md").read_text()
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "gpu_checks: failed: Tests"
+    assert report.count("Failed with status") == 1 and "Failed with status 3" in report
+    assert "the demo ran" in report and "python -m benchmarks.loss --device cuda" in report and "sanitizer" in report

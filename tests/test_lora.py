@@ -3,6 +3,7 @@
 Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 from checkpoint_tools.thinker import decoder
 from megatron_gkd import parallel
+from megatron_gkd.config import parse_config
 from megatron_gkd.lora import lora_enabled
 from megatron_gkd.lora.adapter import adapter_pieces, applied
 from megatron_gkd.lora.apply import banner, count_parameters
 from megatron_gkd.lora.modules import LoraModule, lora_modules
 from megatron_gkd.lora.targets import resolve_targets
 from megatron_gkd.model.config import ModelShape, read_model_shape
+from megatron_gkd.parts import resolve
 from tests.adapters import (
     ALL,
     ATTENTION,
@@ -40,6 +43,7 @@ CASES = {  # folder, targets, rank, alpha
     "k and experts, rank 1": ("2 KV heads, odd sizes", ["k_proj", *EXPERTS], 1, 2),
     "gate and up, rank 3": ("4 KV heads", ["gate_proj", "up_proj"], 3, 4),
     "down, rank 16": ("4 KV heads", ["down_proj"], 16, 32),
+    "all and lm_head, rank 3": ("2 KV heads, odd sizes", [*ALL, "lm_head"], 3, 5),
 }
 DROPOUT = 0.3
 
@@ -383,9 +387,21 @@ def test_a_model_without_lora_is_refused():
         applied(torch.nn.Linear(2, 2))
 
 
+def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
+    config = parse_config(["--model", "m", "--dataset", "d", "--lora_target_modules", "q_proj,lm_head"])
+    shape = read_model_shape(tiny_folder(**FOLDERS["4 KV heads"]))
+    place = SimpleNamespace(device=torch.device("cpu"))
+    assert resolve(config, shape, place)[0].lora.lora_target_modules == ["q_proj", "lm_head"]
+    with pytest.raises(ValueError, match="q_proj,lm_head: the lm_head of this model is its embedding .* leave lm_head out"):
+        resolve(config, replace(shape, tie_word_embeddings=True), place)
+    with pytest.raises(ValueError, match="lm_head: choose ALL, or some of .* .and lm_head beside them."):
+        resolve_targets(["lm_head"])
+
+
 def test_names_of_linears():
     assert resolve_targets(["ALL"]) == resolve_targets(["all-linear"]) == ALL
     assert resolve_targets(["up_proj", "q_proj", "up_proj"]) == ["q_proj", "up_proj"]
+    assert resolve_targets(["lm_head", "q_proj"]) == ["q_proj", "lm_head"] and "lm_head" not in resolve_targets(["ALL"])
     with pytest.raises(ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"):
         resolve_targets(["q_proj", "qkv_proj"])
     with pytest.raises(ValueError, match=r"\(nothing\)"):

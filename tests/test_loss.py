@@ -2,12 +2,16 @@
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
 from trl.experimental.gkd import GKDTrainer
 
+from benchmarks.loss import Meter
 from megatron_gkd.loss import linear_jsd, logits_jsd, vocab_parallel_jsd
+from megatron_gkd.loss.linear import CHUNK_BYTES, _chunk_rows
+from tests.ranks import run_ranks
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -202,6 +206,38 @@ def test_a_second_backward_is_refused_where_the_gradient_took_its_input():
         torch.autograd.grad(loss.sum(), student)
 
 
+@pytest.mark.parametrize("function", [vocab_parallel_jsd, lambda *inputs: linear_jsd(*inputs, torch.eye(10)).loss])
+def test_a_gradient_of_the_gradient_is_refused(function):
+    """It would leave out how the gradient depends on the logits, and be wrong without a word."""
+    student, teacher = logit_pair(3, 10, 1.0)
+    loss = function(student.requires_grad_(), teacher)
+    gradient = torch.autograd.grad(loss.square().sum(), student, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_masked_row_may_hold_anything(poison):
+    labels = labels_for(5, 301)
+    for temperature, sft_alpha in [(1.0, 0.0), (2.0, 0.3)]:
+        settings = dict(labels=labels, temperature=temperature, sft_alpha=sft_alpha)
+        student, teacher, weight = hidden_pair(5, 12, 301, 0.3)
+        for function, inputs in [
+            (lambda s, t: linear_jsd(s, t, weight, chunk_rows=2, **settings), (student, teacher)),
+            (lambda s, t: logits_jsd(s, t, **settings), logit_pair(5, 301, 1.0)),
+        ]:
+            clean = inputs[0].clone().requires_grad_()
+            expected = function(clean, inputs[1])
+            dirty = [tensor.clone() for tensor in inputs]
+            for tensor in dirty:
+                tensor[1, 3:] = poison
+            output = function(dirty[0].requires_grad_(), dirty[1])
+            assert all(torch.equal(a, b) for a, b in zip(output, expected))
+            gradient = student_gradient(output.loss, dirty[0])
+            assert torch.equal(gradient, student_gradient(expected.loss, clean))
+            assert torch.count_nonzero(gradient[1]) == 0
+
+
 def test_a_trainable_head_takes_the_logits_path():
     """The gradient goes on through the logits to the head and the hidden states."""
     hidden, teacher_hidden, weight = hidden_pair(5, 12, 301, 0.3)
@@ -255,6 +291,14 @@ def test_wrong_arguments_are_named(change, message):
         logits_jsd(torch.zeros(2, 8), torch.zeros(2, 8), **change)
     with pytest.raises(ValueError, match=message):
         linear_jsd(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(8, 3), **change)
+
+
+def test_settings_are_checked_without_rows_too():
+    for change, message in [({"divergence": "kl"}, "must be one of"), ({"temperature": -1.0}, "temperature must be")]:
+        with pytest.raises(ValueError, match=message):
+            linear_jsd(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(8, 3), **change)
+        with pytest.raises(ValueError, match=message):
+            logits_jsd(torch.zeros(0, 8), torch.zeros(0, 8), **change)
 
 
 def test_shapes_are_checked():
@@ -330,6 +374,56 @@ def test_chunks_do_not_matter():
     for output, gradient in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(torch.stack(output), torch.stack(outputs[0]), rtol=2e-5, atol=2e-6)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_chunks_are_nearly_equal_and_fit():
+    """Not 220 rows and 36: every chunk's GEMMs read the whole head."""
+    for num_rows in (1, 255, 256, 257, 300, 2048, 8191):
+        rows = _chunk_rows(num_rows, 151_936, torch.device("cpu"))
+        chunks = -(-num_rows // rows)
+        assert rows * 151_936 * 8 <= CHUNK_BYTES["cpu"]
+        assert chunks == -(-num_rows * 151_936 * 8 // CHUNK_BYTES["cpu"])  # no more chunks than the limit asks for
+        assert rows * chunks - num_rows < chunks
+    rows = _chunk_rows(4096, 151_936, torch.device("cuda"))
+    assert rows % 128 == 0 and rows * 151_936 * 8 <= CHUNK_BYTES["cuda"] and 4096 / rows > 2.5
+    assert _chunk_rows(100, 151_936, torch.device("cuda")) == 100
+    assert _chunk_rows(5, 2**40, torch.device("cpu")) == 1
+
+
+def memory_by_rows(rank, world_size):
+    """{rows: least of two peaks above inputs and outputs}, in a process in which nothing else has been allocated."""
+    CHUNK_BYTES["cpu"] = 2**24
+    meter, extra = Meter("cpu"), {}
+    for num_rows in (1024, 8192):
+        student, teacher, weight = hidden_pair(num_rows, 32, 4096, 0.3)
+        student.requires_grad_()
+        runs = [lambda: torch.autograd.grad(linear_jsd(student, teacher, weight).loss.sum(), student)] * 3
+        extra[num_rows] = min([meter(run)[1] for run in runs][1:]) - student.nbytes
+    return extra
+
+
+def test_memory_does_not_grow_with_the_rows():
+    """Above inputs and outputs: the chunk's logits and the passes' scratch, whatever N. All logits would be 256 MiB."""
+    [extra] = run_ranks(memory_by_rows, 1)
+    assert extra[1024] < 2**26 and extra[8192] < extra[1024] + 2**23, extra
+
+
+def test_the_callers_thread_count_is_kept_and_used():
+    """One thread asked for: no more than one core's seconds a second."""
+    student, teacher, weight = hidden_pair(64, 64, 30_000, 0.3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        linear_jsd(student.requires_grad_(), teacher, weight).loss.sum().backward()
+        wall, cpu = time.perf_counter(), time.process_time()
+        linear_jsd(student, teacher, weight).loss.sum().backward()
+        loss = vocab_parallel_jsd((student @ weight.t()), teacher @ weight.t())
+        loss.sum().backward()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert cpu < 1.1 * wall + 0.02
 
 
 def test_linear_jsd_keeps_one_row_of_hidden_size_a_token():

@@ -12,6 +12,8 @@ import traceback
 import pytest
 import torch
 
+from benchmarks import kernel_instructions
+from megatron_gkd.loss import blocked
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -35,8 +37,26 @@ LOGIT_CASES = {
     "far": (3, 401, 0, 128, torch.float32, 1e3, dict(beta=0.3)),
     "equal": (3, 1003, 0, 512, torch.float32, 0.0, dict(temperature=2.0)),
     "clipped": (3, 401, 5, 4096, torch.float32, 1.5, dict(temperature=2.0, beta=0.3, clip=1e-4)),
+    "teacher's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.1)),
+    "student's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.9)),
 }
-LINEAR_CASE = (5, 401, torch.float32, dict(beta=0.3, temperature=2.0, sft_alpha=0.25))
+# name: rows, hidden size, vocabulary, largest block, dtype, settings
+LINEAR_CASES = {
+    f"{num_rows} x {hidden_size} x {vocab_size} {dtype}": (num_rows, hidden_size, vocab_size, block, dtype, settings)
+    for num_rows, hidden_size, vocab_size, block, settings in [
+        (1, 16, 401, 4096, dict(temperature=2.0)),
+        (37, 24, 1003, 512, dict(beta=0.3, temperature=2.0, sft_alpha=0.25)),
+        (41, 401, 1271, 4096, dict(temperature=0.5)),
+    ]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+LINEAR_RUNS = [
+    (name, kind)
+    for name, (*_, dtype, _) in LINEAR_CASES.items()
+    for kind in {torch.float32: KINDS, torch.bfloat16: ("jsd", "reverse_kl"), torch.float16: ("jsd",)}[dtype]
+]
+# rank of 401 columns, of which the first so many are no padding
+PASS_CASES = [(0, 401), (2, 401), (1, 37), (3, 0)]
 
 
 def padded(logits, num_columns):
@@ -61,18 +81,61 @@ def gradient_on_cpu(loss, inputs):
     return student_gradient(loss, inputs).cpu()
 
 
-def run_linear_case(kind):
+def run_linear_case(kernels, kind, case):
     from megatron_gkd.loss import linear_jsd
 
-    num_rows, vocab_size, dtype, settings = LINEAR_CASE
+    num_rows, hidden_size, vocab_size, kernels.BLOCK, dtype, settings = case
     device = "cuda" if CUDA else "cpu"
-    student, teacher, weight = (tensor.to(device) for tensor in hidden_pair(num_rows, 16, vocab_size, 0.2, dtype=dtype))
+    student, teacher, weight = (
+        tensor.to(device) for tensor in hidden_pair(num_rows, hidden_size, vocab_size, 0.2, dtype=dtype)
+    )
     student.requires_grad_()
     labels = labels_for(num_rows, vocab_size).to(device)
-    output = linear_jsd(student, teacher, weight, labels=labels, divergence=kind, chunk_rows=3, **settings)
+    output = linear_jsd(student, teacher, weight, labels=labels, divergence=kind, chunk_rows=16, **settings)
     return {name: value.detach().cpu() for name, value in output._asdict().items()}, gradient_on_cpu(
         output.loss, student
     )
+
+
+def run_pass(passes, rank, num_columns, device):
+    """The three passes of one module on a rank's own columns, of which the last ones are padding."""
+    from megatron_gkd.loss.divergence import Divergence, GradientFactors, row_scalars
+
+    first_column, temperature = rank * 401, 2.0
+    student, teacher = (logits.to(device) for logits in logit_pair(6, 401, 1.0, seed=rank))
+    columns = torch.tensor([first_column + 3, 5, first_column + 399, -100, first_column, 2000], device=device)
+    labels = torch.stack([columns, columns + 1], 1)[:, 0]  # not contiguous
+    sides = [
+        passes.statistics(logits, num_columns, temperature, first_column, labels, True)
+        for logits in (student, teacher)
+    ]
+    whole = [side._replace(mass=side.mass + 2.0, unit_mass=side.unit_mass + 3.0) for side in sides]  # of other ranks
+    rows, divergence = row_scalars(*whole, temperature), Divergence(beta=0.3, temperature=temperature)
+    entries = torch.empty_like(student) if torch.float32 in passes.KEEPS_ENTRIES_OF else None
+    sums = passes.compare(student, teacher, num_columns, rows, divergence, True, entries_out=entries)
+    factor = torch.linspace(-1.0, 2.0, 6, device=device).unsqueeze(1)
+    factors = GradientFactors(factor, factor * 0.1, 1.0 - factor, labels - first_column)
+    gradient = torch.full_like(student, 50.0)
+    second = teacher if entries is None else entries
+    passes.write_gradient(gradient, student, second, num_columns, rows, divergence, factors)
+    return [tensor.cpu() for tensor in (*sides[0], *sides[1], *sums, gradient)]
+
+
+def run_far_rows():
+    """Gradient and loss of rows that lie further apart than 32 bits count, and of the same rows side by side."""
+    from megatron_gkd.loss import logits_jsd
+
+    device, stride = "cuda" if CUDA else "cpu", 2**30 + 16  # the last of three rows starts beyond 2^31
+    close = [logits.to(device) for logits in logit_pair(3, 40, 1.0, dtype=torch.bfloat16)]
+    far = []
+    for logits in close:
+        memory = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=device)  # a page is made where it is written
+        far.append(torch.as_strided(memory, (3, 40), (stride, 1)).copy_(logits))
+    results = []
+    for student, teacher in (close, far):
+        output = logits_jsd(student.requires_grad_(), teacher, labels=labels_for(3, 40).to(device), sft_alpha=0.2)
+        results.append((output.loss.detach().cpu(), gradient_on_cpu(output.loss, student)))
+    return results
 
 
 def run_cases(connection):
@@ -86,7 +149,12 @@ def run_cases(connection):
         for kind in KINDS:
             for name, case in LOGIT_CASES.items():
                 results[name, kind] = run_logits_case(kernels, kind, case)
-            results["linear", kind] = run_linear_case(kind)
+        for name, kind in LINEAR_RUNS:
+            results[name, kind] = run_linear_case(kernels, kind, LINEAR_CASES[name])
+        device = "cuda" if CUDA else "cpu"
+        for rank, num_columns in PASS_CASES:
+            results["passes", rank, num_columns] = run_pass(kernels, rank, num_columns, device)
+        results["far"] = run_far_rows()
         connection.send(pickle.dumps(results))
     except Exception:
         connection.send(pickle.dumps(traceback.format_exc()))
@@ -155,18 +223,40 @@ def test_kernels_give_exactly_nothing_at_equality(computed, kind):
     assert torch.count_nonzero(output["loss"]) == 0 and torch.count_nonzero(gradient) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_jsd_with_kernels(computed, kind):
+@pytest.mark.parametrize("name, kind", LINEAR_RUNS)
+def test_linear_jsd_with_kernels(computed, name, kind):
     """The gradient is written over the teacher's logits, in place."""
-    num_rows, vocab_size, dtype, settings = LINEAR_CASE
+    num_rows, hidden_size, vocab_size, _, dtype, settings = LINEAR_CASES[name]
     expected, expected_gradient = reference_linear(
-        *hidden_pair(num_rows, 16, vocab_size, 0.2, dtype=dtype),
+        *hidden_pair(num_rows, hidden_size, vocab_size, 0.2, dtype=dtype),
         labels_for(num_rows, vocab_size),
         dict(settings, divergence=kind),
     )
-    output, gradient = computed["linear", kind]
+    output, gradient = computed[name, kind]
     check_fields(output, expected, 2e-5)
-    assert relative_error(gradient, expected_gradient) < 5e-6
+    # at the end the hidden states' gradient is rounded to their dtype, on CUDA the logits' to bfloat16 before
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * (2 if CUDA else 1)
+    assert gradient.dtype == dtype and relative_error(gradient, expected_gradient) < 5e-6 + rounding
+
+
+@pytest.mark.parametrize("rank, num_columns", PASS_CASES)
+def test_kernels_equal_the_torch_passes_on_a_rank(computed, rank, num_columns):
+    """Columns that start at first_column, ranks that own some columns or none, labels that are not contiguous."""
+    for found, expected in zip(computed["passes", rank, num_columns], run_pass(blocked, rank, num_columns, "cpu")):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        assert relative_error(found, expected) < 2e-6
+
+
+def test_offsets_have_64_bits(computed):
+    (loss, gradient), (far_loss, far_gradient) = computed["far"]
+    assert torch.equal(loss, far_loss) and torch.equal(gradient, far_gradient) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(dtype):
+    """The interpreter accepts programs that Triton's compiler does not."""
+    counts = kernel_instructions.count_all(dtype, metrics=True)
+    assert set(counts) == set(KINDS) and all(20 < count < 300 for count in counts.values())
 
 
 def test_triton_is_chosen_on_cuda_only(computed):

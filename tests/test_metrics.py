@@ -51,10 +51,16 @@ def test_resumed_files_are_those_of_a_run_that_never_stopped(tmp_path):
     assert not [name for name in os.listdir(stopped) if name.endswith(".tmp")]
 
 
-def test_a_fresh_run_starts_with_empty_files(tmp_path):
-    run(tmp_path, range(1, 5))
-    run(tmp_path, range(1, 3))
+def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path, capsys):
+    for last in (5, 4, 3):
+        run(tmp_path, range(1, last))
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read(tmp_path / "metrics.2.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read(tmp_path / "metrics.1.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read(tmp_path / "eval.1.jsonl")] == [2, 4]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("An earlier run")]
+    assert len(said) == 2
+    assert said[0].endswith(f"its metrics are now {tmp_path / 'metrics.1.jsonl'} and {tmp_path / 'eval.1.jsonl'}")
 
 
 def test_a_foreign_line_in_the_middle_is_an_error_that_names_it(tmp_path):

@@ -1,5 +1,7 @@
 """Process groups, refused layouts, the device, and random state that is a function of the step."""
 
+import os
+
 import pytest
 import torch
 from megatron.core import tensor_parallel
@@ -53,6 +55,18 @@ def leave_and_return(rank, world_size):
 
 def test_destroy_leaves_nothing_behind():
     run_ranks(leave_and_return, 1)
+
+
+def join_without_torchrun(rank, world_size):
+    torch.distributed.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    place = parallel.initialize(torch.device("cpu"))
+    return place.rank, place.world_size, place.tp_size
+
+
+def test_a_process_of_its_own_is_a_world_of_one():
+    assert run_ranks(join_without_torchrun, 1) == [(0, 1, 1)]
 
 
 def refusals(rank, world_size, layouts):

@@ -14,12 +14,12 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"
 # Flags that the documents name because they belong to other programs or to our own small ones.
 FOREIGN_FLAGS = {"rlhf_type", "gradient_checkpointing", "use_vllm", "adapters", "help", "nproc_per_node"}
 # Of checkpoint_tools, each tested with its tool.
-FOREIGN_FLAGS |= {"hf_model", "checkpoint", "output", "weight", "export", "merged", "quick"}
+FOREIGN_FLAGS |= {"hf_model", "checkpoint", "output", "weight", "export", "merged", "quick", "tensor_tolerance"}
 
 
 def test_the_tour_names_every_file():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    patterns = ("megatron_gkd/**/*.py", "checkpoint_tools/*.py", "launch/*.py", "launch/*.sh")
+    patterns = ("megatron_gkd/**/*.py", "checkpoint_tools/*.py", "launch/*.py", "launch/*.sh", "benchmarks/*.py")
     files = [str(path.relative_to(REPOSITORY)) for pattern in patterns for path in REPOSITORY.glob(pattern)]
     named = [file for file in files if not file.endswith("__init__.py")]
     assert len(named) > 40
@@ -42,9 +42,16 @@ def test_flags_exist(document):
             assert "not a setting" not in str(error), f"{document.name}: {error}"
 
 
+def examples(document):
+    blocks = re.findall(r"```json\n(.*?)```", (REPOSITORY / document).read_text(encoding="utf-8"), re.DOTALL)
+    return [check_row(json.loads(line), vocab_size=151_936) for block in blocks for line in block.splitlines()]
+
+
 def test_data_examples_are_valid_rows():
-    blocks = re.findall(r"```json\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    examples = [json.loads(line) for block in blocks for line in block.splitlines()]
-    rows = [check_row(example, vocab_size=151_936) for example in examples]
+    rows = examples("README.md")
     assert sum(row.teacher_messages is not None or row.teacher_input_ids is not None for row in rows) >= 3
     assert sum(row.input_ids is not None for row in rows) >= 2
+    speech, thumbnail, reference = examples("docs/data.md")
+    assert speech.media["audio"] and not any(speech.teacher_media.values())
+    assert thumbnail.media["image"] != thumbnail.teacher_media["image"] and thumbnail.teacher_messages is None
+    assert reference.teacher_messages and not reference.has_media

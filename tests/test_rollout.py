@@ -17,7 +17,7 @@ from megatron_gkd import parallel as parallel_module
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, peft_config
-from megatron_gkd.lora.targets import LINEARS
+from megatron_gkd.lora.targets import HEAD, LINEARS
 from megatron_gkd.model.config import read_model_shape
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.weights import load_weights
@@ -150,18 +150,18 @@ def write_with_adapter(rank, world_size, folder, layout, prompts, adapter_folder
 
 @pytest.fixture(scope="module")
 def adapter_folder(folder, tmp_path_factory):
-    """A PEFT adapter with LoRA everywhere, far enough from zero to change the text."""
+    """A PEFT adapter with LoRA everywhere, on the lm_head too, far enough from zero to change the text."""
     shape = read_model_shape(folder)
     generator = torch.Generator().manual_seed(2)
     tensors = {
         name: 0.2 * torch.randn(size, generator=generator)
-        for name, size in adapter_tensors(shape, 3, list(LINEARS)).items()
+        for name, size in adapter_tensors(shape, 3, [*LINEARS, HEAD]).items()
     }
     path = tmp_path_factory.mktemp("adapter")
     save_file(
         {name.replace(".thinker.", "."): value for name, value in tensors.items()}, path / "adapter_model.safetensors"
     )
-    config = peft_config(rank=3, alpha=5.0, dropout=0.0, targets=list(LINEARS), base_model=folder)
+    config = peft_config(rank=3, alpha=5.0, dropout=0.0, targets=[*LINEARS, HEAD], base_model=folder)
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)
 

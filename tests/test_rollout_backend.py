@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from checkpoint_tools.make_tiny_model import build_folder
 from megatron_gkd import parallel as parallel_module
-from megatron_gkd.data.batch import collate
+from megatron_gkd.data.batch import collate, with_responses
 from megatron_gkd.data.sample import Sample, View
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.modules import lora_modules
@@ -64,7 +65,7 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
     for module in lora_modules(model):
         for up in module.up.values():
             torch.nn.init.constant_(up, 0.1)
-    rows = range(len(STUDENT_PROMPTS))[parallel.dp_rank :: parallel.dp_size]
+    rows = [row for row in range(len(STUDENT_PROMPTS)) if row // 2 % parallel.dp_size == parallel.dp_rank]
     results = []
     for teacher_writes in (False, True):
         backend = MegatronRollout(
@@ -151,6 +152,38 @@ def test_same_responses_at_every_layout(folder, reference, layout):
             for key, text in result[writer][0].items():
                 assert texts.setdefault(key, text) == text
         assert texts == reference[writer][0]
+
+
+def respond_to_one_row(rank, world_size, folder, num_times):
+    """The responses to a global batch that is the same row again and again, in micro-batches of two, by place."""
+    parallel = parallel_module.initialize(torch.device("cpu"))
+    shape = read_model_shape(folder)
+    model = build_decoder(shape, parallel, torch.float32)
+    load_weights(model, shape, parallel, folder)
+    settings = dict(max_completion_length=MAX_COMPLETION_LENGTH, **SAMPLING)
+    backend = MegatronRollout(shape, parallel, eos_token_ids=[], pad_token_id=0, pad_to_multiple_of=1, seed=4, **settings)
+    places = [place for place in range(num_times) if place // 2 % world_size == rank]
+    batches = make_batches([3] * len(places), 1)
+    batches = backend.respond(model, batches, 0)
+    assert all(batch.rows == [3, 3] for batch in batches)
+    return dict(zip(places, (split_row(batch, index)[2] for batch in batches for index in range(2))))
+
+
+def test_a_row_that_comes_twice_is_answered_twice(folder):
+    (alone,) = run_ranks(respond_to_one_row, 1, folder, 4)
+    assert len({str(response) for response in alone.values()}) == 4
+    first, second = run_ranks(respond_to_one_row, 2, folder, 4)
+    assert first | second == alone
+
+
+def test_a_response_that_ends_by_itself_is_not_truncated():
+    settings = dict(pad_token_id=0, pad_to_multiple_of=1, seed=0, max_completion_length=3)
+    backend = MegatronRollout(None, None, eos_token_ids=[5, 6], **settings)
+    batches = make_batches([0, 1, 2], 1)
+    responses = [[[9, 8, 7], [9, 8, 6]], [[9, 5], []]]  # cut, ended with its last token, ended before; a filler row
+    batches = [with_responses(batch, texts, 0, 1) for batch, texts in zip(batches, responses)]
+    assert backend.num_truncated(batches) == 1
+    assert replace(backend, eos_token_ids=[]).num_truncated(batches) == 2
 
 
 def write_json(folder, name, content):

@@ -78,8 +78,10 @@ CASES = {
         dict(kind="reverse_kl", temperature=1.0, sft_alpha=0.5),
         dict(divergence="reverse_kl", temperature=1, sft_alpha=0.5),
     ),
+    "clip": ("small", "all", "teacher", dict(clip=1e-3), dict(divergence_clip=1e-3)),
     "recompute": ("small", "all", "mixed", dict(sft_alpha=0.3), dict(recompute="full", sft_alpha=0.3)),
     "eager": ("small", "all", "teacher", {}, dict(attn_impl="eager")),
+    "lm_head": ("small", "head", "mixed", dict(sft_alpha=0.2, clip=1e-3), dict(sft_alpha=0.2, divergence_clip=1e-3)),
     "only sft": ("small", "all", "plain", dict(sft_alpha=1.0), dict(sft_alpha=1)),
     "other": ("other", "all", "mixed", dict(sft_alpha=0.2), dict(sft_alpha=0.2)),
     "other recompute": ("other", "experts", "teacher", dict(temperature=1.0), dict(recompute="full", temperature=1)),
@@ -89,8 +91,9 @@ TARGETS = {
     "attention": ATTENTION,
     "experts": EXPERTS,
     "some": ("k_proj", "o_proj", "down_proj"),
+    "head": (*ATTENTION, "lm_head"),
 }
-RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0)}
+RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0), "head": (3, 4.0)}
 
 
 def answered(folder: str, row: dict) -> dict:
@@ -189,17 +192,18 @@ def test_reference_adapter_is_peft(folders):
 def test_one_rank_all_cases(folders, tmp_path):
     run_cases(folders, tmp_path, list(CASES), 1, 1, 1, 1, accumulation=2)
     assert 0 < expected(folders, "guide")["top1_agreement"] < 1 and 0 < expected(folders, "guide")["token_accuracy"] < 1
+    assert expected(folders, "clip")["jsd"] < 0.9 * expected(folders, "plain")["jsd"]  # entries were clipped
 
 
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep, accumulation, names",
     [
-        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other"]),
+        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head"]),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
-        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse"]),
+        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
         (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute"]),
-        (4, 2, 2, 2, 2, ["guide", "forward", "recompute"]),
+        (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head"]),
         (4, 4, 1, 4, 1, ["guide", "paper", "other"]),
         (4, 2, 1, 4, 2, ["guide", "other recompute"]),
     ],

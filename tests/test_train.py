@@ -1,7 +1,9 @@
 """Runs of the command line: what they write, what they refuse, on-policy steps, bad steps, and what stays equal on all
 ranks."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -12,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.thinker import decoder
+from megatron_gkd import config, parallel, train
+from megatron_gkd.lora.targets import LINEARS
 from megatron_gkd.train import draw, main
 from tests.ranks import run_ranks
 from tests.reference_step import load_model, read_adapter, reference_step, write_adapter
 from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, stable, write_rows
 
-TIMES = ("rollout_time", "teacher_time", "student_time", "optimizer_time", "step_time")
+TIMES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time", "step_time")
 METRICS = {
     "step",
     "epoch",
@@ -77,10 +81,9 @@ def error_of_run(world_size: int, argv: list[str]) -> str:
 def test_run_folder(data, tmp_path):
     """Names of metrics, run.json, eval.jsonl before the first step, in between and at the end; the lines that
     --logging_steps asks for."""
-    flags = dict(
-        val_dataset=data["val_dataset"], max_steps=7, eval_steps=3, logging_steps=2, save_steps=100, tensorboard=True
-    )
-    run_training(2, flags_of_run(data, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **flags))
+    flags = dict(val_dataset=data["val_dataset"], eval_steps=3, logging_steps=2, save_steps=100, tensorboard=True)
+    flags |= dict(max_steps=None, num_train_epochs=6.9, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    said = run_training(2, flags_of_run(data, tmp_path, **flags))
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 7]
     assert all(set(line) == METRICS for line in lines)
@@ -109,10 +112,16 @@ def test_run_folder(data, tmp_path):
     trainable = sum(tensor.numel() for tensor in saved.values())
     assert run["parameters"] == {"trainable": trainable, "total": base + trainable}
     assert run["config"]["train"]["max_steps"] == 7 and {"torch", "megatron-core"} <= set(run["versions"])
+    lora = run["config"]["lora"]
+    assert (lora["lora_rank"], lora["lora_alpha"], lora["lora_target_modules"]) == (8, 16.0, list(LINEARS))
+    assert "Settings:" in said and "lora_rank=8 lora_alpha=16.0 " in said and "max_steps=7" in said
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (2, 1, 1, 2), (4, 2, 2, 2), (4, 2, 1, 2)])
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep",
+    [(1, 1, 1, 1), (2, 1, 1, 2), pytest.param(4, 2, 2, 2, marks=pytest.mark.smoke), (4, 2, 1, 2)],
+)
 def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
     """Five rows in micro-batches of two: filler rows, whole filler batches too, count nothing."""
     flags = dict(
@@ -214,6 +223,8 @@ def test_nothing_to_learn_is_refused(data, tmp_path):
     for flags in [{}, dict(sft_alpha=0.5, lmbda=1), dict(sft_alpha=0.5, seq_kd=True, lmbda=0.3)]:
         message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], **flags))
         assert "nothing to learn" in message and "teacher_messages" in message and "--allow_zero_signal" in message
+    message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], adapter=data["adapter"]))
+    assert f"from the LoRA of {data['adapter']} back to the base model" in message and "fresh LoRA" not in message
     assert not (tmp_path / "metrics.jsonl").exists()
     run_training(1, flags_of_run(data, tmp_path / "sft", dataset=data["plain"], sft_alpha=0.5, max_steps=1))
     assert read_lines(tmp_path / "sft" / "metrics.jsonl")[0]["grad_norm"] > 0
@@ -261,6 +272,20 @@ def test_what_is_refused(data, tmp_path, capsys):
     )
 
 
+def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
+    def fail(*args):
+        raise FileNotFoundError("rows.jsonl is not on this node")
+
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setattr(config, "SECONDS_FOR_RANK_0", 0)
+    monkeypatch.setattr(parallel, "initialize", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--model", "m", "--dataset", "d", "--device", "cpu"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "megatron_gkd: error (rank 9): rows.jsonl is not on this node\n"
+
+
 def hashes(parts) -> tuple[dict, dict]:
     """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters by name."""
     from megatron_gkd.lora.adapter import adapter_pieces
@@ -282,8 +307,8 @@ def _watched(rank, world_size, argv):
     parallel.destroy = lambda: None
     build, kept = train.build, {}
 
-    def build_and_keep(config, shape, layout):
-        kept["parts"] = build(config, shape, layout)
+    def build_and_keep(config, shape, layout, **towers):
+        kept["parts"] = build(config, shape, layout, **towers)
         kept["parts"].parallel = layout
         kept["before"] = hashes(kept["parts"])
         return kept["parts"]
@@ -340,10 +365,10 @@ def _poisoned(rank, world_size, argv, where, steps):
                 math.inf
             )
 
-    def add_nan(sums, output):
-        add(sums, output)
+    def add_nan(sums, output, batch):
+        add(sums, output, batch)
         if where == "loss" and number[0] in steps and rank >= world_size - 2:
-            sums.values[0] = math.nan
+            sums.values[0, 0] = math.nan
 
     def finalize_poisoned(models, *args, **kwargs):
         if where not in ("loss", "memory"):
@@ -382,14 +407,15 @@ def test_bad_steps_are_skipped(data, tmp_path, where):
     assert (state["num_updates"], state["skipped_steps"], state["bad_in_a_row"]) == (4, 2, 0)
 
 
-def test_too_many_bad_steps(data, tmp_path):
-    """An adapter that overflows: every step is bad, and the run ends with what to try."""
+@pytest.mark.parametrize("lmbda", [0, 1])
+def test_too_many_bad_steps(data, tmp_path, lmbda):
+    """An adapter that overflows, in training or while it writes: every step is bad, and the run ends with what to try."""
     adapter = tmp_path / "adapter"
     shutil.copytree(data["adapter"], adapter)
     path = adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1e30 for name, tensor in load_file(path).items()}, path)
     message = error_of_run(
-        2, flags_of_run(data, tmp_path, adapter=adapter, max_bad_steps=3, max_steps=20, **layout_flags(tp=2))
+        2, flags_of_run(data, tmp_path, adapter=adapter, max_bad_steps=3, max_steps=20, lmbda=lmbda, **layout_flags(tp=2))
     )
     assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "--learning_rate" in message
     lines = read_lines(tmp_path / "metrics.jsonl")
@@ -397,6 +423,44 @@ def test_too_many_bad_steps(data, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def _writes_badly(rank, world_size, argv, steps):
+    """In these steps (from 0) the last rank alone writes what is not finite."""
+    from megatron_gkd import parallel, train
+    from megatron_gkd.rollout import backend
+
+    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    respond = backend.MegatronRollout.respond
+
+    def fail(rollout, model, batches, step, *args):
+        if step in steps and rank == world_size - 1:
+            raise FloatingPointError("rollout: not finite for row 7")
+        return respond(rollout, model, batches, step, *args)
+
+    backend.MegatronRollout.respond = fail
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train.main(argv)
+    return said.getvalue()
+
+
+def test_a_rank_that_writes_badly_skips_the_step_of_all(data, tmp_path):
+    """Replicas write apart from each other: the good one must not wait for the other for ever."""
+    flags = dict(max_steps=4, max_bad_steps=2, per_device_train_batch_size=4, logging_steps=100, lmbda=1)
+    said = run_ranks(_writes_badly, 2, flags_of_run(data, tmp_path, max_completion_length=3, **flags), [0, 2])
+    assert "Step 1 is skipped: rollout: not finite for row 7" in said[0] and "skipped" not in said[1]
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["skipped_steps"], line["num_tokens"] > 0) for line in lines] == [
+        (1, 1, False),
+        (3, 2, False),
+        (4, 2, True),
+    ]
+    assert all(set(line) == METRICS for line in lines)
+    assert [line["loss"] is None for line in lines] == [line["student_time"] == 0 for line in lines] == [True, True, False]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert (state["num_updates"], state["skipped_steps"], state["bad_in_a_row"]) == (2, 2, 0)
+
+
+@pytest.mark.smoke
 def test_float16(data, tmp_path):
     """Trains to what float32 trains to; an overflow is skipped and lowers the scale but is no bad step; the scale comes
     back on resume."""

@@ -3,8 +3,12 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +21,16 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
-from checkpoint_tools.verify import VerifyConfig, verify, verify_tensors
+from checkpoint_tools.verify import VerifyConfig, expected_of_transformers, verify, verify_tensors
+from checkpoint_tools.verify_logits import Trace, first_parting, layer_errors, megatron_trace
+from megatron_gkd import parallel
+from megatron_gkd.lora.peft_folder import save_tensors
 from megatron_gkd.model.byte_range import memory
 from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.torch_dist import TorchDist
+from megatron_gkd.model.towers import build_towers
+from megatron_gkd.model.weights import load_weights
 from megatron_gkd.parallel import parallel_state
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.ranks import run_ranks
@@ -56,6 +66,13 @@ def adapter(folder, tmp_path_factory):
     return write_adapter(tmp_path_factory.mktemp("verify") / "adapter", tensors, rank=4, alpha=6, targets=ALL)
 
 
+@pytest.fixture(scope="module")
+def merged(folder, adapter, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("verify") / "merged")
+    merge_lora(MergeLoraConfig(str(folder), output, [adapter], num_workers=1))
+    return output
+
+
 def run_verify(rank, world_size, configs):
     """-> (passed, what was printed) of each, on one set of ranks."""
     results = []
@@ -69,11 +86,12 @@ def run_verify(rank, world_size, configs):
 
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (4, 2, 2, 2)], ids=["one rank", "TP2 PP2 EP2"])
-def test_equal_models_pass(folder, checkpoint, adapter, world_size, tp, pp, ep):
+def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, pp, ep):
     config = VerifyConfig(
         str(folder),
         checkpoint=str(checkpoint),
         adapter=adapter,
+        merged=merged,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
@@ -83,15 +101,18 @@ def test_equal_models_pass(folder, checkpoint, adapter, world_size, tp, pp, ep):
     assert all(passed for [(passed, _)] in results)
     lines = results[0][0][1].splitlines()
     assert [line.split("  ")[1] for line in lines if line.endswith("ok") and line.startswith("  ")] == [
-        "base, text",
-        "base, audio",
-        "base, image",
-        "base + adapter, text",
-        "adapter off, text",
+        f"{model}, {row}"
+        for model in ("base", "adapter off", "base + adapter", "merged")
+        for row in ("text", "audio", "image")
     ]
-    assert "tensors, bit by bit: ok" in lines[0] and "adapter, its records: ok" in lines[1]
-    moved = float(lines[-1].split()[-1])
-    assert moved > 0.1
+    assert "tensors, bit by bit: ok" in lines[0]
+    kinds = {line.split()[0]: line for line in lines if "tensors, largest difference" in line}
+    assert {"self_attn.q_proj", "mlp.experts.up_proj", "mlp.gate", "embed_tokens", "norm", "lm_head"} < kinds.keys()
+    assert {"talker", "code2wav", "visual", "audio_tower"} < kinds.keys()
+    assert kinds["mlp.experts.up_proj"].endswith("16 tensors, largest difference 0.0e+00")
+    assert any("adapter, its records: no records to compare with" in line for line in lines)
+    adapter_moves, merge_moves = (float(line.split()[-1]) for line in lines[-2:])
+    assert adapter_moves > 0.1 and merge_moves < 1e-4
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------
@@ -140,6 +161,10 @@ def shift_padded_rows(checkpoint):
     rewrite(checkpoint, "output_layer.weight", (), lambda w: w.roll(1, dims=0))
 
 
+def shift_tower(checkpoint):
+    rewrite(checkpoint, "huggingface.thinker.visual.merger.ln_q.weight", (), lambda w: w + 1e-3)
+
+
 def fill_padding(checkpoint):
     rewrite(checkpoint, "embedding.word_embeddings.weight", (), lambda w: torch.cat([w[:503], w[503:] + 1]))
 
@@ -155,11 +180,12 @@ MUTATIONS = {
     ),
     swap_gate_and_up: (["layers.0.mlp.experts.2.gate_proj", "layers.0.mlp.experts.2.up_proj"], "first at layer 0:"),
     shift_norm: (
-        ["layers.1.post_attention_layernorm.weight: differs from row 0 on, there by up to 1.0e-03"],
+        ["layers.1.post_attention_layernorm.weight: differs from row 0 on, by up to 1.0e-03"],
         "first at layer 1:",
     ),
     flip_one_bit: (["layers.0.self_attn.o_proj.weight: differs from row 5"], None),
     shift_padded_rows: (["lm_head.weight: differs from row 0"], "all layers agree: the final norm or the lm_head"),
+    shift_tower: (["thinker.visual.merger.ln_q.weight: differs from row 0"], "first at the embedding or a tower:"),
     fill_padding: (["embedding.word_embeddings.weight: the rows from 503 on, which pad the vocabulary"], None),
 }
 
@@ -183,8 +209,9 @@ def test_mutations_are_caught(mutated, mutate):
     assert not passed
     assert all(name in printed for name in names), printed
     if layer:
-        text_line = next(line for line in printed.splitlines() if line.startswith("  base, text"))
-        assert "DIFFERS" in text_line and layer in text_line
+        row = "image" if mutate is shift_tower else "text"
+        line = next(line for line in printed.splitlines() if line.startswith(f"  base, {row}"))
+        assert "DIFFERS" in line and layer in line
 
 
 def test_a_dropped_layer_is_caught(folder, tmp_path, capsys):
@@ -207,33 +234,40 @@ def test_a_dropped_layer_is_caught(folder, tmp_path, capsys):
     assert "layers.3." in capsys.readouterr().out
 
 
-def test_a_wrong_alpha_is_caught(folder, adapter, tmp_path, capsys):
-    """By the merged folder, by the manifest of an exported adapter, by what the training run wrote down."""
-    merge_lora(MergeLoraConfig(str(folder), str(tmp_path / "merged"), [adapter], num_workers=1))
+def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
+    """By the merged folder; by what was written down when the weights were: beside a training run's checkpoint, in the
+    file of the weights (all that --save_only_model leaves), in the manifest of an exported adapter."""
     wrong = Path(shutil.copytree(adapter, tmp_path / "wrong"))
-    change_alpha(wrong, 7)
+    change_config(wrong, lora_alpha=7)
     for name, passes in ((adapter, True), (str(wrong), False)):
-        assert verify_tensors(VerifyConfig(str(folder), adapter=name, merged=str(tmp_path / "merged"))) is passes
-    assert "self_attn.q_proj.weight: differs" in capsys.readouterr().out
+        assert verify_tensors(VerifyConfig(str(folder), adapter=name, merged=merged)) is passes
+    printed = capsys.readouterr().out
+    assert "self_attn.q_proj.weight: differs" in printed and "no records to compare with" in printed
 
     run = Path(shutil.copytree(adapter, tmp_path / "checkpoint-1"))
-    (run / "trainer_state.json").write_text(json.dumps({"lora": {"rank": 4, "alpha": 6.0}}))
-    megatron_to_hf(MegatronToHfConfig(str(run), str(tmp_path / "exported"), export="adapter"))
+    (run / "trainer_state.json").write_text(json.dumps({"lora": {"rank": 4, "alpha": 6.0, "targets": ALL}}))
+    only_model = Path(shutil.copytree(adapter, tmp_path / "checkpoint-2"))
+    tensors = {name: t.clone() for name, t in load_file(only_model / "adapter_model.safetensors").items()}
+    save_tensors(tensors, only_model, rank=4, alpha=6.0, targets=ALL)
+    megatron_to_hf(MegatronToHfConfig(adapter, str(tmp_path / "exported"), export="adapter"))
     for path, message in (
-        (run, "lora_alpha is 7, the run trained with 6.0"),
+        (run, "lora_alpha is 7, trained with 6.0 (trainer_state.json)"),
+        (only_model, "lora_alpha is 7, trained with 6.0 (adapter_model.safetensors)"),
         (tmp_path / "exported", "not the file that"),
     ):
         assert verify_tensors(VerifyConfig(str(folder), adapter=str(path)))
-        change_alpha(path, 7)
-        assert not verify_tensors(VerifyConfig(str(folder), adapter=str(path)))
+        change_config(path, lora_alpha=7)
+        assert not verify_tensors(VerifyConfig(str(folder), adapter=str(path), quick=True))
         assert message in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--merged is compared with --hf_model and --adapter"):
-        verify(VerifyConfig(str(folder), merged=str(tmp_path / "merged")))
+    change_config(only_model, lora_alpha=6, r=8, target_modules=["q_proj"])
+    assert not verify_tensors(VerifyConfig(str(folder), adapter=str(only_model)))
+    printed = capsys.readouterr().out
+    assert "r is 8, trained with 4" in printed and "targets is ['q_proj'], trained with ['q_proj', 'k_proj'" in printed
 
 
-def change_alpha(folder, alpha):
+def change_config(folder, **settings):
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
 
 
 def test_quick_compares_manifests(folder, checkpoint, tmp_path, capsys):
@@ -251,3 +285,141 @@ def test_quick_compares_manifests(folder, checkpoint, tmp_path, capsys):
     (copy / "conversion_manifest.json").unlink()
     assert not verify_tensors(config)
     assert "--quick compares manifests, leave it out" in capsys.readouterr().out
+
+
+def test_quick_looks_at_the_checkpoints_files(folder, checkpoint, tmp_path, capsys):
+    """They must be there, the tensors' in their sizes."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    config = VerifyConfig(str(folder), checkpoint=str(copy), quick=True)
+    (copy / "tokenizer.json").unlink()
+    assert not verify_tensors(config)
+    assert "copy/tokenizer.json: missing" in capsys.readouterr().out
+    chunks = copy / "release" / "__0_0.distcp"
+    chunks.write_bytes(chunks.read_bytes()[:-1000])
+    assert not verify_tensors(config)
+    assert "__0_0.distcp: truncated" in capsys.readouterr().out
+    chunks.unlink()
+    assert not verify_tensors(config)
+    assert "__0_0.distcp is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(merged="DIR"), "--merged is compared with --hf_model and --adapter"),
+        (dict(quick=True), "--quick: there is nothing to compare"),
+        (dict(quick=True, adapter="DIR", merged="DIR"), "--merged needs the tensors, and --quick reads none"),
+        (dict(quick=True, checkpoint="DIR", tensor_tolerance=1e-3), "--tensor_tolerance needs the tensors"),
+        (dict(tensor_tolerance=-1.0), "--tensor_tolerance -1.0: must be 0 or more"),
+    ],
+)
+def test_flags_that_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        VerifyConfig("DIR", **flags)
+
+
+def test_quick_with_nothing_but_an_adapter_without_records(folder, adapter):
+    with pytest.raises(ValueError, match="--quick: there is nothing to compare, the adapter has no records"):
+        verify(VerifyConfig(str(folder), adapter=adapter, quick=True))
+
+
+def test_values_to_a_tolerance(folder, tmp_path, capsys):
+    """A bf16 copy of an fp32 model passes to a tolerance, with the largest difference of every kind; bit by bit not."""
+    copy = Path(shutil.copytree(folder, tmp_path / "bf16"))
+    tensors = load_file(copy / "model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(HfToMegatronConfig(str(copy), str(tmp_path / "checkpoint"), num_workers=1))
+    largest = max((rounded[name].float() - tensor).abs().max().item() for name, tensor in tensors.items())
+    config = VerifyConfig(str(folder), checkpoint=str(tmp_path / "checkpoint"), tensor_tolerance=largest)
+    assert verify_tensors(config)
+    printed = capsys.readouterr().out
+    assert f"tensors, to {largest:g}: ok" in printed
+    head = (rounded["thinker.lm_head.weight"].float() - tensors["thinker.lm_head.weight"]).abs().max().item()
+    assert any(line.split() == ["lm_head", "1", *f"tensors, largest difference {head:.1e}".split()] for line in printed.splitlines())
+    config.tensor_tolerance = 0.9 * largest
+    assert not verify_tensors(config)
+    assert f"on, by up to {largest:.1e}" in capsys.readouterr().out
+    config.tensor_tolerance = 0.0
+    assert not verify_tensors(config)
+    assert ": BF16 [24], expected F32 [24]" in capsys.readouterr().out
+
+
+def test_a_nan_passes_no_tolerance(folder, checkpoint, tmp_path, capsys):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    rewrite(copy, "decoder.final_layernorm.weight", (), lambda w: w.index_fill(0, torch.tensor([5]), float("nan")))
+    assert not verify_tensors(VerifyConfig(str(folder), checkpoint=str(copy), tensor_tolerance=1e9))
+    assert "thinker.model.norm.weight: differs from row 5 on, by up to inf" in capsys.readouterr().out
+
+
+# --- the rows and the layers ------------------------------------------------------------------------------------------
+
+
+def without_media(rank, world_size, folder):
+    """Row -> the largest difference of a logit with its media, with media that are silent or black, and without what the
+    vision tower adds to the first layers."""
+    place = parallel.initialize(torch.device("cpu"))
+    shape = read_model_shape(folder)
+    model = build_decoder(shape, place, torch.float32).eval()
+    load_weights(model, shape, place, folder)
+    model.towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
+    encode, found = model.towers.encode, {}
+    for expected in expected_of_transformers(VerifyConfig(str(folder))):
+        rows, differences = expected.rows, []
+        media = rows.media and replace(rows.media, audio=rows.media.audio * 0, pixels=rows.media.pixels * 0)
+        for shown, with_deepstack in ((rows, True), (replace(rows, media=media), True), (rows, False)):
+            model.towers.encode = encode if with_deepstack else lambda batch: replace(encode(batch), deepstack=None)
+            ours = megatron_trace(model, shape, place, shown, expected.positions).logits
+            differences.append((ours - expected.trace.logits).abs()[rows.real].max().item())
+        found[rows.name] = differences
+    return found
+
+
+def test_media_take_part(folder):
+    """Audio and image rows pass only with what the towers make of these very media, a picture also with deepstack."""
+    [found] = run_ranks(without_media, 1, folder)
+    assert found.keys() == {"text", "audio", "image"}
+    assert all(differences[0] < 1e-4 for differences in found.values())
+    assert max(found["text"]) < 1e-4 and found["audio"][1] > 0.01
+    assert found["image"][1] > 0.01 and found["image"][2] > 0.01
+
+
+@pytest.mark.parametrize(
+    "errors, said",
+    [
+        ([0.0, 1e-7, 2e-7, 3e-3, 4e-3], "first at layer 2: a token is off by 3.0e-03 of its RMS, before it 2.0e-07"),
+        ([2e-2, 2e-2, 2e-2], "first at the embedding or a tower: a token is off by 2.0e-02"),
+        ([0.0, 1e-7, math.inf, math.inf], "first at layer 1: a token is off by inf"),
+        ([0.0, 4e-6, 3e-5, 6e-5], "no layer stands out: the largest jump is at layer 0, from 0.0e+00 to 4.0e-06"),
+        ([0.0, 1e-7, 8e-7, 9e-7], "all layers agree: the final norm or the lm_head (the largest jump is at layer 1, from"),
+    ],
+)
+def test_the_layer_that_parts(errors, said):
+    assert first_parting(dict(enumerate(errors))).startswith(said)
+
+
+def test_one_token_of_many_that_parts_is_enough():
+    """The error is a token's own, not drowned in the others'."""
+    hidden = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
+    wrong = hidden.clone()
+    wrong[0, 70] *= 1.01
+    real = torch.ones(1, 100, dtype=torch.bool)
+    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[1] == pytest.approx(0.01, rel=1e-4)
+    real[0, 70] = False
+    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[1] == 0
+
+
+def test_the_command_line(folder, checkpoint, tmp_path):
+    """Without torchrun, as the documents print it: exit status 0, and 1 on a mutation."""
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    swap_gate_and_up(copy)
+    command = [sys.executable, "-m", "checkpoint_tools.verify", "--hf_model", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    runs = {
+        flags: subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for flags in (("--checkpoint", str(checkpoint)), ("--checkpoint", str(copy)))
+    }
+    (equal, _), (mutated, _) = (run.communicate() for run in runs.values())
+    assert [run.returncode for run in runs.values()] == [0, 1]
+    assert "base, image " in equal and "DIFFER" not in equal
+    assert "first at layer 0:" in mutated

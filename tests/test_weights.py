@@ -211,6 +211,19 @@ def test_shards_that_do_not_fit_the_index(broken_shards):
     rewrite(shard, lambda tensors: [tensors.pop("thinker.model.extra.weight"), tensors.pop(name)])
     with pytest.raises(ValueError, match=f"{INDEX}: lists tensor {name} in {shard.name}, which does not hold it"):
         check(folder)
+    index["weight_map"][name] = next(file for file in index["weight_map"].values() if file != shard.name)
+    rewrite(shard, lambda tensors: tensors.update({name: torch.zeros(32, 16, dtype=torch.bfloat16)}))
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"lists tensor {name} in .*, which does not hold it \({shard.name} does\)"):
+        check(folder)
+    other = next(path for path in sorted(folder.glob("*.safetensors"), reverse=True) if path != shard)
+    rewrite(other, lambda tensors: tensors.update({name: torch.ones(32, 16, dtype=torch.bfloat16)}))
+    with pytest.raises(ValueError, match=f"holds tensor {name}, and .*.safetensors holds it too"):
+        check(folder)
+    (folder / SINGLE).write_bytes(b"another model")
+    with pytest.raises(ValueError, match=f"{SINGLE} is there, and {INDEX} lists model-00001.*: which of them"):
+        check(folder)
+    (folder / SINGLE).unlink()
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"{INDEX}: lists {shard.name}, which is not in the folder"):
         check(folder)
@@ -218,6 +231,26 @@ def test_shards_that_do_not_fit_the_index(broken_shards):
         (folder / INDEX).write_text(text)
         with pytest.raises(ValueError, match=f"{INDEX}: not a safetensors index"):
             check(folder)
+
+
+def test_a_single_file_may_have_an_index(broken):
+    names = SafetensorsFolder(broken).tensors
+    (broken / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
+    check(broken)
+
+
+def test_a_type_that_torch_does_not_have_is_named(broken):
+    path = broken / SINGLE
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entry = header["visual.merger.mlp.0.bias"]
+    elements = (entry["data_offsets"][1] - entry["data_offsets"][0]) // 8
+    header["visual.merger.mlp.0.bias"] = entry | {"dtype": "C64", "shape": [elements]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ValueError, match=f"{path}: tensor visual.merger.mlp.0.bias is C64, expected one of"):
+        SafetensorsFolder(broken).slice("visual.merger.mlp.0.bias").num_bytes
 
 
 def test_pickles_are_not_read(broken):

@@ -17,6 +17,7 @@ LEXICON = {
 }
 WORDS = list(LEXICON)
 MIN_WORDS, MAX_WORDS = 3, 5
+MAX_SPOKEN_WORDS = 4  # where the prompt is a sound
 HELD_OUT_SHARE = 10  # one prompt in ten is never trained on
 
 
@@ -59,10 +60,10 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
-def sample_prompt(generator: random.Random, held_out: bool) -> str:
-    """Draw a prompt of MIN_WORDS to MAX_WORDS words from the trained or the held-out share."""
+def sample_prompt(generator: random.Random, held_out: bool, max_words: int = MAX_WORDS) -> str:
+    """Draw a prompt of MIN_WORDS to `max_words` words from the trained or the held-out share."""
     while True:
-        prompt = " ".join(generator.choices(WORDS, k=generator.randint(MIN_WORDS, MAX_WORDS)))
+        prompt = " ".join(generator.choices(WORDS, k=generator.randint(MIN_WORDS, max_words)))
         if is_held_out(prompt) == held_out:
             return prompt
 

@@ -62,6 +62,11 @@ def held_out_accuracy(
     return shares
 
 
+def learning_rate_share(step: int, num_steps: int, warmup_steps: int) -> float:
+    """The share of the peak learning rate at `step`: warm-up, then cosine decay to a twentieth."""
+    return min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+
 def train_toy_language(
     thinker: Qwen3OmniMoeThinkerForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,8 +89,7 @@ def train_toy_language(
     )
     progress = tqdm(range(num_steps), desc="teaching the toy language", unit="step")
     for step in progress:
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_share(step, num_steps, WARMUP_STEPS)
         rows = []
         for _ in range(BATCH_SIZE):
             rule = generator.choice(list(toy_language.RULES))

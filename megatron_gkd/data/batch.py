@@ -1,5 +1,5 @@
 """Samples -> padded tensors. Shapes: B rows, S positions (padded), N response rows (positions that predict a trained
-token).
+token), M media tokens (positions whose embedding a tower makes).
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,52 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.rows import IGNORED_LABEL
-from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.data.sample import Medium, Sample, View
+
+
+@dataclass
+class Media:
+    """The media of a micro-batch, each once, whichever of its rows and views show it. Their tokens are counted through:
+    those of the audios, then those of the images and videos.
+    """
+
+    audio: Tensor
+    """float32 [num_mel_bins, F]: the frames of all audios side by side"""
+    audio_lengths: Tensor
+    """int64 [A]: frames of each"""
+    audio_tokens: Tensor
+    """int64 [A]: tokens of each"""
+    pixels: Tensor
+    """float32 [P, numbers of a patch]: the patches of all images and videos one below the other"""
+    grid_thw: Tensor
+    """int64 [V, 3]: patches of each in time, height and width"""
+    visual_tokens: Tensor
+    """int64 [V]: tokens of each"""
+
+    @classmethod
+    def of(cls, media: Sequence[Medium]) -> Optional["Media"]:
+        """None where there is none. Audios come first."""
+        audios = [medium for medium in media if medium.kind == "audio"]
+        visuals = [medium for medium in media if medium.kind != "audio"]
+        if not media:
+            return None
+        assert list(media) == audios + visuals, "audios come first"
+        return cls(
+            torch.cat([medium.features for medium in audios], dim=1) if audios else torch.empty(0, 0),
+            torch.tensor([medium.features.shape[1] for medium in audios], dtype=torch.int64),
+            torch.tensor([medium.num_tokens for medium in audios], dtype=torch.int64),
+            torch.cat([medium.features for medium in visuals]) if visuals else torch.empty(0, 0),
+            torch.tensor([medium.grid_thw for medium in visuals], dtype=torch.int64).reshape(-1, 3),
+            torch.tensor([medium.num_tokens for medium in visuals], dtype=torch.int64),
+        )
+
+    def to(self, device: Union[str, torch.device]) -> "Media":
+        return Media(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass
 class BatchView:
-    """What one side reads. All int64; padding stands on the right."""
+    """What one side reads. int64 but for the position ids; padding stands on the right."""
 
     input_ids: Tensor
     """[B, S]"""
@@ -26,7 +66,11 @@ class BatchView:
     prompt_lengths: Tensor
     """[B], tokens before the (last) response"""
     position_ids: Tensor
-    """[3, B, S]: temporal, height and width planes of the rotary positions, equal for text"""
+    """float32 [3, B, S]: temporal, height and width planes of the rotary positions, equal for text"""
+    media_rows: Tensor
+    """[M]: b * S + s of every media token"""
+    media_tokens: Tensor
+    """[M]: its number among the tokens of the batch's `Media`"""
 
     @property
     def response_rows(self) -> Tensor:
@@ -42,8 +86,7 @@ class BatchView:
         return shifted[shifted != IGNORED_LABEL]
 
     def to(self, device: Union[str, torch.device]) -> "BatchView":
-        names = ("input_ids", "labels", "lengths", "prompt_lengths", "position_ids")
-        return BatchView(**{name: getattr(self, name).to(device) for name in names})
+        return BatchView(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass
@@ -55,43 +98,71 @@ class Batch:
     has_teacher_view: bool
     on_policy: bool = False
     sources: list[str] = field(default_factory=list)
+    """Of each row; "" for a filler row"""
+    media_pairs: list[str] = field(default_factory=list)
+    """What student and teacher perceive of each row (`Sample.media_pair`)"""
     rows: list[int] = field(default_factory=list)
     """Index of each row in the data set; -1 for a filler row (one pad token, nothing trained)."""
     cut_tokens: int = 0
+    media: Optional[Media] = None
 
     def to(self, device: Union[str, torch.device]) -> "Batch":
         """The batch with its tensors on `device`."""
         student = self.student.to(device)
         return replace(
-            self, student=student, teacher=student if self.teacher is self.student else self.teacher.to(device)
+            self,
+            student=student,
+            teacher=student if self.teacher is self.student else self.teacher.to(device),
+            media=None if self.media is None else self.media.to(device),
         )
 
 
-def pad_views(views: Sequence[View], pad_token_id: int, pad_to_multiple_of: int) -> BatchView:
-    """Pad on the right to the longest view, rounded up to a multiple of `pad_to_multiple_of` positions."""
+def pad_views(
+    views: Sequence[View], pad_token_id: int, pad_to_multiple_of: int, first_token: Sequence[dict[int, int]]
+) -> BatchView:
+    """Pad on the right to the longest view, rounded up to a multiple of `pad_to_multiple_of` positions.
+
+    first_token: for each view's sample, its media -> the number of the medium's first token in the batch's `Media`.
+    """
     longest = max(len(view.input_ids) for view in views)
     size = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     input_ids = torch.full((len(views), size), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(views), size), IGNORED_LABEL, dtype=torch.int64)
+    position_ids = torch.arange(size, dtype=torch.float32).repeat(3, len(views), 1)
+    media_rows, media_tokens = [], []
     for index, view in enumerate(views):
-        input_ids[index, : len(view.input_ids)] = torch.tensor(view.input_ids, dtype=torch.int64)
-        labels[index, : len(view.labels)] = torch.tensor(view.labels, dtype=torch.int64)
+        length = len(view.input_ids)
+        input_ids[index, :length] = torch.tensor(view.input_ids, dtype=torch.int64)
+        labels[index, :length] = torch.tensor(view.labels, dtype=torch.int64)
+        if view.position_ids is not None:
+            position_ids[:, index, :length] = view.position_ids
+        for place in view.media:
+            media_rows += [index * size + position for position in place.positions]
+            first = first_token[index][place.medium]
+            media_tokens += range(first, first + len(place.positions))
     return BatchView(
         input_ids=input_ids,
         labels=labels,
         lengths=torch.tensor([len(view.input_ids) for view in views]),
         prompt_lengths=torch.tensor([view.response_start for view in views]),
-        position_ids=torch.arange(size).expand(3, len(views), size).contiguous(),
+        position_ids=position_ids,
+        media_rows=torch.tensor(media_rows, dtype=torch.int64),
+        media_tokens=torch.tensor(media_tokens, dtype=torch.int64),
     )
 
 
 def _make_batch(
-    students: list[View], teachers: list[View], pad_token_id: int, pad_to_multiple_of: int, **rest
+    students: list[View],
+    teachers: list[View],
+    pad_token_id: int,
+    pad_to_multiple_of: int,
+    first_token: list[dict[int, int]],
+    **rest,
 ) -> Batch:
-    student = pad_views(students, pad_token_id, pad_to_multiple_of)
+    student = pad_views(students, pad_token_id, pad_to_multiple_of, first_token)
     if all(mine is other for mine, other in zip(students, teachers)):
         return Batch(student, student, **rest)
-    teacher = pad_views(teachers, pad_token_id, pad_to_multiple_of)
+    teacher = pad_views(teachers, pad_token_id, pad_to_multiple_of, first_token)
     assert torch.equal(student.targets, teacher.targets), "the views of student and teacher train different tokens"
     return Batch(student, teacher, **rest)
 
@@ -100,26 +171,46 @@ def _filler(pad_token_id: int) -> View:
     return View([pad_token_id], [IGNORED_LABEL], 1)
 
 
+def _collect_media(samples: Sequence[Optional[Sample]]) -> tuple[Optional[Media], list[dict[int, int]]]:
+    """All media, audios first, and for each sample: its medium -> the number of the medium's first token."""
+    found = [
+        (medium, row, index)
+        for row, sample in enumerate(samples)
+        for index, medium in enumerate(sample.media if sample is not None else ())
+    ]
+    found.sort(key=lambda item: item[0].kind != "audio")
+    first_token: list[dict[int, int]] = [{} for _ in samples]
+    total = 0
+    for medium, row, index in found:
+        first_token[row][index] = total
+        total += medium.num_tokens
+    return Media.of([medium for medium, _, _ in found]), first_token
+
+
 def collate(samples: Sequence[Optional[Sample]], pad_token_id: int, pad_to_multiple_of: int) -> Batch:
     """Samples (None = filler row) -> Batch. The multiple is the tensor-parallel size under sequence parallelism."""
     filler = _filler(pad_token_id)
+    media, first_token = _collect_media(samples)
     return _make_batch(
         [filler if sample is None else sample.student for sample in samples],
         [filler if sample is None else sample.teacher for sample in samples],
         pad_token_id,
         pad_to_multiple_of,
+        first_token,
         has_teacher_view=any(sample is not None and sample.has_teacher_view for sample in samples),
         sources=["" if sample is None else sample.source for sample in samples],
+        media_pairs=["" if sample is None else sample.media_pair for sample in samples],
         rows=[-1 if sample is None else sample.row for sample in samples],
         cut_tokens=sum(0 if sample is None else sample.cut_tokens for sample in samples),
+        media=media,
     )
 
 
 def with_responses(
     batch: Batch, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> Batch:
-    """The batch with new responses (CPU or GPU batch in, same device out): both views keep their prompts, every
-    response token is trained.
+    """The batch with new responses (CPU or GPU batch in, same device out): both views keep their prompts and media,
+    every response token is trained.
 
     A response holds at least one id (the end-of-text token counts); a filler row's stays empty. Raises ValueError
     otherwise.
@@ -132,25 +223,26 @@ def with_responses(
                 f"row {row} got a response of {len(response)} tokens: data rows need at least one, filler rows (-1) "
                 "none"
             )
+    student = _respond(batch.student, responses, pad_token_id, pad_to_multiple_of)
+    teacher = student
+    if batch.teacher is not batch.student:
+        teacher = _respond(batch.teacher, responses, pad_token_id, pad_to_multiple_of)
+        assert torch.equal(student.targets, teacher.targets), "the views of student and teacher train different tokens"
+    return replace(batch, student=student, teacher=teacher, on_policy=True, cut_tokens=0)
 
-    def rewrite(view: BatchView) -> list[View]:
-        prompts = [ids[:length] for ids, length in zip(view.input_ids.tolist(), view.prompt_lengths.tolist())]
-        return [
-            View(prompt + list(response), [IGNORED_LABEL] * len(prompt) + list(response), len(prompt))
-            for prompt, response in zip(prompts, responses)
-        ]
 
-    students = rewrite(batch.student)
-    teachers = students if batch.teacher is batch.student else rewrite(batch.teacher)
-    rewritten = _make_batch(
-        students,
-        teachers,
-        pad_token_id,
-        pad_to_multiple_of,
-        has_teacher_view=batch.has_teacher_view,
-        on_policy=True,
-        sources=batch.sources,
-        rows=batch.rows,
-        cut_tokens=0,
-    )
-    return rewritten.to(batch.student.input_ids.device)
+def _respond(
+    view: BatchView, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
+) -> BatchView:
+    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones."""
+    views = []
+    for index, (length, response) in enumerate(zip(view.prompt_lengths.tolist(), responses)):
+        prompt, size = view.input_ids[index, :length].tolist(), length + len(response)
+        following = view.position_ids[:, index, length - 1 : length].cpu() + torch.arange(1, len(response) + 1)
+        position_ids = torch.cat([view.position_ids[:, index, :length].cpu(), following], dim=1)
+        labels = [IGNORED_LABEL] * length + list(response)
+        views.append(View(prompt + list(response), labels, length, position_ids))
+    written = pad_views(views, pad_token_id, pad_to_multiple_of, [{}] * len(views))
+    old_size, new_size = view.input_ids.shape[1], written.input_ids.shape[1]
+    rows = view.media_rows // old_size * new_size + view.media_rows % old_size
+    return replace(written, media_rows=rows, media_tokens=view.media_tokens).to(view.input_ids.device)

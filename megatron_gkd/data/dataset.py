@@ -2,6 +2,7 @@
 split off evaluation.
 """
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -11,12 +12,20 @@ from pyarrow import compute
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
 from megatron_gkd.data.errors import BadRow, DataError, RowError, bad_rows_error
+from megatron_gkd.data.media import MediaProcessor
 from megatron_gkd.data.order import SPLIT, permutation
 from megatron_gkd.data.rows import IGNORED_LABEL, check_row
-from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row
+from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row, media_pair
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 
 _IDS = datasets.List(datasets.Value("int32"))
+_REFERENCE = {
+    "kind": datasets.Value("string"),
+    "path": datasets.Value("string"),
+    "data": datasets.Value("large_binary"),
+    "is_track": datasets.Value("bool"),
+    "num_tokens": datasets.Value("int32"),
+}
 _FEATURES = datasets.Features(
     {
         "input_ids": _IDS,
@@ -24,12 +33,16 @@ _FEATURES = datasets.Features(
         "response_start": datasets.Value("int32"),
         "teacher_prompt": _IDS,  # null: no teacher view
         "cut_tokens": datasets.Value("int32"),
+        "media": datasets.List(_REFERENCE),
+        "student_media": _IDS,
+        "teacher_media": _IDS,
+        "use_audio_in_video": datasets.Value("bool"),
         "source": datasets.Value("string"),
         "location": datasets.Value("string"),
         "reason": datasets.Value("string"),  # null: a good row
     }
 )
-_EMPTY = Encoded([], [], 0, None, 0)
+_EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)
 
 
 class DataSettings(Protocol):
@@ -41,6 +54,8 @@ class DataSettings(Protocol):
     max_length: int
     dataset_num_proc: int
     skip_bad_rows: bool
+    check_data: bool
+    media_cache: Optional[str]
 
 
 @dataclass
@@ -54,6 +69,10 @@ class DataReport:
     max_tokens: int
     num_response_tokens: int
     sources: dict[str, int]
+    media: dict[str, int] = field(default_factory=dict)
+    """Rows by what the two sides perceive: `audio > text` is a student that hears and a teacher that reads."""
+    num_media: dict[str, int] = field(default_factory=dict)
+    """Media of each kind, each counted once in a row"""
     skipped: list[BadRow] = field(default_factory=list)
 
     @property
@@ -66,8 +85,11 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the console."""
+        kinds = ", ".join(f"{number} {kind}{'s' * (number > 1)}" for kind, number in self.num_media.items())
+        pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
+        media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
         return (
-            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; "
+            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {media}"
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
             f"{self.num_skipped} bad rows skipped"
@@ -75,19 +97,36 @@ class DataReport:
 
 
 class SampleDataset:
-    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the counts."""
+    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the counts.
 
-    def __init__(self, rows: datasets.Dataset, pad_token_id: int, skipped: Optional[list[BadRow]] = None):
+    skip_bad_rows: what a loader does with a row whose media turn out to be unreadable when it is reached.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        pad_token_id: int,
+        processor: MediaProcessor,
+        skipped: Optional[list[BadRow]] = None,
+        skip_bad_rows: bool = False,
+    ):
         self._rows = rows
+        self._processor = processor
         self.pad_token_id = pad_token_id
+        self.skip_bad_rows = skip_bad_rows
         self.report = _report(rows, skipped or [])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
+        """Reads the row's media. Raises DataError with the row's file and line where one cannot be read."""
         row = self._rows[index]
-        return decode_sample(Encoded(*(row[name] for name in Encoded._fields)), row["source"], index)
+        encoded = Encoded(*(row[name] for name in Encoded._fields))
+        try:
+            return decode_sample(encoded, row["source"], index, self._processor)
+        except RowError as error:
+            raise DataError(f"{row['location']}: {error}") from error
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
@@ -109,19 +148,48 @@ def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
         max_tokens=int(max(student.max(), teacher.max())),
         num_response_tokens=compute.sum(trained).as_py(),
         sources=dict(Counter(table["source"].to_pylist())),
+        **_media_report(rows),
         skipped=skipped,
     )
+
+
+def _media_report(rows: datasets.Dataset) -> dict[str, dict[str, int]]:
+    """DataReport's `media` and `num_media`; both empty for a data set of text."""
+    columns = ["media", "student_media", "teacher_media"]
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    if not compute.sum(compute.list_value_length(table["media"])).as_py():
+        return {}
+    kinds = _kinds(table["media"])
+    seen = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
+    pairs = Counter(media_pair([of[i] for i in mine], [of[i] for i in others]) for of, mine, others in seen)
+    return {"media": dict(pairs), "num_media": dict(Counter(kind for of in kinds for kind in of))}
+
+
+def _kinds(media) -> list[list[str]]:
+    """The kinds of each row's media, of the stored column: without touching their bytes."""
+    flat = compute.struct_field(compute.list_flatten(media), "kind").to_pylist()
+    lengths = compute.fill_null(compute.list_value_length(media), 0).to_pylist()
+    ends = [0, *itertools.accumulate(lengths)]
+    return [flat[start:stop] for start, stop in zip(ends, ends[1:])]
 
 
 class _Encoder:
     """Raw rows of one source -> columns of `_FEATURES`; runs in `--dataset_num_proc` processes."""
 
     def __init__(
-        self, source: Source, chat: Optional[ChatTokenizer], chat_problem: str, max_length: int, vocab_size: int
+        self,
+        source: Source,
+        chat: Optional[ChatTokenizer],
+        chat_problem: str,
+        max_length: int,
+        vocab_size: int,
+        processor: MediaProcessor,
+        read_media: bool,
     ):
         self.source = source._replace(rows=None)  # the rows come with each call
         self.chat, self.chat_problem = chat, chat_problem
         self.max_length, self.vocab_size = max_length, vocab_size
+        self.processor, self.read_media = processor, read_media
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         location, source, reason, encoded = self.source.locations[index], None, None, _EMPTY
@@ -132,8 +200,10 @@ class _Encoder:
             return self.chat
 
         try:
-            checked = check_row(self.source.parse(row), self.vocab_size)
-            encoded = encode_row(checked, get_chat, self.max_length, self.vocab_size)
+            checked = check_row(self.source.parse(row), self.vocab_size, self.source.folder)
+            encoded = encode_row(
+                checked, get_chat, self.max_length, self.vocab_size, self.processor, read_media=self.read_media
+            )
             source = self.source.name if checked.source is None else checked.source
         except RowError as error:
             reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote lone surrogates
@@ -176,13 +246,12 @@ def load_datasets(
             "one of them, leave out the other"
         )
     chat, chat_problem = _try_tokenizer(model_dir)
+    processor = MediaProcessor(model_dir, data.media_cache)
 
     def read(entries: list[str]) -> list[datasets.Dataset]:
         sources = [open_source(entry, seed) for entry in entries]
-        return [
-            _encode(source, data.dataset_num_proc, _Encoder(source, chat, chat_problem, data.max_length, vocab_size))
-            for source in sources
-        ]
+        settings = (chat, chat_problem, data.max_length, vocab_size, processor, data.check_data)
+        return [_encode(source, data.dataset_num_proc, _Encoder(source, *settings)) for source in sources]
 
     if not data.dataset:
         raise DataError("--dataset is empty: name at least one file or data set")
@@ -197,8 +266,10 @@ def load_datasets(
     if data.split_dataset_ratio:
         train_rows, eval_rows = _split(train_rows, data.split_dataset_ratio, seed)
     pad_token_id = chat.pad_token_id if chat is not None else 0
-    train = SampleDataset(train_rows, pad_token_id, train_bad)
-    return train, None if eval_rows is None else SampleDataset(eval_rows, pad_token_id, eval_bad)
+    train = SampleDataset(train_rows, pad_token_id, processor, train_bad, data.skip_bad_rows)
+    if eval_rows is None:
+        return train, None
+    return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
 
 
 def _try_tokenizer(model_dir: str) -> tuple[Optional[ChatTokenizer], str]:

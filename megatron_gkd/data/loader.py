@@ -7,15 +7,20 @@ per-device batch size.
 
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
+from typing import Union
 
 import torch
 from torch.utils.data import DataLoader
 
 from megatron_gkd.data.batch import Batch, collate
 from megatron_gkd.data.dataset import SampleDataset
+from megatron_gkd.data.errors import DataError
 from megatron_gkd.data.order import batch_indices
+from megatron_gkd.data.sample import Sample
 
 FILLER = -1
 
@@ -26,13 +31,28 @@ def num_steps_of_epochs(num_rows: int, global_batch_size: int, num_epochs: float
 
 
 class _WithFillers:
-    """A SampleDataset in which index FILLER gives None."""
+    """A SampleDataset in which index FILLER gives None, and a row whose media cannot be read its DataError, or under
+    --skip_bad_rows None too: a worker that raised would bury the reason under its traceback.
+    """
 
     def __init__(self, dataset: SampleDataset):
         self.dataset = dataset
 
-    def __getitem__(self, index: int):
-        return None if index == FILLER else self.dataset[index]
+    def __getitem__(self, index: int) -> Union[Sample, DataError, None]:
+        if index == FILLER:
+            return None
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            if not self.dataset.skip_bad_rows:
+                return error
+            print(f"Left out (--skip_bad_rows): {error}", file=sys.stderr, flush=True)
+            return None
+
+
+def _collate(samples: list, pad_token_id: int, pad_to_multiple_of: int) -> Union[Batch, DataError]:
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    return errors[0] if errors else collate(samples, pad_token_id, pad_to_multiple_of)
 
 
 def _outlive_sigterm(worker: int) -> None:
@@ -42,18 +62,27 @@ def _outlive_sigterm(worker: int) -> None:
 
 def _batches(dataset, micro_batches, num_workers: int, pad_token_id: int, pad_to_multiple_of: int) -> Iterator[Batch]:
     """One Batch per list of row indices. The loader has a generator of its own: torch's global random state stays
-    untouched.
+    untouched. Close it (contextlib.closing): workers that ignore SIGTERM end only when they are told to, and a process
+    that waits for them never exits.
     """
-    return iter(
+    batches = iter(
         DataLoader(
             _WithFillers(dataset),
             batch_sampler=micro_batches,
-            collate_fn=partial(collate, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of),
+            collate_fn=partial(_collate, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of),
             num_workers=num_workers,
             worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),
         )
     )
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        if num_workers:
+            batches._shutdown_workers()
 
 
 def _micro_batches(indices: Sequence[int], size: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
@@ -101,16 +130,16 @@ def step_loader(
     pad_to_multiple_of: int,
 ) -> Iterator[list[Batch]]:
     """For each optimizer step in [start_step, num_steps) this rank's micro-batches, `gradient_accumulation_steps` of
-    them.
+    them. Close it (contextlib.closing) in whatever way the run ends.
 
-    `num_steps` is the length of the whole run, resumed or not.
+    `num_steps` is the length of the whole run, resumed or not. Raises DataError for a medium that cannot be read.
     """
     sampler = _StepSampler(
         len(dataset), per_device_batch_size, gradient_accumulation_steps, dp_rank, dp_size, seed, start_step, num_steps
     )
-    batches = _batches(dataset, sampler, num_workers, pad_token_id, pad_to_multiple_of)
-    for _ in range(start_step, num_steps):
-        yield [next(batches) for _ in range(gradient_accumulation_steps)]
+    with closing(_batches(dataset, sampler, num_workers, pad_token_id, pad_to_multiple_of)) as batches:
+        for _ in range(start_step, num_steps):
+            yield [next(batches) for _ in range(gradient_accumulation_steps)]
 
 
 def eval_loader(

@@ -2,34 +2,41 @@
 columns belong together.
 
 Accepted: `messages`, or `instruction` (+ `input`) + `output`, or `input_ids` + `labels`; one of `teacher_messages`,
-`teacher_prompt`, `teacher_input_ids`; `source`. A null column is an absent one. Columns that would change the meaning
-if they were ignored are refused by name; any other column is left alone.
+`teacher_prompt`, `teacher_input_ids`; `images`, `audios`, `videos` and, for the teacher's own, `teacher_images`,
+`teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`. A null column is an absent one. Columns that would
+change the meaning if they were ignored are refused by name; any other column is left alone.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+import re
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 from megatron_gkd.data.errors import RowError, shown
+from megatron_gkd.data.media import KINDS, Reference, read_reference
 
 IGNORED_LABEL = -100
 ROLES = ("system", "user", "assistant")
-MEDIA_COLUMNS = tuple(
-    prefix + name for prefix in ("", "teacher_") for name in ("images", "audios", "videos", "image", "audio", "video")
-)
+MEDIA_COLUMNS = tuple(f"{prefix}{kind}s" for prefix in ("", "teacher_") for kind in KINDS)
 REFUSED_COLUMNS = {
+    **{f"{prefix}{kind}": f"name it `{prefix}{kind}s`, a list" for prefix in ("", "teacher_") for kind in KINDS},
     "tools": "tool definitions are not rendered",
     "system": "write it as the first turn of `messages`",
     "history": "write the earlier turns into `messages`",
 }
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
 
-Messages = list[dict[str, str]]
+_TAG = re.compile(r"<(audio|image|video)>")
+
+Messages = list[dict[str, Any]]
+"""Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or video."""
+RowMedia = dict[str, list[Reference]]
+"""Kind -> a view's media of that kind, in the order of their placeholders."""
 
 
 @dataclass(frozen=True)
 class Row:
     """Either `messages` (ends with an assistant turn) or `input_ids` with `labels` (unshifted), and at most one
-    teacher view.
+    teacher view. `teacher_media` is None where the teacher has the student's.
     """
 
     messages: Optional[Messages]
@@ -38,10 +45,29 @@ class Row:
     teacher_messages: Optional[Messages]
     teacher_input_ids: Optional[list[int]]
     source: Optional[str]
+    media: RowMedia = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    teacher_media: Optional[RowMedia] = None
+    use_audio_in_video: bool = False
+
+    @property
+    def has_media(self) -> bool:
+        """In either view."""
+        return any(self.media.values()) or any((self.teacher_media or {}).values())
 
 
-def check_row(raw, vocab_size: int) -> Row:
-    """Check one raw row against the format above; ids must lie in [0, vocab_size). Raises RowError with the reason."""
+class _Inline:
+    """What the parts of one view's turns hold: kind -> values, None where a part leaves its medium to the column."""
+
+    def __init__(self, row: dict, prefix: str, inherited: dict[str, bool]):
+        self.values: dict[str, list] = {kind: [] for kind in KINDS}
+        # Only where the view has such media is `<image>` in a text a placeholder.
+        self.tags = {kind for kind in KINDS if row.get(f"{prefix}{kind}s", inherited.get(kind))}
+
+
+def check_row(raw, vocab_size: int, folder: str = "") -> Row:
+    """Check one raw row against the format above; ids must lie in [0, vocab_size). Paths of media are relative to
+    `folder`. Raises RowError with the reason.
+    """
     if not isinstance(raw, dict):
         raise RowError(f"a row is a JSON object, this is {_type_name(raw)}")
     row = {name: value for name, value in raw.items() if value is not None}
@@ -68,27 +94,79 @@ def check_row(raw, vocab_size: int) -> Row:
         raise RowError(f"has {' and '.join(kinds)}: one of them must go, they may say different things")
 
     messages = input_ids = labels = None
+    inline = _Inline(row, "", {})
     if kinds == ["messages"]:
-        messages = _conversation(row["messages"], "messages")
+        messages = _conversation(row["messages"], "messages", inline)
         if messages[-1]["role"] != "assistant":
             raise RowError(
                 f"messages end with a {messages[-1]['role']} turn: the last turn must be the assistant's response"
             )
     elif kinds == ["instruction/output"]:
-        messages = _alpaca_messages(row)
+        messages = _alpaca_messages(row, inline)
     else:
         input_ids, labels = _tokenised(row, vocab_size)
-    teacher_messages, teacher_input_ids = _teacher(row, messages, vocab_size)
-    return Row(messages, input_ids, labels, teacher_messages, teacher_input_ids, source)
+    media = _media(row, "", inline, folder)
+    teacher_inline = _Inline(row, "teacher_", {kind: bool(media[kind]) for kind in KINDS})
+    teacher_messages, teacher_input_ids = _teacher(row, messages, vocab_size, teacher_inline)
+    teacher_media = _teacher_media(row, media, inline, teacher_inline, teacher_messages, folder)
+    use_audio_in_video = row.get("use_audio_in_video", False)
+    if not isinstance(use_audio_in_video, bool):
+        raise RowError(f"use_audio_in_video must be true or false, got {shown(use_audio_in_video)}")
+    return Row(
+        messages,
+        input_ids,
+        labels,
+        teacher_messages,
+        teacher_input_ids,
+        source,
+        media,
+        teacher_media,
+        use_audio_in_video,
+    )
+
+
+def _media(row: dict, prefix: str, inline: _Inline, folder: str) -> RowMedia:
+    """The media of a view: from its parts where these hold them, from its columns otherwise."""
+    found: RowMedia = {}
+    for kind in KINDS:
+        column, values = f"{prefix}{kind}s", inline.values[kind]
+        given, places = row.get(column, []), f"{prefix}messages"
+        if not isinstance(given, list):
+            given = [given]
+        if any(value is not None for value in values):
+            if given or any(value is None for value in values):
+                raise RowError(f"{places} hold {kind}s in some parts and not in others or in `{column}`: use one of them")
+            given, places = values, f"{places}: {kind}"
+        else:
+            places = column
+        found[kind] = [
+            read_reference(value, kind, folder, f"{places}[{index}]") for index, value in enumerate(given)
+        ]
+    return found
+
+
+def _teacher_media(
+    row: dict, media: RowMedia, student: _Inline, teacher: _Inline, messages: Optional[Messages], folder: str
+) -> Optional[RowMedia]:
+    """The teacher's own media; None where it has the student's.
+
+    Of each kind: its column's, or those that its turns hold, or the student's. A conversation of its own that has no
+    place for a kind which the student's turns (not a column) hold has none of it.
+    """
+    own, merged = _media(row, "teacher_", teacher, folder), {}
+    for kind in KINDS:
+        in_turns = any(value is not None for value in student.values[kind])
+        left_out = messages is not None and in_turns and not _num_parts(messages, kind)
+        merged[kind] = own[kind] if f"teacher_{kind}s" in row or own[kind] or left_out else media[kind]
+    return None if merged == media else merged
+
+
+def _num_parts(messages: Messages, kind: str) -> int:
+    contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
+    return sum(part["type"] == kind for content in contents for part in content)
 
 
 def _refuse_columns(row: dict) -> None:
-    for name in MEDIA_COLUMNS:
-        if row.get(name):
-            raise RowError(
-                f"column `{name}` holds media: media rows need the audio and vision towers, which do not run yet; "
-                "give rows of text"
-            )
     for name, reason in REFUSED_COLUMNS.items():
         if row.get(name):
             raise RowError(f"column `{name}` is not supported: {reason}")
@@ -116,28 +194,55 @@ def _text(value, where: str) -> str:
     return value
 
 
-def _content(value, where: str) -> str:
-    """A message's content: a string, or Hugging Face's list of parts, whose texts are joined."""
+def _content(value, where: str, inline: Optional[_Inline]) -> Any:
+    """A message's content: a string, or Hugging Face's list of parts. Texts are joined where there is nothing but text;
+    with media the parts stay, and their media go to `inline`. `inline` None: media have no place here.
+    """
     if not isinstance(value, list):
-        return _text(value, where)
-    texts = []
+        text = _text(value, where)
+        pieces = _TAG.split(text) if inline and inline.tags else [text]
+        parts = [{"type": "text", "text": text} for text in pieces[:1]]
+        for kind, following in zip(pieces[1::2], pieces[2::2]):
+            if kind in inline.tags:
+                inline.values[kind].append(None)
+                parts += [{"type": kind}, {"type": "text", "text": following}]
+            else:
+                parts[-1]["text"] += f"<{kind}>{following}"
+        return _joined(parts)
+    parts = []
     for index, part in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(part, dict):
             raise RowError(f"{place} must be an object such as {{'type': 'text', 'text': ...}}, got {_type_name(part)}")
-        kind = part.get("type") or "text"
-        held = {name for name, item in part.items() if item is not None} - {"type", "text"}
-        if kind != "text" or held:
-            what = f"is of type {shown(kind)}" + (f" and holds {', '.join(sorted(held))}" if held else "")
-            raise RowError(
-                f"{place} {what}: only text parts are read (media rows need the audio and vision towers, "
-                "which do not run yet)"
-            )
-        texts.append(_text(part.get("text"), f"{place}.text"))
-    return "".join(texts)
+        held = {name: item for name, item in part.items() if item is not None}
+        kind = held.pop("type", None) or next((kind for kind in KINDS if kind in held), "text")
+        if kind == "text":
+            text = held.pop("text", None)
+            if held:
+                raise RowError(f"{place} is text and holds {', '.join(sorted(held))}: one part, one thing")
+            parts.append({"type": "text", "text": _text(text, f"{place}.text")})
+        elif kind in KINDS:
+            if inline is None:
+                raise RowError(f"{place} is of type {kind}: media stand in user and system turns only")
+            values = [held.pop(name) for name in (kind, f"{kind}_url", "path", "url") if name in held]
+            if len(values) > 1 or held:
+                raise RowError(f"{place} is of type {kind} and holds more than `{kind}`: {', '.join(sorted(part))}")
+            value = values[0] if values else None
+            inline.values[kind].append(value.get("url") if isinstance(value, dict) and "url" in value else value)
+            parts.append({"type": kind})
+        else:
+            raise RowError(f"{place} is of type {shown(kind)}: text, {', '.join(KINDS)} are the types")
+    return _joined(parts)
 
 
-def _conversation(value, where: str, *, last_may_be_empty: bool = False) -> Messages:
+def _joined(parts: list[dict]) -> Any:
+    """One string, if the parts are nothing but text."""
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _conversation(value, where: str, inline: _Inline, *, last_may_be_empty: bool = False) -> Messages:
     """Check turns, roles and contents. Assistant turns have text, except the last one if it `last_may_be_empty`."""
     if not isinstance(value, list):
         raise RowError(f"{where} must be a list of turns, got {_type_name(value)}")
@@ -157,18 +262,18 @@ def _conversation(value, where: str, *, last_may_be_empty: bool = False) -> Mess
         content = turn.get("content")
         if role == "assistant":
             may_be_empty = last_may_be_empty and index == len(value) - 1
-            content = "" if content is None else _content(content, f"{place}.content")
+            content = "" if content is None else _content(content, f"{place}.content", None)
             if not content.strip() and not may_be_empty:
                 raise RowError(f"{place}: empty response")
         else:
-            content = _content(content, f"{place}.content")
+            content = _content(content, f"{place}.content", inline)
         messages.append({"role": role, "content": content})
     if messages[0]["role"] == "assistant":
         raise RowError(f"{where}[0] is an assistant turn: nothing stands before it that could be its prompt")
     return messages
 
 
-def _alpaca_messages(row: dict) -> Messages:
+def _alpaca_messages(row: dict, inline: _Inline) -> Messages:
     """instruction, then input on a line of its own where there is one; the output is the response."""
     parts = [_text(row[name], name) for name in ("instruction", "input") if name in row]
     prompt = "\n".join(part for part in parts if part)
@@ -177,7 +282,10 @@ def _alpaca_messages(row: dict) -> Messages:
     output = _text(row.get("output", ""), "output")
     if not output.strip():
         raise RowError("empty response: output has no text")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
+    return [
+        {"role": "user", "content": _content(prompt, "instruction", inline)},
+        {"role": "assistant", "content": output},
+    ]
 
 
 def _token_ids(value, where: str, vocab_size: int, *, labels: bool = False) -> list[int]:
@@ -229,7 +337,7 @@ def _tokenised(row: dict, vocab_size: int):
     return input_ids[:end], labels[:end]
 
 
-def _teacher(row: dict, messages: Optional[Messages], vocab_size: int):
+def _teacher(row: dict, messages: Optional[Messages], vocab_size: int, inline: _Inline):
     """(teacher_messages, teacher_input_ids), at most one of them not None; `teacher_prompt` is turned into
     teacher_messages.
     """
@@ -241,7 +349,7 @@ def _teacher(row: dict, messages: Optional[Messages], vocab_size: int):
     if present == ["teacher_input_ids"]:
         return None, _token_ids(row["teacher_input_ids"], "teacher_input_ids", vocab_size)
     if present == ["teacher_messages"]:
-        view = _conversation(row["teacher_messages"], "teacher_messages", last_may_be_empty=True)
+        view = _conversation(row["teacher_messages"], "teacher_messages", inline, last_may_be_empty=True)
         if view[-1]["role"] != "assistant":
             raise RowError(
                 f"teacher view without response: teacher_messages end with a {view[-1]['role']} turn, "
@@ -260,5 +368,5 @@ def _teacher(row: dict, messages: Optional[Messages], vocab_size: int):
     if not users:
         raise RowError("teacher_prompt replaces the last user turn, and messages have none")
     view = list(messages)
-    view[users[-1]] = {"role": "user", "content": prompt}
+    view[users[-1]] = {"role": "user", "content": _content(prompt, "teacher_prompt", inline)}
     return view, None

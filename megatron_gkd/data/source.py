@@ -5,6 +5,7 @@ jsonl is read line by line and not by arrow, so that a broken line has a number,
 types.
 """
 
+import copy
 import json
 import os
 import re
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple, Optional
 
 import datasets
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 
 from megatron_gkd.data.errors import DataError, RowError
@@ -34,6 +34,8 @@ class Source(NamedTuple):
     rows: datasets.Dataset
     locations: list[str]
     parse: Callable[[dict], Any]
+    folder: str = ""
+    """Paths of media are relative to it"""
 
 
 def open_source(entry: str, seed: int) -> Source:
@@ -112,7 +114,7 @@ def _open_jsonl(path: str) -> Source:
         raise DataError(f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)")
     column = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
     rows = datasets.Dataset(pyarrow.table({LINE_COLUMN: column}), fingerprint=FINGERPRINT)
-    return Source(path, rows, [f"{path}:{number}" for number in numbers], _parse_line)
+    return Source(path, rows, [f"{path}:{number}" for number in numbers], _parse_line, os.path.dirname(path))
 
 
 def _parse_line(row: dict):
@@ -131,15 +133,17 @@ def _parse_line(row: dict):
 def _table_source(name: str, rows: datasets.Dataset) -> Source:
     rows = rows.with_format(None)
     for column in set(MEDIA_COLUMNS) & set(rows.column_names):
-        rows = _mark_media(rows, column)
-    return Source(name, rows, [f"{name} row {index}" for index in range(len(rows))], dict)
+        rows = _undecoded(rows, column)
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+    return Source(name, rows, [f"{name} row {index}" for index in range(len(rows))], dict, folder)
 
 
-def _mark_media(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Replace a media column by "present" or null: no image is decoded only to be refused."""
-    values = rows.select_columns(column).with_format("arrow")[:][column]
-    present = values.is_valid()
-    if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
-        present = pyarrow.compute.and_(present, pyarrow.compute.greater(pyarrow.compute.list_value_length(values), 0))
-    marks = ["present" if mark else None for mark in present.to_pylist()]
-    return rows.remove_columns(column).add_column(column, pyarrow.array(marks, type=pyarrow.string()))
+def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Media as they are stored (bytes and path): `datasets` would decode them, with packages of its own."""
+    feature = rows.features[column]
+    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    if not hasattr(inner, "decode"):
+        return rows  # paths, or plain structures
+    raw = copy.copy(inner)
+    raw.decode = False
+    return rows.cast_column(column, raw if inner is feature else type(feature)(raw))

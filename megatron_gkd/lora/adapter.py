@@ -10,13 +10,14 @@ from typing import Iterator
 
 from torch import Tensor
 
-from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraModule, lora_modules
-from megatron_gkd.lora.targets import resolve_targets
+from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraLinear, LoraModule, lora_modules
+from megatron_gkd.lora.targets import HEAD
 from megatron_gkd.model.config import ModelShape
 from megatron_gkd.model.layout import block
 
 # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the whole model would ignore it.
-ROOT = "base_model.model.thinker.model.layers."
+THINKER = "base_model.model.thinker."
+ROOT = f"{THINKER}model.layers."
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,25 @@ def adapter_tensors(shape: ModelShape, rank: int, targets: list[str]) -> dict[st
         for linear, (d_in, d_out) in linears.items():
             tensors[f"{ROOT}{linear}.lora_A.weight"] = (rank, d_in)
             tensors[f"{ROOT}{linear}.lora_B.weight"] = (d_out, rank)
+    if HEAD in targets:
+        tensors[f"{THINKER}{HEAD}.lora_A.weight"] = (rank, hidden)
+        tensors[f"{THINKER}{HEAD}.lora_B.weight"] = (shape.vocab_size, rank)
+    return tensors
+
+
+def tower_loras(model) -> dict[str, LoraLinear]:
+    """The towers' linears that carry LoRA, by name ("audio_tower.layers.0.fc1"); none on later pipeline stages."""
+    towers = getattr(model, "towers", None)
+    modules = towers.named_modules() if towers is not None else ()
+    return {name: module for name, module in modules if isinstance(module, LoraLinear)}
+
+
+def tower_tensors(model) -> dict[str, tuple[int, int]]:
+    """As `adapter_tensors`, of the towers' LoRA."""
+    tensors = {}
+    for linear, module in tower_loras(model).items():
+        tensors[f"{THINKER}{linear}.lora_A.weight"] = (module.rank, module.base.in_features)
+        tensors[f"{THINKER}{linear}.lora_B.weight"] = (module.base.out_features, module.rank)
     return tensors
 
 
@@ -58,6 +78,10 @@ def adapter_pieces(model, shape: ModelShape, parallel) -> Iterator[AdapterPiece]
     writes_replicated = writes_sharded and parallel.tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
+    for linear, module in tower_loras(model).items():
+        (down,), (up,) = module.down.values(), module.up.values()
+        yield AdapterPiece(down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated)
+        yield AdapterPiece(up, (whole,), f"{THINKER}{linear}.lora_B.weight", (whole, whole), writes_replicated)
     for layer in model.decoder.layers:
         base = f"{ROOT}{layer.layer_number - 1}"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
@@ -78,14 +102,22 @@ def adapter_pieces(model, shape: ModelShape, parallel) -> Iterator[AdapterPiece]
                         linear = f"{base}.mlp.experts.{expert}.{name}"
                         yield AdapterPiece(grouped.down[name], (slot,), f"{linear}.lora_A.weight", (whole, whole), writes_experts)
                         yield AdapterPiece(grouped.up[name], (slot,), f"{linear}.lora_B.weight", (whole, whole), writes_experts)
+    if (head := getattr(model, "head_lora", None)) is not None:
+        down, up = head.down[HEAD], head.up[HEAD]
+        yield AdapterPiece(down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated)
+        first = parallel.tp_rank * len(up)
+        num_rows = min(max(shape.vocab_size - first, 0), len(up))  # the rest is padding
+        if num_rows:
+            where, index = (slice(0, num_rows),), (slice(first, first + num_rows), whole)
+            yield AdapterPiece(up, where, f"{THINKER}{HEAD}.lora_B.weight", index, writes_sharded)
 
 
 def applied(model) -> tuple[int, float, list[str]]:
-    """(rank, scale alpha / r, targets) of the LoRA on this stage. Raises ValueError when there is none, with what to change."""
-    modules = lora_modules(model)
+    """(rank, scale alpha / r, targets) of the LoRA on the decoder. Raises ValueError when there is none, with what to change."""
+    modules = [module for module in lora_modules(model) if not isinstance(module, LoraLinear)]
     if not modules:
         raise ValueError(
             "self-distillation requires the model to have LoRA adapters: set --lora_rank and --lora_target_modules (ALL trains every "
             "linear of the decoder), or --adapter DIR"
         )
-    return modules[0].rank, modules[0].scale, resolve_targets(sorted({name for module in modules for name in module.down}))
+    return modules[0].rank, modules[0].scale, list(model.lora_targets)

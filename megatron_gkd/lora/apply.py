@@ -4,16 +4,27 @@ import math
 import zlib
 
 import torch
+from torch import nn
 
-from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors
-from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraRowParallel, keep_flags_for_backward
+from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, tower_loras, tower_tensors
+from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraHead, LoraLinear, LoraRowParallel, keep_flags_for_backward
+from megatron_gkd.lora.targets import HEAD, resolve_targets
 from megatron_gkd.model.config import ModelShape
 from megatron_gkd.model.layout import qkv_segments
 from megatron_gkd.model.table import decoder_tensors
 
 
-def apply_lora(model, shape: ModelShape, parallel, *, rank: int, alpha: float, dropout: float, targets: list[str], seed: int) -> None:
-    """Wrap the targeted linears of this stage in place. W_up starts at zero, W_down as PEFT starts it (uniform, Kaiming with a = sqrt(5)),
+# Attention and MLP of a tower's layers, by their place in a layer.
+_TOWER_LINEARS = {
+    "audio_tower.layers": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    "visual.blocks": ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+}
+
+
+def apply_lora(
+    model, shape: ModelShape, parallel, *, rank: int, alpha: float, dropout: float, targets: list[str], seed: int, towers: bool = False
+) -> None:
+    """Wrap the targeted linears of this stage's decoder in place (the lm_head gets a module beside it), and with `towers` those of `model.towers`. W_up starts at zero, W_down as PEFT starts it (uniform, Kaiming with a = sqrt(5)),
     drawn from (seed, tensor name) alone, so that every parallel layout starts with the same adapter. No collectives.
     """
     settings = dict(rank=rank, alpha=alpha, dropout=dropout)
@@ -31,7 +42,12 @@ def apply_lora(model, shape: ModelShape, parallel, *, rank: int, alpha: float, d
         if "down_proj" in targets:
             experts.down = LoraGrouped(experts.down, ["down_proj"], ["down_proj"], **settings)
     keep_flags_for_backward(model.decoder)
-    full_shapes = adapter_tensors(shape, rank, targets)
+    model.lora_targets = resolve_targets(targets)  # of all stages
+    if HEAD in targets and parallel.is_last_stage:
+        model.head_lora = LoraHead(model.output_layer, sequence_parallel=parallel.tp_size > 1, **settings)
+    if towers and model.towers is not None:
+        _wrap_towers(model.towers, sequence_parallel=parallel.tp_size > 1, **settings)
+    full_shapes = adapter_tensors(shape, rank, targets) | tower_tensors(model)
     for piece in adapter_pieces(model, shape, parallel):
         if ".lora_A." in piece.name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {piece.name}".encode()))  # torch reads 32 bits of a seed
@@ -40,10 +56,27 @@ def apply_lora(model, shape: ModelShape, parallel, *, rank: int, alpha: float, d
             piece.target.copy_(full[piece.index])
 
 
-def count_parameters(shape: ModelShape, rank: int, targets: list[str]) -> tuple[int, int]:
-    """(trainable, all) parameters of the whole decoder over all ranks: LoRA's r (d_in + d_out) a linear; the base's and those."""
-    trainable = sum(math.prod(size) for size in adapter_tensors(shape, rank, targets).values())
-    return trainable, trainable + sum(math.prod(size) for size in decoder_tensors(shape).values())
+def _wrap_towers(towers: nn.Module, **settings) -> None:
+    for layers, names in _TOWER_LINEARS.items():
+        tower, inner = layers.split(".")
+        for layer in getattr(getattr(towers, tower), inner):
+            for name in names:
+                parent, _, last = name.rpartition(".")
+                owner = layer.get_submodule(parent)
+                setattr(owner, last, LoraLinear(getattr(owner, last), last, **settings))
+
+
+def count_parameters(shape: ModelShape, rank: int, targets: list[str], model=None) -> tuple[int, int]:
+    """(trainable, all) parameters of the whole decoder over all ranks: LoRA's r (d_in + d_out) a linear; the base's and those.
+
+    model: the first stage; where its towers carry LoRA, that counts, and so do they.
+    """
+    sizes = adapter_tensors(shape, rank, targets) | (tower_tensors(model) if model is not None else {})
+    trainable = sum(math.prod(size) for size in sizes.values())
+    frozen = sum(math.prod(size) for size in decoder_tensors(shape).values())
+    if model is not None and tower_loras(model):
+        frozen += sum(parameter.numel() for parameter in model.towers.parameters() if not parameter.requires_grad)
+    return trainable, trainable + frozen
 
 
 def banner(trainable: int, total: int) -> str:

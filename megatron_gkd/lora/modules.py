@@ -1,4 +1,4 @@
-"""LoRA beside megatron-core's frozen linears: y = W x + (alpha / r) W_up W_down x, with a toggle.
+"""LoRA beside megatron-core's frozen linears, the lm_head and the towers': y = W x + (alpha / r) W_up W_down x, with a toggle.
 
 Separate W_down and W_up for q, k, v and for gate, up (what PEFT means), although megatron-core fuses those matrices. The fused base runs
 untouched; the update is one product with the W_downs side by side and one with the W_ups laid out block by block, so a fused linear
@@ -172,6 +172,62 @@ class LoraGrouped(LoraModule):
                 shape = (num_experts, out_features // len(self.names), len(targets) * self.rank + padding)
                 blocks.append(torch.zeros(shape, device=self.base.weight.device))
         return torch.cat(blocks, dim=1)
+
+
+class LoraLinear(LoraModule):
+    """LoRA on a linear of a tower, whole on every rank. W_down [r, in], W_up [out, r].
+
+    Under sequence parallelism a rank's features serve its shard of the sequence alone: gradients are partial sums here too.
+    """
+
+    def __init__(self, base: nn.Linear, name: str, *, sequence_parallel: bool, rank: int, alpha: float, dropout: float):
+        super().__init__(base, rank, alpha, dropout)
+        self.down[name] = _parameter(rank, base.in_features)
+        self.up[name] = _parameter(base.out_features, rank)
+        for parameter in (self.down[name], self.up[name]):
+            parameter.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]. No collectives."""
+        output = self.base(x)
+        if not self.enabled:
+            return output
+        (down,), (up,) = self.down.values(), self.up.values()
+        low = F.linear(self.drop(x, None), down.to(x.dtype))
+        return output + F.linear(low, up.to(x.dtype)) * self.scale
+
+
+class LoraHead(LoraModule):
+    """LoRA on the lm_head, hung beside `output_layer` on the last stage. W_down [r, H] replicated, W_up this rank's rows [V/TP, r].
+
+    Every rank sees all hidden states but its own part of the vocabulary: the gradient of W_down is a partial sum, marked like one.
+    """
+
+    def __init__(self, output_layer, *, sequence_parallel: bool, rank: int, alpha: float, dropout: float):
+        super().__init__(None, rank, alpha, dropout)
+        num_columns, hidden_size = output_layer.weight.shape
+        self.down["lm_head"] = _parameter(rank, hidden_size)
+        self.down["lm_head"].sequence_parallel = sequence_parallel
+        self.up["lm_head"] = _parameter(num_columns, rank)
+        self.up["lm_head"].tensor_model_parallel = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H], the same on all TP ranks -> what it adds to this rank's logits, fp32 [..., V/TP]. No collectives."""
+        (down,), (up,) = self.down.values(), self.up.values()
+        return F.linear(F.linear(self.drop(hidden.float(), None), down), up) * self.scale
+
+
+def head_lora(model: nn.Module) -> LoraHead | None:
+    """The LoRA on the lm_head of this stage, if it has one and it is on."""
+    module = getattr(model, "head_lora", None)
+    return module if module is not None and module.enabled else None
+
+
+def lm_head(model: nn.Module, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    """This rank's logits, fp32 [..., V/TP], of hidden [..., H] on the last stage. weight: the frozen one in fp32, if it is at hand."""
+    logits = hidden.float() @ (model.output_layer.weight.float() if weight is None else weight).T
+    lora = head_lora(model)
+    return logits if lora is None else logits + lora(hidden)
 
 
 def lora_modules(model: nn.Module) -> list[LoraModule]:

@@ -9,17 +9,21 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Collection
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_gkd.lora.adapter import ROOT, adapter_pieces, adapter_tensors, applied
-from megatron_gkd.lora.targets import EXPERTS, resolve_targets
+from megatron_gkd.lora.adapter import ROOT, THINKER, adapter_pieces, adapter_tensors, applied, tower_tensors
+from megatron_gkd.lora.targets import EXPERTS, HEAD, resolve_targets
+from megatron_gkd.model.byte_range import memory
 from megatron_gkd.model.config import ModelShape
+from megatron_gkd.model.folder import DTYPE_NAMES
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.json should say
 # Settings of PEFT's LoraConfig that change what the tensors mean, with the value at which they do not.
 _PLAIN = {
     **{"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "use_qalora": False},
@@ -34,7 +38,13 @@ _NAME = re.compile(
 _FUSED_NAME = re.compile(
     r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+)\.mlp\.experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight"
 )
+_HEAD_NAME = re.compile(r"base_model\.model\.(?:thinker\.)?lm_head\.lora_([AB])\.(?:default\.)?weight")
+_TOWER_NAME = re.compile(
+    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(audio_tower\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])"
+    r"|visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12]))\.lora_([AB])\.(?:default\.)?weight"
+)
 _SPELLINGS = [f"{root}model.{inner}layers." for root in ("", "thinker.") for inner in ("", "language_model.")]
+_HEAD_SPELLINGS = ["", "thinker."]
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class _Source:
 
 
 class PeftAdapter:
-    """An opened adapter folder. `rank`, `alpha` and `targets` describe it; `tensor(name)` gives one matrix and its scale."""
+    """An opened adapter folder. `rank`, `alpha`, `targets` (of the decoder) and `towers` (linears of the towers, by name) describe it;
+    `tensor(name)` gives one matrix and its scale."""
 
     def __init__(self, folder: str | Path, shape: ModelShape):
         """Raises FileNotFoundError, or ValueError naming the setting or tensor that plain LoRA on this model cannot represent."""
@@ -63,20 +74,22 @@ class PeftAdapter:
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a complete safetensors file ({error})") from error
-        self._sources = self._find_sources()
+        self._sources, in_towers = self._find_sources()
         stored_targets = {_linear(name) for name in self._sources}
         self._check_tensors(stored_targets)
         used = [target for target in stored_targets if self._is_used(target)]
         if not used:
             raise ValueError(f"{self.path}: every tensor is zero, so that the adapter does nothing and cannot be trained further")
         self.targets = resolve_targets(used)
+        self._sources |= in_towers
+        self.towers = self._check_towers(in_towers)
         downs = [name for name in self._sources if ".lora_A." in name and name in self]
         self.rank = max(self._rank(name) for name in downs)
         self.alpha = self._sources[downs[0]].alpha * (self.rank / self._divisor(downs[0]))
 
     def __contains__(self, name: str) -> bool:
-        """Whether the adapter has tensor `name`, spelled as in `adapter_tensors`."""
-        return name in self._sources and _linear(name) in self.targets
+        """Whether the adapter has tensor `name`, spelled as in `adapter_tensors` and `tower_tensors`."""
+        return name in self._sources and (not name.startswith(ROOT) or _linear(name) in self.targets)
 
     def _read_config(self) -> dict:
         path = self.folder / CONFIG
@@ -98,31 +111,39 @@ class PeftAdapter:
             )
         return config
 
-    def _alpha(self, module: str) -> float:
+    def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
         """lora_alpha of `module` ("0.self_attn.q_proj"). A pattern may spell out the name in any of PEFT's models."""
         for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
-            if any(re.fullmatch(rf"(.*\.)?({pattern})", spelling + module) for spelling in _SPELLINGS):
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", spelling + module) for spelling in spellings):
                 return float(alpha)
         return float(self.config["lora_alpha"])
 
-    def _find_sources(self) -> dict[str, _Source]:
-        sources, fused, unknown = {}, {}, []
+    def _find_sources(self) -> tuple[dict[str, _Source], dict[str, _Source]]:
+        """Of the decoder's tensors, and of the towers'."""
+        sources, in_towers, fused, unknown = {}, {}, {}, []
         for name in self._file.keys():
             if match := _NAME.fullmatch(name):
                 linear, side = match.groups()
                 sources[f"{ROOT}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
+            elif match := _HEAD_NAME.fullmatch(name):
+                sources[f"{THINKER}{HEAD}.lora_{match[1]}.weight"] = _Source(name, self._alpha(HEAD, _HEAD_SPELLINGS))
             elif match := _FUSED_NAME.fullmatch(name):
                 layer, inner, side = match.groups()
                 fused.setdefault((layer, inner), {})[side] = name
-            elif self._changes_something(name):
+            elif not self._changes_something(name):
+                continue
+            elif match := _TOWER_NAME.fullmatch(name):
+                linear, side = match.groups()
+                in_towers[f"{THINKER}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
+            else:
                 unknown.append(name)
         if unknown:
-            raise ValueError(f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the thinker's decoder linears")
+            raise ValueError(f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the thinker's decoder or towers")
         for (layer, _), pair in fused.items():
             self._add_fused(sources, layer, pair)
         if not sources:
             raise ValueError(f"{self.path}: no LoRA on the thinker's decoder linears")
-        return sources
+        return sources, in_towers
 
     def _changes_something(self, name: str) -> bool:
         """False for LoRA that was never trained (lora_B is zero): PEFT puts it on linears of the same names in the towers and the talker."""
@@ -152,11 +173,13 @@ class PeftAdapter:
                     sources[f"{ROOT}{layer}.mlp.experts.{expert}.{projection}.lora_{side}.weight"] = _Source(stored, alpha, expert, rows)
 
     def _check_tensors(self, targets: set[str]) -> None:
-        """Every layer that the configuration names has both matrices of every target, of the model's sizes and one rank."""
+        """A layer has both matrices of a target or neither, of all experts or of none; of the model's sizes and one rank."""
         expected, layers = adapter_tensors(self.shape, 1, targets), self.config.get("layers_to_transform")
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else layers
-            expected = {name: size for name, size in expected.items() if int(name[len(ROOT) :].split(".")[0]) in layers}
+            expected = {name: size for name, size in expected.items() if not name.startswith(ROOT) or int(_layer_and_linear(name)[0]) in layers}
+        present = {_layer_and_linear(name) for name in self._sources}
+        expected = {name: size for name, size in expected.items() if _layer_and_linear(name) in present}
         missing = [name for name in expected if name not in self._sources]
         if missing:
             raise ValueError(f"{self.path}: misses tensor {missing[0]} and {len(missing) - 1} more of LoRA on {', '.join(sorted(targets))}")
@@ -172,6 +195,19 @@ class PeftAdapter:
             num_experts = 1 if source.expert is None else self.shape.num_experts
             if size != wanted or size_a[0] % num_experts or not size_a[0]:
                 raise ValueError(f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's config.json ask for {wanted}")
+
+    def _check_towers(self, in_towers: dict[str, _Source]) -> list[str]:
+        """The towers' linears with LoRA; both matrices of each must be there, of one rank. Their sizes are the module's to check."""
+        linears = sorted({name[len(THINKER) :].rsplit(".", 2)[0] for name in in_towers})
+        for linear in linears:
+            down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
+            for name in (down, up):
+                if name not in in_towers:
+                    raise ValueError(f"{self.path}: misses tensor {name}")
+            size_a, size_b = self._size(in_towers[down].stored), self._size(in_towers[up].stored)
+            if len(size_a) != 2 or len(size_b) != 2 or size_a[0] != size_b[1] or not size_a[0]:
+                raise ValueError(f"{self.path}: lora_A {size_a} and lora_B {size_b} of {linear} are not of one rank")
+        return linears
 
     def _is_used(self, target: str) -> bool:
         """False for a linear without LoRA that `save_checkpoint` wrote as zeros (see saved_targets)."""
@@ -210,6 +246,13 @@ def _linear(name: str) -> str:
     return name.rsplit(".", 3)[1]
 
 
+def _layer_and_linear(name: str) -> tuple[str, str]:
+    """("3", "q_proj") of a tensor of layer 3, whichever expert's; ("", "lm_head") of the head's."""
+    if not name.startswith(ROOT):
+        return "", _linear(name)
+    return name[len(ROOT) :].split(".")[0], _linear(name)
+
+
 def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> None:
     """Set this stage's LoRA parameters to `adapter`, so that the model computes the same function as with PEFT.
 
@@ -223,10 +266,14 @@ def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> No
     absent = [name for name in adapter.targets if name not in targets]
     if absent:
         raise ValueError(f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}")
+    in_towers = tower_tensors(model)
     for piece in adapter_pieces(model, shape, parallel):
         if piece.name not in adapter:
             continue
         values, own_scale = adapter.tensor(piece.name)
+        side = 0 if ".lora_B." in piece.name else 1
+        if piece.name in in_towers and values.shape[side] != in_towers[piece.name][side]:
+            raise ValueError(f"{adapter.path}: {piece.name} is {list(values.shape)}, this model's tower has {list(in_towers[piece.name])}")
         is_up = ".lora_B." in piece.name
         own_rank = values.shape[1] if is_up else values.shape[0]
         if is_up:
@@ -236,13 +283,43 @@ def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> No
             piece.target[:own_rank].copy_(values[:, piece.index[1]])
 
 
-def peft_config(*, rank: int, alpha: float, dropout: float, targets: list[str], base_model: str) -> dict:
-    """adapter_config.json for PEFT.
+def save_tensors(tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]) -> None:
+    """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the tensors were trained with.
+    The lm_head's tensors are there under two names: unlike the others' PEFT 0.21 looks for them on a thinker alone without "thinker.".
 
-    Names are bare (PEFT rewrites those of fused experts), so the towers and the talker, whose linears have the same names, are excluded.
-    PEFT refuses dropout on fused experts even at inference: an adapter with experts states 0.
+    The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of chance.
+    """
+    head = f"{THINKER}{HEAD}."
+    tensors = tensors | {name.replace(".thinker.", ".", 1): tensor for name, tensor in tensors.items() if name.startswith(head)}
+    record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})
+    header, end = {"__metadata__": {"format": "pt", RECORD: record}}, 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / TENSORS, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            file.write(memory(tensors[name].contiguous()))
+
+
+def read_record(folder: Path) -> dict | None:
+    """The rank, alpha and targets that the weights were trained with; None in an adapter of another writer."""
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        text = (file.metadata() or {}).get(RECORD)
+    return json.loads(text) if text else None
+
+
+def peft_config(*, rank: int, alpha: float, dropout: float, targets: list[str], base_model: str, towers: Collection[str] = ()) -> dict:
+    """adapter_config.json for PEFT. towers: their linears with LoRA, by name.
+
+    The decoder's names are bare (PEFT rewrites those of fused experts), so the towers without LoRA and the talker, whose linears have the
+    same names, are excluded. PEFT refuses dropout on fused experts even at inference: an adapter with experts states 0.
     """
     has_experts = any(name in EXPERTS for name in targets)
+    with_lora = {name.split(".")[0] for name in towers}
+    excluded = [name for name in ("audio_tower", "visual", "talker", "code2wav") if name not in with_lora]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -251,8 +328,8 @@ def peft_config(*, rank: int, alpha: float, dropout: float, targets: list[str], 
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if has_experts else dropout,
         "bias": "none",
-        "target_modules": saved_targets(targets),
-        "exclude_modules": r".*(audio_tower|visual|talker|code2wav).*",
+        "target_modules": saved_targets(targets) + list(towers),
+        "exclude_modules": f".*({'|'.join(excluded)}).*",
         "inference_mode": True,
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -3,16 +3,20 @@
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION + EXPERTS
+HEAD = "lm_head"
 
 
 def resolve_targets(names: list[str]) -> list[str]:
-    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of the decoder.
+    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of the decoder's layers;
+    lm_head joins those that are named beside it.
 
-    Raises ValueError naming a linear that the decoder does not have.
+    Raises ValueError naming a linear that the model does not have.
     """
     if any(name.lower() in ("all", "all-linear", "all_linear") for name in names):
         return list(LINEARS)
-    unknown = [name for name in names if name not in LINEARS]
-    if unknown or not names:
-        raise ValueError(f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of {', '.join(LINEARS)}")
-    return [name for name in LINEARS if name in names]
+    unknown = [name for name in names if name not in (*LINEARS, HEAD)]
+    if unknown or not set(names) & set(LINEARS):
+        raise ValueError(
+            f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of {', '.join(LINEARS)} (and {HEAD} beside them)"
+        )
+    return [name for name in (*LINEARS, HEAD) if name in names]

@@ -3,12 +3,16 @@
 N response rows, H hidden size, V this rank's columns, C rows of a chunk. Three GEMMs a chunk (both sides' logits, the
 gradient of the hidden states), nothing recomputed. A chunk loop under plain autograd would keep every chunk's logits:
 hence one Function.
+
+The two collectives of a chunk are not overlapped with the next chunk's GEMMs: OVERLAP_NOTE
 """
 
+import math
 from typing import Iterator, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from megatron_gkd.loss.divergence import Divergence, passes_for, row_scalars
 from megatron_gkd.loss.output import LinearJsdOutput
@@ -23,10 +27,15 @@ from megatron_gkd.loss.rows import (
     row_results,
     row_weights,
     vocabulary_slice,
+    zero_masked_rows,
 )
 
-CHUNK_BYTES = 2**28  # of both sides' float32 logits in a chunk, unless the caller gives chunk_rows
-WEIGHT_BLOCK_ROWS = 1024  # vocabulary rows of a 16-bit head widened to float32 at a time (8192: half as slow again)
+# By device. Of both sides' float32 logits in a chunk, unless the caller gives chunk_rows: a GEMM reads the whole head
+# for each chunk, so that a GPU, whose arithmetic is dearer to starve, takes larger ones.
+CHUNK_BYTES = {"cpu": 300 * 2**20, "cuda": 2**31}  # cpu: 256 rows of 152k columns
+ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk should fill
+# Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as slow again).
+WEIGHT_BLOCK_ROWS = {"cpu": 1024, "cuda": 16384}
 
 
 class _Task(NamedTuple):
@@ -41,12 +50,24 @@ class _Task(NamedTuple):
     reduce_hidden_grad: bool
 
 
+def _for(device: torch.device, table: dict[str, int]) -> int:
+    return table.get(device.type, table["cuda"])
+
+
 def _float32_blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks (columns of the logits, float32 [columns, H]) of the weight [V, H]; a float32 weight is one, no copy."""
-    step = max(1, len(weight)) if weight.dtype == torch.float32 else WEIGHT_BLOCK_ROWS
+    step = max(1, len(weight)) if weight.dtype == torch.float32 else _for(weight.device, WEIGHT_BLOCK_ROWS)
     for start in range(0, len(weight), step):
         columns = slice(start, min(start + step, len(weight)))
         yield columns, weight[columns].float()
+
+
+def _chunk_rows(num_rows: int, num_local_columns: int, device: torch.device) -> int:
+    """Rows of a chunk: all chunks nearly equal, their number the least whose float32 logits fit CHUNK_BYTES."""
+    multiple = _for(device, ROW_MULTIPLE)
+    most = max(1, _for(device, CHUNK_BYTES) // (8 * num_local_columns * multiple)) * multiple
+    rows = math.ceil(num_rows / math.ceil(num_rows / most))
+    return min(math.ceil(rows / multiple) * multiple, num_rows)
 
 
 def _uses_tensor_cores(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -132,6 +153,8 @@ class _LinearJsd(torch.autograd.Function):
             results.append(_distil_chunk(student, teacher, gradient, chunk_labels, chunk_weights, task))
             if task.gradient:
                 _chunk_hidden_gradient(gradient, head, hidden_gradient[chunk])
+        if task.gradient:
+            zero_masked_rows(hidden_gradient, labels)
         ctx.save_for_backward(hidden_gradient)
         ctx.task, ctx.dtype = task, student_hidden.dtype
         results = torch.cat(results, 1)
@@ -140,6 +163,7 @@ class _LinearJsd(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
         (hidden_gradient,) = ctx.saved_tensors
         gradient = upstream.float().unsqueeze(1) * hidden_gradient
@@ -169,14 +193,14 @@ def linear_jsd(
 
     Args:
         student_hidden: [N, H], the same on all ranks of `group` (gather sequence shards before); gets the gradient.
-        teacher_hidden: [N, H], no gradient.
+        teacher_hidden: [N, H], no gradient. Both sides' logits must be finite, but in rows that a label masks.
         weight: [V/TP, H] this rank's rows of the lm_head, frozen. Logits, their gradient and all GEMMs' sums are
             float32 whatever the dtype of weight and hidden states; only on CUDA a bfloat16 head rounds the logits'
             gradient to bfloat16 for the last GEMM.
         labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label metrics.
         sft_alpha: in [0, 1]; loss = (1 - sft_alpha) jsd + sft_alpha cross_entropy, the latter not divided by T.
         beta, temperature, divergence, group, vocab_size, clip: as in `vocab_parallel_jsd`.
-        chunk_rows: rows whose logits exist at a time; None takes as many as fit CHUNK_BYTES.
+        chunk_rows: rows whose logits exist at a time; None makes equal chunks that fit CHUNK_BYTES.
         reduce_hidden_grad: sum the gradient of student_hidden over the group in backward. False where the caller
             gathered student_hidden with a function whose backward reduce-scatters (sequence parallelism).
     Without gradient mode, or if student_hidden needs no gradient, the gradient is not computed.
@@ -196,16 +220,17 @@ def linear_jsd(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight requires a gradient, which linear_jsd does not give: freeze it, or use logits_jsd")
+    chosen = Divergence(divergence, beta, temperature, clip)
     num_rows = len(student_hidden)
     columns = vocabulary_slice(len(weight), vocab_size, group)
     check_labels(labels, num_rows, vocab_size or len(weight) * group_size(group), sft_alpha)
     if num_rows == 0:  # the same on all ranks of the group: no rank calls a collective
         loss = student_hidden.float().sum(-1)
         return LinearJsdOutput(loss, *loss.detach().new_empty(6 if labels is None else 10, 0))
-    chunk_rows = min(chunk_rows or max(1, CHUNK_BYTES // (8 * len(weight))), num_rows)
+    chunk_rows = min(chunk_rows or _chunk_rows(num_rows, len(weight), weight.device), num_rows)
     gradient = torch.is_grad_enabled() and student_hidden.requires_grad
     task = _Task(
-        Divergence(divergence, beta, temperature, clip),
+        chosen,
         columns,
         sft_alpha,
         group,

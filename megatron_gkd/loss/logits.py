@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from megatron_gkd.loss.divergence import Divergence, RowScalars, passes_for, row_scalars
 from megatron_gkd.loss.output import LinearJsdOutput
@@ -23,6 +24,7 @@ from megatron_gkd.loss.rows import (
     row_results,
     row_weights,
     vocabulary_slice,
+    zero_masked_rows,
 )
 
 
@@ -79,6 +81,7 @@ class _VocabParallelJsd(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
         student_logits, second, labels, *rows, gradient_sum, jsd_weight, sft_weight = ctx.saved_tensors
         (first_column, num_columns), divergence = ctx.task.columns, ctx.task.divergence
@@ -90,6 +93,7 @@ class _VocabParallelJsd(torch.autograd.Function):
         passes_for(gradient.device).write_gradient(
             gradient, student_logits, second, num_columns, RowScalars(*rows), divergence, factors
         )
+        zero_masked_rows(gradient, labels)
         return gradient, None, None, None, None
 
 
@@ -125,8 +129,9 @@ def vocab_parallel_jsd(
     """Per-token divergence of student and teacher in nats, float32 [N], the same on all ranks of `group`.
 
     Args:
-        student_logits: [N, V/TP] float32, bfloat16 or float16, this rank's slice of the vocabulary; gets the gradient.
-        teacher_logits: [N, V/TP], no gradient.
+        student_logits: [N, V/TP] float32, bfloat16 or float16, finite, this rank's slice of the vocabulary; gets the
+            gradient. A banned token is a large negative number (-1e4), not -inf: that makes the row NaN.
+        teacher_logits: [N, V/TP], finite, no gradient.
         beta: the student's weight in the mixture, inside (0, 1); not used by the KLs.
         temperature: both sides' logits are divided by it.
         divergence: "jsd", "forward_kl" (teacher || student) or "reverse_kl".
@@ -156,8 +161,9 @@ def logits_jsd(
 ) -> LinearJsdOutput:
     """`vocab_parallel_jsd` with the SFT term and the metrics: what `linear_jsd` returns, from logits.
 
-    labels: int64 [N] global ids, -100 masks the row; sft_alpha: weight of the cross-entropy on unscaled logits, in
-    [0, 1]. The other arguments and the collectives are those of `vocab_parallel_jsd`.
+    labels: int64 [N] global ids, -100 masks the row (whose logits may be anything); sft_alpha: weight of the
+    cross-entropy on unscaled logits, in [0, 1]. The other arguments and the collectives are those of
+    `vocab_parallel_jsd`.
     """
     chosen = Divergence(divergence, beta, temperature, clip)
     loss, metrics = _apply(student_logits, teacher_logits, labels, sft_alpha, chosen, group, vocab_size, metrics=True)

@@ -71,6 +71,12 @@ def row_weights(labels: Optional[torch.Tensor], num_rows: int, sft_alpha: float,
     return Weights(active * (1.0 - sft_alpha), active * sft_alpha)
 
 
+def zero_masked_rows(gradient: torch.Tensor, labels: Optional[torch.Tensor]) -> None:
+    """0 in the rows [N, ...] of `gradient` whose label masks them: a weight of 0 leaves NaN where the row holds any."""
+    if labels is not None:
+        gradient.index_fill_(0, (labels == IGNORED_LABEL).nonzero().squeeze(1), 0)
+
+
 def gather_statistics(
     student: SideStatistics, teacher: SideStatistics, temperature: float, group: Optional[dist.ProcessGroup]
 ) -> tuple[SideStatistics, SideStatistics]:

@@ -13,10 +13,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.config import ModelShape, transformer_config
+from megatron_gkd.model.deepstack import DeepstackLayer
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
 from megatron_gkd.model.norm import RMSNorm
 from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
@@ -51,7 +52,7 @@ def core_attention(attn_impl: str, device: torch.device) -> type:
 
 
 def layer_spec(attention: type, linear: type) -> ModuleSpec:
-    """One decoder layer: megatron-core's modules, our norm, core attention and experts."""
+    """One decoder layer: megatron-core's modules, our norm, core attention and experts, deepstack's addition."""
     self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -64,7 +65,7 @@ def layer_spec(attention: type, linear: type) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DeepstackLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=self_attention,
@@ -114,6 +115,7 @@ def build_decoder(
         pg_collection=parallel.groups,
     )
     model.rotary_pos_emb = InterleavedRotaryEmbedding(shape.head_dim, shape.rope_theta).to(parallel.device)
+    model.towers = None  # set where a run has media: towers.py
     model.post_process = False  # forward returns the final norm's output; the decoder block keeps its own flag
     model.requires_grad_(False)
     if parallel.is_first_stage:

@@ -21,7 +21,7 @@ SINGLE = "model.safetensors"
 # Parts of a Qwen3-Omni folder that are not the decoder. Names below are relative to the thinker's prefix.
 _TOWERS = ("audio_tower.", "visual.")
 _OTHER_MODELS = ("talker.", "code2wav.")
-_DECODER_DTYPES = ("BF16", "F16", "F32")
+DECODER_DTYPES = ("BF16", "F16", "F32")
 DTYPES = {  # safetensors' names
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -35,6 +35,7 @@ class StoredTensor:
     """A tensor of a safetensors file, not read: `[rows, columns]` reads those of a matrix, `[rows]` whole rows."""
 
     path: Path
+    name: str
     dtype_name: str
     size: tuple[int, ...]
     start: int  # first byte in the file
@@ -49,7 +50,7 @@ class StoredTensor:
     def dtype(self) -> torch.dtype:
         """Raises ValueError for a type that torch does not have."""
         if self.dtype_name not in DTYPES:
-            raise ValueError(f"{self.path}: a tensor is {self.dtype_name}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"{self.path}: tensor {self.name} is {self.dtype_name}, expected one of {sorted(DTYPES)}")
         return DTYPES[self.dtype_name]
 
     @property
@@ -79,7 +80,7 @@ def stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
     """The tensors that a file with this header holds, in the order of their bytes."""
     described = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
     tensors = {
-        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + len(header) + entry["data_offsets"][0])
+        name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + len(header) + entry["data_offsets"][0])
         for name, entry in described.items()
     }
     return dict(sorted(tensors.items(), key=lambda item: (item[1].start, described[item[0]]["data_offsets"][1])))
@@ -96,18 +97,27 @@ class SafetensorsFolder:
         self.file_of: dict[str, str] = {}
         for file, header in self.headers.items():
             found = stored_tensors(self.folder / file, header)
+            twice = sorted(found.keys() & self.file_of.keys())
+            if twice:
+                raise ValueError(f"{self.folder / file}: holds tensor {twice[0]}, and {self.file_of[twice[0]]} holds it too")
             self.tensors |= found
             self.file_of |= dict.fromkeys(found, file)
         for tensor, name in listed.items():
-            if tensor not in self.file_of:
-                raise ValueError(f"{self.folder / INDEX}: lists tensor {tensor} in {name}, which does not hold it")
+            if self.file_of.get(tensor) != name:
+                other = f" ({self.file_of[tensor]} does)" if tensor in self.file_of else ""
+                raise ValueError(
+                    f"{self.folder / INDEX}: lists tensor {tensor} in {name}, which does not hold it{other}"
+                )
+        for tensor, file in self.file_of.items():
+            if listed and tensor not in listed:
+                raise ValueError(f"{self.folder / file}: has unexpected tensor {tensor}, which {INDEX} does not list")
 
     def _listed(self) -> dict[str, str]:
-        """Tensor -> file as the index says; empty for a single file (which wins over an index, as in transformers)."""
-        if (self.folder / SINGLE).is_file():
-            return {}
-        index = self.folder / INDEX
+        """Tensor -> file as the index says; empty for a single file without an index."""
+        index, has_single = self.folder / INDEX, (self.folder / SINGLE).is_file()
         if not index.is_file():
+            if has_single:
+                return {}
             pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(kind))
             hint = f"; {pickles[0]} is a pickle and is not read: convert the folder to safetensors" if pickles else ""
             raise FileNotFoundError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there{hint}")
@@ -115,6 +125,9 @@ class SafetensorsFolder:
             listed = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index}: not a safetensors index with a weight_map ({error!r})") from error
+        others = sorted(set(listed.values()) - {SINGLE})
+        if has_single and others:
+            raise ValueError(f"{self.folder}: {SINGLE} is there, and {INDEX} lists {others[0]}: which of them is the model?")
         missing = sorted(name for name in set(listed.values()) if not (self.folder / name).is_file())
         if missing:
             raise FileNotFoundError(
@@ -147,7 +160,7 @@ def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> None:
             raise ValueError(
                 f"{file}: tensor {name} has shape {list(tensor.get_shape())}, config.json asks for {list(size)}"
             )
-        if tensor.get_dtype() not in _DECODER_DTYPES:
+        if tensor.get_dtype() not in DECODER_DTYPES:
             raise ValueError(
-                f"{file}: tensor {name} is {tensor.get_dtype()}, expected one of {_DECODER_DTYPES} (nothing quantised)"
+                f"{file}: tensor {name} is {tensor.get_dtype()}, expected one of {DECODER_DTYPES} (nothing quantised)"
             )

@@ -5,6 +5,7 @@ code2wav) travel in the same checkpoint under their own names behind `huggingfac
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_gkd.model.table import decoder_tensors, places, stored_entries
 from megatron_gkd.model.torch_dist import METADATA, TorchDist
 
 CARRIED = "huggingface."  # prefix of keys that are no part of the decoder
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # its state beside the model, which is passed over
 DECODER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,14 +92,16 @@ class MegatronFolder:
     def _find_prefix(self) -> str:
         """What the checkpoint's writer put before megatron-core's names (nothing in Megatron-LM, `module.` in NeMo)."""
         last = "decoder.final_layernorm.weight"
-        found = [key for key in self.checkpoint.sizes if key.endswith(last) and not key.startswith("optimizer.")]
+        found = [key for key in self.checkpoint.sizes if key.endswith(last) and not _OPTIMIZER.match(key)]
         if not found:
             raise ValueError(f"{self.folder / METADATA}: no tensor {last}; not a GPTModel of megatron-core")
-        return found[0][: -len(last)]
+        return min(found, key=len)[: -len(last)]
 
     def _check(self, shape: ModelShape) -> None:
         sizes = {
-            key: size for key, size in self.checkpoint.sizes.items() if not key.startswith((CARRIED, "optimizer."))
+            key: size
+            for key, size in self.checkpoint.sizes.items()
+            if not key.startswith(CARRIED) and not _OPTIMIZER.match(key)
         }
         for entry in stored_entries(shape):
             key, wanted = self.prefix + entry.key, (*entry.stacked, *entry.matrix_size())

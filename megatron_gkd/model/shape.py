@@ -42,8 +42,11 @@ class ModelShape:
         return (self.vocab_size + multiple - 1) // multiple * multiple
 
 
-def read_model_shape(folder: str | Path) -> ModelShape:
-    """Read FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file and the unsupported setting."""
+def read_thinker_config(folder: str | Path) -> tuple[Path, str, Qwen3OmniMoeThinkerConfig]:
+    """(path of FOLDER/config.json, prefix of the thinker's tensor names, its settings).
+
+    Raises FileNotFoundError, or ValueError naming the file: not JSON, another model, a setting of the wrong type.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--model {folder}: no config.json there; expected a Hugging Face folder of Qwen3-Omni")
@@ -54,17 +57,25 @@ def read_model_shape(folder: str | Path) -> ModelShape:
             raise ValueError(f"model_type {model_type!r} is not supported; expected one of {sorted(_PREFIXES)}")
         prefix = _PREFIXES[model_type]
         thinker_raw = raw.get("thinker_config") if prefix else raw
-        if not thinker_raw or not thinker_raw.get("text_config"):
+        if not isinstance(thinker_raw, dict) or not thinker_raw.get("text_config"):
             raise ValueError(f"{'thinker_config.' if prefix else ''}text_config is missing")
-        thinker = Qwen3OmniMoeThinkerConfig.from_dict(thinker_raw)
-    except (ValueError, StrictDataclassError) as error:  # not JSON, another model, or a setting of the wrong type
+        return path, prefix, Qwen3OmniMoeThinkerConfig.from_dict(thinker_raw)
+    except (ValueError, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_model_shape(folder: str | Path) -> ModelShape:
+    """Read FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file and the unsupported setting."""
+    path, prefix, thinker = read_thinker_config(folder)
     text, rope = thinker.text_config, thinker.text_config.rope_parameters
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
     def refuse(setting, value, supported):
         raise ValueError(f"{path}: text_config.{setting} = {value!r} is not supported (this decoder has {supported})")
 
+    for setting in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        if getattr(text, setting) < 1:
+            refuse(setting, getattr(text, setting), "at least one")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if text.mlp_only_layers:
         refuse("mlp_only_layers", text.mlp_only_layers, "a mixture of experts in every layer: []")
     if text.decoder_sparse_step != 1:
@@ -88,7 +99,8 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     mrope_section = tuple(rope.get("mrope_section", [24, 20, 20]))
-    if len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
+    are_sizes = all(isinstance(size, int) for size in mrope_section)
+    if not are_sizes or len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
         refuse(
             "rope_scaling.mrope_section",
             list(mrope_section),

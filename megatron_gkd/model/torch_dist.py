@@ -71,12 +71,14 @@ class _TensorUnpickler(pickle.Unpickler):
     """data.pkl of a saved tensor -> (its first element in the storage, its size, its stride)."""
 
     def find_class(self, module, name):
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):  # the third: 8-bit floats
             return lambda storage, offset, size, stride, *rest: (offset, size, stride)
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name.endswith("Storage"):
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return str
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return name
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a plain tensor")
 
     def persistent_load(self, pid):

@@ -3,20 +3,57 @@
 from dataclasses import dataclass
 from typing import Callable, Optional, Protocol, Sequence
 
-from megatron_gkd.data.batch import Batch, with_responses
+import torch
+
+from megatron_gkd.data.batch import Batch, BatchView, with_responses
 from megatron_gkd.lora.modules import lora_enabled
 from megatron_gkd.model.config import ModelShape
+from megatron_gkd.model.merge import MediaFeatures, join_features
+from megatron_gkd.model.towers import StepMedia
 from megatron_gkd.parallel import Parallel
-from megatron_gkd.rollout.generate import generate
+from megatron_gkd.rollout.generate import PromptMedia, generate
+from megatron_gkd.rollout.mode import generation_mode
 
 
 class RolloutBackend(Protocol):
     """Writes new responses to the prompts of one step's micro-batches."""
 
-    def respond(self, model, batches: Sequence[Batch], step: int) -> list[Batch]:
+    def respond(self, model, batches: Sequence[Batch], step: int, media: Optional[StepMedia] = None) -> list[Batch]:
         """The same batches with responses that `model` wrote, a function of the prompts, the weights, the seed and
-        `step` alone."""
+        `step` alone. media: the features of the batches' media, where they have any."""
         ...
+
+    def num_truncated(self, batches: Sequence[Batch]) -> int:
+        """Of the responses that it wrote, those that were cut before they ended."""
+        ...
+
+
+def prompt_media(
+    views: Sequence[BatchView], written: Sequence[Sequence[int]], features: Sequence[Optional[MediaFeatures]]
+) -> Optional[PromptMedia]:
+    """The media of the prompts that are written to, all micro-batches in a row; None where all of them are text.
+
+    written: for each view its rows that are; features: of each view's batch, None for a batch without media and on
+    later stages.
+    """
+    if not any(len(view.media_rows) for view in views):
+        return None
+    position_ids, prompts, places, tokens = [], [], [], []
+    for view, rows in zip(views, written):
+        size, lengths = view.input_ids.shape[1], view.prompt_lengths.tolist()
+        number = torch.full((len(view.input_ids),), -1, device=view.input_ids.device)
+        number[list(rows)] = len(position_ids) + torch.arange(len(rows), device=number.device)
+        prompts.append(number[view.media_rows // size])
+        places.append(view.media_rows % size)
+        position_ids += [view.position_ids[:, row, : lengths[row]] for row in rows]
+        tokens.append(view.media_tokens)
+    encoded = [index for index, of_batch in enumerate(features) if of_batch is not None]
+    whole = None
+    if encoded:
+        whole, numbers = join_features([features[index] for index in encoded])
+        for index, of_batch in zip(encoded, numbers):
+            tokens[index] = of_batch[tokens[index]]
+    return PromptMedia(position_ids, torch.cat(prompts), torch.cat(places), torch.cat(tokens), whole)
 
 
 @dataclass(frozen=True)
@@ -46,23 +83,28 @@ class MegatronRollout:
     progress: Optional[Callable[[int, int], None]] = None
     """Called with (tokens written, max_completion_length)."""
 
-    def respond(self, model, batches: Sequence[Batch], step: int) -> list[Batch]:
+    def respond(self, model, batches: Sequence[Batch], step: int, media: Optional[StepMedia] = None) -> list[Batch]:
         """Collectives: those of `generate`; every rank calls with its data-parallel rank's batches. Filler rows get an
         empty response."""
-        prompts, row_ids = [], []
-        for batch in batches:
-            view = batch.teacher if self.teacher_writes else batch.student
-            rows = zip(view.input_ids.tolist(), view.prompt_lengths.tolist(), batch.rows)
-            written = [(ids[:length], row) for ids, length, row in rows if row >= 0]
-            prompts += [prompt for prompt, _ in written]
-            row_ids += [row for _, row in written]
-        with lora_enabled(model, not self.teacher_writes):
+        prompts, row_ids, places = [], [], []
+        views = [batch.teacher if self.teacher_writes else batch.student for batch in batches]
+        written = [[index for index, row in enumerate(batch.rows) if row >= 0] for batch in batches]
+        for number, (batch, view, indices) in enumerate(zip(batches, views, written)):
+            ids, lengths = view.input_ids.tolist(), view.prompt_lengths.tolist()
+            prompts += [ids[index][: lengths[index]] for index in indices]
+            row_ids += [batch.rows[index] for index in indices]
+            # Places in the global batch (see data/loader.py): a row that is in it twice is answered twice.
+            first = (number * self.parallel.dp_size + self.parallel.dp_rank) * len(batch.rows)
+            places += [first + index for index in indices]
+        with lora_enabled(model, not self.teacher_writes), generation_mode(model):
+            features = [None if media is None else media[index] for index in range(len(batches))]
             responses = generate(
                 model,
                 self.shape,
                 self.parallel,
                 prompts,
                 row_ids=row_ids,
+                noise_ids=places,
                 max_new_tokens=self.max_completion_length,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
@@ -71,6 +113,7 @@ class MegatronRollout:
                 top_p=self.top_p,
                 top_k=self.top_k,
                 repetition_penalty=self.repetition_penalty,
+                media=prompt_media(views, written, features),
                 progress=self.progress,
             )
         remaining = iter(responses)
@@ -83,3 +126,12 @@ class MegatronRollout:
             )
             for batch in batches
         ]
+
+    def num_truncated(self, batches: Sequence[Batch]) -> int:
+        """Responses of max_completion_length tokens whose last id is no stop id."""
+        count = 0
+        for view in (batch.student for batch in batches):
+            last = view.input_ids.gather(1, view.lengths[:, None] - 1)[:, 0]
+            ended = torch.isin(last, torch.tensor(list(self.eos_token_ids), dtype=last.dtype, device=last.device))
+            count += int((~ended & (view.lengths - view.prompt_lengths >= self.max_completion_length)).sum())
+        return count

@@ -4,6 +4,7 @@ Ragged prompts are padded on the left, so that every row's next token stands in 
 data-parallel rank, W columns of the padded prompts, H hidden size.
 """
 
+from dataclasses import dataclass
 from typing import Callable, Collection, Optional, Sequence
 
 import torch
@@ -11,12 +12,30 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.model.config import ModelShape
+from megatron_gkd.model.merge import MediaFeatures, media_arguments
 from megatron_gkd.parallel import Parallel
 from megatron_gkd.rollout.mode import generation_mode
 from megatron_gkd.rollout.sampling import Sampler, Sampling
 
 _DONE, _WRITING, _BROKEN = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PromptMedia:
+    """What the prompts show besides text."""
+
+    position_ids: Sequence[Tensor]
+    """float32 [3, length] of each prompt; the response goes on from the last"""
+    prompts: Tensor
+    """int64 [M]: the prompt of each media token"""
+    places: Tensor
+    """int64 [M]: its place in the prompt"""
+    tokens: Tensor
+    """int64 [M]: its number among the features"""
+    features: Optional[MediaFeatures]
+    """None on later pipeline stages"""
 
 
 def generate(
@@ -34,14 +53,16 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
+    noise_ids: Optional[Sequence[int]] = None,
+    media: Optional[PromptMedia] = None,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> list[list[int]]:
     """One response to each prompt of this data-parallel rank: at most `max_new_tokens` ids, end-of-text id included.
 
     Every rank calls it with its data-parallel rank's prompts (possibly none) and gets those responses; TP and PP ranks
-    get the same. row_ids: one number a prompt, unique over the global batch; with `seed` they fix the noise, so neither
-    layout nor batch changes a row's text. temperature 0 is greedy. progress(tokens written, max_new_tokens) is called
-    after each token.
+    get the same. row_ids: one number a prompt, which errors name; noise_ids: one that is unique over the global batch
+    (default: row_ids); with `seed` they fix the noise, so neither layout nor batch changes a text. temperature 0 is
+    greedy. media: None where all prompts are text. progress(tokens written, max_new_tokens) is called after each token.
 
     Holds a fp32 copy of this rank's lm_head rows and the keys and values of B x (W + max_new_tokens) positions
     meanwhile. Collectives a token: those of the forward, of `Sampler.draw` on the last stage, a broadcast of B ids over
@@ -52,20 +73,22 @@ def generate(
     all ranks that were writing together, for logits that are not finite, naming the row.
     """
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+    noise_ids = row_ids if noise_ids is None else noise_ids
     _check(prompts, row_ids, max_new_tokens, shape.vocab_size)
+    assert media is None or media.features is not None or not parallel.is_first_stage, "media without features"
     replicas_share_experts = parallel.tp_size % parallel.ep_size != 0  # else each TP group holds all experts by itself
     num_prompts = len(prompts)
     most_prompts = _world_max(num_prompts, parallel.device) if replicas_share_experts else num_prompts
     if most_prompts == 0:
         return []
     if not prompts:  # other ranks' tokens need this rank's experts: it goes along with a row of its own
-        prompts, row_ids = [[pad_token_id]], [0]
+        prompts, row_ids, noise_ids, media = [[pad_token_id]], [0], [0], None
 
     input_ids, num_padding = _pad_left(prompts, pad_token_id, parallel.device)
     num_rows, width = input_ids.shape
     columns = torch.arange(width + max_new_tokens, device=parallel.device)
     is_padding = columns < num_padding[:, None]  # [B, W + max_new_tokens]
-    position_ids = (columns - num_padding[:, None]).clamp(min=0).expand(3, -1, -1)
+    position_ids = _positions(columns, num_padding, width, media)
     context = StaticInferenceContext(num_rows, width + max_new_tokens)
 
     if parallel.is_last_stage:
@@ -73,7 +96,7 @@ def generate(
         sampler = Sampler(
             sampling,
             seed=seed,
-            row_ids=torch.tensor(row_ids, dtype=torch.int64, device=parallel.device),
+            row_ids=torch.tensor(noise_ids, dtype=torch.int64, device=parallel.device),
             first_column=parallel.tp_rank * head.shape[0],
             num_columns=head.shape[0],
             vocab_size=shape.vocab_size,
@@ -87,10 +110,12 @@ def generate(
     with generation_mode(model):
         for step in range(max_new_tokens):
             mask = _attention_mask(is_padding[:, :end], input_ids.shape[1])
-            hidden = _forward_stage(model, parallel, input_ids, position_ids[:, :, :end], mask, context)
+            positions = position_ids[:, :, :end]
+            shown = _shown(model, parallel, input_ids, positions, num_padding, media) if step == 0 else {}
+            hidden = _forward_stage(model, parallel, input_ids, positions, mask, context, shown)
             tokens = torch.empty(num_rows, dtype=torch.int64, device=parallel.device)
             if parallel.is_last_stage:
-                tokens = sampler.draw(hidden[-1].float() @ head.T, step)
+                tokens = sampler.draw(lm_head(model, hidden[-1], head), step)
                 sampler.observe(tokens[:, None])
             if parallel.pp_size > 1:
                 dist.broadcast(tokens, parallel.last_stage_rank, group=parallel.groups.pp)
@@ -150,6 +175,24 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch
     return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(num_padding, device=device)
 
 
+def _positions(columns: Tensor, num_padding: Tensor, width: int, media: Optional[PromptMedia]) -> Tensor:
+    """float32 [3, B, W + max_new_tokens]: each row's positions after its padding, which has 0."""
+    position_ids = (columns - num_padding[:, None]).clamp(min=0).float().repeat(3, 1, 1)
+    if media is not None:
+        for row, (padding, of_prompt) in enumerate(zip(num_padding.tolist(), media.position_ids)):
+            position_ids[:, row, padding:width] = of_prompt
+            position_ids[:, row, width:] = of_prompt[:, -1:] + 1 + columns[: len(columns) - width]
+    return position_ids
+
+
+def _shown(model, parallel, input_ids, position_ids, num_padding, media: Optional[PromptMedia]) -> dict:
+    """More arguments of the first stage's prefill: the media in their places in the padded prompts."""
+    if media is None or media.features is None:
+        return {}
+    rows = media.prompts * input_ids.shape[1] + num_padding[media.prompts] + media.places
+    return media_arguments(model, parallel, input_ids, position_ids, rows, media.tokens, media.features)
+
+
 def _attention_mask(is_padding: Tensor, num_queries: int) -> Optional[Tensor]:
     """is_padding [B, K] -> [B, 1, S, K] bool for the last S positions, True = hidden; None means plain causal.
 
@@ -164,12 +207,12 @@ def _attention_mask(is_padding: Tensor, num_queries: int) -> Optional[Tensor]:
 
 
 def _forward_stage(
-    model, parallel: Parallel, input_ids: Tensor, position_ids: Tensor, mask: Optional[Tensor], context
+    model, parallel: Parallel, input_ids: Tensor, position_ids: Tensor, mask: Optional[Tensor], context, shown: dict
 ) -> Tensor:
     """This stage's output [S, B, H] for the S newest positions; the cache and its offset advance.
 
-    input_ids [B, S]; position_ids [3, B, K] and mask [B, 1, S, K] for the K positions so far. Collectives besides the
-    model's: a receive from the stage before, a send to the stage after.
+    input_ids [B, S]; position_ids [3, B, K] and mask [B, 1, S, K] for the K positions so far; shown: the media among
+    the newest. Collectives besides the model's: a receive from the stage before, a send to the stage after.
     """
     num_rows, num_positions = input_ids.shape
     pipeline = parallel.groups.pp
@@ -178,7 +221,7 @@ def _forward_stage(
         received = torch.empty(size, dtype=model.config.params_dtype, device=parallel.device)
         dist.recv(received, dist.get_global_rank(pipeline, parallel.pp_rank - 1), group=pipeline)
         model.set_input_tensor(received)
-    hidden = model(input_ids, position_ids, mask, inference_context=context, runtime_gather_output=True)
+    hidden = model(input_ids, position_ids, mask, inference_context=context, runtime_gather_output=True, **shown)
     if not parallel.is_last_stage:
         dist.send(hidden.contiguous(), dist.get_global_rank(pipeline, parallel.pp_rank + 1), group=pipeline)
     context.increment_sequence_len_offset(num_positions)

@@ -1,0 +1,336 @@
+"""--lora_towers: LoRA on the towers' attention and MLP equals peft's in value and gradient, is saved, loaded, merged
+and resumed; without the flag none lands there.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_tools import thinker as thinker_versions
+from checkpoint_tools.lower_rank import LowerRankConfig, lower
+from checkpoint_tools.make_tiny_model import build_folder
+from checkpoint_tools.merge_lora import MergeLoraConfig, convert
+from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
+from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
+from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora.adapter import THINKER, adapter_pieces, tower_loras, tower_tensors
+from megatron_gkd.lora.apply import count_parameters
+from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.positions import MediaTokenIds
+from megatron_gkd.model.towers import StepMedia, build_towers
+from tests.adapters import load_peft, load_thinker, load_whole, random_adapter
+from tests.lora_runs import build, in_reducer, initialize, make_optimizer
+from tests.random_media import make_batch, make_rows
+from tests.ranks import run_ranks
+from tests.reference_step import divergence
+from tests.test_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
+
+RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
+AUDIO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+VISUAL = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+LAYOUTS = [
+    pytest.param((1, 1, 1, True), id="single-recompute"),
+    pytest.param((2, 2, 1, False), id="TP2"),
+    pytest.param((4, 2, 2, True), id="TP2-PP2-recompute", marks=pytest.mark.smoke),
+    pytest.param((3, 1, 1, False), id="DP3-text-on-one-rank"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = dict(num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=VOCAB_SIZE)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
+
+
+def tower_linears(model) -> dict[str, torch.nn.Linear]:
+    """Those that carry LoRA, of a transformers' thinker, under the names of the hub."""
+    audio = thinker_versions.audio_tower(model)
+    visual = model.model.visual if hasattr(model.model, "visual") else model.visual
+    linears = {
+        f"audio_tower.layers.{i}.{name}": layer.get_submodule(name)
+        for i, layer in enumerate(audio.layers)
+        for name in AUDIO
+    }
+    return linears | {
+        f"visual.blocks.{i}.{name}": block.get_submodule(name)
+        for i, block in enumerate(visual.blocks)
+        for name in VISUAL
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """LoRA on attention of the decoder and on both towers, as a PEFT folder."""
+    tensors = random_adapter(read_model_shape(folder), RANK, TARGETS)
+    generator, names = torch.Generator().manual_seed(6), []
+    for name, linear in tower_linears(load_thinker(folder)).items():
+        names.append(name)
+        down = torch.randn(RANK, linear.in_features, generator=generator) / linear.in_features**0.5
+        tensors[f"{THINKER}{name}.lora_A.weight"] = down
+        tensors[f"{THINKER}{name}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=generator) * 0.3
+    path = tmp_path_factory.mktemp("adapter")
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    config |= {"bias": "none", "target_modules": TARGETS + names, "exclude_modules": ".*(talker|code2wav).*"}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def peft_name(name: str) -> str:
+    """A parameter of PEFT's model under the adapter's names."""
+    for tower in ("audio_tower.", "visual."):
+        if f".{tower}" in name:
+            return THINKER + tower + name.split(f".{tower}")[1].replace(".default", "")
+    return f"{THINKER}model.layers.{name.split('layers.')[1].replace('.default', '')}"
+
+
+@pytest.fixture(scope="module")
+def reference(folder, adapter):
+    """Logits of each row's student and teacher; mean JSD and its gradients."""
+    model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
+    assert not missing
+    logits, losses = [], []
+    for row in (row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch):
+        student = model(**row.inputs("student")).logits[0]
+        with torch.no_grad(), model.disable_adapter():
+            teacher = model(**row.inputs("teacher")).logits[0]
+        logits.append((student.detach(), teacher))
+        responses = (side[-len(row.response) - 1 : -1].double() for side in (student, teacher))
+        losses.append(divergence(*responses, temperature=TEMPERATURE, kind="jsd", beta=0.5))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    gradients = {peft_name(name): parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+    assert len(gradients) == 2 * (4 * len(TARGETS) + 2 * len(AUDIO) + 3 * len(VISUAL))
+    return SimpleNamespace(logits=logits, loss=loss.item(), gradients=gradients)
+
+
+def make_model(place, folder, *, adapter=None, recompute=False, dropout=0.0):
+    """(shape, decoder with towers and LoRA on both)."""
+    shape, model = build(place, folder, recompute=recompute)
+    model.towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
+    apply_lora(model, shape, place, rank=RANK, alpha=ALPHA, dropout=dropout, targets=TARGETS, seed=0, towers=True)
+    if adapter is not None:
+        load_adapter(model, shape, place, PeftAdapter(adapter, shape))
+    return shape, model
+
+
+def my_batches(place, folder, tp):
+    rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
+    for of_batch in rows:
+        batches.append(make_batch(of_batch, tp, first))
+        first += len(of_batch)
+    return batches[place.dp_rank :: place.dp_size]
+
+
+def logits_of(place, shape, model, batches):
+    """{row: (student's, teacher's)}."""
+    media, found = StepMedia(model.towers, batches), {}
+    for index, batch in enumerate(batches):
+        sides = []
+        for side in ("student", "teacher"):
+            with lora_enabled(model, side == "student"):
+                features = media[index] if model.towers is not None else None
+                sides.append(view_logits(model, shape, place, getattr(batch, side), features))
+        found |= {row: pair for row, pair in zip(batch.rows, zip(*sides))}
+    return found
+
+
+def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
+    place = initialize(tp, pp, 1)
+    shape, model = make_model(place, folder, adapter=adapter, recompute=recompute)
+    batches = my_batches(place, folder, tp)
+    with torch.no_grad():
+        logits = logits_of(place, shape, model, batches)
+    ddp = in_reducer(model)
+    ddp.train()
+    optimizer = make_optimizer(ddp)
+    optimizer.zero_grad()
+    media = StepMedia(model.towers, batches)
+    teacher = teacher_forward(model, batches, place, media)
+    sums = student_forward_backward(ddp, batches, teacher, SETTINGS, place, media)
+    means = sums.means(place)
+    gradients = [
+        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_pieces(model, shape, place)
+    ]
+    norm = optimizer.step(0.01, means["loss"]).grad_norm
+    saved = save_checkpoint(
+        output,
+        1,
+        model=model,
+        shape=shape,
+        parallel=place,
+        alpha=ALPHA,
+        dropout=0.0,
+        base_model=folder,
+        optimizer=optimizer,
+        state={},
+        save_total_limit=1,
+    )
+    with torch.no_grad():
+        after = logits_of(place, shape, model, batches)
+    return SimpleNamespace(logits=logits, means=means, gradients=gradients, norm=norm, saved=saved, after=after)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, adapter, tmp_path_factory):
+    """layout -> what its ranks found, run once."""
+    made = {}
+
+    def run(layout):
+        if layout not in made:
+            output = str(tmp_path_factory.mktemp("run"))
+            made[layout] = run_ranks(run_layout, layout[0], folder, adapter, output, *layout[1:])
+        return made[layout]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_gradients_equal_peft(runs, reference, layout):
+    results = runs(layout)
+    norm = sum(float(value.square().sum()) for value in reference.gradients.values()) ** 0.5
+    largest, seen = {}, set()
+    for name, value in reference.gradients.items():
+        kind = tuple(name.split(".")[-3:])
+        largest[kind] = max(largest.get(kind, 0.0), value.abs().max().item())
+    assert min(largest.values()) > 1e-5
+    for result in results:
+        for row, pair in result.logits.items():
+            for mine, expected in zip(pair, reference.logits[row], strict=True):
+                assert (mine[: len(expected)] - expected).abs().max() < 1e-4, row
+        assert result.means["loss"] == pytest.approx(reference.loss, rel=1e-5)
+        assert result.norm == pytest.approx(norm, rel=1e-4)
+        for name, index, value in result.gradients:
+            seen.add(name)
+            difference = (value - reference.gradients[name][index]).abs().max().item()
+            assert difference < 1e-4 * largest[tuple(name.split(".")[-3:])], (name, difference)
+    assert seen == set(reference.gradients)
+
+
+def test_saved_adapter_is_pefts(folder, runs):
+    """After a step at TP 2, PP 2: peft loads it on the whole model, with the same logits; all layouts save the same."""
+    results = runs((4, 2, 2, True))
+    model, missing = load_peft(load_whole(folder), results[0].saved)
+    assert not missing
+    rows = [row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch]
+    thinker = model.base_model.model.thinker
+    for number in (0, 4, 7):
+        with torch.no_grad():
+            expected = thinker(**rows[number].inputs("student")).logits[0]
+        assert (results[0].after[number][0][: len(expected)] - expected).abs().max() < 1e-4
+    folders = [run[0].saved for run in (results, runs((1, 1, 1, True)))]
+    here, there = (load_file(Path(saved, "adapter_model.safetensors")) for saved in folders)
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.allclose(value, there[name], atol=2e-4), name
+
+
+def resume(rank, world_size, folder, saved, tp):
+    """Logits, and the moments of one tower's matrix, after a resume."""
+    place = initialize(tp, 1, 1)
+    shape, model = make_model(place, folder)
+    ddp = in_reducer(model)
+    optimizer = make_optimizer(ddp)
+    load_checkpoint(Path(saved), model=model, shape=shape, parallel=place, optimizer=optimizer)
+    with torch.no_grad():
+        logits = logits_of(place, shape, model, my_batches(place, folder, tp))
+    module = tower_loras(model)["visual.blocks.1.attn.qkv"]
+    return logits, optimizer.moments()[module.up["qkv"]]["exp_avg"].clone()
+
+
+def test_resume_at_another_layout(folder, runs):
+    before = runs((4, 2, 2, True))[0]
+    for logits, moment in run_ranks(resume, 2, folder, str(before.saved), 2):
+        assert moment.any()
+        for row, (student, _) in logits.items():
+            assert (student - before.after[row][0][: len(student)]).abs().max() < 1e-4
+
+
+def modes(rank, world_size, folder, adapter):
+    """Off and a fresh start are the base bit for bit; dropout needs training mode; counts."""
+    place = initialize(1, 1, 1)
+    _, fresh = make_model(place, folder)
+    shape, model = make_model(place, folder, adapter=adapter, dropout=DROPOUT)
+    batch = my_batches(place, folder, 1)[0]
+    base = build_towers(folder, shape, place, torch.float32, audio=True, visual=True).encode(batch).embeddings
+    with torch.no_grad():
+        with lora_enabled(model, False):
+            off = StepMedia(model.towers, [batch])[0].embeddings
+        model.eval()
+        still = [StepMedia(model.towers, [batch])[0].embeddings for _ in range(2)]
+        model.train()
+        dropped = [StepMedia(model.towers, [batch])[0].embeddings for _ in range(2)]
+    of_towers = sum(a * b for a, b in tower_tensors(model).values())
+    tower_sizes = sum(p.numel() for p in model.towers.parameters() if not p.requires_grad)
+    alone, both = count_parameters(shape, RANK, TARGETS), count_parameters(shape, RANK, TARGETS, model)
+    return (
+        torch.equal(base, off) and torch.equal(base, fresh.towers.encode(batch).embeddings),
+        torch.equal(*still) and not torch.equal(still[0], base),
+        torch.equal(*dropped),
+        both == (alone[0] + of_towers, alone[1] + of_towers + tower_sizes) and of_towers > 0,
+        [name for name, module in model.towers.named_modules() if module.training and not hasattr(module, "base")],
+    )
+
+
+def test_toggle_dropout_and_counts(folder, adapter):
+    ((off_is_base, still, dropped_same, counts, training),) = run_ranks(modes, 1, folder, adapter)
+    assert off_is_base and still and not dropped_same and counts and not training
+
+
+def test_merge_and_lower_rank(folder, adapter, tmp_path):
+    """W + scale B A in the towers' tensors too, and a lower rank keeps their LoRA."""
+    convert(MergeLoraConfig(hf_model=folder, adapter=[adapter], output=str(tmp_path / "merged"), num_workers=1))
+    tensors, name = load_file(Path(adapter, "adapter_model.safetensors")), "audio_tower.layers.1.self_attn.out_proj"
+    base, merged = (load_file(Path(where, "model.safetensors")) for where in (folder, tmp_path / "merged"))
+    update = tensors[f"{THINKER}{name}.lora_B.weight"] @ tensors[f"{THINKER}{name}.lora_A.weight"] * ALPHA / RANK
+    assert torch.allclose(merged[f"thinker.{name}.weight"], base[f"thinker.{name}.weight"] + update, atol=1e-5)
+    assert torch.equal(merged[f"thinker.{name}.bias"], base[f"thinker.{name}.bias"])
+    lower(LowerRankConfig(hf_model=folder, adapter=adapter, output=str(tmp_path / "lower"), lora_rank=1))
+    shape = read_model_shape(folder)
+    lowered, whole = PeftAdapter(tmp_path / "lower", shape), PeftAdapter(adapter, shape)
+    assert lowered.rank == 1 and lowered.towers == whole.towers
+    assert len(whole.towers) == 2 * len(AUDIO) + 3 * len(VISUAL)
+    _, missing = load_peft(load_thinker(folder), str(tmp_path / "lower"))
+    assert not missing
+
+
+def parts_of(rank, world_size, argv, kinds):
+    from megatron_gkd.config import parse_config
+    from megatron_gkd.parts import build as build_parts
+
+    config, place = parse_config(argv), initialize(1, 1, 1)
+    try:
+        parts = build_parts(config, read_model_shape(config.model.model), place, **kinds)
+    except ValueError as error:
+        return str(error)
+    return [name for name, p in parts.model.named_parameters() if p.requires_grad and name.startswith("towers.")]
+
+
+@pytest.mark.parametrize(
+    "flags, kinds, expected",
+    [
+        (["--lora_target_modules", "ALL"], dict(audio=True, visual=True), []),  # never by accident
+        (["--lora_towers", "true"], {}, "--lora_towers: no row of the data has audio"),
+        (["--adapter", "ADAPTER"], dict(audio=True), "has LoRA on 24 linears of the towers"),
+    ],
+)
+def test_only_on_purpose(folder, adapter, tmp_path, flags, kinds, expected):
+    argv = ["--model", folder, "--dataset", "unused.jsonl", "--device", "cpu", "--torch_dtype", "float32"]
+    argv += ["--output_dir", str(tmp_path), *(adapter if word == "ADAPTER" else word for word in flags)]
+    (found,) = run_ranks(parts_of, 1, argv, kinds)
+    assert found == expected if expected == [] else expected in found
+
+
+def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
+    tensors = load_file(Path(adapter, "adapter_model.safetensors"))
+    del tensors[f"{THINKER}visual.blocks.0.attn.qkv.lora_A.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match="misses tensor .*visual.blocks.0.attn.qkv.lora_A.weight"):
+        PeftAdapter(tmp_path, read_model_shape(folder))

@@ -1,0 +1,81 @@
+"""On-policy text of rows with audio, images and video: equal to transformers' generate, token by token."""
+
+import pytest
+import torch
+
+from checkpoint_tools.make_tiny_model import build_folder
+from megatron_gkd.model.positions import MediaTokenIds
+from megatron_gkd.model.towers import StepMedia, build_towers
+from megatron_gkd.rollout.backend import MegatronRollout
+from tests.adapters import load_thinker
+from tests.lora_runs import build, initialize
+from tests.random_media import make_batch, make_rows
+from tests.ranks import run_ranks
+
+VOCAB_SIZE, MAX_NEW_TOKENS = 503, 5
+SIDES = ("student", "teacher")
+LAYOUTS = [
+    pytest.param((1, 1, 1, 1), id="single"),
+    pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2", marks=pytest.mark.smoke),
+    pytest.param((3, 1, 1, 1), id="DP3-text-on-one-rank"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = dict(num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=VOCAB_SIZE)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
+
+
+def write(rank, world_size, folder, tp, pp, ep):
+    """{side: {row: text}} of this rank's micro-batches. LoRA is there, W_up at zero: it changes nothing."""
+    place = initialize(tp, pp, ep)
+    rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
+    for of_batch in rows:
+        batches.append(make_batch([*of_batch], tp, first))
+        first += len(of_batch)
+    batches = batches[place.dp_rank :: place.dp_size]
+    shape, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
+    towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
+    texts = {}
+    for side in SIDES:
+        rollout = MegatronRollout(
+            shape,
+            place,
+            eos_token_ids=[],
+            pad_token_id=0,
+            pad_to_multiple_of=tp,
+            seed=0,
+            max_completion_length=MAX_NEW_TOKENS,
+            temperature=0.0,
+            repetition_penalty=1.0,
+            teacher_writes=side == "teacher",
+        )
+        texts[side] = {}
+        for old, new in zip(batches, rollout.respond(model, batches, 0, StepMedia(towers, batches))):
+            view = getattr(new, side)
+            spans = zip(view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist())
+            texts[side] |= {row: ids[start:end] for row, (ids, start, end) in zip(old.rows, spans)}
+    return texts
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    model, texts = load_thinker(folder), {side: {} for side in SIDES}
+    for number, row in enumerate(row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch):
+        for side in SIDES:
+            inputs = row.inputs(side, with_response=False)
+            settings = dict(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0)
+            ids = model.generate(**inputs, **settings)
+            texts[side][number] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return texts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_text_equals_transformers(folder, expected, layout):
+    assert expected["student"] != expected["teacher"]
+    found = {side: {} for side in SIDES}
+    for result in run_ranks(write, layout[0], folder, *layout[1:]):
+        for side in SIDES:
+            found[side] |= result[side]
+    assert found == expected
