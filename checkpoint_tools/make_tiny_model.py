@@ -32,8 +32,8 @@ from checkpoint_tools.tiny.tones import Speaker
 from checkpoint_tools.tiny.tower_training import train_audio_tower
 from checkpoint_tools.tiny.training import train_toy_language
 
-# What the command line does unless told otherwise. 600 steps are a minute of one core: every rule of the toy language at
-# or near 100 % on held-out prompts. 500 are 40 seconds: the tower tells the word in 97 % of its outputs.
+# What the command line does unless told otherwise. 600 steps are a minute of one core: every rule of the toy language
+# at or near 100 % on held-out prompts. 500 are half a minute: the tower tells the word in 98 % of its outputs.
 TRAINED = {"train_steps": 600, "tower_steps": 500}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,8 +130,8 @@ def build_folder(
     """Write a model folder to `output` and return its path; the same arguments give the same bytes.
 
     Sizes are the thinker's decoder's. `thinker_only` leaves out talker and code2wav and the `thinker.` prefix;
-    `train_steps` teaches the decoder the toy language, `tower_steps` the audio tower its sound, `tower_sound`: tones, or
-    voices (espeak-ng). Written beside and renamed: `output` is there complete or not at all.
+    `train_steps` teaches the decoder the toy language, `tower_steps` the audio tower its sound, `tower_sound`: tones,
+    or voices (espeak-ng). Written beside and renamed: `output` is there complete or not at all.
     Raises ValueError for a folder that has files, impossible sizes, or voices without espeak-ng.
     """
     speak = make_speaker(tower_sound)

@@ -10,6 +10,7 @@
 # computed with transformers + peft alone, and that they give the Megatron model's numbers
 # SOUND=voices takes human-like voices (needs espeak-ng) instead of tones, and a model of its own that knows them.
 # NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the runs; one GPU takes NPROC=1 DEVICE=cuda.
+# NUM_TRAIN and NUM_HELDOUT are numbers of sounds.
 # MIN_EXACT is the share of held-out sounds that must be heard exactly: with a few steps none will, MIN_EXACT=0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,6 +21,8 @@ MODEL=${MODEL:-$([ "$SOUND" = tones ] && echo output/demo/model || echo "$DEMO/m
 NPROC=${NPROC:-2}
 DEVICE=${DEVICE:-cpu}
 DTYPE=${DTYPE:-float32}
+NUM_TRAIN=${NUM_TRAIN:-2400}
+NUM_HELDOUT=${NUM_HELDOUT:-128}
 MIN_EXACT=${MIN_EXACT:-$([ "$SOUND" = tones ] && echo 0.8 || echo 0.5)}
 export OMP_NUM_THREADS=1
 
@@ -33,13 +36,14 @@ if [ ! -d "$MODEL" ]; then # the folder is renamed into place when it is complet
 elif grep -qs "\"tower_sound\": \"$SOUND\"" "$MODEL/lessons.json"; then
     echo "already there; remove it to make another"
 else
-    echo "demo_speech: error: the audio tower of $MODEL never heard $SOUND; remove the folder or name another: MODEL=..." >&2
+    echo "demo_speech: error: the audio tower of $MODEL never heard $SOUND: remove it or name another, MODEL=..." >&2
     exit 1
 fi
 
 echo "[3/6] data in $DEMO/data"
 rm -rf "$DEMO/data"
-python -m launch.demo_speech_data --output "$DEMO/data" --sound "$SOUND"
+python -m launch.demo_speech_data --output "$DEMO/data" --sound "$SOUND" --num_train "$NUM_TRAIN" \
+    --num_heldout "$NUM_HELDOUT"
 head -n 1 "$DEMO/data/train.jsonl"
 
 layout=(--tensor_model_parallel_size "$NPROC" --expert_model_parallel_size "$NPROC" --device "$DEVICE")

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sound", choices=list(SOUNDS), default="tones")
     parser.add_argument("--num_train", type=int, default=2400)
-    parser.add_argument("--num_heldout", type=int, default=64)
+    parser.add_argument("--num_heldout", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     speak, prompts = make_speaker(arguments.sound), random.Random(arguments.seed)

@@ -1,8 +1,8 @@
 """What launch/demo_speech.sh shows at its end: how well held-out sound is heard, with `transformers` and `peft` alone.
 
 `python -m launch.demo_speech_report --model DIR --heldout FILE --gkd RUN --sft RUN --picture FILE` measures the base
-model and the last adapter of both runs, prints the table, draws the picture, and exits 1 when the distilled student does
-not hear or when Megatron's own evaluations disagree with the measures made here.
+model and the last adapter of both runs, prints the table, draws the picture, and exits 1 when the distilled student
+does not hear or when Megatron's own evaluations disagree with the measures made here.
 """
 
 import argparse
@@ -37,8 +37,8 @@ COLORS = {"gkd": "tab:blue", "sft": "tab:orange"}
 
 @dataclass
 class HeldOut:
-    """Held-out rows: both views' prompts as token ids, the response they share, its text, and the sound that the student
-    hears, log-mel [num_mel_bins, frames]."""
+    """Held-out rows: both views' prompts as token ids, the response they share, its text, and the sound that the
+    student hears, log-mel [num_mel_bins, frames]."""
 
     student_prompts: List[List[int]]
     teacher_prompts: List[List[int]]
@@ -69,7 +69,7 @@ def log_mel(path: Path, extractor: FeatureExtractionMixin) -> Tensor:
 
 
 def read_held_out(path: Path, tokenizer: PreTrainedTokenizerBase, extractor: FeatureExtractionMixin) -> HeldOut:
-    """Render the rows of `path` with the folder's chat template; a sound takes the tokens that the tower makes of it."""
+    """Render the rows of `path` with the folder's chat template; a sound has the tokens that the tower makes of it."""
     rows = read_lines(path)
     sounds = [log_mel(path.parent / row["messages"][-2]["content"][0]["audio"], extractor) for row in rows]
     num_tokens = [int(_get_feat_extract_output_lengths(torch.tensor(sound.shape[1]))) for sound in sounds]
@@ -131,7 +131,8 @@ def draw(held_out: HeldOut, scores: Dict[str, Score], runs: Dict[str, Path], pic
     answers = [f"{name}: “{score.greedy[0]}”" for name, score in scores.items()]
     heard.set_title(f"said: “{held_out.answers[0]}”\n" + "    ".join(answers), fontsize=10)
     heard.set(xlabel="seconds", ylabel="mel band")
-    for axis, name, title in zip(axes, ("jsd", "token_accuracy"), ("JSD to the reading teacher (nats)", "token accuracy")):
+    titles = {"jsd": "JSD to the reading teacher (nats)", "token_accuracy": "token accuracy"}
+    for axis, (name, title) in zip(axes, titles.items()):
         for run, folder in runs.items():
             metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "eval.jsonl")
             trained = [(line["step"], line[name]) for line in metrics if not line["on_policy"]]
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True, help="png to write")
     parser.add_argument("--temperature", type=float, default=2.0, help="the runs' distillation temperature")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed |JSD here - JSD in eval.jsonl|")
-    parser.add_argument("--min_exact", type=float, default=0.8, help="least share that the distilled student gets right")
+    parser.add_argument("--min_exact", type=float, default=0.8, help="least share that the student hears exactly")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -91,32 +91,32 @@ def test_another_sampling_rate_is_refused(folder, tmp_path):
         demo_speech_report.log_mel(tmp_path / "a.wav", AutoFeatureExtractor.from_pretrained(folder))
 
 
-def test_the_teachers_own_view_scores_perfectly_and_sound_does_not(folder, held_out):
+def test_the_score_depends_on_the_sound(folder, held_out):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         teacher_logits = demo_speech_report.response_logits(base, held_out.teacher_prompts, held_out.responses)
         hearing = demo_speech_report.score(base, tokenizer, held_out, teacher_logits, 2.0)
-        # Another sound changes the student's answer, and nothing else does.
-        again = demo_speech_report.score(base, tokenizer, held_out, teacher_logits, 2.0)
         held_out.sounds = [sound.flip(0) for sound in held_out.sounds]
         elsewhere = demo_speech_report.score(base, tokenizer, held_out, teacher_logits, 2.0)
-    assert hearing == again and hearing.jsd > 1e-3 and abs(hearing.jsd - elsewhere.jsd) > 1e-6
-    assert 0 < hearing.jsd < hearing.jsd_at_1  # softened distributions are closer
+    assert abs(hearing.jsd - elsewhere.jsd) > 1e-6
+    assert 1e-3 < hearing.jsd < hearing.jsd_at_1  # softened distributions are closer
 
 
 def test_measures_count_tokens_and_whole_answers(held_out, monkeypatch):
     """A student that says the first row's answer right and is wrong in the last token of the others."""
-    told = [list(response) for response in held_out.responses]
-    for response in told[1:]:
-        response[-1] = 0
-    one_hot = {id(response): torch.nn.functional.one_hot(torch.tensor(said), 1024).float() * 50 for response, said in zip(held_out.responses, told)}
+
+    def certain(tokens):
+        return torch.nn.functional.one_hot(torch.tensor(tokens), 1024).float() * 50
+
+    teacher = torch.cat([certain(response) for response in held_out.responses])
+    right, *others = held_out.responses
+    logits = iter([certain(right), *(certain([*response[:-1], 0]) for response in others)])
     greedy = iter([held_out.answers[0], *(answer + " cat" for answer in held_out.answers[1:])])
-    monkeypatch.setattr(demo_speech_report, "response_logits", lambda model, prompts, responses, **media: one_hot[id(responses[0])])
+    monkeypatch.setattr(demo_speech_report, "response_logits", lambda *arguments, **media: next(logits))
     monkeypatch.setattr(demo_speech_report, "greedy_answers", lambda *arguments, **media: [next(greedy)])
-    teacher = torch.cat([torch.nn.functional.one_hot(torch.tensor(response), 1024).float() * 50 for response in held_out.responses])
     measured = demo_speech_report.score(None, None, held_out, teacher, 1.0)
-    num_tokens, num_wrong = len(teacher), len(told) - 1
+    num_tokens, num_wrong = len(teacher), len(others)
     assert measured.exact_match == 0.25
     assert measured.token_accuracy == pytest.approx(1 - num_wrong / num_tokens)
     assert measured.jsd == pytest.approx(num_wrong / num_tokens * torch.tensor(2.0).log().item(), rel=1e-4)
@@ -153,7 +153,7 @@ needs_own_venv = pytest.mark.skipif(
 @needs_own_venv
 def test_a_model_that_never_heard_this_is_refused(folder, tmp_path):
     status, said = run_demo(tmp_path, folder)
-    assert status == 1 and f"the audio tower of {folder} never heard tones; remove the folder" in said
+    assert status == 1 and f"the audio tower of {folder} never heard tones: remove it" in said
     assert not (tmp_path / "demo").exists()
 
 
@@ -161,7 +161,7 @@ def test_a_model_that_never_heard_this_is_refused(folder, tmp_path):
 def test_the_whole_demo_in_a_few_steps(tmp_path):
     """Sounds, both trainings on two ranks, the table and the comparison with Megatron's own evaluations."""
     model = build_folder(str(tmp_path / "model"), num_hidden_layers=1, tower_steps=1)
-    status, said = run_demo(tmp_path, model, "--max_steps", "4")
+    status, said = run_demo(tmp_path, model, "--max_steps", "4", NUM_TRAIN="64", NUM_HELDOUT="8")
     assert status == 0, said
     before, after = (read_lines(tmp_path / "demo" / "gkd" / "eval.jsonl")[at]["jsd"] for at in (0, -1))
     tuned = read_lines(tmp_path / "demo" / "sft" / "eval.jsonl")[-1]["jsd"]

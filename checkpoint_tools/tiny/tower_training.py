@@ -1,4 +1,4 @@
-"""Half a minute of hearing lessons: which word sounds now? They train the audio tower, through a head that is thrown away.
+"""Half a minute of hearing lessons, "which word sounds now?", for the audio tower and a head that is thrown away.
 
 The real audio tower was pretrained too. The decoder takes no part: it never learns what the tower's outputs mean, so
 the model hears nothing yet, although the sound is in them.
