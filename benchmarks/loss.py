@@ -371,8 +371,9 @@ def parallel_table(sizes, rounds):
 CHUNKS_NOTE = """\
 The limit is one product of all N rows for each GEMM, which holds [N, V] (1.2 GiB at N 2048) and takes 8 % less time a row
 than products of 256 rows; chunks of constant memory give that up. What `linear_jsd` adds to the GEMMs of its own chunks
-(in brackets) is the passes over the logits, 11 to 18 %. So 1.2 is held up to N 512 and missed by a little above it; larger
-chunks trade memory for it. Two runs within the hour differed by 6 % (1.22 and 1.28 at N 1024): the machine is shared.
+(in brackets) is the passes over the logits, 11 to 18 %. So 1.2 is held up to N 512 and is at the edge above it: at N 1024 whole
+runs of this page gave 1.22 and 1.28, the case alone 1.13 and 1.19, and with chunks of 512 rows (600 MiB) 1.08 and 1.09.
+Chunks of 256 rows are kept: memory that does not grow with N is worth more here than a tenth of the time.
 """
 
 
