@@ -51,12 +51,12 @@ def made(tiny_folder, tmp_path_factory):
     model = tiny_folder(**SMALL)
     tensors = random_adapter(read_model_shape(model), 2, ["q_proj"])
     adapter = write_adapter(root / "adapter", tensors, rank=2, alpha=4, targets=["q_proj"])
-    sizes = [f"--{name}={value}" for name, value in SMALL.items()]
+    sizes, untrained = [f"--{name}={value}" for name, value in SMALL.items()], ["--train_steps=0", "--tower_steps=0"]
     there = ["--hf_model", model, "--output", root / "checkpoint"]
     merged = ["--hf_model", model, "--adapter", adapter, "--weight", "0.5", "--output", root / "merged"]
     lower = ["--hf_model", model, "--adapter", adapter, "--lora_rank", "1", "--output", root / "lower"]
     return root, {
-        "make_tiny_model": run_tool(root, "make_tiny_model", "--output", root / "tiny", "--train_steps", "0", *sizes),
+        "make_tiny_model": run_tool(root, "make_tiny_model", "--output", root / "tiny", *untrained, *sizes),
         "hf_to_megatron": run_tool(root, "hf_to_megatron", *there),
         "megatron_to_hf": run_tool(
             root, "megatron_to_hf", "--checkpoint", root / "checkpoint", "--output", root / "back"
