@@ -10,17 +10,9 @@ import pytest
 
 from megatron_gkd.model.config import read_model_shape
 from tests.adapters import random_adapter, write_adapter
+from tests.sizes import SMALLEST
 
-SMALL = dict(
-    num_hidden_layers=1,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    vocab_size=503,
-)
+SMALL = SMALLEST | dict(num_hidden_layers=1)
 
 
 def run_tool(folder, tool, *flags):

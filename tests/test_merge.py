@@ -26,18 +26,10 @@ from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.config import read_model_shape
 from tests.adapters import ALL, TOWERS, load_peft, load_thinker, make_batches, random_adapter, write_adapter
 from tests.ranks import run_ranks
+from tests.sizes import SMALLEST
 from tests.train_runs import arguments, build_parts, make_rows, read_lines, run_training, stable, write_rows
 
-SMALL = dict(
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    vocab_size=503,
-)
+SMALL = SMALLEST
 ROOT = "base_model.model.thinker.model.layers."
 
 

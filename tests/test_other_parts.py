@@ -13,17 +13,9 @@ from checkpoint_tools.plans import plan_from
 from megatron_gkd.model.config import read_model_shape
 from megatron_gkd.model.folder import SINGLE, SafetensorsFolder
 from megatron_gkd.model.table import decoder_tensors
+from tests.sizes import SMALLEST
 
-SMALL = dict(
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    vocab_size=503,
-)
+SMALL = SMALLEST
 
 
 @pytest.mark.parametrize("kind", [{}, dict(thinker_only=True), dict(tie_word_embeddings=True)], ids=str)

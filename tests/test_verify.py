@@ -34,17 +34,9 @@ from megatron_gkd.model.weights import load_weights
 from megatron_gkd.parallel import parallel_state
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.ranks import run_ranks
+from tests.sizes import SMALLEST
 
-SMALL = dict(
-    num_hidden_layers=4,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    vocab_size=503,
-)
+SMALL = SMALLEST | dict(num_hidden_layers=4)
 MOE, ATTENTION = "decoder.layers.mlp.experts.experts.", "decoder.layers.self_attention."
 
 

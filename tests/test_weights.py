@@ -18,17 +18,9 @@ from megatron_gkd.model.layout import qkv_segments
 from megatron_gkd.model.table import decoder_tensors
 from megatron_gkd.model.weights import load_weights, pieces
 from tests.ranks import run_ranks
+from tests.sizes import SMALLEST
 
-SMALL = dict(
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    vocab_size=503,
-)
+SMALL = SMALLEST
 
 
 class RecordedSlice:
