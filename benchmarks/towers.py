@@ -29,7 +29,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from benchmarks.loss import commit, machine, table
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.media import Medium
+from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.sample import MediumPlace
 from megatron_gkd.model.towers import Towers
 

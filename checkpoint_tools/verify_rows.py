@@ -8,7 +8,7 @@ from transformers import Qwen3OmniMoeThinkerConfig
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
 
 from megatron_gkd.data.batch import Media
-from megatron_gkd.data.sample import Medium
+from megatron_gkd.data.medium import Medium
 
 NUM_FRAMES = 230  # of sound: two whole chunks of the audio tower and a part
 PICTURE = (1, 8, 12)  # patches: time, height, width

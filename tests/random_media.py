@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.media import Medium
+from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.sample import MediumPlace
 from megatron_gkd.model.positions import MediaTokenIds, rope_positions
 

@@ -26,7 +26,9 @@ from checkpoint_tools.make_tiny_model import build_folder
 from megatron_gkd.data import DataError, load_datasets
 from megatron_gkd.data.batch import collate, with_responses
 from megatron_gkd.data.loader import step_loader
-from megatron_gkd.data.media import MediaProcessor, Reference
+from megatron_gkd.data.media import MediaProcessor
+from megatron_gkd.data.media_cache import cache_path
+from megatron_gkd.data.medium import Reference
 
 VOCAB = 1024
 ANSWER = {"role": "assistant", "content": "a cat"}
@@ -350,7 +352,7 @@ def test_the_cache_is_read_and_a_broken_file_in_it_is_replaced(model, media, tmp
     with monkeypatch.context() as patch:  # what is cached is not decoded again
         patch.setattr(soundfile, "read", None)
         assert torch.equal(cached.load(reference).features, expected.media[0].features)
-    path = cached._cache_path(reference)
+    path = cache_path(cached.cache, reference, cached._processor_digest)
     path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(cached.load(reference).features, expected.media[0].features)
     assert path.stat().st_size > 100

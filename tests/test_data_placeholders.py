@@ -6,7 +6,7 @@ import torch
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
 
 from megatron_gkd.data.errors import RowError
-from megatron_gkd.data.media import Size
+from megatron_gkd.data.medium import Size
 from megatron_gkd.data.placeholders import BOTH, Placeholder, check_counts, count, fill, find_placeholders, positions_of
 from megatron_gkd.model.positions import MediaTokenIds, rope_positions
 

@@ -9,7 +9,8 @@ import subprocess
 import pytest
 import torch
 
-from megatron_gkd.data.media import MediaProcessor, Reference
+from megatron_gkd.data.media import MediaProcessor
+from megatron_gkd.data.medium import Reference
 from tests.reference_step import reference_step, write_adapter
 from tests.test_data_media import ANSWER, load, model  # noqa: F401
 from tests.train_runs import arguments, layout_flags, read_lines, run_training, write_rows

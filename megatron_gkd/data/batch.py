@@ -9,8 +9,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.rows import IGNORED_LABEL
-from megatron_gkd.data.sample import Medium, Sample, View
+from megatron_gkd.data.sample import Sample, View
 
 
 @dataclass

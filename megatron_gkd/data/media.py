@@ -13,115 +13,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Optional
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from megatron_gkd.data.errors import DataError, RowError, shown
+from megatron_gkd.data.errors import DataError, RowError
+from megatron_gkd.data.media_cache import cache_path, read_cached, write_cached
+from megatron_gkd.data.medium import Medium, Reference, Size
 from megatron_gkd.model.positions import MediaTokenIds
 
-KINDS = ("audio", "image", "video")
 _NOT_COUNTED_BY_HEADER = ("MP3", "OGG")  # their headers tell the length about right
-_CACHE_VERSION = 1
-
-
-class Reference(NamedTuple):
-    """A medium that has not been read: the path of a file, or its bytes."""
-
-    kind: str
-    path: Optional[str]
-    data: Optional[bytes]
-    is_track: bool = False
-    """The audio of a video: path or data are the video's."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"{self.kind} {self.path}" if self.path else f"{self.kind} ({len(self.data or b'')} bytes)"
-
-
-def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
-    """A path (relative to `folder`, that of the data file), bytes, or what `datasets` stores: an object with bytes and
-    path, with array and sampling_rate, or the nested list of an image's pixels. Arrays become bytes, losslessly.
-
-    Raises RowError naming `where`.
-    """
-    if isinstance(value, dict):
-        if value.get("array") is not None:
-            return Reference(kind, None, _sound_bytes(value, where))
-        data, path = value.get("bytes"), value.get("path") or value.get("url")
-        value = data if data else path
-    if isinstance(value, (bytes, bytearray)):
-        return Reference(kind, None, bytes(value))
-    if isinstance(value, str) and value.strip():
-        if value.startswith(("http://", "https://", "data:")):
-            raise RowError(f"{where} is {shown(value)}: media are files here, nothing is fetched; download it first")
-        return Reference(kind, os.path.normpath(os.path.join(folder, value.removeprefix("file://"))), None)
-    if isinstance(value, list) and value and kind == "image":
-        return Reference(kind, None, _picture_bytes(value, where))
-    raise RowError(f"{where} must be a path, bytes or an array, got {shown(value)}")
-
-
-def _sound_bytes(value: dict, where: str) -> bytes:
-    import soundfile
-
-    rate = value.get("sampling_rate")
-    try:
-        samples = np.asarray(value["array"], dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{where}.array is not an array of numbers: {error}") from None
-    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
-        samples = samples.T  # [channels, samples], as torch's decoders give it
-    if not isinstance(rate, int) or rate < 1 or samples.ndim not in (1, 2):
-        raise RowError(f"{where} must have an array of samples and a sampling_rate in Hz, got a rate of {shown(rate)}")
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def _picture_bytes(value: list, where: str) -> bytes:
-    from PIL import Image
-
-    try:
-        pixels = np.asarray(value)
-        if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-            raise ValueError("pixels are whole numbers from 0 to 255")
-        image = Image.fromarray(pixels.astype(np.uint8))
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{where} is not the pixels [height][width][3] of an image: {error}") from None
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-class Size(NamedTuple):
-    """Of a medium: its tokens; of a video also its grid and the seconds of a step in time."""
-
-    num_tokens: int
-    grid_thw: Optional[tuple[int, int, int]] = None
-    seconds_per_grid: float = 0.0
-
-
-@dataclass(frozen=True)
-class Medium:
-    """One audio, image or video as a tower reads it."""
-
-    kind: str
-    """audio, image or video"""
-    features: Tensor
-    """float32: audio [num_mel_bins, frames], log-mel; image and video [patches, numbers of a patch]"""
-    grid_thw: Optional[tuple[int, int, int]]
-    """image and video: patches in time, height and width"""
-    num_tokens: int
-    """Its placeholders in the text: what the tower makes of it."""
-    seconds_per_grid: float = 0.0
-    """video: seconds from one patch to the next in time"""
 
 
 class MediaProcessor:
@@ -152,16 +55,17 @@ class MediaProcessor:
 
     def load(self, reference: Reference) -> Medium:
         """Decode a medium and compute its features, or take them from the cache. Raises as `measure` does."""
-        path = self.cache and self._cache_path(reference)
-        if path:
-            found = _read_cached(path, reference.kind)
+        path = None
+        if self.cache:
+            path = self._refusing(reference, lambda: cache_path(self.cache, reference, self._processor_digest))
+            found = read_cached(path, reference.kind)
             if found is not None:
                 return found
         medium = {"audio": self._load_sound, "image": self._load_picture, "video": self._load_video}[reference.kind](
             reference
         )
         if path:
-            _write_cached(path, medium)
+            write_cached(path, medium)
         return medium
 
     def audio_tokens(self, num_frames: int) -> int:
@@ -341,18 +245,6 @@ class MediaProcessor:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RowError(f"{reference.name}: cannot be read ({first_line})") from error
 
-    def _cache_path(self, reference: Reference) -> Path:
-        """One file for this content (or path, size and time of change) under these processor files."""
-        kind = "track" if reference.is_track else reference.kind
-        digest = hashlib.sha256(f"{_CACHE_VERSION} {kind} {self._processor_digest}".encode())
-        if reference.data is None:
-            status = self._refusing(reference, lambda: os.stat(reference.path))
-            digest.update(f"{os.path.realpath(reference.path)} {status.st_size} {status.st_mtime_ns}".encode())
-        else:
-            digest.update(reference.data)
-        name = digest.hexdigest()
-        return Path(self.cache, name[:2], f"{name}.safetensors")
-
     @cached_property
     def _processor_digest(self) -> str:
         digest = hashlib.sha256(str(self._n_window).encode())
@@ -388,32 +280,3 @@ def _visual(kind: str, patches, grid_thw, merge_size: int, seconds_per_grid: flo
     return Medium(
         kind, patches.float(), (time, height, width), time * height * width // merge_size**2, seconds_per_grid
     )
-
-
-def _read_cached(path: Path, kind: str) -> Optional[Medium]:
-    """None where nothing (or nothing whole) is cached."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes, features = file.metadata(), file.get_tensor("features")
-    except (FileNotFoundError, SafetensorError):
-        return None
-    grid_thw = tuple(json.loads(notes["grid_thw"])) or None
-    return Medium(kind, features, grid_thw, int(notes["num_tokens"]), float(notes["seconds_per_grid"]))
-
-
-def _write_cached(path: Path, medium: Medium) -> None:
-    """Written beside and renamed: another rank or worker finds the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    notes = {
-        "grid_thw": json.dumps(medium.grid_thw or []),
-        "num_tokens": str(medium.num_tokens),
-        "seconds_per_grid": repr(medium.seconds_per_grid),
-    }
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(descriptor)
-    try:
-        save_file({"features": medium.features.contiguous()}, temporary, metadata=notes)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_gkd.data.errors import RowError
-from megatron_gkd.data.media import KINDS, Size
+from megatron_gkd.data.medium import KINDS, Size
 from megatron_gkd.model.positions import MediaTokenIds
 
 BOTH = "both"  # a video that shows its audio

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from megatron_gkd.data.errors import RowError, shown
-from megatron_gkd.data.media import KINDS, Reference, read_reference
+from megatron_gkd.data.medium import KINDS, Reference, read_reference
 
 IGNORED_LABEL = -100
 ROLES = ("system", "user", "assistant")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_gkd.data.chat import ChatTokenizer
 from megatron_gkd.data.errors import RowError
-from megatron_gkd.data.media import KINDS, MediaProcessor, Medium, Reference, Size
+from megatron_gkd.data.media import MediaProcessor
+from megatron_gkd.data.medium import KINDS, Medium, Reference, Size
 from megatron_gkd.data.placeholders import BOTH, Placeholder, check_counts, fill, find_placeholders, positions_of
 from megatron_gkd.data.rows import IGNORED_LABEL, Row, RowMedia
 from megatron_gkd.model.positions import MediaTokenIds, rope_positions
