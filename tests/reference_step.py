@@ -211,13 +211,14 @@ def reference_training(
     *,
     max_grad_norm: float,
     weight_decay: float = 0.0,
+    epsilon: float = 1e-8,
     **settings,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The adapter after one torch.optim.AdamW update per global batch, with these learning rates; and the gradient
     norms before clipping."""
     model = load_model(folder)
     adapter, scale = read_adapter(adapter_folder)
-    optimizer = torch.optim.AdamW(adapter.values(), lr=0.0, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(adapter.values(), lr=0.0, weight_decay=weight_decay, eps=epsilon)
     norms = []
     for rows, rate in zip(batches, rates, strict=True):
         optimizer.zero_grad()

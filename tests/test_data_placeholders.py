@@ -42,16 +42,38 @@ def test_counts():
         check_counts(placeholders, {"audio": [1], "image": [1], "video": [1]}, "the row has")
 
 
+class Words:
+    """What transformers' methods ask of their processor; tokens are letters."""
+
+    audio_token, image_token, video_token, audio_bos_token, audio_eos_token = "aiv<>"
+    vision_bos_token, vision_eos_token = "[]"
+    video_processor = image_processor = type("Processor", (), {"merge_size": 2})
+
+
+def transformers_letters(grid, seconds, num_audio) -> str:
+    """A video and its audio as transformers interleaves them, between the audio's marks."""
+    if hasattr(Qwen3OmniMoeProcessor, "replace_video_with_audio_token"):
+        inputs = {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]}
+        return Qwen3OmniMoeProcessor.replace_video_with_audio_token(
+            Words, inputs, 0, {"num_audio_tokens": [num_audio]}, 0, position_id_per_seconds=13.0
+        )
+    (text,) = Qwen3OmniMoeProcessor.replace_multimodal_special_tokens(  # until 5.20
+        Words,
+        ["[v]"],
+        iter([num_audio]),
+        iter([]),
+        iter([np.array(grid)]),
+        video_second_per_grid=iter([seconds]),
+        use_audio_in_video=True,
+        position_id_per_seconds=13.0,
+        seconds_per_chunk=2.0,
+    )
+    return text.removeprefix("[").removesuffix("]")
+
+
 @pytest.mark.parametrize("grid, seconds, num_audio", [((3, 4, 4), 1.0, 30), ((4, 2, 6), 0.4, 60), ((2, 4, 2), 2.0, 9)])
 def test_a_video_with_its_audio_is_interleaved_as_transformers_does(grid, seconds, num_audio):
-    class Words:
-        audio_token, video_token, audio_bos_token, audio_eos_token = "a", "v", "<", ">"
-        video_processor = type("VideoProcessor", (), {"merge_size": 2})
-
-    inputs = {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]}
-    text = Qwen3OmniMoeProcessor.replace_video_with_audio_token(
-        Words, inputs, 0, {"num_audio_tokens": [num_audio]}, 0, position_id_per_seconds=13.0
-    )
+    text = transformers_letters(grid, seconds, num_audio)
     ids = {"a": AUDIO, "v": VIDEO, "<": AUDIO_START, ">": AUDIO_END}
     expected = [1, VISION_START, *(ids[letter] for letter in text), VISION_END, 2]
 
