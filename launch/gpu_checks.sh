@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, for the record: what is installed, the tests on CUDA, the demo in bf16, the loss benchmark.
 #
-#   bash launch/gpu_checks.sh            writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
+#   bash launch/gpu_checks.sh     writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
+#   EXTRAS=test,gpu bash launch/gpu_checks.sh     the same with Transformer Engine
 #
 # What fails is noted, the rest still runs; the exit status is 1 if anything failed.
 set -euo pipefail

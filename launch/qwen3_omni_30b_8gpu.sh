@@ -20,7 +20,6 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
 
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # ragged batches fragment less
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # TP traffic overlaps in the order it was launched
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # After SIGTERM a run ends its step and saves; torchrun kills it after 30 seconds unless told otherwise (torch 2.12 or newer).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}

@@ -138,6 +138,9 @@ class DataConfig:
     )
     val_dataset: list[str] = setting([], "Evaluation data, in the same forms.")
     split_dataset_ratio: float = setting(0.0, "Share of --dataset that is set aside for evaluation.")
+    download_datasets: bool = setting(
+        False, "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network."
+    )
     max_length: int = setting(
         2048, "Tokens of prompt and response together; a longer response is cut at its end and counted."
     )
@@ -310,6 +313,9 @@ class TrainConfig:
     num_train_epochs: float = setting(1.0, "Passes over the data; fractions are allowed.")
     max_steps: int = setting(-1, "Steps, instead of --num_train_epochs; -1 is unset.")
     seed: int = setting(42, "Of data order, dropout, new LoRA weights, sampling and on-policy draws.")
+    deterministic: bool = setting(
+        False, "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's mostly do not."
+    )
     max_bad_steps: int = setting(10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped.")
 
     def __post_init__(self):

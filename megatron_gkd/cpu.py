@@ -63,7 +63,7 @@ def enable() -> None:
         return
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         raise RuntimeError(
-            "megatron_gkd.cpu.enable() in a process that already uses a GPU; start a new one with --device cpu"
+            "this process already uses a GPU, and --device cpu was asked for: start it with CUDA_VISIBLE_DEVICES= (nothing)"
         )
     _enabled = True
 
@@ -93,7 +93,7 @@ def enable() -> None:
     torch.Tensor.type = type_as_on_cuda
 
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # The tracker warns when the CPU's generator moves inside one of its contexts; here it manages that generator.
@@ -101,8 +101,7 @@ def enable() -> None:
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 defines the name only where Transformer Engine is installed
-        moe_utils.te_general_gemm = None
+    _without_fused_kernels()
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_and_convert(tensor, as_numpy=False, record_stream=False):
@@ -111,3 +110,17 @@ def enable() -> None:
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_and_convert
+
+
+def _without_fused_kernels() -> None:
+    """megatron-core takes these from Transformer Engine or Apex wherever they are installed: kernels for GPUs only."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale

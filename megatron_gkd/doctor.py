@@ -57,19 +57,26 @@ def device_lines() -> list[str]:
 
 
 def choice_lines() -> list[str]:
-    """The device, attention, experts and loss that a run with default flags takes here."""
+    """The device, attention, experts and loss that a run with default flags takes here, or why it would be refused."""
     with warnings.catch_warnings():  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
         from megatron_gkd.loss.divergence import passes_for
         from megatron_gkd.model.decoder import core_attention
-        from megatron_gkd.model.experts import grouped_linear
+        from megatron_gkd.model.experts import FAST_GROUPED_MM, grouped_linear
         from megatron_gkd.parallel import resolve_device
 
     device = resolve_device("auto")
+    lines = [f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}"]
+    try:
+        attention, experts = core_attention("flash", device), grouped_linear("auto", device)
+    except ValueError as error:  # a Transformer Engine that cannot be imported
+        return [*lines, f"error: {error}"]
+    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_GROUPED_MM
     return [
-        f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}",
-        f"attention: {core_attention('flash', device).__name__}",
-        f"experts: {grouped_linear('auto', device).__name__}",
+        *lines,
+        f"attention: {attention.__name__}",
+        f"experts: {experts.__name__}",
+        *(["  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"] if slow else []),
         f"loss: {passes_for(device).__name__}",
     ]
 

@@ -26,6 +26,7 @@ from megatron_gkd.parallel import Parallel
 
 # Per-token results that are summed over the response tokens, in this order.
 SUMMED = ("loss", "jsd", "sft_loss", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher", "top1_agreement", "token_correct")
+MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
 GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")  # of these, the means of each source and pair of views
 
 
@@ -95,9 +96,7 @@ class TokenSums:
         torch.distributed.all_reduce(sums, group=parallel.groups.dp)
         if parallel.pp_size > 1:
             torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
-        every, *parts = ({name: value / max(row[-1], 1) for name, value in zip(SUMMED, row)} | {"num_tokens": int(row[-1])} for row in sums.tolist())
-        for means in (every, *parts):
-            means["token_accuracy"] = means.pop("token_correct")
+        every, *parts = ({name: value / max(row[-1], 1) for name, value in zip(MEANS, row)} | {"num_tokens": int(row[-1])} for row in sums.tolist())
         short = [{name: means[name] for name in GROUPED} for means in parts]
         split = {
             "by_source": dict(zip(self.groups.sources, short)),
@@ -126,8 +125,8 @@ def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tens
     """
     if parallel.tp_size > 1:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=parallel.groups.tp)
-    size = view.input_ids.shape[1]
-    return hidden[view.response_rows % size, view.response_rows // size]
+    rows, size = view.response_rows, view.input_ids.shape[1]
+    return hidden[rows % size, rows // size]
 
 
 def hidden_states(model, view: BatchView, features: Optional[MediaFeatures], parallel: Parallel) -> Tensor:

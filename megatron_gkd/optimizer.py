@@ -10,6 +10,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import Tensor, nn
 
+from megatron_gkd.parallel import any_rank
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -28,13 +30,6 @@ def learning_rate(step: int, total_steps: int, *, peak: float, warmup_ratio: flo
 def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:
     """torch's Adam does, Transformer Engine's and Apex's keep one number for a group."""
     return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _everywhere(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds on every rank of the world."""
-    fails = torch.tensor(float(not condition), device=device)
-    torch.distributed.all_reduce(fails, torch.distributed.ReduceOp.MAX)
-    return not fails
 
 
 @dataclass
@@ -92,6 +87,7 @@ class Optimizer:
             model.module.config.grad_scale_func = lambda loss: loss * self.scaler.scale
 
     def zero_grad(self) -> None:
+        """Gradients and their buffers to zero: before the first micro-batch of a step."""
         self.model.zero_grad_buffer()
         self.inner.zero_grad()
 
@@ -105,9 +101,8 @@ class Optimizer:
         self.inner.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0
         grad_norm = float(self.inner.get_grad_norm()) / scale
-        finite = _everywhere(
-            math.isfinite(grad_norm) and math.isfinite(loss), self.inner.param_groups[0]["params"][0].device
-        )
+        device = self.inner.param_groups[0]["params"][0].device
+        finite = not any_rank(not (math.isfinite(grad_norm) and math.isfinite(loss)), device)
         if self.scaler:
             self.scaler.update(not finite)
         if not finite:
@@ -162,6 +157,7 @@ class Optimizer:
         return {name: float(value) for name, value in self.scaler.state_dict().items()}
 
     def load_scaler_state(self, state: dict) -> None:
+        """Go on from `scaler_state`'s answer; nothing to do without loss scaling."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(
                 {

@@ -7,10 +7,13 @@ expert lives whole on one rank, and the ranks of a tensor-parallel group count a
 import importlib.util
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Optional
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_gkd import cpu
 
@@ -56,8 +59,31 @@ def resolve_device(device: str) -> torch.device:
 
 
 def transformer_engine_usable(device: torch.device) -> bool:
-    """Whether Transformer Engine is installed and there is a GPU to run it on. It is used where it is, never required."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine is installed and there is a GPU to run it on. It is used where it is, never required.
+
+    Raises ValueError for an installation that cannot be imported: megatron-core would go on without it.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a build for another torch or CUDA: ImportError, OSError, RuntimeError
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Transformer Engine is installed and cannot be imported ({first_line}): install the build for torch "
+            f"{torch.__version__}, or pip uninstall transformer-engine to run without it"
+        ) from error
+    return True
+
+
+def use_deterministic_kernels() -> None:
+    """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that give the same bits every time, before any of them
+    has started. Where torch has none it warns."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def initialize(
@@ -67,9 +93,11 @@ def initialize(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     seed: int = 42,
+    timeout: Optional[timedelta] = None,
 ) -> Parallel:
     """Join the process group (torchrun's variables, unless already initialised; without them a world of one) and build
-    the model-parallel groups.
+    the model-parallel groups. timeout: how long a rank waits for the others in a collective (torch's default is 10
+    minutes with NCCL, 30 with gloo).
 
     Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does not divide into the
     layout.
@@ -80,7 +108,10 @@ def initialize(
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timeout, **alone)
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 defines it with Transformer Engine only, and asks for it always
+        moe_utils.te_general_gemm = None
     world_size = torch.distributed.get_world_size()
     stage_size = world_size // pipeline_model_parallel_size
     if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):
@@ -134,11 +165,16 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
 
 
-def any_rank(condition: bool, parallel: Parallel) -> bool:
-    """Whether `condition` holds on any rank of the world. Collectives: a maximum of one number over the world."""
-    found = torch.tensor(float(condition), device=parallel.device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+def world_max(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers. Collectives: a maximum of one number over the world."""
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on any rank of the world. Collectives: that of `world_max`."""
+    return bool(world_max(int(condition), device))
 
 
 def say(parallel: Parallel, text: str) -> None:

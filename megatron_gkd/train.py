@@ -123,7 +123,7 @@ def train(config: Config, parallel: Parallel) -> None:
             stop = counts["stop"]
             if eval_data and (step % config.run.eval_steps == 0 or step == total_steps):
                 writer.log_eval(evaluate(config, parts, eval_data, parallel, step))
-                stop = parallel_layout.any_rank(bool(asked_to_stop), parallel)  # evaluation may take longer than a step
+                stop = parallel_layout.any_rank(bool(asked_to_stop), parallel.device)  # evaluation may take longer than a step
             if step % config.run.save_steps == 0 or step == total_steps or stop:
                 folder = save(config, parts, parallel, progress, total_steps, global_batch_size)
                 say(parallel, f"saved {folder}")
@@ -300,7 +300,10 @@ def stop_signal():
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: `argv` without the program's name, or that of the process. Every rank calls it."""
     config = parse_config_or_exit(sys.argv[1:] if argv is None else argv)
+    if config.train.deterministic:
+        parallel_layout.use_deterministic_kernels()
     try:
         parallel = parallel_layout.initialize(
             parallel_layout.resolve_device(config.model.device),

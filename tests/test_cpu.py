@@ -114,3 +114,34 @@ def enable_beside_a_gpu(rank, world_size):
 
 def test_a_process_that_uses_a_gpu_is_refused():
     assert run_ranks(enable_beside_a_gpu, 1) == [[]]
+
+
+def train_beside_gpu_kernels(rank, world_size, folder):
+    """One step where megatron-core has found Transformer Engine: its kernels take no CPU tensors."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.transformer.moe import moe_utils
+
+    def for_gpus_only(*args, **kwargs):
+        raise AssertionError("a kernel for GPUs was called")
+
+    moe_utils.te_general_gemm = optimizer.Adam = for_gpus_only
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    clip_grads.multi_tensor_applier = clip_grads.l2_norm_impl = clip_grads.multi_tensor_scale_impl = for_gpus_only
+
+    from tests.adapters import make_batches
+    from tests.lora_runs import VOCAB_SIZE, build, in_reducer, initialize, make_optimizer, run_schedule
+
+    place = initialize(1, 1, 1)
+    _, model = build(place, folder, rank=4, alpha=8, targets=["q_proj", "down_proj"], seed=0)
+    model = in_reducer(model.train())
+    adam = make_optimizer(model)
+    run_schedule(place, model, make_batches(VOCAB_SIZE)[:1])
+    return adam.step(1e-3, 1.0)
+
+
+def test_kernels_for_gpus_are_left_out(tiny_folder):
+    from tests.lora_runs import FOLDERS
+
+    (update,) = run_ranks(train_beside_gpu_kernels, 1, tiny_folder(**FOLDERS["4 KV heads"]))
+    assert update.applied and update.grad_norm > 0

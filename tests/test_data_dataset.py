@@ -38,6 +38,7 @@ def settings(*entries, **changes):
         dataset=list(entries),
         val_dataset=[],
         split_dataset_ratio=0.0,
+        download_datasets=False,
         max_length=64,
         dataset_num_proc=1,
         skip_bad_rows=False,
@@ -369,13 +370,20 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch, no_tokenizer, name, reason
 
 
 def test_an_unknown_name(monkeypatch, no_tokenizer):
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name: (_ for _ in ()).throw(ConnectionError(f"no network for {name}"))
-    )
-    with pytest.raises(
-        DataError, match="somebody/nothing is no file here, .*ConnectionError: no network for somebody/nothing.; a"
-    ):
+    """Nothing is asked of the network without the flag: a misspelt path is a path that does not exist."""
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        raise ConnectionError(f"no network for {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="somebody/nothing does not exist; .* add --download_datasets true"):
         load(settings("somebody/nothing#5"), no_tokenizer)
+    assert not asked
+    reason = "`datasets` could not load somebody/nothing .*ConnectionError: no network for somebody/nothing.; a"
+    with pytest.raises(DataError, match=reason):
+        load(settings("somebody/nothing#5", download_datasets=True), no_tokenizer)
 
 
 def test_a_named_data_set(tmp_path, monkeypatch, no_tokenizer):

@@ -66,7 +66,7 @@ def load(model, folder, *rows, **changes):
     values = dict(
         dataset=[str(folder / "rows.jsonl")], val_dataset=[], split_dataset_ratio=0.0, max_length=400, dataset_num_proc=1
     )
-    values |= dict(skip_bad_rows=False, check_data=False, media_cache=None) | changes
+    values |= dict(skip_bad_rows=False, check_data=False, media_cache=None, download_datasets=False) | changes
     if rows:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_datasets(SimpleNamespace(**values), model, VOCAB, 0)[0]

@@ -19,8 +19,9 @@ HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "te")] * HAS_TE
 
 
-def run_module(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", *map(str, arguments)]
+def run_module(*arguments, num_ranks=1):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), "-m"]
+    command = [*launcher, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -28,7 +29,8 @@ def run_module(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return build_folder(tmp_path_factory.mktemp("gpu") / "model")
+    """Eight experts a token, as the real model: sums of two, whose order does not matter, would hide what atomics do."""
+    return build_folder(tmp_path_factory.mktemp("gpu") / "model", num_experts=16, num_experts_per_tok=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,11 @@ def rows(tmp_path_factory):
     return path
 
 
-def first_step(folder, rows, output, *flags):
+def first_step(folder, rows, output, *flags, num_ranks=1):
     """Metrics of step 2 (step 1 of a fresh adapter has W_up = 0 everywhere, so step 2 is the first that every gradient enters)."""
     common = ["--model", folder, "--dataset", rows, "--output_dir", output, "--max_steps", 2, "--lmbda", 0, "--lora_dropout", 0]
     common += ["--learning_rate", 1e-2, "--logging_steps", 1, "--tensorboard", "false"]
-    run_module("megatron_gkd.train", *common, *flags)
+    run_module("megatron_gkd.train", *common, *flags, num_ranks=num_ranks)
     return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
 
 
@@ -65,10 +67,27 @@ def test_step_equals_the_cpus(folder, rows, tmp_path, attn_impl, experts_impl, d
         assert found[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one GPU: NCCL needs two")
+@pytest.mark.parametrize("layout", [(2, 1, 2), (1, 2, 1), (1, 1, 2)], ids=["TP2-EP2", "PP2", "DP2-EP2"])
+def test_layouts_over_nccl(folder, rows, tmp_path, layout):
+    """The step of two GPUs is that of one; the student writes on both."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    sizes = [word for name, size in zip(names, layout) for word in (f"--{name}", size)]
+    batch = ["--gradient_accumulation_steps", 1, "--per_device_train_batch_size"]
+    flags = ["--device", "cuda", "--torch_dtype", "float32", "--attn_impl", "sdpa"]
+    alone = first_step(folder, rows, tmp_path / "one", *flags, *batch, 4)
+    both = first_step(folder, rows, tmp_path / "two", *flags, *sizes, *batch, 2 if layout == (1, 1, 2) else 4, num_ranks=2)
+    assert both["num_tokens"] == alone["num_tokens"]
+    for name in ("loss", "jsd", "grad_norm"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-3), name
+    writes = ["--model", folder, "--dataset", rows, "--output_dir", tmp_path / "writes", "--max_steps", 1, "--lmbda", 1]
+    run_module("megatron_gkd.train", *writes, *flags, *sizes, "--max_completion_length", 4, num_ranks=2)
+
+
 def test_rollout_and_resume(folder, rows, tmp_path):
     """The student writes on the GPU, and a run resumed there gives the same metrics bit for bit."""
     common = ["megatron_gkd.train", "--model", folder, "--dataset", rows, "--device", "cuda", "--lmbda", 1, "--max_completion_length", 8]
-    common += ["--logging_steps", 1, "--save_steps", 2, "--max_steps", 4, "--learning_rate", 1e-2]
+    common += ["--logging_steps", 1, "--save_steps", 2, "--max_steps", 4, "--learning_rate", 1e-2, "--deterministic", "true"]
     run_module(*common, "--output_dir", tmp_path / "whole")
     run_module(*common, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2")
     last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "parts")]

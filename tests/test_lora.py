@@ -3,6 +3,7 @@
 Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
 """
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from checkpoint_tools.thinker import decoder
-from megatron_gkd import parallel
+from megatron_gkd import cpu, parallel
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import lora_enabled
 from megatron_gkd.lora.adapter import adapter_pieces, applied
 from megatron_gkd.lora.apply import banner, count_parameters
-from megatron_gkd.lora.modules import LoraModule, lora_modules
+from megatron_gkd.lora.modules import LoraGrouped, LoraModule, lora_modules
 from megatron_gkd.lora.targets import resolve_targets
 from megatron_gkd.model.config import ModelShape, read_model_shape
+from megatron_gkd.model.experts import ExpertRows, GroupedLinear
 from megatron_gkd.parts import resolve
 from tests.adapters import (
     ALL,
@@ -178,9 +180,10 @@ def test_logits_and_gradients_equal_peft(cases, world_size, tp, pp, ep):
         check_gradients(results, reference.mean_gradients(max(2, world_size // tp // pp)), targets)
 
 
-@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.98), ("float16", 0.01, 0.999)])
+@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.95), ("float16", 0.01, 0.999)])
 def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, cosine_limit):
-    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype allows, off is still the base."""
+    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype
+    allows (a token that goes to another expert is most of the difference), off is still the base."""
     folder, adapter, _, reference = cases["all, rank 4"]
     results = [of_rank[0] for of_rank in run_ranks(lora_at_layout, 2, 2, 1, 2, [(folder, adapter, {"dtype": dtype})])]
     expected, ours, theirs = reference.mean_gradients(2), [], []
@@ -301,14 +304,14 @@ def dropout_masks(rank, world_size, folder):
         parallel.seed_step(42, step, place)
         masks.append({name: linear.drop(torch.ones(64, 64), generator_of(name)) for name, linear in linears.items()})
 
-    x, offsets = torch.randn(8, shape.moe_intermediate_size), torch.tensor([1, 3, 6, 8], dtype=torch.int32)
+    x, rows = torch.randn(8, shape.moe_intermediate_size), ExpertRows.of(torch.tensor([1, 2, 3, 2]), "cpu")
     with torch.no_grad():
         model.eval()
-        evaluated = linears["down"](x, offsets)
+        evaluated = linears["down"](x, rows)
         model.train()
-        average = sum(linears["down"](x, offsets) for _ in range(1000)) / 1000
+        average = sum(linears["down"](x, rows) for _ in range(1000)) / 1000
         with lora_enabled(model, False):
-            base = linears["down"](x, offsets)
+            base = linears["down"](x, rows)
 
     evaluations = []
     for dropout in (0.0, DROPOUT):
@@ -406,3 +409,46 @@ def test_names_of_linears():
         resolve_targets(["q_proj", "qkv_proj"])
     with pytest.raises(ValueError, match=r"\(nothing\)"):
         resolve_targets([])
+
+
+class GarbageForEmptyGroups(torch.autograd.Function):
+    """grouped_mm as some GPUs compute it: the weight gradient of a group without rows is uninitialised memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight, offs):
+        ctx.save_for_backward(x, weight, offs)
+        return REAL_GROUPED_MM(x, weight, offs=offs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, offs = ctx.saved_tensors
+        starts = [0, *offs.tolist()[:-1]]
+        of_weight = torch.full_like(weight, math.nan)
+        for expert, (first, last) in enumerate(zip(starts, offs.tolist())):
+            if last > first:
+                of_weight[expert] = x[first:last].T @ gradient[first:last]
+        return REAL_GROUPED_MM(gradient, weight.transpose(1, 2), offs=offs), of_weight, None
+
+
+REAL_GROUPED_MM = torch.nn.functional.grouped_mm
+
+
+def gradients_with_empty_experts(rank, world_size):
+    cpu.enable()
+    linear = LoraGrouped(GroupedLinear(4, 8, 16, torch.float32), ["down_proj"], ["down_proj"], rank=8, alpha=8, dropout=0.0)
+    parameters = [linear.down["down_proj"], linear.up["down_proj"]]
+    for parameter in (linear.base.weight, *parameters):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    linear.base.requires_grad_(False)
+    x, rows = torch.randn(6, 8, requires_grad=True), ExpertRows.of(torch.tensor([0, 4, 0, 2]), "cpu")
+    loss = linear(x, rows).square().sum()
+    expected = torch.autograd.grad(loss, [x, *parameters])
+    torch.nn.functional.grouped_mm = lambda x, weight, *, offs: GarbageForEmptyGroups.apply(x, weight, offs)
+    return expected, torch.autograd.grad(linear(x, rows).square().sum(), [x, *parameters])
+
+
+def test_experts_without_rows_have_no_gradient():
+    ((expected, actual),) = run_ranks(gradients_with_empty_experts, 1)
+    for value, wanted in zip(actual, expected):
+        torch.testing.assert_close(value, wanted)
+    assert all(not gradient[[0, 2]].any() and gradient[[1, 3]].any() for gradient in actual[1:])

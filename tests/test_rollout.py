@@ -255,7 +255,9 @@ def write_and_interrupt(rank, world_size, folder, layout, prompts):
     before, attention = flags(model), [layer.self_attention.core_attention for layer in model.decoder.layers]
 
     def interrupt(written, total):
-        assert not any(value for _, _, value in flags(model)), "something still trains or cuts the sequence"
+        cuts = parallel.tp_size > 1 and written == 1  # the prompts, over the tensor-parallel ranks
+        assert any(value for _, name, value in flags(model) if name == "sequence_parallel") == cuts
+        assert not any(value for _, name, value in flags(model) if name == "training")
         assert not torch.is_grad_enabled()
         if written == 2:
             raise KeyboardInterrupt
@@ -340,3 +342,19 @@ def error_of(rank, world_size, folder, prompts, settings):
 )
 def test_wrong_arguments_are_named(folder, prompts, settings, message):
     assert message in run_ranks(error_of, 1, folder, prompts, settings)[0]
+
+
+def rows_of_experts(rank, world_size, folder, layout, prompts):
+    """How many rows this rank's experts of the first layer got, for each token written."""
+    model, shape, parallel = load(folder, *layout)
+    counts = []
+    model.decoder.layers[0].mlp.experts.register_forward_pre_hook(lambda experts, inputs: counts.append(len(inputs[0])))
+    write(model, shape, parallel, prompts, max_new_tokens=2)
+    return counts, shape.num_experts_per_tok
+
+
+def test_prompts_are_cut_over_the_tensor_parallel_ranks(folder, prompts):
+    """The experts see each position of the prompts once, not once a rank."""
+    counts, per_token = zip(*run_ranks(rows_of_experts, 4, folder, (4, 4, 1, 4), prompts))
+    width = -(-max(map(len, prompts)) // 4) * 4
+    assert sum(count[0] for count in counts) == len(prompts) * width * per_token[0]

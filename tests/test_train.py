@@ -511,3 +511,20 @@ def test_data_order_is_the_same_at_any_data_parallel_size(data, tmp_path):
         for line, expected in zip(lines, first, strict=True):
             for key in ("loss", "grad_norm", "num_tokens", "epoch"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+def train_deterministically(rank, world_size, argv):
+    parallel.destroy = parallel.parallel_state.destroy_model_parallel  # the process group is the harness's to leave
+    main(argv)
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_deterministic_kernels_train_the_same(data, tmp_path):
+    """Other kernels under the same numbers; that they give the same bits twice on a GPU is for tests/test_gpu.py."""
+    flags = dict(model=data["model"], dataset=data["dataset"], max_steps=2, learning_rate=0.01, lmbda=0.5, **layout_flags(2, 1, 2))
+    run_training(2, arguments(output_dir=tmp_path / "usual", **flags))
+    modes = run_ranks(train_deterministically, 2, arguments(output_dir=tmp_path / "same", deterministic=True, **flags))
+    assert modes == [(True, True)] * 2
+    usual, same = (stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("usual", "same"))
+    for line, other in zip(usual, same, strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-6)

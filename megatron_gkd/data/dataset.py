@@ -51,6 +51,7 @@ class DataSettings(Protocol):
     dataset: list[str]
     val_dataset: list[str]
     split_dataset_ratio: float
+    download_datasets: bool
     max_length: int
     dataset_num_proc: int
     skip_bad_rows: bool
@@ -249,7 +250,7 @@ def load_datasets(
     processor = MediaProcessor(model_dir, data.media_cache)
 
     def read(entries: list[str]) -> list[datasets.Dataset]:
-        sources = [open_source(entry, seed) for entry in entries]
+        sources = [open_source(entry, seed, data.download_datasets) for entry in entries]
         settings = (chat, chat_problem, data.max_length, vocab_size, processor, data.check_data)
         return [_encode(source, data.dataset_num_proc, _Encoder(source, *settings)) for source in sources]
 

@@ -38,10 +38,11 @@ class Source(NamedTuple):
     """Paths of media are relative to it"""
 
 
-def open_source(entry: str, seed: int) -> Source:
-    """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. Raises DataError."""
+def open_source(entry: str, seed: int, download: bool = False) -> Source:
+    """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. download: names that are no file
+    or folder go to `datasets`, which may use the network. Raises DataError."""
     name, num_rows = split_suffix(entry)
-    source = _open(name)
+    source = _open(name, download)
     available = len(source.rows)
     if not available:
         raise DataError(f"{name} has no rows")
@@ -64,7 +65,7 @@ def split_suffix(entry: str) -> tuple[str, Optional[int]]:
     return match.group(1), int(match.group(2))
 
 
-def _open(name: str) -> Source:
+def _open(name: str, download: bool) -> Source:
     suffix = os.path.splitext(name)[1].lower()
     if os.path.isfile(name):
         if suffix in (".jsonl", ".json"):
@@ -79,8 +80,9 @@ def _open(name: str) -> Source:
             "are read"
         )
     looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(("/", "./", "../", "~"))
-    if looks_like_a_path and not os.path.isdir(name):
-        raise DataError(f"{name} does not exist")
+    if not os.path.isdir(name) and (looks_like_a_path or not download):
+        name_of_a_set = "" if looks_like_a_path else "; for a data set of that name on the hub add --download_datasets true"
+        raise DataError(f"{name} does not exist{name_of_a_set}")
     try:
         if os.path.isdir(name) and any(
             os.path.isfile(os.path.join(name, marker)) for marker in ("state.json", "dataset_dict.json")
@@ -90,8 +92,8 @@ def _open(name: str) -> Source:
             loaded = datasets.load_dataset(name)
     except Exception as error:  # a loader's own errors are of any type
         raise DataError(
-            f"{name} is no file here, and `datasets` could not load it ({type(error).__name__}: {_first_line(error)}); "
-            "a data set that is not on the hub or in the cache must be downloaded first: give its file or folder"
+            f"`datasets` could not load {name} ({type(error).__name__}: {_first_line(error)}); a data set that is "
+            "neither here nor on the hub must be downloaded first: give its file or folder"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:

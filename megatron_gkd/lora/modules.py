@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_gkd.model.experts import GroupedLinear, grouped_product
+from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
 from megatron_gkd.model.layout import Segment
 
 
@@ -85,7 +85,7 @@ class LoraColumnParallel(LoraModule):
         low = F.linear(x, down)
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
-        return output + F.linear(low, self.fused_up().to(x.dtype)) * self.scale, bias
+        return torch.add(output, F.linear(low, self.fused_up().to(x.dtype)), alpha=self.scale), bias
 
     def target_segments(self) -> Iterator[tuple[Segment, int]]:
         """The segments that have LoRA, each with its first row in that projection's W_up."""
@@ -132,7 +132,7 @@ class LoraRowParallel(LoraModule):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + F.linear(low, up.to(x.dtype)) * self.scale, bias
+        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=self.scale), bias
 
 
 class LoraGrouped(LoraModule):
@@ -149,15 +149,18 @@ class LoraGrouped(LoraModule):
                 parameter.allreduce = False  # reduced over the experts' own data-parallel group
                 parameter.tensor_model_parallel = True  # each rank's experts are its own: all count in the gradient norm
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, in] sorted by expert, offsets [E] -> [T, out]. No collectives."""
-        output = self.base(x, offsets)
+    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
+        """x [T, in] sorted by expert -> [T, out]. No collectives."""
+        output = self.base(x, rows)
         if not self.enabled:
             return output
         down = torch.cat(list(self.down.values()), dim=1)
-        down = F.pad(down, (0, 0, 0, _padding(down.shape[1]))).to(x.dtype)
-        low = grouped_product(self.drop(x, "expert-parallel-rng"), down, offsets)
-        return output + grouped_product(low, self.fused_up().to(x.dtype), offsets) * self.scale
+        down = F.pad(down, (0, 0, 0, _padding(down.shape[1])))
+        # On some GPUs grouped_mm gives experts without rows a gradient out of uninitialised memory: it ends here.
+        has_rows = (rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) > 0)[:, None, None]
+        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in (down, self.fused_up()))
+        low = grouped_product(self.drop(x, "expert-parallel-rng"), down, rows.offsets)
+        return torch.add(output, grouped_product(low, up, rows.offsets), alpha=self.scale)
 
     def fused_up(self) -> Tensor:
         """[E, out, R]: each projection's rows in its own block of columns."""
@@ -194,7 +197,7 @@ class LoraLinear(LoraModule):
             return output
         (down,), (up,) = self.down.values(), self.up.values()
         low = F.linear(self.drop(x, None), down.to(x.dtype))
-        return output + F.linear(low, up.to(x.dtype)) * self.scale
+        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=self.scale)
 
 
 class LoraHead(LoraModule):
@@ -231,6 +234,7 @@ def lm_head(model: nn.Module, hidden: Tensor, weight: Tensor | None = None) -> T
 
 
 def lora_modules(model: nn.Module) -> list[LoraModule]:
+    """Every LoRA module of the model (this rank's stage)."""
     return [module for module in model.modules() if isinstance(module, LoraModule)]
 
 

@@ -4,8 +4,8 @@ N response rows, H hidden size, V this rank's columns, C rows of a chunk. Three 
 gradient of the hidden states), nothing recomputed. A chunk loop under plain autograd would keep every chunk's logits:
 hence one Function.
 
-The two collectives of a chunk are not overlapped with the next chunk's GEMMs. It does not pay: alone they take 0.1 % of a
-chunk's time at TP 2 and 0.4 % at TP 4 (gloo, docs/benchmarks/loss.md), and a second pair of logits would double the memory.
+The two collectives of a chunk are not overlapped with the next chunk's GEMMs: a second pair of logits would double the
+memory, and on CPU ranks they take 0.4 % of the time at TP 4, 1.1 % at TP 8 (docs/benchmarks/loss.md; a GPU is unmeasured).
 """
 
 import math

@@ -30,6 +30,7 @@ class Weights(NamedTuple):
 
 
 def group_size(group: Optional[dist.ProcessGroup]) -> int:
+    """Ranks of the group; None is one rank alone."""
     return 1 if group is None else dist.get_world_size(group)
 
 
@@ -65,6 +66,7 @@ def check_labels(labels: Optional[torch.Tensor], num_rows: int, vocab_size: int,
 
 
 def row_weights(labels: Optional[torch.Tensor], num_rows: int, sft_alpha: float, device: torch.device) -> Weights:
+    """What each of the rows counts: labels [N] of -100 count nothing, without labels all count the same."""
     active = torch.ones(num_rows, dtype=torch.float64, device=device)
     if labels is not None:
         active = (labels != IGNORED_LABEL).double()

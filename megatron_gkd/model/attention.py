@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class SdpaAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention` (with its flash kernels)."""
+    """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention`, which chooses the kernel."""
 
     def __init__(
         self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale: float | None = None, **_
@@ -46,16 +46,21 @@ class SdpaAttention(nn.Module):
         return context.permute(2, 0, 1, 3).reshape(num_queries, batch_size, num_heads * head_dim)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """[B, h, S, d], [B, g, K, d] twice, visible [B, 1, S, K] or None -> [B, h, S, d]."""
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            is_causal=visible is None and query.shape[2] > 1,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        """[B, h, S, d], [B, g, K, d] twice, visible [B, 1, S, K] or None -> [B, h, S, d].
+
+        No kernel with a mask shares key/value heads on a GPU but the one that writes all scores out. So the heads of a
+        group take the places of positions where there is one position, and keys and values are repeated otherwise.
+        """
+        num_rows, num_heads, num_queries, head_dim = query.shape
+        group = num_heads // key.shape[1]
+        if num_queries == 1:
+            grouped = query.view(num_rows, key.shape[1], group, head_dim)
+            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=self.scale)
+            return context.reshape(num_rows, num_heads, 1, head_dim)
+        if visible is None:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=group > 1)
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
 
 
 class EagerAttention(SdpaAttention):

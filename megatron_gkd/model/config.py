@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_gkd.model.shape import DTYPES, ModelShape, read_model_shape
+from megatron_gkd.parallel import transformer_engine_usable
 
 __all__ = ["DTYPES", "ModelShape", "read_model_shape", "transformer_config"]
 
@@ -30,6 +31,7 @@ def transformer_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
+        moe_permute_fusion=transformer_engine_usable(parallel.device),  # its kernels add without atomics, and without waiting
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=True,

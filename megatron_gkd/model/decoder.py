@@ -131,5 +131,6 @@ def _require_grad_when_recording(block, args, kwargs):
 
 
 def check_divides(what: str, number: int, by: str, divisor: int) -> None:
+    """Raise ValueError naming both numbers unless `divisor` divides `number`."""
     if number % divisor:
         raise ValueError(f"{what} {number} is not divisible by {by} {divisor}")

@@ -1,8 +1,11 @@
 """A rank's experts as two grouped products, plugged into megatron-core's MoELayer through `MoESubmodules.experts`.
 
-Weights are stacked [experts, out, in], so `torch.nn.functional.grouped_mm` serves CPU and GPU alike. E experts of this
-rank, T dispatched tokens sorted by expert, H hidden size, I intermediate size of an expert.
+Weights are stacked [experts, out, in], so `torch.nn.functional.grouped_mm` serves CPU and GPU alike. It is one kernel
+in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch waits for the offsets and multiplies expert by
+expert. E experts of this rank, T dispatched tokens sorted by expert, H hidden size, I intermediate size of an expert.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +14,31 @@ from torch.nn import functional as F
 from megatron_gkd.parallel import transformer_engine_usable
 
 
+FAST_GROUPED_MM = ((9, 0), (10, 0))  # compute capabilities
+
+
+class ExpertRows(NamedTuple):
+    """Which of the T rows belong to which expert, in both forms that grouped products ask for."""
+
+    counts: Tensor
+    """int64 [E], on the CPU where megatron-core's dispatcher has brought them there already"""
+    offsets: Tensor
+    """int32 [E], on the device of the rows: the end of each expert's"""
+
+    @classmethod
+    def of(cls, counts: Tensor, device: torch.device) -> "ExpertRows":
+        """Does not wait for the device."""
+        return cls(counts, counts.to(device, non_blocking=True).cumsum(0).to(torch.int32))
+
+
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [T, in] sorted by expert, weight [E, out, in], offsets [E] int32 (ends of the experts' rows) -> [T, out].
 
     grouped_mm wants rows of a multiple of 16 bytes: other sizes are padded with zeros (a copy of the weight, on small
     or odd models only).
     """
+    if not len(x):  # a rank whose experts got no token: no kernel to start, and gradients that are zero
+        return x @ weight[0].T
     num_outputs, num_inputs = weight.shape[1:]
     multiple = 16 // x.element_size()
     extra_outputs, extra_inputs = -num_outputs % multiple, -num_inputs % multiple
@@ -36,8 +58,9 @@ class GroupedLinear(nn.Module):
         )
         self.weight.allreduce = False  # expert-parallel: outside the ordinary data-parallel group
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_product(x, self.weight, offsets)
+    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
+        """x [T, in] sorted by expert -> [T, out]."""
+        return grouped_product(x, self.weight, rows.offsets)
 
 
 class TransformerEngineGroupedLinear(GroupedLinear):
@@ -51,10 +74,11 @@ class TransformerEngineGroupedLinear(GroupedLinear):
         for expert in range(num_experts):  # views of the stacked weight: nothing is held twice
             setattr(self.product, f"weight{expert}", nn.Parameter(self.weight.data[expert], requires_grad=False))
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
+        """As GroupedLinear's."""
         if not len(x):  # a rank whose experts got no token
             return x @ self.weight[0].T
-        return self.product(x, offsets.diff(prepend=offsets.new_zeros(1)).tolist())
+        return self.product(x, rows.counts.tolist())
 
 
 def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinear]:
@@ -83,10 +107,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """x [T, H], tokens_per_expert [E], probs [T] fp32 -> ([T, H], no bias)."""
-        offsets = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
-        gate, up = self.gate_up(x, offsets).chunk(2, dim=-1)
+        rows = ExpertRows.of(tokens_per_expert, x.device)
+        gate, up = self.gate_up(x, rows).chunk(2, dim=-1)
         weighted = (F.silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype)
-        return self.down(weighted, offsets), None
+        return self.down(weighted, rows), None
 
     def backward_dw(self) -> None:
         """megatron-core's hook for delayed weight gradients: the base is frozen and LoRA's are computed in place."""

@@ -55,7 +55,7 @@ def media_arguments(
     """
     embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, B, H]
     length, num_local = input_ids.shape[1], embedded.shape[0]
-    first = parallel.tp_rank * num_local if num_local < length else 0  # no shards while generating
+    first = parallel.tp_rank * num_local
     places = torch.stack((media_rows % length - first, media_rows // length))
     here = (places[0] >= 0) & (places[0] < num_local)
     places, tokens = places[:, here], media_tokens[here]

@@ -79,7 +79,7 @@ class Towers(nn.Module):
             return None
         pieces = self._pieces(batch)
         ranks = self.parallel.tp_size if self.shares and not self.trains and len(pieces) > 1 else 1
-        shares = deal(pieces, [self._work(piece) for piece in pieces], ranks)
+        shares = deal(pieces, self._work(pieces), ranks)
         mine = shares[self.parallel.tp_rank if ranks > 1 else 0]
         encoded = [self._encode(batch.media, mine)]
         if ranks > 1:
@@ -99,11 +99,13 @@ class Towers(nn.Module):
             pieces += visual_pieces(media, self.visual.spatial_merge_size)
         return pieces
 
-    def _work(self, piece: Piece) -> int:
-        """About how long a piece takes: positions in the tower x its parameters."""
-        tower = self.audio_tower if piece.is_audio else self.visual
-        num_positions = piece.num_tokens if piece.is_audio else piece.stop - piece.start
-        return num_positions * sum(parameter.numel() for parameter in tower.parameters())
+    def _work(self, pieces: Sequence[Piece]) -> list[int]:
+        """About how long each piece takes: positions in the tower x its parameters."""
+        audio, visual = (
+            sum(parameter.numel() for parameter in tower.parameters()) if tower is not None else 0
+            for tower in (self.audio_tower, self.visual)
+        )
+        return [piece.num_tokens * audio if piece.is_audio else (piece.stop - piece.start) * visual for piece in pieces]
 
     def _encode(self, media: Media, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """-> the pieces' features: audio [M_audio, H], and visual [1 + D, M_visual, H] with the deepstack features."""
@@ -149,10 +151,12 @@ class Towers(nn.Module):
 
     @property
     def hidden_size(self) -> int:
+        """Numbers of a feature: the decoder's hidden size."""
         return self.visual.config.out_hidden_size if self.audio_tower is None else self.audio_tower.config.output_dim
 
     @property
     def num_deepstack(self) -> int:
+        """Decoder layers that read features of the vision tower besides the embeddings."""
         return 0 if self.visual is None else len(self.visual.deepstack_visual_indexes)
 
     def _empty(self, size: tuple[int, ...]) -> Tensor:

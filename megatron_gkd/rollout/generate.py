@@ -1,9 +1,11 @@
 """Text from the training model itself: one prefill, then one token a step with megatron-core's key/value cache.
 
-Ragged prompts are padded on the left, so that every row's next token stands in the same column. Legend: B rows of this
-data-parallel rank, W columns of the padded prompts, H hidden size.
+Ragged prompts are padded on the left, so that every row's next token stands in the same column. The prefill is cut over
+the tensor-parallel ranks as in training (sequence parallelism): without it each of them would send all tokens to the
+experts. Legend: B rows of this data-parallel rank, W columns of the padded prompts, H hidden size.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Callable, Collection, Optional, Sequence
 
@@ -15,8 +17,8 @@ from torch import Tensor
 from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.model.config import ModelShape
 from megatron_gkd.model.merge import MediaFeatures, media_arguments
-from megatron_gkd.parallel import Parallel
-from megatron_gkd.rollout.mode import generation_mode
+from megatron_gkd.parallel import Parallel, world_max
+from megatron_gkd.rollout.mode import generation_mode, without_sequence_parallel
 from megatron_gkd.rollout.sampling import Sampler, Sampling
 
 _DONE, _WRITING, _BROKEN = 0, 1, 2
@@ -65,8 +67,8 @@ def generate(
     greedy. media: None where all prompts are text. progress(tokens written, max_new_tokens) is called after each token.
 
     Holds a fp32 copy of this rank's lm_head rows and the keys and values of B x (W + max_new_tokens) positions
-    meanwhile. Collectives a token: those of the forward, of `Sampler.draw` on the last stage, a broadcast of B ids over
-    PP, and, where experts span data-parallel ranks, a world-wide maximum of one number: those ranks need each other in
+    meanwhile. Collectives a token: those of the forward, of `Sampler.draw` on the last stage (before the first, a
+    broadcast of [B, H] over TP), a broadcast of B ids over PP, and, where experts span data-parallel ranks, a world-wide maximum of one number: those ranks need each other in
     every forward and stop together.
 
     Raises ValueError for an empty prompt, an id out of the vocabulary or a setting out of range; FloatingPointError, on
@@ -78,16 +80,17 @@ def generate(
     assert media is None or media.features is not None or not parallel.is_first_stage, "media without features"
     replicas_share_experts = parallel.tp_size % parallel.ep_size != 0  # else each TP group holds all experts by itself
     num_prompts = len(prompts)
-    most_prompts = _world_max(num_prompts, parallel.device) if replicas_share_experts else num_prompts
+    most_prompts = world_max(num_prompts, parallel.device) if replicas_share_experts else num_prompts
     if most_prompts == 0:
         return []
     if not prompts:  # other ranks' tokens need this rank's experts: it goes along with a row of its own
         prompts, row_ids, noise_ids, media = [[pad_token_id]], [0], [0], None
 
-    input_ids, num_padding = _pad_left(prompts, pad_token_id, parallel.device)
+    input_ids, num_padding = _pad_left(prompts, pad_token_id, parallel.tp_size, parallel.device)
     num_rows, width = input_ids.shape
     columns = torch.arange(width + max_new_tokens, device=parallel.device)
     is_padding = columns < num_padding[:, None]  # [B, W + max_new_tokens]
+    any_padding = bool(is_padding.any())
     position_ids = _positions(columns, num_padding, width, media)
     context = StaticInferenceContext(num_rows, width + max_new_tokens)
 
@@ -107,15 +110,21 @@ def generate(
     responses: list[list[int]] = [[] for _ in range(num_rows)]
     writing = [row < num_prompts for row in range(num_rows)]
     end = width
-    with generation_mode(model):
+    with generation_mode(model), ExitStack() as decoding:
         for step in range(max_new_tokens):
-            mask = _attention_mask(is_padding[:, :end], input_ids.shape[1])
+            if step == 1:
+                decoding.enter_context(without_sequence_parallel(model))
+            mask = _attention_mask(is_padding[:, :end], input_ids.shape[1]) if any_padding else None
             positions = position_ids[:, :, :end]
             shown = _shown(model, parallel, input_ids, positions, num_padding, media) if step == 0 else {}
             hidden = _forward_stage(model, parallel, input_ids, positions, mask, context, shown)
             tokens = torch.empty(num_rows, dtype=torch.int64, device=parallel.device)
             if parallel.is_last_stage:
-                tokens = sampler.draw(lm_head(model, hidden[-1], head), step)
+                newest = hidden[-1].contiguous()
+                if step == 0 and parallel.tp_size > 1:  # the last rank's shard holds the last position
+                    last_rank = dist.get_global_rank(parallel.groups.tp, parallel.tp_size - 1)
+                    dist.broadcast(newest, last_rank, group=parallel.groups.tp)
+                tokens = sampler.draw(lm_head(model, newest, head), step)
                 sampler.observe(tokens[:, None])
             if parallel.pp_size > 1:
                 dist.broadcast(tokens, parallel.last_stage_rank, group=parallel.groups.pp)
@@ -128,7 +137,7 @@ def generate(
                     writing[row] = drawn[row] not in eos_token_ids
             state = _BROKEN if broken else _WRITING if any(writing) else _DONE
             if replicas_share_experts:
-                state = _world_max(state, parallel.device)
+                state = world_max(state, parallel.device)
             if state == _BROKEN:
                 rows = ", ".join(f"row {row_ids[row]} (prompt {row} of {num_prompts})" for row in broken)
                 raise FloatingPointError(
@@ -161,15 +170,11 @@ def _check(prompts: Sequence[Sequence[int]], row_ids: Sequence[int], max_new_tok
             )
 
 
-def _world_max(number: int, device: torch.device) -> int:
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> ids [B, W] int64 and the number of padding columns [B]."""
-    width = max(len(prompt) for prompt in prompts)
+def _pad_left(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, multiple_of: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """-> ids [B, W] int64, W a multiple of `multiple_of`, and the number of padding columns [B]."""
+    width = -(-max(len(prompt) for prompt in prompts) // multiple_of) * multiple_of
     num_padding = [width - len(prompt) for prompt in prompts]
     rows = [[pad_token_id] * padding + list(prompt) for padding, prompt in zip(num_padding, prompts)]
     return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(num_padding, device=device)
@@ -193,13 +198,11 @@ def _shown(model, parallel, input_ids, position_ids, num_padding, media: Optiona
     return media_arguments(model, parallel, input_ids, position_ids, rows, media.tokens, media.features)
 
 
-def _attention_mask(is_padding: Tensor, num_queries: int) -> Optional[Tensor]:
-    """is_padding [B, K] -> [B, 1, S, K] bool for the last S positions, True = hidden; None means plain causal.
+def _attention_mask(is_padding: Tensor, num_queries: int) -> Tensor:
+    """is_padding [B, K] -> [B, 1, S, K] bool for the last S positions, True = hidden.
 
     A padding position sees itself alone: a row of the softmax without any key would be NaN.
     """
-    if not is_padding.any():
-        return None
     num_keys = is_padding.shape[1]
     position = torch.arange(num_keys, device=is_padding.device)
     query = position[num_keys - num_queries :, None]
@@ -209,7 +212,8 @@ def _attention_mask(is_padding: Tensor, num_queries: int) -> Optional[Tensor]:
 def _forward_stage(
     model, parallel: Parallel, input_ids: Tensor, position_ids: Tensor, mask: Optional[Tensor], context, shown: dict
 ) -> Tensor:
-    """This stage's output [S, B, H] for the S newest positions; the cache and its offset advance.
+    """This stage's output [S, B, H] (this rank's [S/TP, B, H] under sequence parallelism) for the S newest positions;
+    the cache and its offset advance.
 
     input_ids [B, S]; position_ids [3, B, K] and mask [B, 1, S, K] for the K positions so far; shown: the media among
     the newest. Collectives besides the model's: a receive from the stage before, a send to the stage after.
@@ -217,7 +221,8 @@ def _forward_stage(
     num_rows, num_positions = input_ids.shape
     pipeline = parallel.groups.pp
     if not parallel.is_first_stage:
-        size = (num_positions, num_rows, model.config.hidden_size)
+        num_local = num_positions // parallel.tp_size if model.config.sequence_parallel else num_positions
+        size = (num_local, num_rows, model.config.hidden_size)
         received = torch.empty(size, dtype=model.config.params_dtype, device=parallel.device)
         dist.recv(received, dist.get_global_rank(pipeline, parallel.pp_rank - 1), group=pipeline)
         model.set_input_tensor(received)
