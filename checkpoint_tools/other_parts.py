@@ -23,7 +23,7 @@ def other_tensors(folder: Path, shape: ModelShape) -> tuple[dict[str, list[int]]
     Raises ValueError where transformers makes no model of config.json.
     """
     model_class = Qwen3OmniMoeForConditionalGeneration if shape.prefix else Qwen3OmniMoeThinkerForConditionalGeneration
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     getattr(config, "thinker_config", config).text_config.num_hidden_layers = 1  # the decoder is not looked at
     try:
         with torch.device("meta"):

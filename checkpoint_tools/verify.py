@@ -2,24 +2,24 @@
 
 First tensor by tensor (bits of the checkpoint, names, shapes, types, padding, the adapter's own records), then logits
 in fp32 on text, audio and image rows: our towers and Megatron decoder, read from the checkpoint (or the folder) at the
-given layout, against transformers and peft. Prints a table, names the first layer that parts; the exit status is 1 on any
+given layout, against transformers and peft (in memory on the CPU, 4 bytes a parameter). Prints a table, names the first layer that parts; the exit status is 1 on any
 mismatch, 2 when there is nothing to compare. Without torchrun it is one process.
 """
 
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor
-from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from checkpoint_tools.adapters import open_adapters
 from checkpoint_tools.command import parse_flags, refusals_in_one_line, setting
 from checkpoint_tools.plans import is_converted
-from checkpoint_tools.thinker import load_peft
+from checkpoint_tools.thinker import load_peft, load_thinker
 from checkpoint_tools.verify_logits import Trace, compare, megatron_trace, transformers_trace
 from checkpoint_tools.verify_rows import Rows, make_rows
 from checkpoint_tools.verify_tensors import (
@@ -39,6 +39,7 @@ from megatron_gkd.model.towers import build_towers
 from megatron_gkd.model.weights import load_weights
 
 _MOST_LINES = 20
+_TIMEOUT = timedelta(hours=6)  # the other ranks wait while rank 0 runs transformers' model on the CPU
 
 
 @dataclass
@@ -133,7 +134,7 @@ def _report(what: str, compare_both: Callable[[], Comparison | None]) -> bool | 
 
 def expected_of_transformers(config: VerifyConfig) -> list[Expected]:
     """Of every model that the flags name, on every row."""
-    model = _load_thinker(config.hf_model)
+    model = load_thinker(config.hf_model)
     all_rows = make_rows(model.config)
     found = _expected(BASE, model, all_rows)
     if config.adapter:
@@ -141,12 +142,8 @@ def expected_of_transformers(config: VerifyConfig) -> list[Expected]:
         found += _expected(ADAPTER, load_peft(model, config.adapter).eval(), all_rows)
     if config.merged:
         del model
-        found += _expected(MERGED, _load_thinker(config.merged), all_rows)
+        found += _expected(MERGED, load_thinker(config.merged), all_rows)
     return found
-
-
-def _load_thinker(folder: str):
-    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _expected(name: str, model, all_rows: list[Rows]) -> list[Expected]:
@@ -189,7 +186,8 @@ def _megatron_model(name: str, config: VerifyConfig, shape, parallel):
     """As read from the checkpoint where there is one (or from the merged folder), with LoRA for ADAPTER. The towers are
     those of `hf_model` where a checkpoint holds the decoder alone."""
     folder = config.merged if name == MERGED else config.checkpoint or config.hf_model
-    model = build_decoder(shape, parallel, torch.float32)
+    # Torch's own attention and experts: Transformer Engine's attention has no fp32.
+    model = build_decoder(shape, parallel, torch.float32, attn_impl="sdpa", experts_impl="grouped_mm")
     load_weights(model, shape, parallel, folder)
     found = find_checkpoint(folder)
     if found:
@@ -212,6 +210,7 @@ def verify(config: VerifyConfig) -> bool:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        timeout=_TIMEOUT,
     )
     passed = [verify_tensors(config) if parallel.rank == 0 else None]
     torch.distributed.broadcast_object_list(passed)

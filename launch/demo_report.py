@@ -18,9 +18,9 @@ import matplotlib
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from checkpoint_tools.thinker import load_peft
+from checkpoint_tools.thinker import load_peft, load_thinker
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no display)
@@ -196,7 +196,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     held_out = read_held_out(arguments.heldout, tokenizer)
-    base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    base = load_thinker(arguments.model)
     with torch.no_grad():
         teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         before = score(base, tokenizer, held_out, teacher_logits, arguments.temperature)

@@ -21,10 +21,10 @@ from transformers import (
     AutoTokenizer,
     FeatureExtractionMixin,
     PreTrainedTokenizerBase,
-    Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
 
+from checkpoint_tools.thinker import load_thinker
 from launch.demo_report import greedy_answers, load_adapter, mean_jsd, read_lines, response_logits
 
 matplotlib.use("Agg")
@@ -197,7 +197,7 @@ def main() -> None:
     runs = {"gkd": arguments.gkd, "sft": arguments.sft}
 
     def load_base() -> torch.nn.Module:
-        return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        return load_thinker(arguments.model)
 
     with torch.no_grad():
         base = load_base()

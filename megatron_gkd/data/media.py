@@ -217,7 +217,7 @@ class MediaProcessor:
 
     def _part(self, kind: str, loader):
         try:
-            return loader.from_pretrained(self.folder, local_files_only=True)
+            return loader.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the files are anyone's, and so are the errors
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(

@@ -114,7 +114,11 @@ class PeftAdapter:
     def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
         """lora_alpha of `module` ("0.self_attn.q_proj"). A pattern may spell out the name in any of PEFT's models."""
         for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
-            if any(re.fullmatch(rf"(.*\.)?({pattern})", spelling + module) for spelling in spellings):
+            try:
+                expression = re.compile(rf"(.*\.)?({pattern})")
+            except re.error as error:
+                raise ValueError(f"{self.folder / CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
+            if any(expression.fullmatch(spelling + module) for spelling in spellings):
                 return float(alpha)
         return float(self.config["lora_alpha"])
 

@@ -28,7 +28,7 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
             if section.get("eos_token_id") is not None:
                 return _as_ids(section["eos_token_id"], path)
     if (folder / "tokenizer_config.json").is_file():
-        eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
+        eos_token_id = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eos_token_id
         return [] if eos_token_id is None else [eos_token_id]
     return []
 
