@@ -38,6 +38,8 @@ class AdapterSum:
         terms = [(adapter, weight) for adapter, weight in zip(self.adapters, self.weights) if down in adapter]
         if not terms:
             return base
+        for adapter, _ in terms:
+            adapter.check_base(linear, rows, base)
         total = base.float()
         for adapter, weight in terms:
             (matrix_a, scale), (matrix_b, _) = adapter.tensor(down), adapter.tensor(up)
@@ -54,7 +56,16 @@ def open_adapters(folders: list[str], weights: list[float], shape: ModelShape) -
         raise ValueError(f"{len(weights)} weights for {len(folders)} adapters: give one for each, or none for 1 each")
     if not folders:
         raise ValueError("no --adapter is named")
-    return AdapterSum([PeftAdapter(folder, shape) for folder in folders], weights or [1.0] * len(folders), shape)
+    adapters = [PeftAdapter(folder, shape) for folder in folders]
+    for adapter in adapters:
+        refuse_outside(adapter)
+    return AdapterSum(adapters, weights or [1.0] * len(folders), shape)
+
+
+def refuse_outside(adapter: PeftAdapter) -> None:
+    """Raise ValueError for LoRA that the tools would drop: on the talker or the vocoder."""
+    if adapter.outside:
+        raise ValueError(f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more are not LoRA on the thinker")
 
 
 def write_adapter(output: Path, made_by: str, fill, sources: list[Path]) -> None:

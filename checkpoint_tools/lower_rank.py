@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from checkpoint_tools.adapters import write_adapter
+from checkpoint_tools.adapters import refuse_outside, write_adapter
 from checkpoint_tools.command import run_command
 from megatron_gkd.lora.adapter import THINKER, adapter_tensors
 from megatron_gkd.lora.peft_folder import CONFIG, PeftAdapter, peft_config, save_tensors, saved_targets
@@ -44,6 +44,7 @@ def lower(config: LowerRankConfig) -> str:
     """Write the adapter; return the table of errors. Raises ValueError for a rank that is not lower."""
     shape = read_model_shape(config.hf_model)
     adapter = PeftAdapter(config.adapter, shape)
+    refuse_outside(adapter)
     rank = config.lora_rank
     if not 0 < rank < adapter.rank:
         raise ValueError(f"--lora_rank {rank}: the adapter has rank {adapter.rank}; choose 1 to {adapter.rank - 1}")

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 MODEL=${MODEL:?the folder of Qwen3-Omni-30B-A3B-Instruct}
-DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name; NAME#2000 takes 2000 samples}
+DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name with the flag --download_datasets true; NAME#2000 takes 2000 samples}
 OUTPUT=${OUTPUT:-output}
 NPROC_PER_NODE=${NPROC_PER_NODE:-8}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied, tower_loras, tower_tensors
@@ -29,6 +29,7 @@ from megatron_gkd.optimizer import MOMENTS, Optimizer
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
+_STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # beside what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -67,14 +68,22 @@ def note_latest(output_dir: str | Path, folder: Path | None) -> None:
     write_atomically(Path(output_dir, LATEST), f"{folder.name}\n" if inside else "")
 
 
-def read_state(folder: Path) -> dict:
-    """trainer_state.json. Raises FileNotFoundError for a checkpoint that holds only the adapter."""
+def read_state(folder: Path, *more_keys: str) -> dict:
+    """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a checkpoint that holds only the
+    adapter, ValueError naming the file where it is damaged."""
     if not (folder / STATE).is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {folder}: holds only the adapter (--save_only_model); "
             f"start from it with --adapter {folder}"
         )
-    return json.loads((folder / STATE).read_text())
+    try:
+        state = json.loads((folder / STATE).read_text())
+        missing = {*_STATE_KEYS, *more_keys} - state.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / STATE}: damaged ({error}); resume from another checkpoint") from error
+    if missing:
+        raise ValueError(f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint")
+    return state
 
 
 def save_checkpoint(
@@ -89,10 +98,10 @@ def save_checkpoint(
     base_model: str,
     optimizer: Optimizer | None,
     state: dict,
-    save_total_limit: int,
+    save_total_limit: int | None,
 ) -> Path:
-    """Write OUTPUT/checkpoint-STEP and remove the oldest beyond `save_total_limit`. `optimizer=None` writes the adapter
-    alone.
+    """Write OUTPUT/checkpoint-STEP and remove the oldest beyond `save_total_limit` (None: none). `optimizer=None` writes
+    the adapter alone.
 
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this one whole or not at
     all. Checkpoints of later steps are an earlier run's: they neither count nor go. Collectives: three barriers of the
@@ -103,7 +112,25 @@ def save_checkpoint(
         _tidy(Path(output_dir))
         partial.mkdir(parents=True)
     torch.distributed.barrier()
+    try:
+        _write(partial, model, shape, parallel, alpha=alpha, dropout=dropout, base_model=base_model, optimizer=optimizer, state=state | {"step": step})
+    except BaseException:  # a full disk: what was written so far would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if parallel.rank == 0:
+        _replace(partial, final)
+        note_latest(output_dir, final)
+        so_far = [path for number, path in checkpoints(output_dir) if number <= step]
+        for path in so_far[:-save_total_limit] if save_total_limit else []:
+            gone = path.with_name(f".{path.name}.partial")  # a kill meanwhile leaves no half a checkpoint under its name
+            path.rename(gone)
+            shutil.rmtree(gone)
+    torch.distributed.barrier()
+    return final
 
+
+def _write(partial: Path, model, shape, parallel, *, alpha: float, dropout: float, base_model: str, optimizer: Optimizer | None, state: dict) -> None:
+    """Fill the folder: every rank its pieces, then rank 0 the files. Collectives: a barrier of the world."""
     owned = [piece for piece in adapter_pieces(model, shape, parallel) if piece.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
@@ -135,20 +162,12 @@ def save_checkpoint(
             save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
             _sync(partial / OPTIMIZER)
             full_state = state | {
-                "step": step,
                 "num_updates": optimizer.num_updates,
                 "loss_scale": optimizer.scaler_state(),
             }
             _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
         for path in partial.glob("rank-*.safetensors"):
             path.unlink()
-        _replace(partial, final)
-        note_latest(output_dir, final)
-        so_far = [path for number, path in checkpoints(output_dir) if number <= step]
-        for path in so_far[:-save_total_limit]:
-            shutil.rmtree(path)
-    torch.distributed.barrier()
-    return final
 
 
 def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimizer) -> None:
@@ -163,16 +182,20 @@ def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimize
             raise FileNotFoundError(
                 f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
             )
-    with (
-        safe_open(folder / TENSORS, framework="pt") as weights,
-        safe_open(folder / OPTIMIZER, framework="pt") as states,
-    ):
+    with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
         for piece in adapter_pieces(model, shape, parallel):
             piece.target.copy_(weights.get_slice(piece.name)[piece.index])
             for kind in MOMENTS:
                 moments[piece.parameter][kind][piece.where].copy_(states.get_slice(f"{piece.name}.{kind}")[piece.index])
     optimizer.num_updates = state["num_updates"]
     optimizer.load_scaler_state(state["loss_scale"])
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
 
 
 def _piece_key(kind: str, piece) -> str:
@@ -227,6 +250,8 @@ def _replace(partial: Path, final: Path) -> None:
 
 def _tidy(output_dir: Path) -> None:
     """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
+    for path in output_dir.glob(f"{LATEST}.*.tmp"):
+        path.unlink()
     for path in output_dir.glob(".checkpoint-*"):
         final = path.with_name(path.stem.removeprefix("."))
         if path.suffix == ".old" and not final.exists():

@@ -21,7 +21,11 @@ from transformers import HfArgumentParser
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 
 SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end the others
-# Flags of the DeepSpeed command that have no meaning here, and the one line that answers each of them.
+# Names from other programs -> the setting that does it here.
+OTHER_NAMES = {"lr": "learning_rate", "gradient_checkpointing": "recompute", "tp": "tensor_model_parallel_size"}
+OTHER_NAMES |= {"pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size", "epochs": "num_train_epochs"}
+OTHER_NAMES |= {"batch_size": "per_device_train_batch_size", "bf16": "torch_dtype"}
+# Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
     "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
     "teacher_deepspeed": "the teacher is the student's own base model with LoRA off, so it is sharded with it",
@@ -123,6 +127,8 @@ class LoraConfig:
             require(0 < self.lora_alpha < math.inf, "lora_alpha", self.lora_alpha, "above 0", "twice the rank is usual")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
         names = [name for word in self.lora_target_modules for name in word.replace(",", " ").split()]
+        given = not self.lora_target_modules or bool(names)
+        require(given, "lora_target_modules", repr(" ".join(self.lora_target_modules)), "ALL or names of linears", "leave the flag out for ALL")
         names = ["ALL" if name in ("ALL", "all", "all-linear") else name for name in names]
         allowed = "ALL alone, or names of linears"
         require("ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed)
@@ -142,7 +148,9 @@ class DataConfig:
         False, "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network."
     )
     max_length: int = setting(
-        2048, "Tokens of prompt and response together; a longer response is cut at its end and counted."
+        2048,
+        "Tokens of a data row, prompt and response together; a longer response is cut at its end and counted. A response that "
+        "is written in the run has up to --max_completion_length tokens after the prompt, whatever this says.",
     )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes that turn rows into tokens.")
@@ -222,10 +230,9 @@ class DistillConfig:
         """Whether any step of the schedule can be on-policy."""
         return any(value > 0 for _, value in parse_schedule(self.lmbda))
 
-    @property
-    def may_use_data_responses(self) -> bool:
-        """Whether any step of the schedule can learn from the data set's own responses, which is where sft_alpha counts."""
-        return not self.seq_kd and any(value < 1 for _, value in parse_schedule(self.lmbda))
+    def may_use_data_responses(self, total_steps: int) -> bool:
+        """Whether any of the steps can learn from the data set's own responses, which is where sft_alpha counts."""
+        return not self.seq_kd and any(value < 1 for start, value in parse_schedule(self.lmbda) if start < total_steps)
 
     @property
     def mixture(self) -> Mixture:
@@ -409,7 +416,8 @@ def _unknown(name: str, where: str, parser: _Parser) -> ValueError:
     names = [
         option[2:] for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
     ]
-    nearest = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.0)[0]
+    spelled = name.replace("-", "_")
+    nearest = OTHER_NAMES.get(spelled) or difflib.get_close_matches(spelled, names, n=1, cutoff=0.0)[0]
     return ValueError(f"{where} is not a setting; the nearest is --{nearest} (--help lists all of them)")
 
 

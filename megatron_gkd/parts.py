@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.data import load_datasets
+from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
@@ -51,7 +52,8 @@ def build(config: Config, shape: ModelShape, parallel: Parallel, *, audio: bool 
 
     audio, visual: whether the run has audio, and images or videos; without them their towers are not built.
     """
-    config, adapter, resume_folder = resolve(config, shape, parallel)
+    asked_for = config.lora.lora_target_modules
+    config, adapter, resume_folder = resolve(config, shape, parallel, has_media=audio or visual)
     lora = config.lora
     say(parallel, config.describe())
     dtype = DTYPES[config.model.torch_dtype]
@@ -70,7 +72,7 @@ def build(config: Config, shape: ModelShape, parallel: Parallel, *, audio: bool 
     num_bytes = load_weights(model, shape, parallel, config.model.model)
     say(parallel, f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in {time.perf_counter() - started:.1f} s")
     if lora.lora_towers and not (audio or visual):
-        raise ValueError("--lora_towers: no row of the data has audio, images or videos, nothing would train the towers")
+        raise ValueError("--lora_towers: no row of the data has audio, images or videos, nothing would train the towers; leave it out")
     audio, visual = audio or lora.lora_towers, visual or lora.lora_towers  # an adapter has LoRA on both towers or on none
     model.towers = build_towers(config.model.model, shape, parallel, dtype, audio=audio, visual=visual, attn_impl=config.model.attn_impl)
 
@@ -88,11 +90,13 @@ def build(config: Config, shape: ModelShape, parallel: Parallel, *, audio: bool 
     )
     applied(model)  # raises where no linear of this stage carries LoRA
     if adapter:
-        load_adapter(model, shape, parallel, adapter)
+        load_adapter(model, shape, parallel, adapter, more_linears=bool(asked_for))
         line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (f", continued at rank {rank})" if rank != adapter.rank else ")")
         if not resume_folder:  # otherwise `resume` says how the run goes on
             line += f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer starts anew at step 0"
         say(parallel, line)
+        for note in adapter_notes(adapter):
+            say(parallel, note)
     trainable, total = count_parameters(shape, rank, targets, model)
     say(parallel, banner(trainable, total))
     say(parallel, f"Loss: {config.distill.mixture_line()}")
@@ -119,7 +123,17 @@ def build(config: Config, shape: ModelShape, parallel: Parallel, *, audio: bool 
     return Parts(shape, model, ddp, optimizer, loss, alpha, adapter, resume_folder)
 
 
-def resolve(config: Config, shape: ModelShape, parallel: Parallel) -> tuple[Config, PeftAdapter | None, Path | None]:
+def adapter_notes(adapter: PeftAdapter) -> list[str]:
+    """In what the gradient here is not PEFT's, for adapters that this backend lays out in another way."""
+    notes = []
+    if not adapter.one_scale:
+        notes.append("Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and updates are those of one alpha / r for all")
+    if adapter.shares_downs:
+        notes.append("Note: gate_proj and up_proj share one W_down in it; here each has its own, and the gradient norm counts both")
+    return notes
+
+
+def resolve(config: Config, shape: ModelShape, parallel: Parallel, *, has_media: bool = True) -> tuple[Config, PeftAdapter | None, Path | None]:
     """(the settings with what an adapter, a checkpoint or the machine decides filled in, the adapter to start from, the checkpoint to resume)."""
     resume_folder = None
     if config.run.resume_from_checkpoint:
@@ -129,7 +143,12 @@ def resolve(config: Config, shape: ModelShape, parallel: Parallel) -> tuple[Conf
     source = resume_folder or config.lora.adapter
     adapter = PeftAdapter(source, shape) if source else None
     if adapter and adapter.towers and not config.lora.lora_towers:
-        raise ValueError(f"{source}: has LoRA on {len(adapter.towers)} linears of the towers ({adapter.towers[0]}, ...); add --lora_towers")
+        what = f"{source}: has LoRA on {len(adapter.towers)} linears of the towers ({adapter.towers[0]}, ...)"
+        if has_media:
+            raise ValueError(f"{what}; add --lora_towers")
+        say(parallel, f"Note: {what}, which text does not reach: it is left out here and in what this run saves")
+    if adapter and adapter.outside:
+        say(parallel, f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder ({adapter.outside[0]}, ...) are left out here and in what this run saves")
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
     alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
     targets = resolve_targets(config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"]))
@@ -148,14 +167,19 @@ def resolve(config: Config, shape: ModelShape, parallel: Parallel) -> tuple[Conf
 
 
 def load_data(config: Config, shape: ModelShape, parallel: Parallel):
-    """(train, evaluation or None). Raises DataError for bad rows, ValueError when the run could learn nothing."""
+    """(train, evaluation or None). Raises DataError for bad rows."""
     train_data, eval_data = load_datasets(config.data, config.model.model, shape.vocab_size, config.train.seed)
     say(parallel, f"Data: {train_data.report.summary()}")
     if eval_data:
         say(parallel, f"Evaluation data: {eval_data.report.summary()}")
+    return train_data, eval_data
+
+
+def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
+    """Raise ValueError when none of the steps could learn anything."""
     distill = config.distill
-    has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses
-    if not (train_data.report.has_teacher_view or has_sft or distill.allow_zero_signal):
+    has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(total_steps)
+    if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         given = config.lora.adapter or config.run.resume_from_checkpoint
         why = (
             f"the divergence can only pull the student from the LoRA of {given} back to the base model"
@@ -167,7 +191,6 @@ def load_data(config: Config, shape: ModelShape, parallel: Parallel):
             "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
-    return train_data, eval_data
 
 
 def make_rollout(config: Config, shape: ModelShape, parallel: Parallel, pad_token_id: int, teacher_writes: bool = False) -> MegatronRollout | None:

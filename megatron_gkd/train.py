@@ -5,8 +5,10 @@
 
 import logging
 import math
+import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import closing, contextmanager
@@ -18,9 +20,10 @@ if __name__ == "__main__":  # every rank would repeat these while megatron-core 
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)  # does not know the talker's rotary keys
 
 import torch
+from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
-from megatron_gkd.checkpoint import STATE, load_checkpoint, note_latest, read_state, save_checkpoint
+from megatron_gkd.checkpoint import STATE, checkpoints, load_checkpoint, note_latest, read_state, save_checkpoint
 from megatron_gkd.config import Config, describe_layout, exit_with, parse_config_or_exit
 from megatron_gkd.data import SampleDataset, eval_loader, num_steps_of_epochs, step_loader
 from megatron_gkd.data.batch import Batch
@@ -31,7 +34,7 @@ from megatron_gkd.model.config import read_model_shape
 from megatron_gkd.model.towers import StepMedia
 from megatron_gkd.optimizer import Update, learning_rate
 from megatron_gkd.parallel import Parallel, say
-from megatron_gkd.parts import Parts, build, load_data, make_rollout
+from megatron_gkd.parts import Parts, build, check_signal, load_data, make_rollout
 from megatron_gkd.rollout.backend import RolloutBackend
 
 PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
@@ -41,6 +44,7 @@ def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 speaks and writes."""
     shape = read_model_shape(config.model.model)
     say(parallel, describe_layout(parallel.world_size, shape, config))
+    check_writable(config.run.output_dir)
     train_data, eval_data = load_data(config, shape, parallel)
     if config.data.check_data:
         say(parallel, "--check_data: every row is good; no training was asked for")
@@ -50,11 +54,15 @@ def train(config: Config, parallel: Parallel) -> None:
         num_steps = num_steps_of_epochs(len(train_data), global_batch_size, config.train.num_train_epochs)
         config = replace(config, train=replace(config.train, max_steps=num_steps))
     total_steps = config.train.max_steps
+    check_signal(config, train_data.report, total_steps)
     kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
     parts = build(config, shape, parallel, audio="audio" in kinds, visual=bool(kinds - {"audio"}))
     progress = resume(config, parts, parallel, total_steps, global_batch_size)
     writer = MetricsWriter(config.run.output_dir, total_steps, progress.step, enabled=parallel.rank == 0, tensorboard=config.run.tensorboard)
     if parallel.rank == 0:
+        earlier = [folder.name for _, folder in checkpoints(config.run.output_dir)]
+        if earlier and parts.resume_folder is None:
+            say(parallel, f"Note: an earlier run's checkpoints stay in {config.run.output_dir} ({', '.join(earlier)}); latest_checkpoint names this run's newest")
         note_latest(config.run.output_dir, parts.resume_folder)
     loader = step_loader(
         train_data,
@@ -117,14 +125,14 @@ def train(config: Config, parallel: Parallel) -> None:
             if progress.bad_in_a_row >= config.train.max_bad_steps:
                 raise FloatingPointError(
                     f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient (--max_bad_steps {config.train.max_bad_steps}); "
-                    "all were skipped, the last checkpoint is sound. Try a lower --learning_rate, --torch_dtype bfloat16 instead of float16, "
-                    "a longer --warmup_ratio, a lower --lmbda"
+                    f"all were skipped, and {last_checkpoint(config.run.output_dir, step)}. {what_to_try(progress)}"
                 )
             stop = counts["stop"]
             if eval_data and (step % config.run.eval_steps == 0 or step == total_steps):
                 writer.log_eval(evaluate(config, parts, eval_data, parallel, step))
                 stop = parallel_layout.any_rank(bool(asked_to_stop), parallel.device)  # evaluation may take longer than a step
-            if step % config.run.save_steps == 0 or step == total_steps or stop:
+            due = step % config.run.save_steps == 0 and not progress.bad_in_a_row  # else the weights may be what is wrong
+            if due or step == total_steps or stop:
                 folder = save(config, parts, parallel, progress, total_steps, global_batch_size)
                 say(parallel, f"saved {folder}")
             if stop and step < total_steps:
@@ -165,14 +173,17 @@ def resume(config: Config, parts: Parts, parallel: Parallel, total_steps: int, g
             f"on {', '.join(targets)}{' and the towers' if config.lora.lora_towers else ''}. The function is unchanged; the optimizer starts anew at step 0",
         )
         return Progress()
-    state = read_state(parts.resume_folder)
+    state = read_state(parts.resume_folder, "settings", *Progress.__dataclass_fields__)
     load_checkpoint(parts.resume_folder, model=parts.model, shape=parts.shape, parallel=parallel, optimizer=parts.optimizer)
-    now = {"seed": config.train.seed, "global_batch_size": global_batch_size, "total_steps": total_steps}
+    now = run_settings(config, global_batch_size, total_steps)
     for name, value in now.items():
-        if state[name] != value:
-            say(parallel, f"Note: {name} was {state[name]} and is {value}: the resumed run will differ from one that was never stopped")
+        if state["settings"].get(name) != value:
+            say(parallel, f"Note: {name} was {state['settings'].get(name)} and is {value}: the resumed run will differ from one that was never stopped")
     say(parallel, f"Resumed {parts.resume_folder} at step {state['step']} of {total_steps}")
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    if state["step"] >= total_steps:
+        say(parallel, f"Nothing is left to do: the checkpoint is at step {state['step']}, the run ends at {total_steps} (--max_steps, --num_train_epochs)")
+    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    return replace(progress, bad_in_a_row=0)
 
 
 def lora_of(parts: Parts) -> dict:
@@ -183,7 +194,41 @@ def lora_of(parts: Parts) -> dict:
     return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "towers": bool(adapter.towers)}
 
 
+# Where they may differ between a run and its continuation without a word: they change no number, or others stand for them.
+FREE_SETTINGS = {"dataloader_num_workers", "dataset_num_proc", "media_cache", "check_data", "download_datasets", "allow_zero_signal", "max_bad_steps"}
+FREE_SETTINGS |= {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"}
+
+
+def run_settings(config: Config, global_batch_size: int, total_steps: int) -> dict:
+    """What makes the numbers of a run, by name: a resumed one should have the same."""
+    groups = config.to_dict()
+    found = {name: value for group in ("data", "distill", "rollout", "train") for name, value in groups[group].items() if name not in FREE_SETTINGS}
+    found |= {"torch_dtype": config.model.torch_dtype, "lora_dropout": config.lora.lora_dropout}
+    return found | {"global_batch_size": global_batch_size, "total_steps": total_steps}
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise OSError unless files can be written there: before minutes go into data and weights."""
+    os.makedirs(output_dir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output_dir):
+        pass
+
+
+def last_checkpoint(output_dir: str, step: int) -> str:
+    """For the message of a run that ends at `step`."""
+    found = [folder for number, folder in checkpoints(output_dir) if number <= step]
+    return f"{found[-1]} is from before them" if found else "there is no checkpoint yet"
+
+
+def what_to_try(progress: Progress) -> str:
+    """Against NaN and Inf."""
+    if progress.skipped_steps == progress.step:
+        return "No step was good: look for NaN and Inf in the weights of --model and --adapter; try --torch_dtype bfloat16 or float32"
+    return "Try a lower --learning_rate, --torch_dtype bfloat16 instead of float16, a longer --warmup_ratio, a lower --lmbda"
+
+
 def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, total_steps: int, global_batch_size: int):
+    """Write this step's checkpoint. While steps are bad the earlier ones all stay: the weights may be what is wrong."""
     return save_checkpoint(
         config.run.output_dir,
         progress.step,
@@ -194,8 +239,8 @@ def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, t
         dropout=config.lora.lora_dropout,
         base_model=config.model.model,
         optimizer=None if config.run.save_only_model else parts.optimizer,
-        state=vars(progress) | {"seed": config.train.seed, "global_batch_size": global_batch_size, "total_steps": total_steps},
-        save_total_limit=config.run.save_total_limit,
+        state=vars(progress) | {"settings": run_settings(config, global_batch_size, total_steps)},
+        save_total_limit=None if progress.bad_in_a_row else config.run.save_total_limit,
     )
 
 
@@ -232,7 +277,8 @@ def respond(rollout: RolloutBackend, model, batches: list[Batch], step: int, med
     errors = [""] * parallel.world_size
     torch.distributed.all_gather_object(errors, error)
     if any(errors):
-        say(parallel, f"Step {step + 1} is skipped: {max(errors, key=len)}")  # the longest names the most rows
+        of_rows = [text for text in errors if text and "a row of another rank" not in text] or errors
+        say(parallel, f"Step {step + 1} is skipped: {max(of_rows, key=len)}")  # the longest names the most rows
         return []
     return written
 
@@ -274,6 +320,7 @@ def step_counts(batches: list[Batch], asked_to_stop: bool, rollout: RolloutBacke
 
 
 def step_metrics(counts: dict, clock: Clock, progress: Progress, global_batch_size: int, num_tokens: int) -> dict:
+    """What a line of metrics says besides the means: counts, rates in tokens of both views a second, seconds, GiB."""
     step_time = clock.last - clock.started
     return {
         "response_length": num_tokens / global_batch_size,
@@ -313,8 +360,10 @@ def main(argv: list[str] | None = None) -> None:
             seed=config.train.seed,
         )
         train(config, parallel)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it: 128 + SIGINT
     parallel_layout.destroy()
 
 

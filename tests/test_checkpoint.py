@@ -229,7 +229,7 @@ def test_a_run_that_fails_ends_its_workers(data, tmp_path):
         for pid in [launcher.pid, rank]:
             os.kill(pid, signal.SIGKILL)
         raise
-    assert "NotADirectoryError" in (tmp_path / "log").read_text()
+    assert "megatron_gkd: error: [Errno 20] Not a directory" in (tmp_path / "log").read_text()
 
 
 def _train_killed_while_saving(rank, world_size, argv, step):
@@ -298,11 +298,12 @@ def test_limit_and_a_run_in_the_folder_of_another(data, tmp_path):
     its latest."""
     for step in (50, 100):
         make_checkpoint(tmp_path, step)
-    run_training(1, flags_of_run(data, tmp_path, save_steps=2, save_total_limit=2, max_steps=5, lmbda=0))
+    said = run_training(1, flags_of_run(data, tmp_path, save_steps=2, save_total_limit=2, max_steps=5, lmbda=0))
+    assert "an earlier run's checkpoints stay" in said and "(checkpoint-50, checkpoint-100)" in said
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 5, 50, 100]
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-5"
     said = run_training(1, flags_of_run(data, tmp_path, max_steps=5, lmbda=0, resume_from_checkpoint="latest"))
-    assert "checkpoint-5 at step 5 of 5" in said
+    assert "checkpoint-5 at step 5 of 5" in said and "Nothing is left to do: the checkpoint is at step 5" in said
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 5
 
 
@@ -319,9 +320,21 @@ def test_only_the_adapter(data, tmp_path):
 def test_files_that_are_missing_or_wrong(data, tmp_path):
     run_training(1, flags_of_run(data, tmp_path, max_steps=1))
     folder = tmp_path / "checkpoint-1"
-    (folder / OPTIMIZER).unlink()
+
+    def damaged(name: str, text: str | None) -> Path:
+        copy = tmp_path / f"{name} {text}" / "checkpoint-1"
+        shutil.copytree(folder, copy)
+        if text is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_text(text)
+        return copy
+
     for name, expected in [
-        (folder, f"{OPTIMIZER} is missing"),
+        (damaged(OPTIMIZER, None), f"{OPTIMIZER} is missing"),
+        (damaged(OPTIMIZER, "torn"), f"{OPTIMIZER}: damaged"),
+        (damaged(STATE, "{"), f"{STATE}: damaged"),
+        (damaged(STATE, "{}"), f"{STATE}: lacks lora, loss_scale, num_updates, step;"),
         (tmp_path / "checkpoint-7", "expected a checkpoint-STEP folder, or latest"),
     ]:
         with pytest.raises(RuntimeError, match="SystemExit") as error:
@@ -363,3 +376,40 @@ def test_resume_needs_no_lora_flags(data, tmp_path, targets, rank, alpha):
         1, flags_of_run(data, tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2", **flags)
     )
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", 4)
+
+
+def test_other_settings_than_before_are_said(data, tmp_path):
+    run_training(1, flags_of_run(data, tmp_path, max_steps=1, lmbda=0))
+    flags = dict(lmbda=0, max_steps=2, learning_rate=0.02, max_bad_steps=3, dataset=data["val_dataset"])
+    said = run_training(1, flags_of_run(data, tmp_path, resume_from_checkpoint="latest", **flags))
+    notes = [line.split(":")[1] for line in said.splitlines() if "the resumed run will differ" in line]
+    names = [note.split()[0] for note in notes]
+    assert sorted(names) == ["dataset", "learning_rate", "total_steps"]
+    assert " learning_rate was 0.01 and is 0.02" in notes
+
+
+def _train_on_a_full_disk(rank, world_size, argv):
+    from megatron_gkd import parallel, train
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    checkpoint.save_tensors = full
+    try:
+        train.main(argv)
+    except SystemExit as error:
+        return error.code, str(error.__cause__)
+
+
+def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
+    flags = flags_of_run(data, tmp_path, max_steps=1, lmbda=0)
+    assert run_ranks(_train_on_a_full_disk, 1, flags) == [(2, "[Errno 28] No space left on device")]
+    assert not list(tmp_path.glob("*checkpoint-1*"))
+
+
+def test_an_output_folder_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RuntimeError, match="SystemExit") as error:
+        run_training(1, flags_of_run(data, tmp_path / "file", max_steps=1))
+    assert "File exists" in str(error.value)

@@ -218,6 +218,24 @@ def test_runs_that_may_be_on_policy(lmbda, possible):
     assert DistillConfig(lmbda=lmbda).may_be_on_policy == possible
 
 
+def test_runs_that_may_learn_from_the_datas_responses():
+    late = DistillConfig(lmbda="0:1,1000:0")
+    assert [late.may_use_data_responses(steps) for steps in (1000, 1001)] == [False, True]
+    assert DistillConfig(lmbda="0.9").may_use_data_responses(1)
+    assert not DistillConfig(lmbda="1").may_use_data_responses(10**6)
+    assert not DistillConfig(lmbda="0", seq_kd=True).may_use_data_responses(10**6)
+
+
+def test_no_linears_are_not_all_linears():
+    for value in ("", ",", " "):
+        assert "--lora_target_modules" in refused("--lora_target_modules", value)
+
+
+@pytest.mark.parametrize("name, ours", [("lr", "learning_rate"), ("gradient_checkpointing", "recompute"), ("tp", "tensor_model_parallel_size")])
+def test_names_of_other_programs(name, ours):
+    assert f"the nearest is --{ours} " in refused(f"--{name}", "1")
+
+
 @pytest.mark.parametrize(
     "settings, divergence, student_weight, words",
     [

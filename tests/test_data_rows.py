@@ -184,6 +184,10 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "teacher_messages[0].role 'x' is unknown",
         ),
         ({"teacher_messages": [USER, ANSWER]}, "has none of `messages`"),
+        ({"messages": [USER, ANSWER], "teacher_message": [USER, ANSWER]}, "column `teacher_message` is unknown: is it `teacher_messages`?"),
+        ({"messages": [USER, ANSWER], "teacher_audois": ["x.wav"]}, "column `teacher_audois` is unknown: is it `teacher_audios`?"),
+        ({"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, -100]}, "each trained label is the next token of input_ids"),
+        ({"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, 9]}, "these labels are shifted already"),
     ],
 )
 def test_bad_rows_name_the_reason(raw, reason):

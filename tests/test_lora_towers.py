@@ -318,6 +318,7 @@ def parts_of(rank, world_size, argv, kinds):
         (["--lora_target_modules", "ALL"], dict(audio=True, visual=True), []),  # never by accident
         (["--lora_towers", "true"], {}, "--lora_towers: no row of the data has audio"),
         (["--adapter", "ADAPTER"], dict(audio=True), "has LoRA on 24 linears of the towers"),
+        (["--adapter", "ADAPTER"], {}, []),  # text does not reach the towers
     ],
 )
 def test_only_on_purpose(folder, adapter, tmp_path, flags, kinds, expected):

@@ -12,12 +12,15 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextRotaryEmbedding
 
 from megatron_gkd import parallel
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import GroupedLinear, grouped_linear, grouped_product
+from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
 from megatron_gkd.model.weights import load_weights
 from tests.ranks import run_ranks
 
@@ -378,3 +381,15 @@ def test_impossible_layouts_name_both_numbers(tiny_folder, sizes, layout, messag
     place = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "ep_size": 1, **layout})
     with pytest.raises(ValueError, match=message):
         build_decoder(shape, place, torch.float32)
+
+
+@pytest.mark.parametrize("sections", [[3, 3, 2], [24, 20, 20], [2, 2, 2], None], ids=str)
+def test_rotary_angles_equal_transformers(sections):
+    """Sections that sum to the channels, to more, to less, and none: media turn as they do there."""
+    rope = {"rope_type": "default", "rope_theta": 1e4} | ({} if sections is None else {"mrope_section": sections})
+    config = Qwen3OmniMoeTextConfig(hidden_size=32, num_attention_heads=2, head_dim=16, rope_parameters=rope)
+    positions = torch.randint(0, 99, (3, 2, 7), generator=torch.Generator().manual_seed(0)).float()
+    cos, sin = Qwen3OmniMoeThinkerTextRotaryEmbedding(config)(torch.zeros(1), positions)
+    angles = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])[:, :, 0].transpose(0, 1)
+    torch.testing.assert_close(angles.cos(), cos)
+    torch.testing.assert_close(angles.sin(), sin)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from checkpoint_tools.thinker import decoder, load_peft
@@ -82,6 +82,8 @@ CASES = {
     "recompute": ("small", "all", "mixed", dict(sft_alpha=0.3), dict(recompute="full", sft_alpha=0.3)),
     "eager": ("small", "all", "teacher", {}, dict(attn_impl="eager")),
     "lm_head": ("small", "head", "mixed", dict(sft_alpha=0.2, clip=1e-3), dict(sft_alpha=0.2, divergence_clip=1e-3)),
+    "one layer": ("small", "one layer", "mixed", dict(sft_alpha=0.3), dict(sft_alpha=0.3)),
+    "a lower rank": ("small", "a lower rank", "teacher", {}, {}),
     "only sft": ("small", "all", "plain", dict(sft_alpha=1.0), dict(sft_alpha=1)),
     "other": ("other", "all", "mixed", dict(sft_alpha=0.2), dict(sft_alpha=0.2)),
     "other recompute": ("other", "experts", "teacher", dict(temperature=1.0), dict(recompute="full", temperature=1)),
@@ -94,6 +96,24 @@ TARGETS = {
     "head": (*ATTENTION, "lm_head"),
 }
 RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0), "head": (3, 4.0)}
+
+
+def cut_adapter(adapter: str, folder: Path, cut, **settings) -> str:
+    """The adapter with `cut(name, tensor)` in place of its tensors (None leaves one out) and more settings."""
+    folder.mkdir()
+    config = json.loads(Path(adapter, "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    tensors = {name: cut(name, tensor) for name, tensor in load_file(Path(adapter, "adapter_model.safetensors")).items()}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def rank_two(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Two of the ranks of v_proj in layer 1."""
+    if "layers.1.self_attn.v_proj" not in name:
+        return tensor
+    return tensor[:2] if ".lora_A." in name else tensor[:, :2]
 
 
 def answered(folder: str, row: dict) -> dict:
@@ -120,6 +140,13 @@ def folders(tiny_folder, tmp_path_factory):
         for model, folder in models.items()
         for name, targets in TARGETS.items()
     }
+    whole, rank, alpha = adapters["small", "all"], *RANKS["all"]
+    adapters["small", "one layer"] = cut_adapter(
+        whole, root / "one layer", lambda name, tensor: tensor if ".layers.1." in name else None, layers_to_transform=[1]
+    )
+    pattern = r"layers\.1\.self_attn\.v_proj"
+    settings = dict(rank_pattern={pattern: 2}, alpha_pattern={pattern: 2 * alpha / rank})
+    adapters["small", "a lower rank"] = cut_adapter(whole, root / "a lower rank", rank_two, **settings)
     files = {name: write_rows(root / f"{name}.jsonl", content) for name, content in rows.items()}
     return dict(root=root, models=models, rows=rows, adapters=adapters, files=files, expected={})
 

@@ -220,7 +220,7 @@ def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
 def test_nothing_to_learn_is_refused(data, tmp_path):
     """Same view, no cross-entropy that counts: LoRA would never move. With --allow_zero_signal it runs, and indeed
     nothing moves."""
-    for flags in [{}, dict(sft_alpha=0.5, lmbda=1), dict(sft_alpha=0.5, seq_kd=True, lmbda=0.3)]:
+    for flags in [{}, dict(sft_alpha=0.5, lmbda=1), dict(sft_alpha=0.5, seq_kd=True, lmbda=0.3), dict(sft_alpha=0.5, lmbda="0:1,99:0")]:
         message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], **flags))
         assert "nothing to learn" in message and "teacher_messages" in message and "--allow_zero_signal" in message
     message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], adapter=data["adapter"]))
@@ -417,10 +417,24 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
     message = error_of_run(
         2, flags_of_run(data, tmp_path, adapter=adapter, max_bad_steps=3, max_steps=20, lmbda=lmbda, **layout_flags(tp=2))
     )
-    assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "--learning_rate" in message
+    assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "there is no checkpoint yet" in message
+    assert "No step was good: look for NaN and Inf in the weights" in message
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3] and lines[0]["loss"] is None
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_bad_steps_push_no_checkpoint_out(data, tmp_path):
+    """One update that ruins the weights, and every step after it is bad: what was saved before stays and is named."""
+    flags = dict(save_steps=1, save_total_limit=1, warmup_ratio=0, lr_scheduler_type="constant", max_bad_steps=3)
+    run_training(1, flags_of_run(data, tmp_path, max_steps=2, learning_rate=0.001, **flags))
+    ruinous = flags | dict(max_steps=30, learning_rate=1e19, resume_from_checkpoint="latest")
+    message = error_of_run(1, flags_of_run(data, tmp_path, **ruinous))
+    (kept,) = tmp_path.glob("checkpoint-*")
+    assert f"{kept} is from before them" in message and "Try a lower --learning_rate" in message
+    assert len(read_lines(tmp_path / "metrics.jsonl")) - int(kept.name.split("-")[1]) == 3
+    state = json.loads((kept / "trainer_state.json").read_text())
+    assert state["bad_in_a_row"] == 0
 
 
 def _writes_badly(rank, world_size, argv, steps):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from megatron_gkd import parallel
 from megatron_gkd.model.config import DTYPES, read_model_shape
@@ -99,12 +100,16 @@ def test_each_rank_reads_only_what_it_owns(tiny_folder, world_size, tp, pp, ep, 
 
 
 def test_tied_head_is_the_embedding(tiny_folder, tmp_path):
-    """A tied folder has no lm_head; one that still carries it is accepted, as in transformers."""
+    """A tied folder has no lm_head; one that still carries the same matrix is accepted."""
     folder = shutil.copytree(tiny_folder(**SMALL, thinker_only=True, tie_word_embeddings=True), tmp_path / "model")
     assert read_model_shape(folder).tie_word_embeddings and "lm_head.weight" not in SafetensorsFolder(folder).file_of
     check(folder)
-    rewrite(folder / SINGLE, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(503, 32)}))
+    copy = lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})  # noqa: E731
+    rewrite(folder / SINGLE, copy)
     check(folder)
+    rewrite(folder / SINGLE, lambda tensors: tensors["lm_head.weight"][-1].add_(1))  # transformers would not tie this one
+    with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight, .* tie_word_embeddings: set that to false"):
+        check(folder)
 
 
 @pytest.mark.parametrize("heads, groups, tp_size", [(8, 4, 1), (8, 4, 8), (8, 2, 4), (8, 1, 2), (32, 4, 8)])
@@ -302,10 +307,10 @@ def change_config(folder, top=None, **text_config):
         ),
         (
             dict(rope_scaling={"rope_type": "default", "mrope_section": [2, 2]}),
-            r"mrope_section = \[2, 2\] .* three sections",
+            r"mrope_section = \[2, 2\] .* three sizes",
         ),
-        (dict(rope_scaling={"rope_type": "default", "mrope_section": [24, 20, 20]}), r"sum to head_dim / 2 = 4\b"),
-        (dict(rope_scaling=None), r"mrope_section = \[24, 20, 20\]"),
+        (dict(head_dim=0), "text_config.head_dim = 0 .* an even number"),
+        (dict(rope_theta=-1.0), "text_config.rope_theta = -1.0 .* above 0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         (dict(hidden_size="32"), "hidden_size"),
         (dict(top={"model_type": "qwen2_5_omni"}), "model_type 'qwen2_5_omni' is not supported; expected one of"),
@@ -372,3 +377,10 @@ def test_every_size_is_the_folders(tiny_folder):
 
     AutoConfig.from_pretrained(folder).save_pretrained(folder.parent / "saved")
     assert read_model_shape(folder.parent / "saved") == shape
+
+
+def test_fused_experts_are_named(tiny_folder, tmp_path):
+    model = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(tiny_folder(**SMALL, thinker_only=True))
+    model.save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ValueError, match="misses tensor .*; the experts are fused: save the model with save_pretrained's defaults"):
+        check_tensors(SafetensorsFolder(tmp_path), read_model_shape(tmp_path))

@@ -3,6 +3,8 @@ split off evaluation.
 """
 
 import itertools
+import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -212,9 +214,11 @@ class _Encoder:
 
 
 def _encode(source: Source, num_proc: int, encoder: _Encoder) -> datasets.Dataset:
+    """Every row through `encoder`. Every rank does it; on a terminal rank 0 shows a bar."""
+    shows = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
     had_bars = not datasets.are_progress_bars_disabled()
-    if had_bars:
-        datasets.disable_progress_bars()  # every rank loads; the caller prints one report
+    if had_bars and not shows:
+        datasets.disable_progress_bars()
     try:
         return source.rows.map(
             encoder,
@@ -225,6 +229,7 @@ def _encode(source: Source, num_proc: int, encoder: _Encoder) -> datasets.Datase
             keep_in_memory=True,
             load_from_cache_file=False,
             new_fingerprint=FINGERPRINT,
+            desc=f"Rows of {source.name}",
         )
     finally:
         if had_bars:

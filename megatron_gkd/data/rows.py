@@ -7,6 +7,7 @@ Accepted: `messages`, or `instruction` (+ `input`) + `output`, or `input_ids` + 
 change the meaning if they were ignored are refused by name; any other column is left alone.
 """
 
+import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -170,6 +171,10 @@ def _refuse_columns(row: dict) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if row.get(name):
             raise RowError(f"column `{name}` is not supported: {reason}")
+    for name in row:
+        known = difflib.get_close_matches(name, (*TEACHER_COLUMNS, *MEDIA_COLUMNS), n=1, cutoff=0.85)
+        if name.startswith("teacher_") and known and known[0] != name:
+            raise RowError(f"column `{name}` is unknown: is it `{known[0]}`?")
 
 
 def _type_name(value) -> str:
@@ -325,6 +330,13 @@ def _tokenised(row: dict, vocab_size: int):
     if not trained:
         raise RowError(f"empty response: no label after the first is other than {IGNORED_LABEL}")
     end = trained[-1] + 1
+    inside = [index for index in trained if index + 1 < len(input_ids)]
+    is_next = len(inside) > 1 and all(labels[index] == input_ids[index + 1] for index in inside)
+    if is_next and any(labels[index] != input_ids[index] for index in trained):
+        raise RowError(
+            "each trained label is the next token of input_ids: these labels are shifted already; write each token's own id in "
+            "its place, the shift is done here"
+        )
     mask = row.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, list) or len(mask) != len(input_ids):

@@ -43,6 +43,9 @@ _TOWER_NAME = re.compile(
     r"base_model\.model\.(?:thinker\.)?(?:model\.)?(audio_tower\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])"
     r"|visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12]))\.lora_([AB])\.(?:default\.)?weight"
 )
+# What PEFT saves of the base beside LoRA on the lm_head.
+_BASE_NAME = re.compile(r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight")
+_OUTSIDE = re.compile(r"base_model\.model\.(talker|code2wav)\..*\.lora_[AB]\.(?:default\.)?weight")
 _SPELLINGS = [f"{root}model.{inner}layers." for root in ("", "thinker.") for inner in ("", "language_model.")]
 _HEAD_SPELLINGS = ["", "thinker."]
 
@@ -58,8 +61,8 @@ class _Source:
 
 
 class PeftAdapter:
-    """An opened adapter folder. `rank`, `alpha`, `targets` (of the decoder) and `towers` (linears of the towers, by name) describe it;
-    `tensor(name)` gives one matrix and its scale."""
+    """An opened adapter folder. `rank`, `alpha`, `targets` (of the decoder) and `towers` (linears of the towers, by name) describe it,
+    `outside` are tensors of LoRA on the talker or the vocoder; `tensor(name)` gives one matrix and its scale."""
 
     def __init__(self, folder: str | Path, shape: ModelShape):
         """Raises FileNotFoundError, or ValueError naming the setting or tensor that plain LoRA on this model cannot represent."""
@@ -74,6 +77,8 @@ class PeftAdapter:
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a complete safetensors file ({error})") from error
+        self.outside: list[str] = []
+        self._base_copies: dict[str, str] = {}  # "lm_head" or "embed_tokens" -> stored
         self._sources, in_towers = self._find_sources()
         stored_targets = {_linear(name) for name in self._sources}
         self._check_tensors(stored_targets)
@@ -81,8 +86,9 @@ class PeftAdapter:
         if not used:
             raise ValueError(f"{self.path}: every tensor is zero, so that the adapter does nothing and cannot be trained further")
         self.targets = resolve_targets(used)
-        self._sources |= in_towers
         self.towers = self._check_towers(in_towers)
+        self._check_ranks()
+        self._sources |= in_towers
         downs = [name for name in self._sources if ".lora_A." in name and name in self]
         self.rank = max(self._rank(name) for name in downs)
         self.alpha = self._sources[downs[0]].alpha * (self.rank / self._divisor(downs[0]))
@@ -111,16 +117,19 @@ class PeftAdapter:
             )
         return config
 
-    def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
-        """lora_alpha of `module` ("0.self_attn.q_proj"). A pattern may spell out the name in any of PEFT's models."""
-        for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
+    def _setting(self, name: str, module: str, spellings: list[str], default: float) -> float:
+        """What the pattern setting `name` says of `module` ("0.self_attn.q_proj"), whose name it may spell out as in any of PEFT's models."""
+        for pattern, value in (self.config.get(name) or {}).items():
             try:
                 expression = re.compile(rf"(.*\.)?({pattern})")
             except re.error as error:
-                raise ValueError(f"{self.folder / CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{self.folder / CONFIG}: {name} {pattern!r} is no regular expression: {error}") from None
             if any(expression.fullmatch(spelling + module) for spelling in spellings):
-                return float(alpha)
-        return float(self.config["lora_alpha"])
+                return float(value)
+        return default
+
+    def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
+        return self._setting("alpha_pattern", module, spellings, float(self.config["lora_alpha"]))
 
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, _Source]]:
         """Of the decoder's tensors, and of the towers'."""
@@ -134,8 +143,12 @@ class PeftAdapter:
             elif match := _FUSED_NAME.fullmatch(name):
                 layer, inner, side = match.groups()
                 fused.setdefault((layer, inner), {})[side] = name
+            elif match := _BASE_NAME.fullmatch(name):
+                self._base_copies[match[1]] = name
             elif not self._changes_something(name):
                 continue
+            elif _OUTSIDE.fullmatch(name):
+                self.outside.append(name)
             elif match := _TOWER_NAME.fullmatch(name):
                 linear, side = match.groups()
                 in_towers[f"{THINKER}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
@@ -200,6 +213,18 @@ class PeftAdapter:
             if size != wanted or size_a[0] % num_experts or not size_a[0]:
                 raise ValueError(f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's config.json ask for {wanted}")
 
+    def _check_ranks(self) -> None:
+        """The tensors of attention have the ranks that the configuration states (those of experts PEFT multiplies when it fuses them)."""
+        for name in self._sources:
+            linear = name.removeprefix(ROOT).removesuffix(".lora_A.weight")
+            if ".lora_A." in name and ".self_attn." in name and "r" in self.config and name in self:
+                rank, stated = self._rank(name), self._setting("rank_pattern", linear, _SPELLINGS, self.config["r"])
+                if rank != stated:
+                    raise ValueError(
+                        f"{self.path}: {self._sources[name].stored} has rank {rank}, and {CONFIG} says {stated:g} (r, rank_pattern): "
+                        "the scale alpha / r would not be the one that it was trained with"
+                    )
+
     def _check_towers(self, in_towers: dict[str, _Source]) -> list[str]:
         """The towers' linears with LoRA; both matrices of each must be there, of one rank. Their sizes are the module's to check."""
         linears = sorted({name[len(THINKER) :].rsplit(".", 2)[0] for name in in_towers})
@@ -240,6 +265,25 @@ class PeftAdapter:
                 values = values.reshape(values.shape[0], -1, num_experts)[source.rows, :, source.expert]
         return values, source.alpha / self._divisor(name)
 
+    @property
+    def one_scale(self) -> bool:
+        """Whether alpha / r is the same for all linears."""
+        return len({source.alpha / self._divisor(name) for name, source in self._sources.items() if name in self}) == 1
+
+    @property
+    def shares_downs(self) -> bool:
+        """Whether gate_proj and up_proj have one lora_A together."""
+        return any(source.rows not in (None, slice(None)) for source in self._sources.values())
+
+    def check_base(self, name: str, rows: slice, base: Tensor) -> None:
+        """Raise ValueError if the adapter brings `name` ("lm_head", "embed_tokens") along and its `rows` are not `base`."""
+        stored = self._base_copies.get(name)
+        if stored and not torch.equal(self._file.get_slice(stored)[rows].to(base.device, base.dtype), base):
+            raise ValueError(
+                f"{self.path}: {stored} is not the {name} of this model: the adapter was trained on another base, or {name} was trained "
+                "with it"
+            )
+
     @lru_cache(maxsize=4)
     def _stored(self, stored: str) -> Tensor:
         return self._file.get_tensor(stored).float()
@@ -257,12 +301,15 @@ def _layer_and_linear(name: str) -> tuple[str, str]:
     return name[len(ROOT) :].split(".")[0], _linear(name)
 
 
-def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> None:
+def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter, *, more_linears: bool = True) -> None:
     """Set this stage's LoRA parameters to `adapter`, so that the model computes the same function as with PEFT.
 
-    A smaller rank is padded: W_up with zero columns, W_down keeps the fresh rows it started with. W_up absorbs a different scale.
-    Linears that LoRA is on but the adapter does not name keep their start (W_up = 0). Raises ValueError for a larger rank or a target
-    that has no LoRA here. No collectives.
+    W_up absorbs a scale that is not the run's. Where the run has a larger rank than the whole adapter, W_up gets zero columns and W_down
+    keeps the fresh rows it started with: they will learn. A linear of lower rank than the others (rank_pattern) is padded with zeros on both
+    sides: these have no gradient, there is nothing for PEFT either. more_linears: linears that the adapter has nothing of keep their start
+    and will learn; otherwise that holds for other kinds than the adapter's only, and layers that it leaves out stay without LoRA.
+
+    Raises ValueError for a larger rank, a target that has no LoRA here, or another base. No collectives.
     """
     rank, scale, targets = applied(model)
     if adapter.rank > rank:
@@ -270,9 +317,12 @@ def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> No
     absent = [name for name in adapter.targets if name not in targets]
     if absent:
         raise ValueError(f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}")
+    _check_base(model, shape, parallel, adapter)
     in_towers = tower_tensors(model)
     for piece in adapter_pieces(model, shape, parallel):
         if piece.name not in adapter:
+            if not more_linears and piece.name not in in_towers and _linear(piece.name) in adapter.targets:
+                piece.target.zero_()
             continue
         values, own_scale = adapter.tensor(piece.name)
         side = 0 if ".lora_B." in piece.name else 1
@@ -285,6 +335,17 @@ def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> No
             piece.target[:, :own_rank].copy_(values[piece.index[0]] * (own_scale / scale))
         else:
             piece.target[:own_rank].copy_(values[:, piece.index[1]])
+            if rank == adapter.rank:
+                piece.target[own_rank:].zero_()
+
+
+def _check_base(model, shape: ModelShape, parallel, adapter: PeftAdapter) -> None:
+    held = {"embed_tokens": model.embedding.word_embeddings.weight} if parallel.is_first_stage else {}
+    held |= {"lm_head": model.output_layer.weight} if parallel.is_last_stage else {}
+    for name, weight in held.items():
+        first = parallel.tp_rank * len(weight)
+        num_rows = min(max(shape.vocab_size - first, 0), len(weight))  # the rest is padding
+        adapter.check_base(name, slice(first, first + num_rows), weight[:num_rows].detach())
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]) -> None:

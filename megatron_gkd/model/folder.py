@@ -27,6 +27,7 @@ DTYPES = {  # safetensors' names
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_ROWS_AT_ONCE = 4096  # of two matrices that are compared
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -141,7 +142,8 @@ class SafetensorsFolder:
 
 
 def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> None:
-    """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to a Qwen3-Omni."""
+    """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to a Qwen3-Omni. Reads
+    headers only, and both matrices of a tied head that is stored twice."""
     expected = decoder_tensors(shape)
     missing = [name for name in expected if name not in folder.file_of]
     known = tuple(shape.prefix + tower for tower in _TOWERS) + (_OTHER_MODELS if shape.prefix else ())
@@ -151,8 +153,10 @@ def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> None:
     for what, names in (("misses", missing), ("has unexpected", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            fused = any(".mlp.experts.gate_up_proj" in name for name in extra)
+            hint = "; the experts are fused: save the model with save_pretrained's defaults, which take them apart" if fused else ""
             raise ValueError(
-                f"{folder.folder}: the folder {what} tensor {names[0]}{more} (sizes are those of its config.json)"
+                f"{folder.folder}: the folder {what} tensor {names[0]}{more} (sizes are those of its config.json){hint}"
             )
     for name, size in expected.items():
         tensor, file = folder.slice(name), folder.folder / folder.file_of[name]
@@ -164,3 +168,20 @@ def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> None:
             raise ValueError(
                 f"{file}: tensor {name} is {tensor.get_dtype()}, expected one of {DECODER_DTYPES} (nothing quantised)"
             )
+    if shape.tie_word_embeddings and f"{shape.prefix}lm_head.weight" in folder.file_of:
+        _check_tied(folder, shape)
+
+
+def _check_tied(folder: SafetensorsFolder, shape: ModelShape) -> None:
+    """transformers ties a head to the embeddings only where the folder stores none of its own."""
+    names = [f"{shape.prefix}{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    embedding, head = map(folder.slice, names)
+    same = tuple(head.get_shape()) == tuple(embedding.get_shape())
+    for first in range(0, shape.vocab_size if same else 0, _ROWS_AT_ONCE):
+        rows = (slice(first, first + _ROWS_AT_ONCE),)
+        same = same and torch.equal(head[rows], embedding[rows])
+    if not same:
+        raise ValueError(
+            f"{folder.folder}: {names[1]} is not {names[0]}, and config.json says tie_word_embeddings: set that to false, "
+            "or take the tensor out"
+        )

@@ -75,7 +75,10 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     for setting in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         if getattr(text, setting) < 1:
             refuse(setting, getattr(text, setting), "at least one")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None)
+    head_dim = text.hidden_size // text.num_attention_heads if head_dim is None else head_dim
+    if head_dim < 2 or head_dim % 2:
+        refuse("head_dim", head_dim, "an even number")
     if text.mlp_only_layers:
         refuse("mlp_only_layers", text.mlp_only_layers, "a mixture of experts in every layer: []")
     if text.decoder_sparse_step != 1:
@@ -99,13 +102,11 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     mrope_section = tuple(rope.get("mrope_section", [24, 20, 20]))
-    are_sizes = all(isinstance(size, int) for size in mrope_section)
-    if not are_sizes or len(mrope_section) != 3 or sum(mrope_section) * 2 != head_dim:
-        refuse(
-            "rope_scaling.mrope_section",
-            list(mrope_section),
-            f"three sections that sum to head_dim / 2 = {head_dim // 2}",
-        )
+    # Their sum need not be head_dim / 2: transformers cuts what is too much, and leaves to time what is missing.
+    if len(mrope_section) != 3 or not all(isinstance(size, int) and size >= 0 for size in mrope_section):
+        refuse("rope_scaling.mrope_section", list(mrope_section), "three sizes: time, height, width")
+    if not float(rope["rope_theta"]) > 0:
+        refuse("rope_theta", rope["rope_theta"], "a number above 0")
     if text.num_attention_heads % text.num_key_value_heads:
         refuse(
             "num_key_value_heads",

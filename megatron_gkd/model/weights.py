@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Iterator
 
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_gkd.model.config import ModelShape
 from megatron_gkd.model.folder import SafetensorsFolder, check_tensors
@@ -85,12 +86,15 @@ def load_weights(model, shape: ModelShape, parallel, folder: str | Path) -> int:
     """Fill this stage's parameters from the folder's tensors, cast to their dtype. Returns the bytes it read.
 
     Raises FileNotFoundError or ValueError, the same on every rank, naming the file or tensor that is missing,
-    unexpected or misshapen. No collectives.
+    unexpected or misshapen. No collectives. On a terminal rank 0 shows a bar.
     """
     tensors = open_folder(folder, shape)
-    num_bytes = 0
-    for piece in pieces(model, shape, parallel):
-        values = tensors.slice(piece.name)[piece.index]
-        num_bytes += values.nbytes
-        piece.target.copy_(values)
+    own, num_bytes = list(pieces(model, shape, parallel)), 0
+    total, hidden = sum(piece.target.numel() for piece in own), None if parallel.rank == 0 else True
+    with tqdm(desc="Weights of this rank", total=total, unit=" parameters", unit_scale=True, disable=hidden, leave=False) as bar:
+        for piece in own:
+            values = tensors.slice(piece.name)[piece.index]
+            num_bytes += values.nbytes
+            piece.target.copy_(values)
+            bar.update(piece.target.numel())
     return num_bytes

@@ -20,7 +20,12 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: must hold an object, is a {type(content).__name__}")
         for place in places:
             section = content
             for key in place:
@@ -35,6 +40,6 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
 
 def _as_ids(value, path: Path) -> list[int]:
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
+    if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(f"{path}: eos_token_id is {value!r}; expected a token id or a list of them")
     return sorted(set(ids))
