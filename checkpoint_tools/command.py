@@ -1,20 +1,13 @@
 """What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
 
-import logging
 import os
 import sys
-import warnings
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 from transformers import HfArgumentParser
-
-# megatron-core says on import, which follows this one, which accelerators are absent: a converter needs none.
-for message in (".*Apex (is|are) not installed", "full scope is deprecated", "`torch.distributed.*deprecated"):
-    warnings.filterwarnings("ignore", message=message)
-logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)  # does not know the model's rotary keys
 
 Settings = TypeVar("Settings")
 

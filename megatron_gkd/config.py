@@ -112,7 +112,7 @@ class LoraConfig:
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
-        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head beside them, "
+        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
         "which needs all logits of a micro-batch at once. "
         "Default: the adapter's, or ALL.",
         ["--target_modules"],

@@ -13,7 +13,6 @@ from typing import Optional
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe import moe_utils
 
 from megatron_gkd import cpu
 
@@ -110,6 +109,8 @@ def initialize(
         alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout, **alone)
+    from megatron.core.transformer.moe import moe_utils  # its import says what is not installed, and takes a second
+
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 defines it with Transformer Engine only, and asks for it always
         moe_utils.te_general_gemm = None
     world_size = torch.distributed.get_world_size()

@@ -157,6 +157,11 @@ def resolve(config: Config, shape: ModelShape, parallel: Parallel, *, has_media:
             f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding (tie_word_embeddings), on which LoRA would "
             f"change both; leave {HEAD} out"
         )
+    if targets == [HEAD] and parallel.pp_size > 1:
+        raise ValueError(
+            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: --pipeline_model_parallel_size "
+            f"{parallel.pp_size} must be 1, or name more in --lora_target_modules"
+        )
     resolved = replace(
         config,
         model=replace(config.model, device=parallel.device.type),

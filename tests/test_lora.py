@@ -393,18 +393,20 @@ def test_a_model_without_lora_is_refused():
 def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
     config = parse_config(["--model", "m", "--dataset", "d", "--lora_target_modules", "q_proj,lm_head"])
     shape = read_model_shape(tiny_folder(**FOLDERS["4 KV heads"]))
-    place = SimpleNamespace(device=torch.device("cpu"))
+    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1)
     assert resolve(config, shape, place)[0].lora.lora_target_modules == ["q_proj", "lm_head"]
     with pytest.raises(ValueError, match="q_proj,lm_head: the lm_head of this model is its embedding .* leave lm_head out"):
         resolve(config, replace(shape, tie_word_embeddings=True), place)
-    with pytest.raises(ValueError, match="lm_head: choose ALL, or some of .* .and lm_head beside them."):
-        resolve_targets(["lm_head"])
+    alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1"):
+        resolve(alone, shape, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
 
 
 def test_names_of_linears():
     assert resolve_targets(["ALL"]) == resolve_targets(["all-linear"]) == ALL
     assert resolve_targets(["up_proj", "q_proj", "up_proj"]) == ["q_proj", "up_proj"]
     assert resolve_targets(["lm_head", "q_proj"]) == ["q_proj", "lm_head"] and "lm_head" not in resolve_targets(["ALL"])
+    assert resolve_targets(["lm_head"]) == ["lm_head"]
     with pytest.raises(ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"):
         resolve_targets(["q_proj", "qkv_proj"])
     with pytest.raises(ValueError, match=r"\(nothing\)"):

@@ -84,6 +84,7 @@ CASES = {
     "lm_head": ("small", "head", "mixed", dict(sft_alpha=0.2, clip=1e-3), dict(sft_alpha=0.2, divergence_clip=1e-3)),
     "one layer": ("small", "one layer", "mixed", dict(sft_alpha=0.3), dict(sft_alpha=0.3)),
     "a lower rank": ("small", "a lower rank", "teacher", {}, {}),
+    "lm_head alone": ("small", "only head", "teacher", {}, {}),
     "only sft": ("small", "all", "plain", dict(sft_alpha=1.0), dict(sft_alpha=1)),
     "other": ("other", "all", "mixed", dict(sft_alpha=0.2), dict(sft_alpha=0.2)),
     "other recompute": ("other", "experts", "teacher", dict(temperature=1.0), dict(recompute="full", temperature=1)),
@@ -94,8 +95,9 @@ TARGETS = {
     "experts": EXPERTS,
     "some": ("k_proj", "o_proj", "down_proj"),
     "head": (*ATTENTION, "lm_head"),
+    "only head": ("lm_head",),
 }
-RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0), "head": (3, 4.0)}
+RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0), "head": (3, 4.0), "only head": (2, 3.0)}
 
 
 def cut_adapter(adapter: str, folder: Path, cut, **settings) -> str:
@@ -225,9 +227,9 @@ def test_one_rank_all_cases(folders, tmp_path):
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep, accumulation, names",
     [
-        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head"]),
+        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head", "lm_head alone", "one layer"]),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
-        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head"]),
+        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
         (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute"]),
         (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head"]),
