@@ -82,7 +82,7 @@ def read_state(folder: Path, *more_keys: str) -> dict:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder / STATE}: damaged ({error}); resume from another checkpoint") from error
     if missing:
-        raise ValueError(f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint")
+        raise ValueError(f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}")
     return state
 
 
@@ -98,14 +98,12 @@ def save_checkpoint(
     base_model: str,
     optimizer: Optimizer | None,
     state: dict,
-    save_total_limit: int | None,
 ) -> Path:
-    """Write OUTPUT/checkpoint-STEP and remove the oldest beyond `save_total_limit` (None: none). `optimizer=None` writes
-    the adapter alone.
+    """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone.
 
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this one whole or not at
-    all. Checkpoints of later steps are an earlier run's: they neither count nor go. Collectives: three barriers of the
-    world.
+    all. Raises OSError, on every rank, where one of them cannot write; nothing half-written stays. Collectives: two
+    barriers of the world and an exchange of what went wrong.
     """
     final, partial = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}.partial"
     if parallel.rank == 0:
@@ -113,24 +111,33 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     try:
-        _write(partial, model, shape, parallel, alpha=alpha, dropout=dropout, base_model=base_model, optimizer=optimizer, state=state | {"step": step})
+        _write_pieces(partial, model, shape, parallel, optimizer)
+        if parallel.rank == 0:
+            lora = {"alpha": alpha, "dropout": dropout, "base_model": base_model}
+            _join_files(partial, model, shape, parallel, optimizer, state | {"step": step}, **lora)
+            _replace(partial, final)
+            note_latest(output_dir, final)
     except BaseException:  # a full disk: what was written so far would keep it full
-        shutil.rmtree(partial, ignore_errors=True)
+        if parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    if parallel.rank == 0:
-        _replace(partial, final)
-        note_latest(output_dir, final)
-        so_far = [path for number, path in checkpoints(output_dir) if number <= step]
-        for path in so_far[:-save_total_limit] if save_total_limit else []:
-            gone = path.with_name(f".{path.name}.partial")  # a kill meanwhile leaves no half a checkpoint under its name
-            path.rename(gone)
-            shutil.rmtree(gone)
     torch.distributed.barrier()
     return final
 
 
-def _write(partial: Path, model, shape, parallel, *, alpha: float, dropout: float, base_model: str, optimizer: Optimizer | None, state: dict) -> None:
-    """Fill the folder: every rank its pieces, then rank 0 the files. Collectives: a barrier of the world."""
+def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None:
+    """Keep the newest `save_total_limit` of the checkpoints up to `step`. Those of later steps are an earlier run's: they
+    neither count nor go."""
+    so_far = [path for number, path in checkpoints(output_dir) if number <= step]
+    for path in so_far[:-save_total_limit]:
+        gone = path.with_name(f".{path.name}.partial")  # a kill meanwhile leaves no half a checkpoint under its name
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _write_pieces(partial: Path, model, shape, parallel, optimizer: Optimizer | None) -> None:
+    """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the first to speak would
+    be one that misses its files."""
     owned = [piece for piece in adapter_pieces(model, shape, parallel) if piece.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
@@ -139,35 +146,46 @@ def _write(partial: Path, model, shape, parallel, *, alpha: float, dropout: floa
         for kind in kinds:
             values = piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
             pieces[_piece_key(kind, piece)] = values.detach().cpu().contiguous()
-    save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
-    torch.distributed.barrier()
+    error = ""
+    try:
+        save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
+    except (OSError, SafetensorError) as caught:
+        error = f"rank {parallel.rank} cannot write its part of {partial}: {caught}"
+    errors = [""] * parallel.world_size
+    torch.distributed.all_gather_object(errors, error)
+    if any(errors):
+        raise OSError(next(filter(None, errors)))
 
-    if parallel.rank == 0:
-        rank, _, targets = applied(model)
-        towers = list(tower_loras(model))
-        shapes = adapter_tensors(shape, rank, targets) | tower_tensors(model)
-        weights = _join(partial, "weight", shapes, parallel.world_size)
-        saved = weights | zero_tensors(shape, rank, targets)
-        save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
-        _sync(partial / TENSORS)
-        lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-        config = peft_config(**lora, base_model=base_model, towers=towers)
-        _save_json(config, partial / CONFIG)
-        if optimizer is not None:
-            joined = {
-                f"{name}.{kind}": t
-                for kind in MOMENTS
-                for name, t in _join(partial, kind, shapes, parallel.world_size).items()
-            }
-            save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
-            _sync(partial / OPTIMIZER)
-            full_state = state | {
-                "num_updates": optimizer.num_updates,
-                "loss_scale": optimizer.scaler_state(),
-            }
-            _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
-        for path in partial.glob("rank-*.safetensors"):
-            path.unlink()
+
+def _join_files(
+    partial: Path, model, shape, parallel, optimizer: Optimizer | None, state: dict, *, alpha: float, dropout: float, base_model: str
+) -> None:
+    """The ranks' pieces as the files of a checkpoint."""
+    rank, _, targets = applied(model)
+    towers = list(tower_loras(model))
+    shapes = adapter_tensors(shape, rank, targets) | tower_tensors(model)
+    weights = _join(partial, "weight", shapes, parallel.world_size)
+    saved = weights | zero_tensors(shape, rank, targets)
+    save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
+    _sync(partial / TENSORS)
+    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+    config = peft_config(**lora, base_model=base_model, towers=towers)
+    _save_json(config, partial / CONFIG)
+    if optimizer is not None:
+        joined = {
+            f"{name}.{kind}": t
+            for kind in MOMENTS
+            for name, t in _join(partial, kind, shapes, parallel.world_size).items()
+        }
+        save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
+        _sync(partial / OPTIMIZER)
+        full_state = state | {
+            "num_updates": optimizer.num_updates,
+            "loss_scale": optimizer.scaler_state(),
+        }
+        _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
+    for path in partial.glob("rank-*.safetensors"):
+        path.unlink()
 
 
 def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimizer) -> None:

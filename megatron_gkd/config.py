@@ -355,7 +355,7 @@ class RunConfig:
     output_dir: str = setting("output", "Metrics, checkpoints and run.json go here.")
     eval_steps: int = setting(50, "Evaluate after every so many steps.")
     save_steps: int = setting(50, "Write a checkpoint after every so many steps; the last step always writes one.")
-    save_total_limit: int = setting(2, "Checkpoints that are kept, the newest.")
+    save_total_limit: int = setting(2, "Checkpoints that are kept, the newest; one more until a good step has followed the newest.")
     logging_steps: int = setting(5, "Write a line of metrics after every so many steps.")
     save_only_model: bool = setting(False, "Checkpoints hold the adapter only, and a run cannot be resumed from them.")
     resume_from_checkpoint: str | None = setting(

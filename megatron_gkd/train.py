@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
-from megatron_gkd.checkpoint import STATE, checkpoints, load_checkpoint, note_latest, read_state, save_checkpoint
+from megatron_gkd.checkpoint import STATE, checkpoints, find_checkpoint, load_checkpoint, note_latest, read_state, remove_old, save_checkpoint
 from megatron_gkd.config import Config, describe_layout, exit_with, parse_config_or_exit
 from megatron_gkd.data import SampleDataset, eval_loader, num_steps_of_epochs, step_loader
 from megatron_gkd.data.batch import Batch
@@ -44,7 +44,8 @@ def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 speaks and writes."""
     shape = read_model_shape(config.model.model)
     say(parallel, describe_layout(parallel.world_size, shape, config))
-    check_writable(config.run.output_dir)
+    if not config.data.check_data:
+        check_writable(config.run.output_dir)
     train_data, eval_data = load_data(config, shape, parallel)
     if config.data.check_data:
         say(parallel, "--check_data: every row is good; no training was asked for")
@@ -82,6 +83,7 @@ def train(config: Config, parallel: Parallel) -> None:
     if progress.step == 0 and eval_data:
         writer.log_eval(evaluate(config, parts, eval_data, parallel, step=0))
 
+    saved, due = 0, False  # the step of this run's newest checkpoint, and whether one is owed
     with closing(loader), stop_signal() as asked_to_stop:
         while progress.step < total_steps:
             clock = Clock(parallel.device)
@@ -125,16 +127,22 @@ def train(config: Config, parallel: Parallel) -> None:
             if progress.bad_in_a_row >= config.train.max_bad_steps:
                 raise FloatingPointError(
                     f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient (--max_bad_steps {config.train.max_bad_steps}); "
-                    f"all were skipped, and {last_checkpoint(config.run.output_dir, step)}. {what_to_try(progress)}"
+                    f"all were skipped. {sound_checkpoint(config.run.output_dir, progress)} {what_to_try(progress)}"
                 )
             stop = counts["stop"]
             if eval_data and (step % config.run.eval_steps == 0 or step == total_steps):
                 writer.log_eval(evaluate(config, parts, eval_data, parallel, step))
                 stop = parallel_layout.any_rank(bool(asked_to_stop), parallel.device)  # evaluation may take longer than a step
-            due = step % config.run.save_steps == 0 and not progress.bad_in_a_row  # else the weights may be what is wrong
-            if due or step == total_steps or stop:
+            ends = step == total_steps or stop
+            if saved and update.applied and parallel.rank == 0:  # the newest has proved itself: it may push others out
+                remove_old(config.run.output_dir, saved, config.run.save_total_limit)
+            due |= step % config.run.save_steps == 0
+            if ends or (due and not progress.bad_in_a_row):  # while steps are bad the weights may be what is wrong
                 folder = save(config, parts, parallel, progress, total_steps, global_batch_size)
+                saved, due = step, False
                 say(parallel, f"saved {folder}")
+                if ends and not progress.bad_in_a_row and parallel.rank == 0:
+                    remove_old(config.run.output_dir, saved, config.run.save_total_limit)
             if stop and step < total_steps:
                 way_on = f"--adapter {folder} (--save_only_model)" if config.run.save_only_model else "--resume_from_checkpoint latest"
                 say(parallel, f"SIGTERM: stopped after step {step} of {total_steps}; go on with {way_on}")
@@ -214,10 +222,15 @@ def check_writable(output_dir: str) -> None:
         pass
 
 
-def last_checkpoint(output_dir: str, step: int) -> str:
-    """For the message of a run that ends at `step`."""
-    found = [folder for number, folder in checkpoints(output_dir) if number <= step]
-    return f"{found[-1]} is from before them" if found else "there is no checkpoint yet"
+def sound_checkpoint(output_dir: str, progress: Progress) -> str:
+    """Where a run whose steps are all bad may go on: for its last message. One that was written right after the last good
+    step may hold what ruined the others."""
+    newest, last_good = find_checkpoint("latest", output_dir), progress.step - progress.bad_in_a_row
+    found = [(number, folder) for number, folder in checkpoints(output_dir) if newest and number <= progress.step]
+    earlier = [folder for number, folder in found if number < last_good]
+    after = [f"{folder} was written right after the last good step, which may have ruined the weights" for number, folder in found if number == last_good]
+    before = [f"{earlier[-1]} is from before"] if earlier else ["there is no earlier checkpoint" if after else "There is no checkpoint yet"]
+    return "; ".join(after + before) + "."
 
 
 def what_to_try(progress: Progress) -> str:
@@ -228,7 +241,7 @@ def what_to_try(progress: Progress) -> str:
 
 
 def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, total_steps: int, global_batch_size: int):
-    """Write this step's checkpoint. While steps are bad the earlier ones all stay: the weights may be what is wrong."""
+    """Write this step's checkpoint."""
     return save_checkpoint(
         config.run.output_dir,
         progress.step,
@@ -240,7 +253,6 @@ def save(config: Config, parts: Parts, parallel: Parallel, progress: Progress, t
         base_model=config.model.model,
         optimizer=None if config.run.save_only_model else parts.optimizer,
         state=vars(progress) | {"settings": run_settings(config, global_batch_size, total_steps)},
-        save_total_limit=None if progress.bad_in_a_row else config.run.save_total_limit,
     )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint_tools.adapters import refuse_outside
 from checkpoint_tools.thinker import decoder
 from megatron_gkd.checkpoint import save_checkpoint
-from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.model.config import read_model_shape
 from tests.adapters import (
     ALL,
@@ -312,7 +312,6 @@ def write_checkpoints(rank, world_size, tp, pp, ep, output, runs):
                 optimizer.step(0.05, 0.0)
         save_checkpoint(
             f"{output}/{name}", 1, model=model, shape=shape, parallel=place, alpha=5, dropout=0.0, base_model=folder, optimizer=None, state={},
-            save_total_limit=1,
         )
         logits[name] = run_schedule(place, ddp, batches, backward=False)
     return logits
@@ -500,6 +499,34 @@ def test_the_head_that_peft_saves_beside_lora(tiny_folder, tmp_path):
     assert copies == ["base_model.model.lm_head.base_layer.weight"]
     assert run_ranks(load_on_its_base, 1, folder, str(tmp_path)) == [None]
     tensors = load_file(tmp_path / TENSORS)
+    for dtype in (torch.bfloat16, torch.float16):  # a rounding of the base is the base
+        save_file(tensors | {copies[0]: tensors[copies[0]].to(dtype)}, tmp_path / TENSORS)
+        assert run_ranks(load_on_its_base, 1, folder, str(tmp_path)) == [None]
     tensors[copies[0]][5, 5] += 1
     save_file(tensors, tmp_path / TENSORS)
     assert "is not the lm_head of this model" in run_ranks(load_on_its_base, 1, folder, str(tmp_path))[0]
+
+
+def second_stage(rank, world_size, folder, adapter, more_linears):
+    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank."""
+    place, shape = initialize(1, 1, 1), read_model_shape(folder)
+    opened = PeftAdapter(adapter, shape)
+    _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)
+    load_adapter(model, shape, place, opened, more_linears=more_linears)
+    return [bool(layer.self_attention.linear_qkv.down["q_proj"].any()) for layer in model.decoder.layers]
+
+
+@pytest.mark.parametrize("written_by", ["peft", "a checkpoint"])
+def test_layers_without_lora_stay_so_at_a_higher_rank(tiny_folder, tmp_path, written_by):
+    """A checkpoint of ours writes them as zeros, PEFT leaves them out: both mean that there is none."""
+    folder = tiny_folder(**FOLDERS["4 KV heads"])
+    tensors = random_adapter(read_model_shape(folder), 4, ["q_proj"])
+    in_layer_1 = {name for name in tensors if ".layers.1." in name}
+    if written_by == "peft":
+        tensors = {name: value for name, value in tensors.items() if name not in in_layer_1}
+    else:
+        tensors = {name: value * 0 if name in in_layer_1 else value for name, value in tensors.items()}
+    settings = dict(layers_to_transform=[0]) if written_by == "peft" else {}
+    adapter = write_adapter(tmp_path / "adapter", tensors, rank=4, alpha=8, targets=["q_proj"], **settings)
+    assert run_ranks(second_stage, 1, folder, adapter, False) == [[True, False]]
+    assert run_ranks(second_stage, 1, folder, adapter, True) == [[True, True]]

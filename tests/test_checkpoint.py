@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd import checkpoint
+from megatron_gkd import checkpoint, config
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
 from tests.ranks import run_ranks
 from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, stable, write_rows
@@ -413,3 +413,26 @@ def test_an_output_folder_that_cannot_be_written(data, tmp_path):
     with pytest.raises(RuntimeError, match="SystemExit") as error:
         run_training(1, flags_of_run(data, tmp_path / "file", max_steps=1))
     assert "File exists" in str(error.value)
+
+
+def _save_where_one_rank_cannot(rank, world_size, argv):
+    from megatron_gkd import parallel, train
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    config.SECONDS_FOR_RANK_0 = 0
+    if rank == 1:
+        checkpoint.save_file = full
+    try:
+        train.main(argv)
+    except SystemExit as error:
+        return str(error.__cause__)
+
+
+def test_what_one_rank_cannot_write_is_said_by_all(data, tmp_path):
+    argv = flags_of_run(data, tmp_path, max_steps=1, lmbda=0, **layout_flags(tp=2))
+    first, second = run_ranks(_save_where_one_rank_cannot, 2, argv)
+    assert first == second and "rank 1 cannot write its part of" in first and "No space left on device" in first
+    assert not list(tmp_path.glob("*checkpoint-1*"))

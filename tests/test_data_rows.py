@@ -196,6 +196,11 @@ def test_bad_rows_name_the_reason(raw, reason):
     assert reason in str(error.value)
 
 
+def test_metadata_about_the_teachers_columns_is_left_alone():
+    names = ("teacher_prompt_id", "teacher_message_id", "teacher_image_ids", "teacher_images_n", "teacher_model", "teacher")
+    assert check_row({"messages": [USER, ANSWER], **dict.fromkeys(names, "x")}, 10).teacher_messages is None
+
+
 def media_of(raw, folder="/data"):
     row = check_row(raw, 10, folder)
     return row, {kind: [reference.path for reference in references] for kind, references in row.media.items()}

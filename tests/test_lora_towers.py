@@ -170,7 +170,6 @@ def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
         base_model=folder,
         optimizer=optimizer,
         state={},
-        save_total_limit=1,
     )
     with torch.no_grad():
         after = logits_of(place, shape, model, batches)

@@ -417,7 +417,7 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
     message = error_of_run(
         2, flags_of_run(data, tmp_path, adapter=adapter, max_bad_steps=3, max_steps=20, lmbda=lmbda, **layout_flags(tp=2))
     )
-    assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "there is no checkpoint yet" in message
+    assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "There is no checkpoint yet" in message
     assert "No step was good: look for NaN and Inf in the weights" in message
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3] and lines[0]["loss"] is None
@@ -425,16 +425,21 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
 
 
 def test_bad_steps_push_no_checkpoint_out(data, tmp_path):
-    """One update that ruins the weights, and every step after it is bad: what was saved before stays and is named."""
+    """One update that ruins the weights and is saved, and every step after it is bad: what was saved before it stays, is
+    named, and trains on."""
     flags = dict(save_steps=1, save_total_limit=1, warmup_ratio=0, lr_scheduler_type="constant", max_bad_steps=3)
     run_training(1, flags_of_run(data, tmp_path, max_steps=2, learning_rate=0.001, **flags))
     ruinous = flags | dict(max_steps=30, learning_rate=1e19, resume_from_checkpoint="latest")
     message = error_of_run(1, flags_of_run(data, tmp_path, **ruinous))
-    (kept,) = tmp_path.glob("checkpoint-*")
-    assert f"{kept} is from before them" in message and "Try a lower --learning_rate" in message
-    assert len(read_lines(tmp_path / "metrics.jsonl")) - int(kept.name.split("-")[1]) == 3
-    state = json.loads((kept / "trainer_state.json").read_text())
-    assert state["bad_in_a_row"] == 0
+    last_good = len(read_lines(tmp_path / "metrics.jsonl")) - 3
+    sound, ruined = (tmp_path / f"checkpoint-{step}" for step in (last_good - 1, last_good))
+    assert sorted(tmp_path.glob("checkpoint-*")) == [sound, ruined]
+    assert f"{ruined} was written right after the last good step" in message and f"{sound} is from before" in message
+    assert "Try a lower --learning_rate" in message
+    on = flags | dict(max_steps=last_good + 2, learning_rate=0.001, resume_from_checkpoint=sound)
+    run_training(1, flags_of_run(data, tmp_path, **on))
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 0
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{last_good + 2}"]
 
 
 def _writes_badly(rank, world_size, argv, steps):

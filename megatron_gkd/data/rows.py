@@ -171,10 +171,12 @@ def _refuse_columns(row: dict) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if row.get(name):
             raise RowError(f"column `{name}` is not supported: {reason}")
+    known = {name for name in (*TEACHER_COLUMNS, *MEDIA_COLUMNS) if name.startswith("teacher_")}
+    more = tuple(f"{name}_" for column in known for name in (column, column.removesuffix("s")))  # metadata about a column
     for name in row:
-        known = difflib.get_close_matches(name, (*TEACHER_COLUMNS, *MEDIA_COLUMNS), n=1, cutoff=0.85)
-        if name.startswith("teacher_") and known and known[0] != name:
-            raise RowError(f"column `{name}` is unknown: is it `{known[0]}`?")
+        if name.startswith("teacher_") and name not in known and not name.startswith(more):
+            if nearest := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                raise RowError(f"column `{name}` is unknown: is it `{nearest[0]}`?")
 
 
 def _type_name(value) -> str:

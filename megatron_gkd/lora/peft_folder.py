@@ -265,6 +265,11 @@ class PeftAdapter:
                 values = values.reshape(values.shape[0], -1, num_experts)[source.rows, :, source.expert]
         return values, source.alpha / self._divisor(name)
 
+    def is_empty(self, name: str) -> bool:
+        """Whether both matrices of the linear that tensor `name` belongs to are zero: LoRA that is not there, as our checkpoints write it."""
+        down = name.replace(".lora_B.", ".lora_A.")
+        return not any(bool(self.tensor(side)[0].any()) for side in (down, down.replace(".lora_A.", ".lora_B.")))
+
     @property
     def one_scale(self) -> bool:
         """Whether alpha / r is the same for all linears."""
@@ -278,7 +283,12 @@ class PeftAdapter:
     def check_base(self, name: str, rows: slice, base: Tensor) -> None:
         """Raise ValueError if the adapter brings `name` ("lm_head", "embed_tokens") along and its `rows` are not `base`."""
         stored = self._base_copies.get(name)
-        if stored and not torch.equal(self._file.get_slice(stored)[rows].to(base.device, base.dtype), base):
+        if stored is None:
+            return
+        copy = self._file.get_slice(stored)[rows]
+        relative = max(torch.finfo(dtype).eps for dtype in (copy.dtype, base.dtype))  # either may be a rounding of the other
+        absolute = 6e-8 if torch.float16 in (copy.dtype, base.dtype) else 0.0  # below that float16 has no number
+        if not torch.allclose(copy.to(base.device).float(), base.float(), rtol=relative, atol=absolute):
             raise ValueError(
                 f"{self.path}: {stored} is not the {name} of this model: the adapter was trained on another base, or {name} was trained "
                 "with it"
@@ -320,7 +330,7 @@ def load_adapter(model, shape: ModelShape, parallel, adapter: PeftAdapter, *, mo
     _check_base(model, shape, parallel, adapter)
     in_towers = tower_tensors(model)
     for piece in adapter_pieces(model, shape, parallel):
-        if piece.name not in adapter:
+        if piece.name not in adapter or adapter.is_empty(piece.name):
             if not more_linears and piece.name not in in_towers and _linear(piece.name) in adapter.targets:
                 piece.target.zero_()
             continue
