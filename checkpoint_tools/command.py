@@ -7,13 +7,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from transformers import HfArgumentParser
+from megatron_gkd.flags import Parser
 
 Settings = TypeVar("Settings")
-
-
-def setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 def num_workers_setting() -> Any:
@@ -27,13 +23,6 @@ def num_workers_setting() -> Any:
 def check_num_workers(num_workers: int) -> None:
     if num_workers < 1:
         raise ValueError(f"--num_workers {num_workers}: must be 1 or more")
-
-
-class Parser(HfArgumentParser):
-    """HfArgumentParser whose complaints are ValueErrors of one line, not a page of usage and an exit."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def parse_flags(settings: type[Settings], description: str) -> Settings:

@@ -15,7 +15,7 @@ from typing import Iterator
 
 import torch
 
-from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command, setting
+from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from checkpoint_tools.job import Job, file_states, run_job, sync
 from checkpoint_tools.manifest import Manifest, describe_file, read_manifest
 from checkpoint_tools.other_parts import check_other_parts
@@ -23,6 +23,7 @@ from checkpoint_tools.torch_dist_writer import HEADERS, RELEASE, write_chunk, wr
 from checkpoint_tools.travellers import copy_travellers, list_travellers, total_bytes
 from checkpoint_tools.units import UNIT_BYTES, Unit, plan_units, row_blocks
 from megatron_gkd.config import ParallelConfig, check_layout
+from megatron_gkd.flags import setting
 from megatron_gkd.model.byte_range import memory
 from megatron_gkd.model.folder import INDEX, SafetensorsFolder, check_tensors, stored_tensors
 from megatron_gkd.model.megatron_folder import CARRIED

@@ -9,10 +9,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command, setting
+from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from checkpoint_tools.hf_writer import write_hf_folder
 from checkpoint_tools.plans import is_converted, plan_from
 from checkpoint_tools.units import UNIT_BYTES
+from megatron_gkd.flags import setting
 from megatron_gkd.model.torch_dist import TRACKER, find_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -2,8 +2,9 @@
 
 First tensor by tensor (bits of the checkpoint, names, shapes, types, padding, the adapter's own records), then logits
 in fp32 on text, audio and image rows: our towers and Megatron decoder, read from the checkpoint (or the folder) at the
-given layout, against transformers and peft (in memory on the CPU, 4 bytes a parameter). Prints a table, names the first layer that parts; the exit status is 1 on any
-mismatch, 2 when there is nothing to compare. Without torchrun it is one process.
+given layout, against transformers and peft (in memory on the CPU, 4 bytes a parameter). Prints a table, names the first
+layer that parts; the exit status is 1 on any mismatch, 2 when there is nothing to compare. Without torchrun it is one
+process.
 """
 
 import os
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.adapters import open_adapters
-from checkpoint_tools.command import parse_flags, refusals_in_one_line, setting
+from checkpoint_tools.command import parse_flags, refusals_in_one_line
 from checkpoint_tools.plans import is_converted
 from checkpoint_tools.thinker import load_peft, load_thinker
 from checkpoint_tools.verify_logits import Trace, compare, megatron_trace, transformers_trace
@@ -30,6 +31,7 @@ from checkpoint_tools.verify_tensors import (
     compare_merged,
 )
 from megatron_gkd import parallel as parallel_layout
+from megatron_gkd.flags import setting
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.model.decoder import build_decoder

@@ -1,55 +1,24 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
-`transformers.HfArgumentParser` turns them into flags, each class checks its own values when it is built, and
+flags.py turns them into flags, each class checks its own values when it is built, and
 `check_layout` checks the parallel sizes against the model. `python -m megatron_gkd.config --check_layout RANKS FLAGS`
 prints the layout of a run, or why there is none. Refused is what cannot work; the guide's ranges are recommendations.
 """
 
 import argparse
-import difflib
 import math
 import os
-import sys
-import time
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import yaml
-from transformers import HfArgumentParser
-
+from megatron_gkd.flags import Parser, exit_with, require, require_at_least, setting, unknown_flag, yaml_flags
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 
-SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end the others
-# Names from other programs -> the setting that does it here.
-OTHER_NAMES = {"lr": "learning_rate", "gradient_checkpointing": "recompute", "tp": "tensor_model_parallel_size"}
-OTHER_NAMES |= {"pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size", "epochs": "num_train_epochs"}
-OTHER_NAMES |= {"batch_size": "per_device_train_batch_size", "bf16": "torch_dtype"}
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
     "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
     "teacher_deepspeed": "the teacher is the student's own base model with LoRA off, so it is sharded with it",
 }
-
-
-def setting(default: Any, help: str, aliases: list[str] | None = None) -> Any:
-    """A dataclass field with its help text; a list as default is copied for each instance."""
-    metadata = {"help": help} | ({"aliases": aliases} if aliases else {})
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def require(ok: bool, flag: str, value: Any, allowed: str, way_out: str = "") -> None:
-    """Raise ValueError unless `ok`, naming the flag, its value, what is allowed and, where it helps, the way out."""
-    if not ok:
-        raise ValueError(f"--{flag} {value}: must be {allowed}" + (f"; {way_out}" if way_out else ""))
-
-
-def require_at_least(config: Any, low: int, *flags: str) -> None:
-    """Raise ValueError for the first of the integer settings `flags` of `config` that is below `low`."""
-    for flag in flags:
-        require(getattr(config, flag) >= low, flag, getattr(config, flag), f"{low} or more")
 
 
 @dataclass
@@ -393,15 +362,8 @@ class Config:
         return "\n".join(["Settings:"] + lines)
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser whose complaints are ValueErrors of one line, not a page of usage and an exit."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> Parser:
+    parser = Parser(
         [group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train", allow_abbrev=False
     )
     parser.add_argument(
@@ -412,36 +374,6 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def _unknown(name: str, where: str, parser: _Parser) -> ValueError:
-    names = [
-        option[2:] for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
-    ]
-    spelled = name.replace("-", "_")
-    nearest = OTHER_NAMES.get(spelled) or difflib.get_close_matches(spelled, names, n=1, cutoff=0.0)[0]
-    return ValueError(f"{where} is not a setting; the nearest is --{nearest} (--help lists all of them)")
-
-
-def _yaml_flags(path: str, parser: _Parser) -> list[str]:
-    """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or `null` ones are unset."""
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: cannot be read: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: must hold `flag: value` lines, is a {type(settings).__name__}")
-    flags = []
-    for name, value in settings.items():
-        if name == "config" or f"--{name}" not in parser._option_string_actions:
-            raise _unknown(name, f"--config {path}: {name}", parser)
-        if isinstance(value, dict):
-            raise ValueError(f"--config {path}: {name} must be a value or a list of values, not a mapping")
-        if isinstance(value, list):
-            flags += [f"--{name}", *value] if value else []
-        elif value not in ("", "null", "~"):
-            flags.append(f"--{name}={value}")
-    return flags
-
-
 def parse_config(argv: list[str]) -> Config:
     """Settings from `argv` (without the program's name) and the YAML file that --config names; the flags win.
 
@@ -449,10 +381,10 @@ def parse_config(argv: list[str]) -> Config:
     Rank 0 prints one line for each DeepSpeed flag.
     """
     parser = _make_parser()
-    file_parser = _Parser([], add_help=False, allow_abbrev=False)
+    file_parser = Parser([], add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     path = file_parser.parse_known_args(argv)[0].config
-    arguments = (_yaml_flags(path, parser) if path else []) + list(argv)
+    arguments = (yaml_flags(path, parser) if path else []) + list(argv)
     *groups, others, rest = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -460,7 +392,7 @@ def parse_config(argv: list[str]) -> Config:
         flag = next((word for word in rest if word.startswith("-")), None)
         if flag is None:
             raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
-        raise _unknown(flag.split("=")[0].lstrip("-"), flag.split("=")[0], parser)
+        raise unknown_flag(flag.split("=")[0].lstrip("-"), flag.split("=")[0], parser)
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
@@ -473,19 +405,6 @@ def parse_config_or_exit(argv: list[str]) -> Config:
         return parse_config(argv)
     except ValueError as error:
         exit_with(error)
-
-
-def exit_with(error: Exception) -> NoReturn:
-    """The end of a command line: what is wrong to stderr, exit status 2.
-
-    Most errors are those of every rank. Rank 0 speaks at once and ends; the others wait a moment before they do, in which
-    torchrun ends them. What only some ranks have seen (a file that a node lacks) is said by those.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(SECONDS_FOR_RANK_0)
-    print(f"megatron_gkd: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2) from error
 
 
 def check_layout(

@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
 from megatron_gkd.checkpoint import STATE, checkpoints, find_checkpoint, load_checkpoint, note_latest, read_state, remove_old, save_checkpoint
-from megatron_gkd.config import Config, describe_layout, exit_with, parse_config_or_exit
+from megatron_gkd.config import Config, describe_layout, parse_config_or_exit
 from megatron_gkd.data import SampleDataset, eval_loader, num_steps_of_epochs, step_loader
 from megatron_gkd.data.batch import Batch
+from megatron_gkd.flags import exit_with
 from megatron_gkd.forward import Groups, TokenSums, student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.metrics import MetricsWriter, peak_memory_bytes

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd import checkpoint, config
+from megatron_gkd import checkpoint, flags
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
 from tests.ranks import run_ranks
 from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, stable, write_rows
@@ -422,7 +422,7 @@ def _save_where_one_rank_cannot(rank, world_size, argv):
         raise OSError(28, "No space left on device")
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
-    config.SECONDS_FOR_RANK_0 = 0
+    flags.SECONDS_FOR_RANK_0 = 0
     if rank == 1:
         checkpoint.save_file = full
     try:

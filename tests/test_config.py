@@ -9,7 +9,6 @@ import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
 from megatron_gkd.config import (
-    SECONDS_FOR_RANK_0,
     DistillConfig,
     ParallelConfig,
     check_layout,
@@ -17,6 +16,7 @@ from megatron_gkd.config import (
     parse_config,
     parse_config_or_exit,
 )
+from megatron_gkd.flags import SECONDS_FOR_RANK_0
 
 REPOSITORY = Path(__file__).parents[1]
 REQUIRED = ["--model", "/m", "--dataset", "d.jsonl"]

@@ -5,6 +5,7 @@ Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this pro
 
 import math
 from dataclasses import replace
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -180,24 +181,25 @@ def test_logits_and_gradients_equal_peft(cases, world_size, tp, pp, ep):
         check_gradients(results, reference.mean_gradients(max(2, world_size // tp // pp)), targets)
 
 
-@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.95), ("float16", 0.01, 0.999)])
+@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.995), ("float16", 0.01, 0.9999)])
 def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, cosine_limit):
-    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype
-    allows (a token that goes to another expert is most of the difference), off is still the base."""
-    folder, adapter, _, reference = cases["all, rank 4"]
-    results = [of_rank[0] for of_rank in run_ranks(lora_at_layout, 2, 2, 1, 2, [(folder, adapter, {"dtype": dtype})])]
-    expected, ours, theirs = reference.mean_gradients(2), [], []
-    for result in results:
-        assert result.dtypes == {torch.float32} and all(result.off_is_base)
-        assert all(value.dtype == torch.float32 for _, _, value in result.gradients)
-        for number, value in zip(result.numbers, result.logits):
-            real, wanted = make_batches(VOCAB_SIZE)[number].real, reference.logits[number]
-            error = ((value[..., :VOCAB_SIZE] - wanted).norm(dim=-1) / wanted.norm(dim=-1))[real].median().item()
-            assert error < logits_limit, f"relative error {error}"
-        ours += [value.flatten() for _, _, value in result.gradients]
-        theirs += [expected[name][index].flatten() for name, index, _ in result.gradients]
-    cosine = torch.nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0).item()
-    assert cosine > cosine_limit, f"cosine {cosine}"
+    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype allows, off is still the base.
+    A token that rounding sends to another expert can weigh much in one gradient: the limit is for the median of the cases."""
+    runs = [(folder, adapter, {"dtype": dtype}) for folder, adapter, _, _ in cases.values()]
+    by_rank, cosines = run_ranks(lora_at_layout, 2, 2, 1, 2, runs), []
+    for number, (_, _, _, reference) in enumerate(cases.values()):
+        expected, ours, theirs = reference.mean_gradients(2), [], []
+        for result in (of_rank[number] for of_rank in by_rank):
+            assert result.dtypes == {torch.float32} and all(result.off_is_base)
+            assert all(value.dtype == torch.float32 for _, _, value in result.gradients)
+            for batch, value in zip(result.numbers, result.logits):
+                real, wanted = make_batches(VOCAB_SIZE)[batch].real, reference.logits[batch]
+                error = ((value[..., :VOCAB_SIZE] - wanted).norm(dim=-1) / wanted.norm(dim=-1))[real].median().item()
+                assert error < logits_limit, f"relative error {error}"
+            ours += [value.flatten() for _, _, value in result.gradients]
+            theirs += [expected[name][index].flatten() for name, index, _ in result.gradients]
+        cosines.append(torch.nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0).item())
+    assert median(cosines) > cosine_limit and min(cosines) > 0.95, f"cosines {cosines}"
 
 
 def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):

@@ -227,7 +227,7 @@ def test_one_rank_all_cases(folders, tmp_path):
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep, accumulation, names",
     [
-        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head", "lm_head alone", "one layer"]),
+        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head", "lm_head alone", "one layer", "a lower rank"]),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
         (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),

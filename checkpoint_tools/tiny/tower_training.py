@@ -5,6 +5,7 @@ the model hears nothing yet, although the sound is in them.
 """
 
 import random
+import sys
 from typing import List, Tuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def train_audio_tower(
     nn.init.zeros_(head.bias)
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    progress = tqdm(range(num_steps), desc="teaching the audio tower", unit="step")
+    progress = tqdm(range(num_steps), desc="teaching the audio tower", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10)
     for step in progress:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_share(step, num_steps, WARMUP_STEPS)
         said = [toy_language.sample_prompt(prompts, False, MAX_SPOKEN_WORDS) for _ in range(BATCH_SIZE)]
@@ -93,7 +94,7 @@ def train_audio_tower(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}")
+        progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
     said = [toy_language.sample_prompt(prompts, True, MAX_SPOKEN_WORDS) for _ in range(NUM_HELD_OUT)]
     with torch.no_grad():
         outputs, labels = _hear(thinker, extractor, speak, said, sounds)

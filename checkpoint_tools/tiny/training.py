@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from typing import Dict, List, Tuple
 
 import torch
@@ -87,7 +88,7 @@ def train_toy_language(
     optimizer = torch.optim.AdamW(
         list(dict.fromkeys(parameters)), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
-    progress = tqdm(range(num_steps), desc="teaching the toy language", unit="step")
+    progress = tqdm(range(num_steps), desc="teaching the toy language", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10)
     for step in progress:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * learning_rate_share(step, num_steps, WARMUP_STEPS)
         rows = []
@@ -102,7 +103,7 @@ def train_toy_language(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}")
+        progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
     accuracy = held_out_accuracy(thinker, tokenizer, seed)
     torch.set_num_threads(num_threads)
     return accuracy

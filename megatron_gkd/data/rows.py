@@ -26,6 +26,8 @@ REFUSED_COLUMNS = {
 }
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
 
+_OF_TEACHER = (*TEACHER_COLUMNS, *(name for name in MEDIA_COLUMNS if name.startswith("teacher_")))
+_ABOUT_TEACHER = tuple(f"{name}_" for column in _OF_TEACHER for name in (column, column.removesuffix("s")))  # metadata, as teacher_image_id
 _TAG = re.compile(r"<(audio|image|video)>")
 
 Messages = list[dict[str, Any]]
@@ -171,11 +173,9 @@ def _refuse_columns(row: dict) -> None:
     for name, reason in REFUSED_COLUMNS.items():
         if row.get(name):
             raise RowError(f"column `{name}` is not supported: {reason}")
-    known = {name for name in (*TEACHER_COLUMNS, *MEDIA_COLUMNS) if name.startswith("teacher_")}
-    more = tuple(f"{name}_" for column in known for name in (column, column.removesuffix("s")))  # metadata about a column
     for name in row:
-        if name.startswith("teacher_") and name not in known and not name.startswith(more):
-            if nearest := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        if name.startswith("teacher_") and name not in _OF_TEACHER and not name.startswith(_ABOUT_TEACHER):
+            if nearest := difflib.get_close_matches(name, _OF_TEACHER, n=1, cutoff=0.85):
                 raise RowError(f"column `{name}` is unknown: is it `{nearest[0]}`?")
 
 

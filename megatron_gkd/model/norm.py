@@ -17,5 +17,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden_size] -> the same shape and dtype. For backward it keeps x and, on a GPU, no fp32 copy of it."""
+        """x [..., hidden_size] -> the same shape and dtype. One kernel on a GPU."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
