@@ -2,10 +2,12 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import megatron_gkd
 from tests.ranks import run_ranks
 
 PATCHED = [
@@ -30,18 +32,17 @@ def originals():
 
 def replaced() -> list[str]:
     """Names of PATCHED that hold something defined in this package."""
+    package = str(Path(megatron_gkd.__file__).parent)  # the checkout, with torch in its .venv, may have that name too
     names = []
     for owner, name in PATCHED:
         value = getattr(owner, name)
-        source = value.__code__.co_filename if hasattr(value, "__code__") else str(getattr(value, "__module__", None))
-        if "megatron_gkd" in source:
+        of_package = str(getattr(value, "__module__", None)).startswith("megatron_gkd")
+        if of_package or hasattr(value, "__code__") and value.__code__.co_filename.startswith(package):
             names.append(name)
     return names
 
 
 def import_everything(rank, world_size):
-    import megatron_gkd
-
     modules = [module.name for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd.")]
     for name in modules:
         importlib.import_module(name)
