@@ -19,7 +19,7 @@ from megatron_gkd import parallel
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder, core_attention
-from megatron_gkd.model.experts import GroupedLinear, grouped_linear, grouped_product
+from megatron_gkd.model.experts import GroupedLinear, TransformerEngineGroupedLinear, grouped_linear, grouped_product
 from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
 from megatron_gkd.model.weights import load_weights
 from tests.ranks import run_ranks
@@ -393,3 +393,18 @@ def test_rotary_angles_equal_transformers(sections):
     angles = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])[:, :, 0].transpose(0, 1)
     torch.testing.assert_close(angles.cos(), cos)
     torch.testing.assert_close(angles.sin(), sin)
+
+
+@pytest.mark.parametrize("name", ["auto", "te"])
+def test_transformer_engine_is_taken_where_it_can_run(monkeypatch, name):
+    """The choice alone; what it computes is for tests/test_gpu.py."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    gpu = torch.device("cuda")
+    for module in ("decoder", "experts"):
+        monkeypatch.setattr(f"megatron_gkd.model.{module}.transformer_engine_usable", lambda device: device.type == "cuda")
+    assert core_attention(name, gpu) is core_attention("flash_attention_2", gpu) is TEDotProductAttention
+    assert grouped_linear(name, gpu) is TransformerEngineGroupedLinear
+    assert (core_attention("sdpa", gpu), core_attention("eager", gpu)) == (SdpaAttention, EagerAttention)
+    assert grouped_linear("grouped_mm", gpu) is GroupedLinear
+    assert core_attention("auto", torch.device("cpu")) is SdpaAttention
