@@ -5,11 +5,13 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoint_tools.hf_to_megatron import HfToMegatronConfig
 from checkpoint_tools.hf_to_megatron import convert as hf_to_megatron
@@ -465,18 +467,46 @@ def test_checkpoints_that_are_refused(checkpoints, tmp_path):
     refuse("neither latest_checkpointed_iteration.txt nor a torch_dist checkpoint is there")
 
 
+class ByName(pickle.Pickler):
+    """Pickles the members of an enumeration as early Python 3.11 does."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_any_python(checkpoints, tmp_path):
+    """Also of one that pickles enumerations by `getattr`, in what describes the tensors and in save plans beside them."""
+    copy = shutil.copytree(checkpoints["tied"][1], tmp_path / "copy")
+    path = copy / "release" / ".metadata"
+    described = pickle.loads(path.read_bytes())
+    described.planner_data = [WriteItemType.TENSOR]
+    with open(path, "wb") as file:
+        ByName(file).dump(described)
+    assert b"getattr" in path.read_bytes() and b"WriteItemType" in path.read_bytes()
+    found, expected = TorchDist(copy / "release"), TorchDist(checkpoints["tied"][1] / "release")
+    assert (found.sizes, found.dtypes, found._chunks) == (expected.sizes, expected.dtypes, expected._chunks)
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("bomb-went-off"),))
 
 
-def test_metadata_cannot_run_code(checkpoints, tmp_path, monkeypatch):
+class Fuse:
+    """Reaches for code through what describes tensors."""
+
+    def __reduce__(self):
+        return (getattr, (torch.Size, "__init__"))
+
+
+@pytest.mark.parametrize(
+    "content, why", [(Bomb(), "names .*, which describes"), (Fuse(), "asks for __init__ of .*, which is no enumeration")]
+)
+def test_metadata_cannot_run_code(checkpoints, tmp_path, monkeypatch, content, why):
     monkeypatch.chdir(tmp_path)
     copy = shutil.copytree(checkpoints["tied"][1], tmp_path / "copy")
-    (copy / "release" / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(
-        ValueError, match=r".metadata: not the metadata of a torch_dist checkpoint \(it names .*, which describes"
-    ):
+    (copy / "release" / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=rf".metadata: not the metadata of a torch_dist checkpoint \(it {why}"):
         to_hf(copy, tmp_path / "out")
     assert not (tmp_path / "bomb-went-off").exists()
 

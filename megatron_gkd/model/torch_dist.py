@@ -14,6 +14,7 @@ import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
+from enum import Enum
 from itertools import product
 from pathlib import Path
 
@@ -54,10 +55,21 @@ class _Ignored:
         pass
 
 
+def _member(owner, name: str):
+    """What stands for `getattr`, by which early Python 3.11 (Debian 12 has 3.11.2) pickles an enumeration's members."""
+    if owner is _Ignored:
+        return _Ignored()
+    if isinstance(owner, type) and issubclass(owner, Enum):
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which is no enumeration")
+
+
 class _DescriptionUnpickler(pickle.Unpickler):
     """Knows the classes that describe a checkpoint's tensors and nothing else."""
 
     def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _DESCRIPTIONS:
             return _DESCRIPTIONS[module, name]
         if module in _IGNORED_MODULES:
