@@ -51,7 +51,7 @@ flags=(
     --split_dataset_ratio 0.01
     --max_length 2048
     --dataloader_num_workers 4
-    --dataset_num_proc 4
+    --dataset_num_proc 16
     # training: one model copy, so 4 samples x 8 micro-batches are the 32 samples a step that the guide's 8 copies took
     --num_train_epochs 1
     --per_device_train_batch_size 4

@@ -26,7 +26,7 @@ flags=(
     --tensor_model_parallel_size 4 --expert_model_parallel_size 8 --pipeline_model_parallel_size 1
     --train_type lora --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules ALL
     --lmbda 0.5 --temperature 2.0 --beta 0.5 --seq_kd false --max_completion_length 512
-    --dataset "$DATASET" --split_dataset_ratio 0.01 --max_length 2048 --dataloader_num_workers 4 --dataset_num_proc 4
+    --dataset "$DATASET" --split_dataset_ratio 0.01 --max_length 2048 --dataloader_num_workers 4 --dataset_num_proc 16
     # 4 samples x 4 micro-batches x 2 copies: the 32 samples a step of the guide's run
     --num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 4
     --learning_rate 1e-5 --warmup_ratio 0.05 --max_grad_norm 1.0

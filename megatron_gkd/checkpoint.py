@@ -25,6 +25,7 @@ from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied, 
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
 from megatron_gkd.metrics import write_atomically
 from megatron_gkd.optimizer import MOMENTS, Optimizer
+from megatron_gkd.parallel import of_all_ranks
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
@@ -151,8 +152,7 @@ def _write_pieces(partial: Path, model, shape, parallel, optimizer: Optimizer | 
         save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
     except (OSError, SafetensorError) as caught:
         error = f"rank {parallel.rank} cannot write its part of {partial}: {caught}"
-    errors = [""] * parallel.world_size
-    torch.distributed.all_gather_object(errors, error)
+    errors = of_all_ranks(error)
     if any(errors):
         raise OSError(next(filter(None, errors)))
 

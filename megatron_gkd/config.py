@@ -122,7 +122,7 @@ class DataConfig:
         "is written in the run has up to --max_completion_length tokens after the prompt, whatever this says.",
     )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
-    dataset_num_proc: int = setting(1, "Processes that turn rows into tokens.")
+    dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
     skip_bad_rows: bool = setting(
         False, "Count and skip rows that cannot be used; without it they stop the run before step 1."
     )

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -164,6 +164,13 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     tracker.reset()
     tracker.add("model-parallel-rng", base + 2_718 + parallel.tp_rank)
     tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
+
+
+def of_all_ranks(value: Any) -> list:
+    """The values of all ranks, in rank order. Collectives: an all-gather of objects over the world."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def world_max(number: int, device: torch.device) -> int:

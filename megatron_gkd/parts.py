@@ -23,7 +23,7 @@ from megatron_gkd.model.experts import grouped_linear
 from megatron_gkd.model.towers import Towers, build_towers
 from megatron_gkd.model.weights import load_weights
 from megatron_gkd.optimizer import Optimizer
-from megatron_gkd.parallel import Parallel, say
+from megatron_gkd.parallel import Parallel, of_all_ranks, say
 from megatron_gkd.rollout.backend import MegatronRollout
 from megatron_gkd.rollout.stop_tokens import read_stop_token_ids
 
@@ -172,8 +172,8 @@ def resolve(config: Config, shape: ModelShape, parallel: Parallel, *, has_media:
 
 
 def load_data(config: Config, shape: ModelShape, parallel: Parallel):
-    """(train, evaluation or None). Raises DataError for bad rows."""
-    train_data, eval_data = load_datasets(config.data, config.model.model, shape.vocab_size, config.train.seed)
+    """(train, evaluation or None). Raises DataError for bad rows. Collectives: two exchanges of folder names."""
+    train_data, eval_data = load_datasets(config.data, config.model.model, shape.vocab_size, config.train.seed, of_all_ranks)
     say(parallel, f"Data: {train_data.report.summary()}")
     if eval_data:
         say(parallel, f"Evaluation data: {eval_data.report.summary()}")

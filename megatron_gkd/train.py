@@ -287,8 +287,7 @@ def respond(rollout: RolloutBackend, model, batches: list[Batch], step: int, med
         written = rollout.respond(model, batches, step, media)
     except FloatingPointError as caught:
         error = str(caught)
-    errors = [""] * parallel.world_size
-    torch.distributed.all_gather_object(errors, error)
+    errors = parallel_layout.of_all_ranks(error)
     if any(errors):
         of_rows = [text for text in errors if text and "a row of another rank" not in text] or errors
         say(parallel, f"Step {step + 1} is skipped: {max(of_rows, key=len)}")  # the longest names the most rows

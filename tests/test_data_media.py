@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 import soxr
@@ -178,6 +180,21 @@ def test_what_datasets_stores(model, media, tmp_path):
         sample = load(model, media, dataset=[str(tmp_path / name)])[1]
         assert sample.student.input_ids == expected.student.input_ids
         assert all(torch.equal(a.features, b.features) for a, b in zip(sample.media, expected.media))
+
+
+def test_media_in_bytes_stay_on_disk(model, media, tmp_path):
+    """Rows, split ones too, are mapped from a file, their bytes of media with them: no copy in memory."""
+    sound = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(tmp_path / "sound.wav", sound, 16_000)
+    asked = {"role": "user", "content": "listen<audio>"}
+    rows = [{"messages": [asked, ANSWER], "audios": [{"bytes": (tmp_path / "sound.wav").read_bytes()}]} for _ in range(50)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    before = pyarrow.total_allocated_bytes()
+    data = load(model, media, dataset=[str(tmp_path / "rows.parquet")], split_dataset_ratio=0.2)
+    assert data.report.num_media == {"audio": 40} and data.report.media == {"audio > audio": 40}
+    assert pyarrow.total_allocated_bytes() - before < 50_000 < 50 * 2 * len(sound) / 30
+    heard = np.abs(data[0].media[0].features.numpy()).max()
+    assert heard > 0
 
 
 def test_the_teachers_view(model, media):

@@ -2,10 +2,10 @@
 split off evaluation.
 """
 
-import itertools
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
 
@@ -18,6 +18,7 @@ from megatron_gkd.data.media import MediaProcessor
 from megatron_gkd.data.order import SPLIT, permutation
 from megatron_gkd.data.rows import IGNORED_LABEL, check_row
 from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row, media_pair
+from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -36,6 +37,7 @@ _FEATURES = datasets.Features(
         "teacher_prompt": _IDS,  # null: no teacher view
         "cut_tokens": datasets.Value("int32"),
         "media": datasets.List(_REFERENCE),
+        "kinds": datasets.List(datasets.Value("string")),  # of `media`, beside what may be gigabytes
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": datasets.Value("bool"),
@@ -44,6 +46,7 @@ _FEATURES = datasets.Features(
         "reason": datasets.Value("string"),  # null: a good row
     }
 )
+ROWS_AT_ONCE = 100  # in memory while they are written: a row may hold its media
 _EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)
 
 
@@ -137,7 +140,8 @@ class SampleDataset:
 
 
 def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
-    table = rows.with_format("arrow")[:]
+    columns = ["cut_tokens", "input_ids", "labels", "teacher_prompt", "response_start", "source"]
+    table = rows.select_columns(columns).with_format("arrow")[:]
     cuts = table["cut_tokens"].to_numpy()
     student = compute.list_value_length(table["input_ids"]).to_numpy()
     prompt = compute.list_value_length(table["teacher_prompt"])  # null without a teacher view
@@ -157,23 +161,14 @@ def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
 
 
 def _media_report(rows: datasets.Dataset) -> dict[str, dict[str, int]]:
-    """DataReport's `media` and `num_media`; both empty for a data set of text."""
-    columns = ["media", "student_media", "teacher_media"]
-    table = rows.select_columns(columns).with_format("arrow")[:]
-    if not compute.sum(compute.list_value_length(table["media"])).as_py():
+    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves are not touched."""
+    table = rows.select_columns(["kinds", "student_media", "teacher_media"]).with_format("arrow")[:]
+    if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
         return {}
-    kinds = _kinds(table["media"])
+    kinds = table["kinds"].to_pylist()
     seen = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
     pairs = Counter(media_pair([of[i] for i in mine], [of[i] for i in others]) for of, mine, others in seen)
     return {"media": dict(pairs), "num_media": dict(Counter(kind for of in kinds for kind in of))}
-
-
-def _kinds(media) -> list[list[str]]:
-    """The kinds of each row's media, of the stored column: without touching their bytes."""
-    flat = compute.struct_field(compute.list_flatten(media), "kind").to_pylist()
-    lengths = compute.fill_null(compute.list_value_length(media), 0).to_pylist()
-    ends = [0, *itertools.accumulate(lengths)]
-    return [flat[start:stop] for start, stop in zip(ends, ends[1:])]
 
 
 class _Encoder:
@@ -210,59 +205,72 @@ class _Encoder:
             source = self.source.name if checked.source is None else checked.source
         except RowError as error:
             reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote lone surrogates
-        return {**encoded._asdict(), "source": source, "location": location, "reason": reason}
+        kinds = [reference["kind"] for reference in encoded.media]
+        return {**encoded._asdict(), "kinds": kinds, "source": source, "location": location, "reason": reason}
 
 
-def _encode(source: Source, num_proc: int, encoder: _Encoder) -> datasets.Dataset:
-    """Every row through `encoder`. Every rank does it; on a terminal rank 0 shows a bar."""
+def _encode(source: Source, num_proc: int, encoder: _Encoder, path: str) -> list[str]:
+    """Every row through `encoder`, into arrow files called like `path`; their names. On a terminal rank 0 shows a bar."""
     shows = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
     had_bars = not datasets.are_progress_bars_disabled()
     if had_bars and not shows:
         datasets.disable_progress_bars()
     try:
-        return source.rows.map(
+        encoded = source.rows.map(
             encoder,
             with_indices=True,
             remove_columns=source.rows.column_names,
             features=_FEATURES,
             num_proc=min(num_proc, len(source.rows)) if num_proc > 1 else None,
-            keep_in_memory=True,
+            keep_in_memory=False,
             load_from_cache_file=False,
+            cache_file_name=path,
+            writer_batch_size=ROWS_AT_ONCE,
             new_fingerprint=FINGERPRINT,
             desc=f"Rows of {source.name}",
         )
+        return [file["filename"] for file in encoded.cache_files]
     finally:
         if had_bars:
             datasets.enable_progress_bars()
 
 
 def load_datasets(
-    data: DataSettings, model_dir: str, vocab_size: int, seed: int
+    data: DataSettings, model_dir: str, vocab_size: int, seed: int, gather: Callable[[Any], list] = alone
 ) -> tuple[SampleDataset, Optional[SampleDataset]]:
-    """Read, check and tokenise everything; (train, evaluation or None). A pure function of the files and its
-    arguments: every rank may call it.
+    """Read, check and tokenise everything; (train, evaluation or None). A pure function of the files and the other
+    arguments. gather: a value of each rank -> all of them, where several ranks call it: those that see the same folder
+    of temporary files (TMPDIR) leave the work to one of them, and map its result.
 
     Evaluation is `val_dataset`, or a seeded `split_dataset_ratio` of the training rows (at least one). Raises
     DataError, before anything else has started, that lists bad rows with file, line and reason (unless
-    `skip_bad_rows`), or says what cannot be opened.
+    `skip_bad_rows`), or says what cannot be opened. Collectives: two of `gather`.
     """
     if data.val_dataset and data.split_dataset_ratio:
         raise DataError(
             f"--val_dataset is given and --split_dataset_ratio is {data.split_dataset_ratio}: evaluation comes from "
             "one of them, leave out the other"
         )
+    if not data.dataset:
+        raise DataError("--dataset is empty: name at least one file or data set")
     chat, chat_problem = _try_tokenizer(model_dir)
     processor = MediaProcessor(model_dir, data.media_cache)
 
-    def read(entries: list[str]) -> list[datasets.Dataset]:
-        sources = [open_source(entry, seed, data.download_datasets) for entry in entries]
+    def make(folder: str) -> list[list[str]]:
+        """For each entry of `dataset`, then of `val_dataset`, the files with its rows."""
+        sources = [open_source(entry, seed, data.download_datasets) for entry in [*data.dataset, *data.val_dataset]]
         settings = (chat, chat_problem, data.max_length, vocab_size, processor, data.check_data)
-        return [_encode(source, data.dataset_num_proc, _Encoder(source, *settings)) for source in sources]
+        return [
+            _encode(source, data.dataset_num_proc, _Encoder(source, *settings), os.path.join(folder, f"{number}.arrow"))
+            for number, source in enumerate(sources)
+        ]
 
-    if not data.dataset:
-        raise DataError("--dataset is empty: name at least one file or data set")
-    train_rows, train_bad = _separate(read(data.dataset))
-    eval_rows, eval_bad = _separate(read(data.val_dataset)) if data.val_dataset else (None, [])
+    def read(made: list[list[str]]) -> list[datasets.Dataset]:
+        return [datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, files))) for files in made]
+
+    parts = made_once(make, read, gather)
+    train_rows, train_bad = _separate(parts[: len(data.dataset)])
+    eval_rows, eval_bad = _separate(parts[len(data.dataset) :]) if data.val_dataset else (None, [])
     if (train_bad or eval_bad) and not data.skip_bad_rows:
         num_rows = len(train_rows) + len(train_bad) + len(eval_rows or []) + len(eval_bad)
         raise bad_rows_error(train_bad + eval_bad, num_rows)

@@ -1,0 +1,136 @@
+"""Data are prepared by one rank of a machine; the others map what it wrote, and hear what stopped it."""
+
+import errno
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_gkd.data import DataError, dataset, load_datasets
+from megatron_gkd.data.shared_folder import made_once
+from megatron_gkd.parallel import of_all_ranks
+from tests import ranks
+from tests.test_data_dataset import firsts, ids_row, load, settings, write_jsonl
+
+
+@pytest.fixture
+def temporary():
+    """A folder for temporary files. Its name is short: that of a socket in it holds 108 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _load_on_machines(rank, world_size, data, model, temporary, ranks_of_a_machine):
+    """A rank's rows, who opened the files, and what is left in its folder of temporary files."""
+    machine = temporary / f"machine-{rank // ranks_of_a_machine}"
+    machine.mkdir(exist_ok=True)
+    tempfile.tempdir = str(machine)
+    is_folder, opened, open_source = os.path.isdir, [], dataset.open_source
+    os.path.isdir = lambda path: is_folder(path) and ("machine-" not in str(path) or str(machine) in str(path))
+    dataset.open_source = lambda entry, *more: opened.append(entry) or open_source(entry, *more)
+    train, evaluation = load_datasets(data, model, 400, 0, of_all_ranks)
+    of_all_ranks(None)
+    found = [train[index] for index in range(len(train))]
+    return found, firsts(evaluation), train.report, opened, os.listdir(machine)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("ranks_of_a_machine", [4, 2])
+def test_one_rank_of_a_machine_prepares(tmp_path, temporary, ranks_of_a_machine, num_proc):
+    rows = [ids_row(index, teacher_input_ids=[index, 1]) for index in range(20)]
+    paths = [write_jsonl(tmp_path / f"{part}.jsonl", rows[part::2]) for part in range(2)]
+    data, model = settings(*paths, split_dataset_ratio=0.25, dataset_num_proc=num_proc), str(tmp_path)
+    train, evaluation = load(data, model)
+    expected = [train[index] for index in range(len(train))], firsts(evaluation), train.report
+    for rank, (*found, opened, left) in enumerate(
+        ranks.run_ranks(_load_on_machines, 4, data, model, temporary, ranks_of_a_machine)
+    ):
+        assert tuple(found) == expected
+        assert opened == ([] if rank % ranks_of_a_machine else paths)
+        assert left == []
+
+
+def _load_or_error(rank, world_size, data, model, temporary):
+    tempfile.tempdir = str(temporary)
+    try:
+        load_datasets(data, model, 400, 0, of_all_ranks)
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "row, why", [(b"{", "1 of 2 data rows .*rows.jsonl:2: not JSON"), (None, "rows.jsonl has no rows")]
+)
+def test_every_rank_hears_what_is_wrong(tmp_path, temporary, row, why):
+    path = write_jsonl(tmp_path / "rows.jsonl", [] if row is None else [ids_row(1), row])
+    errors = ranks.run_ranks(_load_or_error, 3, settings(path), str(tmp_path), temporary)
+    assert len(set(errors)) == 1
+    with pytest.raises(DataError, match=f"(?s){why}"):
+        raise DataError(errors[0])
+    assert os.listdir(temporary) == []
+
+
+def test_a_full_disk_is_named(temporary, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def make(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=rf"{temporary}/megatron_gkd-\w+: .*No space left.*TMPDIR=FOLDER names a larger"):
+        made_once(make, list)
+    assert os.listdir(temporary) == []
+
+
+def test_what_was_made_may_be_anything():
+    """A maker's result comes back as JSON has it, and files it wrote can be mapped after the folder has gone."""
+
+    def make(folder):
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}), os.path.join(folder, "a"))
+        return {"folder": folder, "number": 0.1}
+
+    made, table = made_once(
+        make, lambda made: (made, pyarrow.parquet.read_table(os.path.join(made["folder"], "a"), memory_map=True))
+    )
+    assert made["number"] == 0.1 and not os.path.exists(made["folder"]) and table["a"].to_pylist() == [1, 2]
+
+
+def _prepare_while_the_maker_dies(rank, folder, how):
+    """Rank 0 is killed while it prepares; rank 1 writes down what it hears. They exchange values through files."""
+    tempfile.tempdir, exchanged = str(folder), iter(range(2))
+
+    def gather(value):
+        number = next(exchanged)
+        partial = folder / f"{number}-{rank}.partial"
+        partial.write_text(json.dumps(value))
+        partial.rename(folder / f"{number}-{rank}")
+        paths = [folder / f"{number}-{other}" for other in range(2)]
+        while not all(path.exists() for path in paths):
+            time.sleep(0.01)
+        return [json.loads(path.read_text()) for path in paths]
+
+    try:
+        made_once(lambda _: os.kill(os.getpid(), how), list, gather)
+    except DataError as error:
+        (folder / f"heard-{rank}").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    "how, exit_code, left", [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 0)]
+)
+def test_a_maker_that_dies_keeps_nobody_waiting(tmp_path, how, exit_code, left):
+    processes = [
+        ranks._context.Process(target=_prepare_while_the_maker_dies, args=(rank, tmp_path, how)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [exit_code, 0]
+    assert "ended before it was done" in (tmp_path / "heard-1").read_text()
+    assert len(list(tmp_path.glob("megatron_gkd-*"))) == left
