@@ -6,11 +6,13 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from checkpoint_tools import job as job_module
 from checkpoint_tools import workers
@@ -43,7 +45,7 @@ def kill_until_done(command, config, *args):
 
     for kill in range(MOST_KILLS):
         found = finished_units()
-        process = multiprocessing.get_context("fork").Process(target=command, args=(config, *args))
+        process = multiprocessing.get_context("fork").Process(target=with_bars_of_its_own, args=(command, config, *args))
         process.start()
         if kill < 3:
             enough = found + draw.randint(1, 6)
@@ -62,6 +64,12 @@ def kill_until_done(command, config, *args):
     found = finished_units()
     command(config, *args)
     return found
+
+
+def with_bars_of_its_own(command, *args):
+    """Forks share tqdm's lock with their parent: one that is killed while it holds it would stop all later ones."""
+    tqdm.set_lock(threading.RLock())
+    command(*args)
 
 
 def convert_slowly(config, convert, *args):
