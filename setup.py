@@ -41,14 +41,15 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    # Faster attention, norms and grouped linears. The range is megatron-core 0.16.1's own; no test here has run it.
-    # It needs CUDA 13, as torch's default build does. apex has no place in this list: the `apex` on PyPI is another
-    # project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own. It is compiled against the torch at
+    # hand: `EXTRAS=test,gpu bash launch/setup_env.sh`, or with nvcc of torch's CUDA, setuptools, wheel, packaging and
+    # ninja installed `pip install --no-build-isolation -e .[gpu]`. apex has no place in this list: the `apex` on PyPI is
+    # another project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds; tests/test_data_video.py ran
     # with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and ffmpeg's libraries.
     "video": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
-    # Compiled on the spot for many minutes unless a wheel fits; torch's own attention is used without it.
+    # Compiled too unless a wheel fits; torch's own attention is used without it.
     "flash": ["flash-attn>=2.8,<2.9"],
     # What benchmarks/loss.py is compared with on CUDA, beside TRL (extra `test`). It calls two autograd Functions by the
     # order of their arguments, which is 0.8's; no test here has run it.

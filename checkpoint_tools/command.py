@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from megatron_gkd.flags import Parser
+from megatron_gkd.flags import Parser, refuse_unknown
 
 Settings = TypeVar("Settings")
 
@@ -28,6 +28,7 @@ def check_num_workers(num_workers: int) -> None:
 def parse_flags(settings: type[Settings], description: str) -> Settings:
     """The command line. Raises ValueError naming the flag."""
     parser = Parser(settings, description=description.strip().splitlines()[0], allow_abbrev=False)
+    refuse_unknown(sys.argv[1:], parser)
     (config,) = parser.parse_args_into_dataclasses()
     return config
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict
@@ -31,6 +32,7 @@ from checkpoint_tools.tiny.tokenizer import train_tokenizer, write_tokenizer
 from checkpoint_tools.tiny.tones import Speaker
 from checkpoint_tools.tiny.tower_training import train_audio_tower
 from checkpoint_tools.tiny.training import train_toy_language
+from megatron_gkd.flags import refuse_unknown
 
 # What the command line does unless told otherwise. 600 steps are a minute of one core: every rule of the toy language
 # at or near 100 % on held-out prompts. 500 are half a minute: the tower tells the word in 98 % of its outputs.
@@ -197,6 +199,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # the hub's own config makes it warn about the talker's rotary keys
     transformers.logging.disable_progress_bar()
     with refusals_in_one_line():
+        refuse_unknown(sys.argv[1:], parser)
         arguments = vars(parser.parse_args())
         print(build_folder(arguments.pop("output"), **arguments))
 

@@ -5,7 +5,8 @@
 #
 # Takes minutes the first time and a second when nothing changed. PYTHON=... names an interpreter, EXTRAS=test,gpu more
 # extras. Without a GPU the CPU build of torch is installed; with one, a CUDA build that some python here already has is
-# used as it is, and the default build is installed where there is none.
+# used as it is, and the default build is installed where there is none. The extras `gpu` and `flash` are compiled here,
+# which takes minutes and needs nvcc: they get a torch of their own, whose libraries they link.
 set -euo pipefail
 
 torch_version=2.13.0
@@ -22,9 +23,19 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" 
 fi
 
 has_gpu=$(nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
+case ",$extras," in *,gpu,* | *,flash,*) compiles=yes ;; *) compiles=no ;; esac
+if [ "$compiles" = yes ] && [ "$has_gpu" = no ]; then
+    echo "setup_env: error: EXTRAS=$extras is for a GPU, and nvidia-smi sees none here" >&2
+    exit 1
+fi
 torch_build=$("$venv/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")' 2>/dev/null || true)
 if [ "$has_gpu" = yes ] && [ "$torch_build" = cpu ]; then
     echo "setup_env: error: $venv holds a CPU build of torch and there is a GPU; remove that folder, run again" >&2
+    exit 1
+fi
+
+if [ "$compiles" = yes ] && ls "$venv"/lib/python3*/site-packages/cuda_torch.pth >/dev/null 2>&1; then
+    echo "setup_env: error: $venv borrows its torch, and EXTRAS=$extras needs its own; remove that folder, run again" >&2
     exit 1
 fi
 
@@ -44,7 +55,7 @@ else
     fi
     python=${pythons[0]}
     cuda_packages=""
-    if [ "$has_gpu" = yes ]; then # the first python with a CUDA torch in setup.py's range lends it to the environment
+    if [ "$has_gpu" = yes ] && [ "$compiles" = no ]; then # the first python with a CUDA torch in setup.py's range lends it to the environment
         for name in "${pythons[@]}"; do
             cuda_packages=$("$name" - 2>/dev/null <<'PYTHON' || true
 import os, torch
@@ -82,7 +93,28 @@ else
 fi
 
 echo "[3/3] megatron_gkd[$extras] and what it needs"
-pip install -e "${repository}[$extras]"
+isolation=()
+if [ "$compiles" = yes ]; then
+    # Compiled against the torch in .venv: pip's isolated build would fetch another one, and what comes out would not load.
+    built_for=$("$venv/bin/python" -c 'import torch; print((torch.version.cuda or "no").split(".")[0])')
+    nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+    [ -x "$nvcc" ] || nvcc=$(command -v nvcc || echo "$nvcc")
+    found=$("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p' || true)
+    if [ "$found" != "$built_for" ]; then
+        echo "setup_env: error: EXTRAS=$extras is compiled for CUDA $built_for, as torch in .venv is; $nvcc is of CUDA ${found:-?}" >&2
+        echo "setup_env: install that toolkit and set CUDA_HOME, or leave gpu and flash out: torch's own kernels serve" >&2
+        exit 1
+    fi
+    site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    for library in cudnn nccl "cu$built_for"; do # headers that a toolkit may lack
+        CPATH=$site_packages/nvidia/$library/include${CPATH:+:$CPATH}
+    done
+    CUDA_HOME=$(dirname "$(dirname "$nvcc")")
+    export CPATH CUDA_HOME
+    pip install -q "setuptools>=77" wheel packaging ninja
+    isolation=(--no-build-isolation)
+fi
+pip install ${isolation[@]+"${isolation[@]}"} -e "${repository}[$extras]"
 "$venv/bin/python" -W ignore -c 'import megatron.core, megatron_gkd, torch, transformers'
 echo "$stamp" >"$stamp_file"
 echo "setup_env: done; source $venv/bin/activate"

@@ -4,7 +4,7 @@
 #   MODEL=... DATASET=... OUTPUT=... sbatch launch/slurm.sh [more flags, which win]
 #
 # Two minutes before the time limit the run gets SIGTERM, saves and exits; the same command continues it from the newest
-# checkpoint in OUTPUT.
+# checkpoint in OUTPUT (at step 0 where there is none).
 #SBATCH --job-name=megatron_gkd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,9 +22,6 @@ export MASTER_ADDR=${nodes%%$'\n'*} # the first of them; a pipe into head could 
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export NNODES=$SLURM_NNODES
 
-resume=()
-if compgen -G "$OUTPUT/checkpoint-*" >/dev/null; then resume=(--resume_from_checkpoint latest); fi
-
 # Slurm runs a copy of this file, so the repository is where the job was submitted.
 # shellcheck disable=SC2016  # NODE_RANK is each node's own
-srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$SLURM_SUBMIT_DIR/launch/multi_node.sh" "${resume[@]}" "$@"
+srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$SLURM_SUBMIT_DIR/launch/multi_node.sh" --resume_from_checkpoint latest "$@"

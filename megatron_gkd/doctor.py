@@ -1,6 +1,7 @@
 """`python -m megatron_gkd.doctor`: what is installed, what each optional package would speed up, what will be used.
 
-Reads only: nothing is installed, no process group is made, and optional packages are looked at without importing them.
+Reads only: nothing is installed, no process group is made, and optional packages are looked at without importing them
+(but Transformer Engine, which megatron-core imports).
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_gkd.metrics import package_versions
+from megatron_gkd.te import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
@@ -58,6 +60,8 @@ def device_lines() -> list[str]:
 
 def choice_lines() -> list[str]:
     """The device, attention, experts and loss that a run with default flags takes here, or why it would be refused."""
+    if problem := import_problem():  # megatron-core, which the imports below bring, fails with it
+        return [f"error: {problem}"]
     with warnings.catch_warnings():  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
         from megatron_gkd.loss.divergence import passes_for
@@ -67,10 +71,7 @@ def choice_lines() -> list[str]:
 
     device = resolve_device("auto")
     lines = [f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}"]
-    try:
-        attention, experts = core_attention("flash", device), grouped_linear("auto", device)
-    except ValueError as error:  # a Transformer Engine that cannot be imported
-        return [*lines, f"error: {error}"]
+    attention, experts = core_attention("flash", device), grouped_linear("auto", device)
     slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_GROUPED_MM
     return [
         *lines,

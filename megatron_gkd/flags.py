@@ -5,6 +5,7 @@
 
 import difflib
 import os
+import re
 import sys
 import time
 from dataclasses import field
@@ -56,6 +57,15 @@ def unknown_flag(name: str, where: str, parser: Parser) -> ValueError:
     spelled = name.replace("-", "_")
     nearest = OTHER_NAMES.get(spelled) or difflib.get_close_matches(spelled, names, n=1, cutoff=0.0)[0]
     return ValueError(f"{where} is not a setting; the nearest is --{nearest} (--help lists all of them)")
+
+
+def refuse_unknown(arguments: list[str], parser: Parser) -> None:
+    """Raise the error of `unknown_flag` for the first word that looks like a flag and is none. Before parsing, which would
+    first miss the flag that was meant."""
+    for word in arguments:
+        flag = word.split("=")[0]
+        if flag not in parser._option_string_actions and re.fullmatch(r"--?[A-Za-z][\w-]*", flag):
+            raise unknown_flag(flag.lstrip("-"), flag, parser)
 
 
 def yaml_flags(path: str, parser: Parser) -> list[str]:

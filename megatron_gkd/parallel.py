@@ -4,7 +4,6 @@ Everything below takes a `Parallel` (or one of its groups) as an argument. Exper
 expert lives whole on one rank, and the ranks of a tensor-parallel group count as data-parallel ranks for the experts.
 """
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,24 +54,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
-
-
-def transformer_engine_usable(device: torch.device) -> bool:
-    """Whether Transformer Engine is installed and there is a GPU to run it on. It is used where it is, never required.
-
-    Raises ValueError for an installation that cannot be imported: megatron-core would go on without it.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a build for another torch or CUDA: ImportError, OSError, RuntimeError
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"Transformer Engine is installed and cannot be imported ({first_line}): install the build for torch "
-            f"{torch.__version__}, or pip uninstall transformer-engine to run without it"
-        ) from error
-    return True
 
 
 def use_deterministic_kernels() -> None:

@@ -18,6 +18,11 @@ if __name__ == "__main__":  # every rank would repeat these while megatron-core 
     for message in ("Transformer Engine and Apex are not", "Apex is not installed", "full scope is deprecated", "`torch.distributed.*deprecated"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)  # does not know the talker's rotary keys
+    from megatron_gkd.flags import exit_with
+    from megatron_gkd.te import import_problem
+
+    if problem := import_problem():  # megatron-core's import would end in its traceback
+        exit_with(ValueError(problem))
 
 import torch
 from safetensors import SafetensorError
@@ -218,6 +223,8 @@ def run_settings(config: Config, global_batch_size: int, total_steps: int) -> di
 
 def check_writable(output_dir: str) -> None:
     """Raise OSError unless files can be written there: before minutes go into data and weights."""
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise NotADirectoryError(f"--output_dir {output_dir} is a file: choose another name")
     os.makedirs(output_dir, exist_ok=True)
     with tempfile.TemporaryFile(dir=output_dir):
         pass

@@ -1,11 +1,15 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.make_tiny_model import build_folder
+# Before torch is loaded: a fork of a process whose OpenMP threads have worked waits for ever for threads of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from checkpoint_tools.make_tiny_model import build_folder  # noqa: E402
 
 
 @pytest.fixture(scope="session")

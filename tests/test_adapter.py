@@ -236,6 +236,7 @@ BAD_SETTINGS = {
     "use_dora": (True, "use_dora = True is not supported"),
     "bias": ("lora_only", "bias = 'lora_only' is not supported"),
     "modules_to_save": (["lm_head"], r"modules_to_save = \['lm_head'\] is not supported"),
+    "alora_invocation_tokens": ([5, 6], r"alora_invocation_tokens = \[5, 6\] is not supported"),
     "layer_replication": ([[0, 1], [0, 2]], "layer_replication"),
     "init_lora_weights": ("pissa", "init_lora_weights = 'pissa' belongs to a changed base model"),
 }

@@ -87,7 +87,9 @@ def test_a_tool_does_its_work(made, tool, says):
         ("megatron_to_hf", ["--checkpoint", "ROOT", "--output", "ROOT/new"], "neither latest_checkpointed_iteration"),
         ("megatron_to_hf", ["--checkpoint", "A", "--output", "B", "--export", "all"], "--export 'all': choose one of"),
         ("merge_lora", ["--hf_model", "ROOT/back", "--output", "ROOT/new"], "no --adapter is named"),
-        ("merge_lora", ["--hf_model", "A", "--output", "B", "--wieght", "1"], "--wieght"),
+        ("merge_lora", ["--hf_model", "A", "--output", "B", "--wieght", "1"], "--wieght is not a setting; the nearest is --weight"),
+        ("merge_lora", ["--hf_modl", "A"], "--hf_modl is not a setting; the nearest is --hf_model"),
+        ("make_tiny_model", ["--ouput", "A"], "--ouput is not a setting; the nearest is --output"),
         (
             "lower_rank",
             ["--hf_model", "ROOT/back", "--adapter", "ROOT/adapter", "--lora_rank", "2", "--output", "ROOT/new"],

@@ -109,6 +109,12 @@ def test_unknown_flag_names_the_nearest(flag, nearest):
     assert message.startswith(flag.split("=")[0] + " is not") and f"--{nearest} " in message
 
 
+@pytest.mark.parametrize("flags", [["--modl", "/m"], ["--model", "/m", "--datasets=x"], ["--model", "/m", "--lmda", "0.4"]])
+def test_a_misspelt_flag_comes_before_a_missing_one(flags):
+    with pytest.raises(ValueError, match=f"{flags[-2 if '=' not in flags[-1] else -1].split('=')[0]} is not a setting; the nearest"):
+        parse_config(flags)
+
+
 @pytest.mark.parametrize(
     "flags, parts",
     [
@@ -249,6 +255,7 @@ def test_names_of_other_programs(name, ours):
         ({"beta": 0.0, "beta_convention": "paper"}, "forward_kl", 0.5, "forward KL = KL(teacher || student)"),
         ({"beta": 1.0, "beta_convention": "paper"}, "reverse_kl", 0.5, "reverse KL = KL(student || teacher)"),
         ({"divergence": "forward_kl"}, "forward_kl", 0.5, "--divergence forward_kl"),
+        ({"divergence": "forward_kl", "beta": 0.0}, "forward_kl", 0.5, "--divergence forward_kl"),
         (
             {"divergence": "reverse_kl", "beta_convention": "paper", "beta": 0.0},
             "reverse_kl",

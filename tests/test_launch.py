@@ -173,3 +173,65 @@ def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "gpu_checks: failed: Tests"
     assert report.count("Failed with status") == 1 and "Failed with status 3" in report
     assert "the demo ran" in report and "python -m benchmarks.loss --device cuda" in report and "sanitizer" in report
+
+
+# --- setting up with extras that are compiled --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose .venv is there and holds a torch for CUDA 13 (a stub that repeats what pip is asked for)."""
+    python = """case "$*" in
+        *'"cuda" if'*) echo cuda ;;
+        *split*) echo 13 ;;
+        *purelib*) echo site ;;
+        *"-m pip"*) echo "$* CPATH=${CPATH:-}" ;;
+        *) echo 3.11.7 ;;
+    esac"""
+    stubs = {".venv/bin/python": python, "bin/nvidia-smi": "echo a GPU", "cuda/bin/nvcc": "echo release $CUDA, V$CUDA.88"}
+    for name, text in stubs.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    for name in ("launch/setup_env.sh", "setup.py"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    return tmp_path
+
+
+def set_up(checkout, **environment):
+    settings = os.environ | {"PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "CUDA_HOME": str(checkout / "cuda")}
+    settings = {name: value for name, value in settings.items() if name != "CPATH"} | environment
+    command = ["bash", str(checkout / "launch/setup_env.sh")]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_transformer_engine_is_compiled_against_the_torch_that_is_there(checkout):
+    status, out, err = set_up(checkout, EXTRAS="test,gpu", CUDA="13.0")
+    assert status == 0, err
+    (install,) = (line for line in out.splitlines() if "--no-build-isolation" in line)
+    assert f"install --no-build-isolation -e {checkout}[test,gpu]" in install
+    headers = ":".join(f"site/nvidia/{library}/include" for library in ("cu13", "nccl", "cudnn"))
+    assert install.endswith(f"CPATH={headers}")
+
+
+def test_a_toolkit_of_another_cuda_is_refused(checkout):
+    status, out, err = set_up(checkout, EXTRAS="gpu", CUDA="12.8")
+    assert status == 1 and f"compiled for CUDA 13, as torch in .venv is; {checkout}/cuda/bin/nvcc is of CUDA 12" in err
+    assert "-m pip" not in out
+
+
+def test_extras_for_a_gpu_need_one(checkout):
+    (checkout / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    status, out, err = set_up(checkout, EXTRAS="test,flash", CUDA="13.0")
+    assert (status, out) == (1, "") and "EXTRAS=test,flash is for a GPU, and nvidia-smi sees none" in err
+
+
+def test_a_borrowed_torch_is_not_linked(checkout):
+    site_packages = checkout / ".venv/lib/python3.11/site-packages"
+    site_packages.mkdir(parents=True)
+    (site_packages / "cuda_torch.pth").touch()
+    status, out, err = set_up(checkout, EXTRAS="gpu", CUDA="13.0")
+    assert (status, out) == (1, "") and "borrows its torch, and EXTRAS=gpu needs its own" in err
+    assert set_up(checkout, EXTRAS="test")[0] == 0

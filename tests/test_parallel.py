@@ -132,15 +132,3 @@ def test_random_state_is_a_function_of_the_step():
             and first[2] != neighbour[2]
         )
         assert all(a != b for a, b in zip(first, replica))
-
-
-def test_a_transformer_engine_that_does_not_import_is_refused(tmp_path, monkeypatch):
-    """megatron-core would go on without it, and so would the run: slower, and without a word."""
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert not parallel.transformer_engine_usable(gpu)  # not installed here
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libcublas.so.13: no such file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert not parallel.transformer_engine_usable(cpu)
-    with pytest.raises(ValueError, match="cannot be imported .libcublas.so.13: no such file.: install the build for torch"):
-        parallel.transformer_engine_usable(gpu)

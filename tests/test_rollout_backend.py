@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from checkpoint_tools.make_tiny_model import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.data.batch import collate, with_responses
+from megatron_gkd.data.chat import load_chat_tokenizer
 from megatron_gkd.data.sample import Sample, View
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.modules import lora_modules
@@ -21,6 +23,7 @@ from megatron_gkd.rollout.backend import MegatronRollout
 from megatron_gkd.rollout.generate import generate
 from megatron_gkd.rollout.stop_tokens import read_stop_token_ids
 from tests.ranks import run_ranks
+from tests.tiny_tokenizer import write_bpe_folder, write_sentencepiece_folder
 
 STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
 MAX_COMPLETION_LENGTH = 5
@@ -190,14 +193,28 @@ def write_json(folder, name, content):
     (folder / name).write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize("byte_fallback", [None, False, True])
+def test_stop_ids_hold_what_closes_a_turn_in_the_data(tmp_path, byte_fallback):
+    """In any folder that says nothing of its own: what the data train as the last token of a response ends one."""
+    write = write_bpe_folder if byte_fallback is None else partial(write_sentencepiece_folder, byte_fallback=byte_fallback)
+    folder = write(tmp_path)
+    chat = load_chat_tokenizer(str(folder))
+    ids, _ = chat.encode([{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}])
+    found = read_stop_token_ids(folder)
+    assert ids[-1] in found and set(found) - {ids[-1]} <= {chat.tokenizer.eos_token_id}
+
+
 def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder, tmp_path):
     token_ids = json.loads((Path(folder) / "tokenizer.json").read_text())
     end = {token["content"]: token["id"] for token in token_ids["added_tokens"]}
     assert read_stop_token_ids(folder) == sorted([end["<|im_end|>"], end["<|endoftext|>"]])
 
     assert read_stop_token_ids(tmp_path) == []
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(folder) / name, tmp_path)
+    shutil.copy(Path(folder) / "tokenizer.json", tmp_path)
+    assert read_stop_token_ids(tmp_path) == []  # the class for any model has no end of its own
+    shutil.copy(Path(folder) / "chat_template.json", tmp_path)
+    assert read_stop_token_ids(tmp_path) == [end["<|im_end|>"]]  # what closes a turn
+    shutil.copy(Path(folder) / "tokenizer_config.json", tmp_path)
     assert read_stop_token_ids(tmp_path) == [end["<|im_end|>"]]
     write_json(tmp_path, "config.json", {"thinker_config": {"text_config": {"eos_token_id": 9}}})
     assert read_stop_token_ids(tmp_path) == [9]

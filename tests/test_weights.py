@@ -341,6 +341,10 @@ def test_a_folder_without_config(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=f"--model {folder}: no config.json there"):
             read_model_shape(folder)
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "metadata.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"the inside of a Megatron checkpoint: give {tmp_path}$"):
+        read_model_shape(tmp_path / "release")
 
 
 def test_every_size_is_the_folders(tiny_folder):

@@ -238,7 +238,7 @@ def _respond(
     """The prompts of `view` with new responses, whose positions go on from the prompts' last ones."""
     views = []
     for index, (length, response) in enumerate(zip(view.prompt_lengths.tolist(), responses)):
-        prompt, size = view.input_ids[index, :length].tolist(), length + len(response)
+        prompt = view.input_ids[index, :length].tolist()
         following = view.position_ids[:, index, length - 1 : length].cpu() + torch.arange(1, len(response) + 1)
         position_ids = torch.cat([view.position_ids[:, index, :length].cpu(), following], dim=1)
         labels = [IGNORED_LABEL] * length + list(response)

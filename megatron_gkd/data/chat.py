@@ -56,6 +56,16 @@ class ChatTokenizer:
         text, cuts = self._cut(messages)
         return self._tokenise(text, cuts[:-1])[0]
 
+    def closing_id(self) -> Optional[int]:
+        """The special token that closes an assistant turn; None where plain text does, or the template takes no short
+        conversation."""
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        try:
+            last = self.encode(turns)[0][-1]
+        except RowError:
+            return None
+        return last if last in self.tokenizer.get_added_vocab().values() else None
+
     def _cut(self, messages: Messages) -> tuple[str, list[int]]:
         """The whole conversation as text, and where in it each assistant turn's span starts and ends."""
         text = self._render(messages)
@@ -133,14 +143,13 @@ class ChatTokenizer:
         return done + part, positions
 
 
-def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
-    """The tokenizer of a model folder from its own files (no network, no remote code); None if it has no tokenizer
-    files.
+def load_tokenizer(folder: str):
+    """The tokenizer of a model folder from its own files (no network, no remote code), with the chat template of its
+    processor if it has none of its own; None if there are no tokenizer files.
 
     A folder whose only vocabulary is a SentencePiece `tokenizer.model` is read by the class that its
     tokenizer_config.json names if that class reads such files, and else by the generic one: by the model's type alone
-    transformers would take Qwen's byte-level tokenizer and drop every space. Raises DataError if there is no chat
-    template.
+    transformers would take Qwen's byte-level tokenizer and drop every space.
     """
     present = [name for name in VOCABULARY_FILES if os.path.isfile(os.path.join(folder, name))]
     if not present:
@@ -154,6 +163,14 @@ def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
     tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _processor_template(folder)
+    return tokenizer
+
+
+def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
+    """`load_tokenizer` for conversations. Raises DataError if there is no chat template."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None
     if not tokenizer.chat_template:
         raise DataError(
             f"{folder} has a tokenizer without a chat template: add `chat_template` to its tokenizer_config.json "

@@ -27,7 +27,7 @@ RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.
 # Settings of PEFT's LoraConfig that change what the tensors mean, with the value at which they do not.
 _PLAIN = {
     **{"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "use_qalora": False},
-    **{"bias": "none", "modules_to_save": [], "layer_replication": []},
+    **{"bias": "none", "modules_to_save": [], "layer_replication": [], "alora_invocation_tokens": []},
 }
 # Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the adapter.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_gkd.model.shape import DTYPES, ModelShape, read_model_shape
-from megatron_gkd.parallel import transformer_engine_usable
+from megatron_gkd.te import transformer_engine_usable
 
 __all__ = ["DTYPES", "ModelShape", "read_model_shape", "transformer_config"]
 

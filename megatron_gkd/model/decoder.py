@@ -21,7 +21,7 @@ from megatron_gkd.model.deepstack import DeepstackLayer
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
 from megatron_gkd.model.norm import RMSNorm
 from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
-from megatron_gkd.parallel import transformer_engine_usable
+from megatron_gkd.te import transformer_engine_usable
 
 
 def core_attention(attn_impl: str, device: torch.device) -> type:
@@ -33,7 +33,7 @@ def core_attention(attn_impl: str, device: torch.device) -> type:
     te_usable = transformer_engine_usable(device)
     if attn_impl == "te" and not te_usable:
         raise ValueError(
-            "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or pip install -e .[gpu]"
+            "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
     if attn_impl == "te" or (attn_impl in ("auto", "flash", "flash_attention_2") and te_usable):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention

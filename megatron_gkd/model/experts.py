@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_gkd.parallel import transformer_engine_usable
+from megatron_gkd.te import transformer_engine_usable
 
 
 FAST_GROUPED_MM = ((9, 0), (10, 0))  # compute capabilities
@@ -89,7 +89,7 @@ def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinea
     te_usable = transformer_engine_usable(device)
     if experts_impl == "te" and not te_usable:
         raise ValueError(
-            "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, or pip install -e .[gpu]"
+            "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
     return TransformerEngineGroupedLinear if te_usable and experts_impl in ("auto", "te") else GroupedLinear
 

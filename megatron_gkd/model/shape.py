@@ -49,7 +49,12 @@ def read_thinker_config(folder: str | Path) -> tuple[Path, str, Qwen3OmniMoeThin
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--model {folder}: no config.json there; expected a Hugging Face folder of Qwen3-Omni")
+        inside = (path.parent / "metadata.json").is_file()
+        way_out = f"; this is the inside of a Megatron checkpoint: give {path.parent.resolve().parent}" if inside else ""
+        raise FileNotFoundError(
+            f"--model {folder}: no config.json there; expected a Hugging Face folder of Qwen3-Omni or a checkpoint of "
+            f"checkpoint_tools.hf_to_megatron{way_out}"
+        )
     try:
         raw = json.loads(path.read_text())
         model_type = raw.get("model_type") if isinstance(raw, dict) else None

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from megatron_gkd.data.chat import ChatTokenizer, load_tokenizer
 
 
 def read_stop_token_ids(folder: str | Path) -> list[int]:
-    """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the tokenizer's eos token.
+    """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the tokenizer's eos token and
+    the special token that closes an assistant turn in its chat template.
 
     An empty list where none of them names one (a folder of weights without a tokenizer): responses then have their full
     length. Raises ValueError naming the file whose eos_token_id is not an id or a list of ids.
@@ -32,10 +33,11 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
                 section = section.get(key) or {}
             if section.get("eos_token_id") is not None:
                 return _as_ids(section["eos_token_id"], path)
-    if (folder / "tokenizer_config.json").is_file():
-        eos_token_id = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eos_token_id
-        return [] if eos_token_id is None else [eos_token_id]
-    return []
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer is None:
+        return []
+    found = [tokenizer.eos_token_id, ChatTokenizer(tokenizer, str(folder)).closing_id() if tokenizer.chat_template else None]
+    return sorted({token for token in found if token is not None})
 
 
 def _as_ids(value, path: Path) -> list[int]:
