@@ -41,10 +41,11 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own. It is compiled against the torch at
-    # hand: `EXTRAS=test,gpu bash launch/setup_env.sh`, or with nvcc of torch's CUDA, setuptools, wheel, packaging and
-    # ninja installed `pip install --no-build-isolation -e .[gpu]`. apex has no place in this list: the `apex` on PyPI is
-    # another project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
+    # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own; 2.11.0 was compiled and imported with
+    # torch 2.13.0+cu130, and has not run on a GPU here yet. It is compiled against the torch at hand: `EXTRAS=test,gpu
+    # bash launch/setup_env.sh`, or `pip install --no-build-isolation -e .[gpu]` where nvcc of torch's CUDA, setuptools,
+    # wheel, packaging and ninja are. apex has no place in this list: the `apex` on PyPI is another project, NVIDIA's is
+    # built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds; tests/test_data_video.py ran
     # with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and ffmpeg's libraries.
