@@ -11,6 +11,7 @@ set -euo pipefail
 
 torch_version=2.13.0
 extras=${EXTRAS:-test}
+extras=${extras// /}
 candidates=${PYTHON:-python3.12 python3.11 python3.10 python3 python}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repository/.venv

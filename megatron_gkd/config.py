@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from megatron_gkd.flags import Parser, exit_with, refuse_unknown, require, require_at_least, setting, yaml_flags
+from megatron_gkd.flags import Parser, exit_with, refuse_unknown, require, require_at_least, setting, unknown_flag, yaml_flags
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
@@ -184,9 +184,9 @@ class DistillConfig:
         require(0 <= self.sft_alpha <= 1, "sft_alpha", self.sft_alpha, "in [0, 1]")
         if self.divergence_clip is not None:
             require(0 < self.divergence_clip < math.inf, "divergence_clip", self.divergence_clip, "above 0", "leave it out for no limit")
-        if self.divergence == "jsd" and self.beta_convention == "paper":
-            require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1] in the paper's convention")
-        if self.divergence == "jsd" and self.beta_convention == "guide":
+        if self.divergence != "jsd" or self.beta_convention == "paper":
+            require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
+        else:
             way_out = "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, --beta_convention paper"
             require(0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out)
 
@@ -390,7 +390,10 @@ def parse_config(argv: list[str]) -> Config:
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
+        flag = next((word for word in rest if word.startswith("-")), None)
+        if flag is None:
+            raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
+        raise unknown_flag(flag.split("=")[0].lstrip("-"), flag.split("=")[0], parser)
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)

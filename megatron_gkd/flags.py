@@ -64,7 +64,8 @@ def refuse_unknown(arguments: list[str], parser: Parser) -> None:
     first miss the flag that was meant."""
     for word in arguments:
         flag = word.split("=")[0]
-        if flag not in parser._option_string_actions and re.fullmatch(r"--?[A-Za-z][\w-]*", flag):
+        looks_like_one = re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and " " not in word
+        if looks_like_one and flag not in parser._option_string_actions:
             raise unknown_flag(flag.lstrip("-"), flag, parser)
 
 

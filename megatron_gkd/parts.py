@@ -185,7 +185,8 @@ def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
     distill = config.distill
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(total_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
-        given = config.lora.adapter or config.run.resume_from_checkpoint
+        resumes = config.run.resume_from_checkpoint
+        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
         why = (
             f"the divergence can only pull the student from the LoRA of {given} back to the base model"
             if given
@@ -206,7 +207,7 @@ def make_rollout(config: Config, shape: ModelShape, parallel: Parallel, pad_toke
         return None
     eos_token_ids = read_stop_token_ids(config.model.model)
     if not eos_token_ids:
-        say(parallel, f"Note: nothing in {config.model.model} names an end-of-text token; every response will have --max_completion_length tokens")
+        say(parallel, f"Note: no file in {config.model.model} that can be read names an end-of-text token; every response will have --max_completion_length tokens")
     return MegatronRollout(
         shape=shape,
         parallel=parallel,

@@ -95,6 +95,7 @@ def test_booleans_lists_aliases_and_equals_signs():
     [
         ("--learning_rat", "learning_rate"),
         ("--lora-rnk=4", "lora_rank"),
+        ("--lora.rank", "lora_rank"),
         ("--tensor_parallel_size", "tensor_model_parallel_size"),
     ]
     + [
@@ -126,6 +127,7 @@ def test_a_misspelt_flag_comes_before_a_missing_one(flags):
         (["--temperature", "nan"], ["--temperature nan"]),
         (["--beta", "0"], ["--beta 0.0", "(0, 1)", "forward_kl"]),
         (["--beta", "1.1", "--beta_convention", "paper"], ["--beta 1.1", "[0, 1]"]),
+        (["--divergence", "forward_kl", "--beta", "nan"], ["--beta nan", "[0, 1]"]),
         (["--divergence", "kl"], ["--divergence", "'kl'", "forward_kl"]),
         (["--sft_alpha", "-0.1"], ["--sft_alpha -0.1", "[0, 1]"]),
         (["--divergence_clip", "0"], ["--divergence_clip 0", "above 0"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoint_tools.hf_to_megatron import HfToMegatronConfig
@@ -20,6 +21,7 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.torch_dist_writer import write_chunk
 from megatron_gkd import parallel
+from megatron_gkd.model import torch_dist
 from megatron_gkd.model.byte_range import read_block
 from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder
@@ -530,6 +532,18 @@ def test_every_key_has_a_size(checkpoints):
 
 
 # --- the training command reads it --------------------------------------------------------------------------------------
+
+
+def test_what_a_file_does_to_the_classes_it_names_ends_with_it(checkpoints, tmp_path):
+    """A pickle can set attributes of whatever it names: those are stand-ins of its own."""
+    copy = shutil.copytree(checkpoints["tied"][1], tmp_path / "copy")
+    for module, name in sorted(torch_dist._RECORDS | torch_dist._IGNORED):
+        spoilt = f"c{module}\n{name}\n(N}}X\x08\x00\x00\x00__init__Nstb."  # BUILD of a class: its __init__ = None
+        (copy / "release" / ".metadata").write_bytes(spoilt.encode())
+        with pytest.raises(ValueError, match="not the metadata of a torch_dist checkpoint"):
+            TorchDist(copy / "release")
+    TorchDist(checkpoints["tied"][1] / "release")
+    assert callable(Metadata.__init__) and callable(torch_dist._Record.__init__) and callable(torch_dist._Ignored.__init__)
 
 
 def test_training_reads_the_checkpoint(checkpoints, tmp_path):

@@ -100,12 +100,12 @@ def test_what_was_made_may_be_anything():
     assert made["number"] == 0.1 and not os.path.exists(made["folder"]) and table["a"].to_pylist() == [1, 2]
 
 
-def _prepare_while_the_maker_dies(rank, folder, how):
-    """Rank 0 is killed while it prepares; rank 1 writes down what it hears. They exchange values through files."""
-    tempfile.tempdir, exchanged = str(folder), iter(range(2))
+def file_gather(folder, rank):
+    """A `gather` of two ranks through files: no process group that a death would break."""
+    numbers = iter(range(2))
 
     def gather(value):
-        number = next(exchanged)
+        number = next(numbers)
         partial = folder / f"{number}-{rank}.partial"
         partial.write_text(json.dumps(value))
         partial.rename(folder / f"{number}-{rank}")
@@ -114,8 +114,22 @@ def _prepare_while_the_maker_dies(rank, folder, how):
             time.sleep(0.01)
         return [json.loads(path.read_text()) for path in paths]
 
+    return gather
+
+
+def _prepare_while_the_maker_dies(rank, folder, how):
+    """Rank 0 is killed while it prepares, a child of its own outlives it; rank 1 writes down what it hears."""
+    tempfile.tempdir = str(folder)
+
+    def make(_):
+        child = os.fork()
+        if not child:
+            time.sleep(100)
+        (folder / "child").write_text(str(child))
+        os.kill(os.getpid(), how)
+
     try:
-        made_once(lambda _: os.kill(os.getpid(), how), list, gather)
+        made_once(make, list, file_gather(folder, rank))
     except DataError as error:
         (folder / f"heard-{rank}").write_text(str(error))
 
@@ -131,6 +145,69 @@ def test_a_maker_that_dies_keeps_nobody_waiting(tmp_path, how, exit_code, left):
         process.start()
     for process in processes:
         process.join(60)
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
     assert [process.exitcode for process in processes] == [exit_code, 0]
     assert "ended before it was done" in (tmp_path / "heard-1").read_text()
     assert len(list(tmp_path.glob("megatron_gkd-*"))) == left
+
+
+def _read_where_the_maker_does_not_see(rank, folder):
+    """Rank 0 sees its own folder alone, rank 1 both and reads slowly."""
+    tempfile.tempdir = str(folder / f"of-{rank}")
+    is_folder = os.path.isdir
+    os.path.isdir = lambda path: is_folder(path) and (rank == 1 or "of-1" not in str(path))
+
+    def read(made):
+        time.sleep(rank)
+        assert os.path.isdir(made)
+        return made
+
+    made = made_once(lambda own: own, read, file_gather(folder, rank))
+    (folder / f"read-{rank}").write_text(made)
+
+
+def test_a_folder_stays_until_all_have_read(tmp_path):
+    """Also where its owner does not see the folders of those who read."""
+    for rank in range(2):
+        (tmp_path / f"of-{rank}").mkdir()
+    processes = [ranks._context.Process(target=_read_where_the_maker_does_not_see, args=(n, tmp_path)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    first, second = [(tmp_path / f"read-{rank}").read_text() for rank in range(2)]
+    assert first == second and first.startswith(str(tmp_path / "of-0")) and not os.path.exists(first)
+    assert os.listdir(tmp_path / "of-0") == os.listdir(tmp_path / "of-1") == []
+
+
+def test_a_callers_way_with_sigterm_stays():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        made_once(lambda _: os.kill(os.getpid(), signal.SIGTERM), lambda made: made)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
+def test_a_pools_own_error_does_not_hide_sigterm():
+    def make(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise TimeoutError  # as `datasets` does when its pool is torn down
+
+    with pytest.raises(SystemExit) as error:
+        made_once(make, list)
+    assert error.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_disk_without_locks_is_named(temporary, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr("megatron_gkd.data.shared_folder.fcntl.lockf", none)
+    with pytest.raises(DataError, match=f"{temporary}/.*/making cannot be locked .*TMPDIR=FOLDER names a local disk"):
+        made_once(list, list)
+    assert os.listdir(temporary) == []

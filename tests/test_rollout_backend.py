@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from checkpoint_tools.make_tiny_model import build_folder
 from megatron_gkd import parallel as parallel_module
@@ -23,7 +24,7 @@ from megatron_gkd.rollout.backend import MegatronRollout
 from megatron_gkd.rollout.generate import generate
 from megatron_gkd.rollout.stop_tokens import read_stop_token_ids
 from tests.ranks import run_ranks
-from tests.tiny_tokenizer import write_bpe_folder, write_sentencepiece_folder
+from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
 STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
 MAX_COMPLETION_LENGTH = 5
@@ -202,6 +203,24 @@ def test_stop_ids_hold_what_closes_a_turn_in_the_data(tmp_path, byte_fallback):
     ids, _ = chat.encode([{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}])
     found = read_stop_token_ids(folder)
     assert ids[-1] in found and set(found) - {ids[-1]} <= {chat.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("token, closes", [("<|im_end|>", True), (".", False)])
+def test_a_full_stop_ends_no_response(tmp_path, token, closes):
+    """Where a template closes turns with it: it stands inside of responses too."""
+    template = CHATML.replace("<|im_end|>", token)
+    folder = write_bpe_folder(tmp_path, chat_template=template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["."])
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert read_stop_token_ids(folder) == ([tokenizer.convert_tokens_to_ids(token)] if closes else [])
+
+
+def test_a_tokenizer_that_does_not_load_names_none(tmp_path):
+    """Rows of ids train without it."""
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert read_stop_token_ids(tmp_path) == []
 
 
 def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder, tmp_path):

@@ -9,6 +9,7 @@ refused with the reason.
 
 import json
 import os
+import re
 from typing import Optional
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,14 +58,15 @@ class ChatTokenizer:
         return self._tokenise(text, cuts[:-1])[0]
 
     def closing_id(self) -> Optional[int]:
-        """The special token that closes an assistant turn; None where plain text does, or the template takes no short
-        conversation."""
+        """The token that closes an assistant turn, if it is a special one or looks like it (SentencePiece does not mark
+        `<|im_end|>`); None where a word or a full stop does, or the template takes no short conversation."""
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
         try:
             last = self.encode(turns)[0][-1]
         except RowError:
             return None
-        return last if last in self.tokenizer.get_added_vocab().values() else None
+        token = self.tokenizer.added_tokens_decoder.get(last)
+        return last if token is not None and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content)) else None
 
     def _cut(self, messages: Messages) -> tuple[str, list[int]]:
         """The whole conversation as text, and where in it each assistant turn's span starts and ends."""

@@ -103,7 +103,8 @@ class DataReport:
 
 
 class SampleDataset:
-    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the counts.
+    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the counts. The rows are a
+    mapped file that has no name any more: forks share it, it does not pickle.
 
     skip_bad_rows: what a loader does with a row whose media turn out to be unreadable when it is reached.
     """

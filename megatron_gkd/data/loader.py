@@ -71,6 +71,7 @@ def _batches(dataset, micro_batches, num_workers: int, pad_token_id: int, pad_to
             batch_sampler=micro_batches,
             collate_fn=partial(_collate, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of),
             num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers else None,  # the rows' file is gone, their mapping is inherited
             worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),
         )

@@ -14,7 +14,6 @@ import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
-from enum import Enum
 from itertools import product
 from pathlib import Path
 
@@ -27,26 +26,30 @@ from megatron_gkd.model.byte_range import read_block
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"
 METADATA = ".metadata"
-_DESCRIPTIONS = {
-    **{
-        (metadata.__name__, name): getattr(metadata, name)
-        for name in (
-            *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "TensorProperties"),
-            *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-        )
-    },
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): lambda name: name,
-    ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+# Whose objects describe tensors. Each gets a stand-in, see `_DescriptionUnpickler`.
+_RECORDS = {
+    *((metadata.__name__, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((metadata.__name__, f"{kind}Metadata") for kind in ("TensorStorage", "BytesStorage", "ChunkStorage")),
+    (filesystem.__name__, "_StorageInfo"),
 }
-# Megatron-LM may keep its save plans in the metadata; nothing here needs them.
+# What nothing here needs: memory formats and layouts, and the save plans that Megatron-LM may keep in the metadata.
+_IGNORED = {(metadata.__name__, "_MEM_FORMAT_ENCODING"), ("torch.serialization", "_get_layout")}
 _IGNORED_MODULES = ("torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch")
 
 
+class _Record:
+    """Stands for an object that describes a tensor: has the attributes that were saved."""
+
+    offset = transform_descriptors = None  # these are not saved where they are None
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple):  # of TensorProperties
+            state = {"dtype": state[0]}
+        vars(self).update(state)
+
+
 class _Ignored:
-    """Stands for an object of no interest: takes any state."""
+    """Stands for an object of no interest: takes any arguments and state."""
 
     def __init__(self, *args):
         pass
@@ -55,25 +58,34 @@ class _Ignored:
         pass
 
 
-def _member(owner, name: str):
-    """What stands for `getattr`, by which early Python 3.11 (Debian 12 has 3.11.2) pickles an enumeration's members."""
-    if owner is _Ignored:
-        return _Ignored()
-    if isinstance(owner, type) and issubclass(owner, Enum):
-        return owner[name]
-    raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which is no enumeration")
-
-
 class _DescriptionUnpickler(pickle.Unpickler):
-    """Knows the classes that describe a checkpoint's tensors and nothing else."""
+    """Knows the names that describe a checkpoint's tensors and nothing else. Each gives a stand-in that is made for this
+    file alone: whatever the file does to it ends with it."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        ignored = type("_Ignored", (_Ignored,), {})
+
+        def member(owner, name):
+            if owner is not ignored:
+                raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which is no enumeration")
+            return ignored()
+
+        self.ignored = ignored
+        self.known = {
+            **{(module, name): type(name, (_Record,), {}) for module, name in _RECORDS},
+            **dict.fromkeys(_IGNORED, ignored),
+            ("builtins", "getattr"): member,  # early Python 3.11 (Debian 12's 3.11.2) pickles enumerations by it
+            ("torch", "Size"): torch.Size,
+            ("collections", "OrderedDict"): dict,
+            ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+        }
 
     def find_class(self, module, name):
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        if (module, name) in _DESCRIPTIONS:
-            return _DESCRIPTIONS[module, name]
+        if (module, name) in self.known:
+            return self.known[module, name]
         if module in _IGNORED_MODULES:
-            return _Ignored
+            return self.ignored
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
@@ -147,15 +159,14 @@ class TorchDist:
     def __init__(self, folder: str | Path):
         """Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another format."""
         self.folder = Path(folder)
-        described = self._read_metadata()
-        tensors = described.state_dict_metadata.items()
-        tensors = {key: t for key, t in tensors if isinstance(t, metadata.TensorStorageMetadata)}
+        described, storage_data = self._read_metadata()
+        tensors = {key: t for key, t in described.items() if type(t).__name__ == metadata.TensorStorageMetadata.__name__}
         self.sizes = {key: tuple(t.size) for key, t in tensors.items()}
         self.dtypes = {key: t.properties.dtype for key, t in tensors.items()}
         self._chunks: dict[str, list[Chunk]] = {key: [] for key in tensors}
         self._stacks: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
         self._payloads: dict[tuple[str, int], int] = {}
-        storage = {(index.fqn, tuple(index.offset or ())): info for index, info in described.storage_data.items()}
+        storage = {(index.fqn, tuple(index.offset or ())): info for index, info in storage_data.items()}
         for key, tensor in tensors.items():
             for box in tensor.chunks:
                 self._add_chunk(key, tuple(box.offsets), tuple(box.sizes), storage.get((key, tuple(box.offsets))))
@@ -171,7 +182,8 @@ class TorchDist:
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete")
         try:
             with open(path, "rb") as file:
-                return _DescriptionUnpickler(file).load()
+                described = _DescriptionUnpickler(file).load()
+            return described.state_dict_metadata, described.storage_data
         except Exception as error:  # whatever a damaged pickle may raise
             raise ValueError(f"{path}: not the metadata of a torch_dist checkpoint ({error})") from error
 

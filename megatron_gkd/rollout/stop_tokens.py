@@ -10,8 +10,8 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
     """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the tokenizer's eos token and
     the special token that closes an assistant turn in its chat template.
 
-    An empty list where none of them names one (a folder of weights without a tokenizer): responses then have their full
-    length. Raises ValueError naming the file whose eos_token_id is not an id or a list of ids.
+    An empty list where none of them names one (a folder of weights without a tokenizer that loads): responses then have
+    their full length. Raises ValueError naming the file whose eos_token_id is not an id or a list of ids.
     """
     folder = Path(folder)
     for name, places in (
@@ -33,7 +33,10 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
                 section = section.get(key) or {}
             if section.get("eos_token_id") is not None:
                 return _as_ids(section["eos_token_id"], path)
-    tokenizer = load_tokenizer(str(folder))
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except Exception:  # of any type; rows of ids do without it, and text has been refused
+        return []
     if tokenizer is None:
         return []
     found = [tokenizer.eos_token_id, ChatTokenizer(tokenizer, str(folder)).closing_id() if tokenizer.chat_template else None]
