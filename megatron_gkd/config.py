@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from megatron_gkd.flags import Parser, exit_with, refuse_unknown, require, require_at_least, setting, unknown_flag, yaml_flags
+from megatron_gkd.flags import Parser, exit_with, refuse_unknown, require, require_at_least, setting, yaml_flags
 from megatron_gkd.model.shape import ModelShape, read_model_shape
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
@@ -390,10 +390,7 @@ def parse_config(argv: list[str]) -> Config:
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        flag = next((word for word in rest if word.startswith("-")), None)
-        if flag is None:
-            raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
-        raise unknown_flag(flag.split("=")[0].lstrip("-"), flag.split("=")[0], parser)
+        raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)

@@ -64,7 +64,7 @@ def refuse_unknown(arguments: list[str], parser: Parser) -> None:
     first miss the flag that was meant."""
     for word in arguments:
         flag = word.split("=")[0]
-        looks_like_one = re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and " " not in word
+        looks_like_one = re.fullmatch(r"--\S+|-[^-\d.\s]\S*", word)  # not a negative number, a text, or `--` alone
         if looks_like_one and flag not in parser._option_string_actions:
             raise unknown_flag(flag.lstrip("-"), flag, parser)
 

@@ -58,7 +58,7 @@ def test_logits_equal_transformers(folder):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 5e-2), ("float16", 2e-2)])
 def test_step_equals_the_cpus(folder, rows, tmp_path, attn_impl, experts_impl, dtype, tolerance):
     if attn_impl == "te" and dtype == "float32":
-        pytest.skip("Transformer Engine's attention takes 16-bit inputs")
+        tolerance = 2e-2  # Transformer Engine may multiply float32 in TF32, whose mantissa is fp16's
     expected = first_step(folder, rows, tmp_path / "cpu", "--device", "cpu", "--torch_dtype", "float32")
     flags = ["--device", "cuda", "--torch_dtype", dtype, "--attn_impl", attn_impl, "--experts_impl", experts_impl]
     found = first_step(folder, rows, tmp_path / "cuda", *flags)
