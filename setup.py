@@ -1,17 +1,21 @@
 """Install with `pip install -e .` (see launch/setup_env.sh, which installs the right torch first).
 
-Every range is what the tests have run with; `tests/run.sh` runs on the newest that the Python at hand allows.
+Every range is what the tests have run with; `tests/run.sh` runs on the newest that the Python at
+hand allows.
 """
 
 from setuptools import find_packages, setup
 
 DEPENDENCIES = [
-    # The experts are one grouped_mm. setup_env.sh installs 2.13.0; the model, loss and rollout tests passed on 2.11.0.
-    # Install it before this package: on Linux, pip by itself takes a CUDA build.
+    # The experts are one grouped_mm. setup_env.sh installs 2.13.0; the model, loss and rollout
+    # tests passed on 2.11.0. Install it before this package: on Linux, pip by itself takes a CUDA
+    # build.
     "torch>=2.11,<2.14",
-    # GPTModel, schedules, optimizer. The CPU layer (cpu.py) is written against exactly these two versions.
+    # GPTModel, schedules, optimizer. The CPU layer (cpu.py) is written against exactly these two
+    # versions.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
-    # Qwen3OmniMoe with fused experts in memory and per-expert names on disk. 5.20 is the last one for Python 3.10.
+    # Qwen3OmniMoe with fused experts in memory and per-expert names on disk. 5.20 is the last one
+    # for Python 3.10.
     "transformers>=5.20,<5.24",
     # Reads per-expert adapters of fused experts since 0.21; only the demo and the tests call it.
     "peft>=0.21,<0.22",
@@ -41,24 +45,28 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own; 2.11.0 was compiled and imported with
-    # torch 2.13.0+cu130, and has not run on a GPU here yet. It is compiled against the torch at hand: `EXTRAS=test,gpu
-    # bash launch/setup_env.sh`, or `pip install --no-build-isolation -e .[gpu]` where nvcc of torch's CUDA, setuptools,
-    # wheel, packaging and ninja are. apex has no place in this list: the `apex` on PyPI is another project, NVIDIA's is
-    # built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor tells them apart).
+    # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own; 2.11.0 was
+    # compiled and imported with torch 2.13.0+cu130, and has not run on a GPU here yet. It is
+    # compiled against the torch at hand: `EXTRAS=test,gpu bash launch/setup_env.sh`, or `pip
+    # install --no-build-isolation -e .[gpu]` where nvcc of torch's CUDA, setuptools, wheel,
+    # packaging and ninja are. apex has no place in this list: the `apex` on PyPI is another
+    # project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor
+    # tells them apart).
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds; tests/test_data_video.py ran
-    # with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and ffmpeg's libraries.
+    # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds;
+    # tests/test_media_video.py ran with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and
+    # ffmpeg's libraries.
     "video": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
     # Compiled too unless a wheel fits; torch's own attention is used without it.
     "flash": ["flash-attn>=2.8,<2.9"],
-    # What benchmarks/loss.py is compared with on CUDA, beside TRL (extra `test`). It calls two autograd Functions by the
-    # order of their arguments, which is 0.8's; no test here has run it.
+    # What benchmarks/loss.py is compared with on CUDA, beside TRL (extra `test`). It calls two
+    # autograd Functions by the order of their arguments, which is 0.8's; no test here has run it.
     "benchmarks": ["liger-kernel>=0.8,<0.9"],
     "test": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
-        # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring their own triton.
+        # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring
+        # their own triton.
         "triton>=3.6,<3.10",
         # The reference for the divergence. 1.14 is the last one for Python 3.10.
         "trl>=1.14,<1.17",
@@ -69,8 +77,8 @@ setup(
     name="megatron_gkd",
     version="0.1.0",
     description="GKD LoRA self-distillation of a Qwen3-Omni thinker on megatron-core",
-    packages=find_packages(include=["megatron_gkd", "megatron_gkd.*", "checkpoint_tools", "checkpoint_tools.*"]),
-    package_data={"checkpoint_tools": ["**/*.txt", "**/*.json", "**/*.jinja"]},
+    packages=find_packages(include=["megatron_gkd*", "checkpoint_tools*", "demo*"]),
+    package_data={"demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"]},
     python_requires=">=3.10,<3.13",
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

@@ -1,7 +1,8 @@
-"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce, Liger, and the limits.
+"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce,
+Liger, and the limits.
 
-Each contender is a function of no arguments that runs forward and backward once, made by a function of the tensors that
-all of them share.
+Each contender is a function of no arguments that runs forward and backward once, made by a function
+of the tensors that all of them share.
 """
 
 import math
@@ -29,10 +30,14 @@ def run_trl(student, teacher, settings):
     """TRL's generalized_jsd_loss; its beta is the teacher's weight."""
     from trl.experimental.gkd import GKDTrainer
 
-    arguments = dict(beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum")
+    arguments = dict(
+        beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum"
+    )
 
     def run():
-        loss = GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), **arguments)
+        loss = GKDTrainer.generalized_jsd_loss(
+            student.unsqueeze(0), teacher.unsqueeze(0), **arguments
+        )
         return torch.autograd.grad(loss, student)
 
     return run
@@ -49,17 +54,22 @@ def _log_softmax(logits, temperature, group):
 
 
 def _plain_jsd(student, teacher, beta, temperature, group):
-    log_q, log_p = _log_softmax(student, temperature, group), _log_softmax(teacher, temperature, group)
+    log_q, log_p = (
+        _log_softmax(student, temperature, group),
+        _log_softmax(teacher, temperature, group),
+    )
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1.0 - beta))
-    loss = (beta * log_q.exp() * (log_q - log_m) + (1.0 - beta) * log_p.exp() * (log_p - log_m)).sum(-1)
+    loss = (
+        beta * log_q.exp() * (log_q - log_m) + (1.0 - beta) * log_p.exp() * (log_p - log_m)
+    ).sum(-1)
     return loss if group is None else all_reduce(loss, group=group)
 
 
 def run_plain(student, teacher, settings, group=None, chunk_rows=64):
     """Plain torch, chunk by chunk under activation checkpointing.
 
-    The differentiable all-reduce sums the upstream gradients of all ranks, each of which holds the whole loss: hence
-    the division by their number.
+    The differentiable all-reduce sums the upstream gradients of all ranks, each of which holds the
+    whole loss: hence the division by their number.
     """
 
     def run():
@@ -82,32 +92,46 @@ def run_plain(student, teacher, settings, group=None, chunk_rows=64):
 
 
 def run_read_write(student, teacher):
-    """The limit of everything on logits: one read of both sides, one write of the gradient's size."""
+    """The limit of everything on logits: one read of both sides, one write of the gradient's size.
+    """
     first, second = student.detach(), teacher.detach()
     return lambda: torch.add(first, second)
 
 
 def run_liger(student, teacher, settings):
-    """Liger-Kernel's JSD of log-probabilities (CUDA only), its mean over the rows; its beta is the teacher's weight."""
+    """Liger-Kernel's JSD of log-probabilities (CUDA only), its mean over the rows; its beta is the
+    teacher's weight.
+    """
 
     def run():
         from liger_kernel.ops.jsd import LigerJSDFunction
 
         log_q = F.log_softmax(student.float() / settings["temperature"], -1)
         log_p = F.log_softmax(teacher.float() / settings["temperature"], -1)
-        return torch.autograd.grad(LigerJSDFunction.apply(log_q, log_p, None, 1.0 - settings["beta"]), student)
+        return torch.autograd.grad(
+            LigerJSDFunction.apply(log_q, log_p, None, 1.0 - settings["beta"]), student
+        )
 
     return run
 
 
 def run_linear_liger(student_hidden, teacher_hidden, weight, settings):
-    """Liger-Kernel's JSD fused with the lm_head (CUDA only), its mean over the rows; beta as in `run_liger`."""
+    """Liger-Kernel's JSD fused with the lm_head (CUDA only), its mean over the rows; beta as in
+    `run_liger`.
+    """
 
     def run():
         from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
 
         loss = LigerFusedLinearJSDFunction.apply(
-            student_hidden, weight, teacher_hidden, weight, None, 1.0 - settings["beta"], -100, settings["temperature"]
+            student_hidden,
+            weight,
+            teacher_hidden,
+            weight,
+            None,
+            1.0 - settings["beta"],
+            -100,
+            settings["temperature"],
         )
         return torch.autograd.grad(loss, student_hidden)
 
@@ -128,20 +152,26 @@ def run_linear_trl(student_hidden, teacher_hidden, weight, settings):
     """The lm_head under autograd, then TRL's function."""
     from trl.experimental.gkd import GKDTrainer
 
-    arguments = dict(beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum")
+    arguments = dict(
+        beta=1.0 - settings["beta"], temperature=settings["temperature"], reduction="sum"
+    )
 
     def run():
         student = student_hidden @ weight.t()
         with torch.no_grad():
             teacher = teacher_hidden @ weight.t()
-        loss = GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), **arguments)
+        loss = GKDTrainer.generalized_jsd_loss(
+            student.unsqueeze(0), teacher.unsqueeze(0), **arguments
+        )
         return torch.autograd.grad(loss, student_hidden)
 
     return run
 
 
 def run_gemms(student_hidden, teacher_hidden, weight):
-    """The limit of everything on hidden states: both sides' logits and one product back, on all N rows at once."""
+    """The limit of everything on hidden states: both sides' logits and one product back, on all N
+    rows at once.
+    """
     student_hidden = student_hidden.detach()
 
     def run():

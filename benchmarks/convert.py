@@ -1,11 +1,13 @@
-"""Both directions of conversion, and loading for training, on a folder with the 30B model's real shapes.
+"""Both directions of conversion, and loading for training, on a folder with the 30B model's real
+shapes.
 
     python -m benchmarks.convert --folder DIR [--layers 8] [--num_workers 2] [--output FILE]
 
-Makes a synthetic folder in DIR (8 layers: 12.5 GB; three times that must be free), then in one run: `cp -r` of it,
-hf_to_megatron, megatron_to_hf, each on files that were dropped from the page cache: the time as a ratio to cp, the peak
-memory of all processes (proportional set sizes, sampled), the bytes read and written. Then both folders are loaded at
-TP 2, EP 2 on two CPU ranks. Deletes what it made. Exits 1 where a limit does not hold.
+Makes a synthetic folder in DIR (8 layers: 12.5 GB; three times that must be free), then in one run:
+`cp -r` of it, hf_to_megatron, megatron_to_hf, each on files that were dropped from the page cache:
+the time as a ratio to cp, the peak memory of all processes (proportional set sizes, sampled), the
+bytes read and written. Then both folders are loaded at TP 2, EP 2 on two CPU ranks. Deletes what it
+made. Exits 1 where a limit does not hold.
 """
 
 import argparse
@@ -41,7 +43,10 @@ TEXT = {
 # The other parts, a layer or two of each.
 AUDIO = {"encoder_layers": 2, "num_hidden_layers": 2}
 VISION = {"depth": 2, "deepstack_visual_indexes": [0, 1]}
-TALKER = {"text_config": {"num_hidden_layers": 1, "shared_expert_intermediate_size": 768}, "spatial_merge_size": 2}
+TALKER = {
+    "text_config": {"num_hidden_layers": 1, "shared_expert_intermediate_size": 768},
+    "spatial_merge_size": 2,
+}
 TALKER["code_predictor_config"] = {"num_hidden_layers": 1}
 SHARD_BYTES = 4 << 30
 BLOCK_BYTES = 32 << 20
@@ -49,26 +54,33 @@ BLOCK_BYTES = 32 << 20
 
 def make_folder(folder: Path, num_layers: int) -> int:
     """Random bytes as bf16 in real sizes, all parts of the model. -> bytes written."""
-    from checkpoint_tools.other_parts import other_tensors
-    from megatron_gkd.model.shape import read_model_shape
-    from megatron_gkd.model.table import decoder_tensors
+    from megatron_gkd.formats.frozen_weights import other_tensors
+    from megatron_gkd.formats.weight_map import decoder_tensors
+    from megatron_gkd.model.args import read_model_args
 
     folder.mkdir(parents=True)
     text = TEXT | {"num_hidden_layers": num_layers}
     thinker = {"text_config": text, "audio_config": AUDIO, "vision_config": VISION}
     config = {"model_type": "qwen3_omni_moe", "thinker_config": thinker, "talker_config": TALKER}
-    (folder / "config.json").write_text(json.dumps(config | {"code2wav_config": {"num_hidden_layers": 1}}))
-    shape = read_model_shape(folder)
-    sizes = decoder_tensors(shape) | other_tensors(folder, shape)[0]
+    (folder / "config.json").write_text(
+        json.dumps(config | {"code2wav_config": {"num_hidden_layers": 1}})
+    )
+    model_args = read_model_args(folder)
+    sizes = decoder_tensors(model_args) | other_tensors(folder, model_args)[0]
     shards, num_bytes = [{}], 0
     for name, size in sizes.items():
         if num_bytes + 2 * math.prod(size) > SHARD_BYTES:
             shards, num_bytes = [*shards, {}], 0
         shards[-1][name] = size
         num_bytes += 2 * math.prod(size)
-    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": tensors for n, tensors in enumerate(shards, start=1)}
+    files = {
+        f"model-{n:05d}-of-{len(shards):05d}.safetensors": tensors
+        for n, tensors in enumerate(shards, start=1)
+    }
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return sum(_write_shard(folder / file, tensors) for file, tensors in files.items())
 
 
@@ -98,7 +110,9 @@ class Measured:
 
 
 def measure(command: list[str]) -> Measured:
-    """Run a command to its end, one thread a process. Raises CalledProcessError with what it printed."""
+    """Run a command to its end, one thread a process. Raises CalledProcessError with what it
+    printed.
+    """
     before, started = own_io(), time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -111,7 +125,9 @@ def measure(command: list[str]) -> Measured:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, printed.decode())
     after = own_io()  # a child's count as ours once it has ended
-    return Measured(seconds, peak.highest, after["rchar"] - before["rchar"], after["wchar"] - before["wchar"])
+    return Measured(
+        seconds, peak.highest, after["rchar"] - before["rchar"], after["wchar"] - before["wchar"]
+    )
 
 
 def own_io() -> dict[str, int]:
@@ -120,7 +136,9 @@ def own_io() -> dict[str, int]:
 
 
 class Peak(threading.Thread):
-    """The highest sum of proportional set sizes of a process and its descendants, sampled ten times a second."""
+    """The highest sum of proportional set sizes of a process and its descendants, sampled ten times
+    a second.
+    """
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -142,7 +160,9 @@ def descendants(pid: int) -> list[int]:
     while todo:
         found.append(todo.pop())
         try:
-            todo += map(int, Path(f"/proc/{found[-1]}/task/{found[-1]}/children").read_text().split())
+            todo += map(
+                int, Path(f"/proc/{found[-1]}/task/{found[-1]}/children").read_text().split()
+            )
         except OSError:
             pass  # it has ended
     return found
@@ -166,20 +186,24 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def load_at_tp2(model: str) -> None:
-    """What a rank of training does first. Rank 0 prints for each: bytes read, its shard, the highest memory."""
+    """What a rank of training does first. Rank 0 prints for each: bytes read, its shard, the
+    highest memory.
+    """
     import torch
 
     from megatron_gkd import parallel
+    from megatron_gkd.formats.loading import load_weights
+    from megatron_gkd.model.args import read_model_args
     from megatron_gkd.model.decoder import build_decoder
-    from megatron_gkd.model.shape import read_model_shape
-    from megatron_gkd.model.weights import load_weights
 
-    place = parallel.initialize(torch.device("cpu"), tensor_model_parallel_size=2, expert_model_parallel_size=2)
-    shape = read_model_shape(model)
+    place = parallel.initialize(
+        torch.device("cpu"), tensor_model_parallel_size=2, expert_model_parallel_size=2
+    )
+    model_args = read_model_args(model)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = status_bytes("VmRSS"), time.perf_counter()
-    decoder = build_decoder(shape, place, torch.bfloat16)
-    read = load_weights(decoder, shape, place, model)
+    decoder = build_decoder(model_args, place, torch.bfloat16)
+    read = load_weights(decoder, model_args, place, model)
     seconds = time.perf_counter() - started
     shard = sum(parameter.nbytes for parameter in decoder.parameters())
     total = status_bytes("VmHWM")
@@ -197,10 +221,19 @@ def status_bytes(field: str) -> int:
 
 def run_load(model: Path) -> list[dict]:
     drop_from_cache(model)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "benchmarks.convert", "--load", str(model)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     printed = run.stdout
     return json.loads(next(line for line in printed.splitlines() if line.startswith("ROWS "))[5:])
 
@@ -216,11 +249,30 @@ def run(folder: Path, num_layers: int, num_workers: int) -> tuple[str, bool]:
     measured["cp -r, until it is on the disk"] = Measured(on_disk, 0, 0, 0)
     shutil.rmtree(copy)
     tool, workers = [sys.executable, "-W", "ignore", "-m"], ["--num_workers", num_workers]
-    there = [*tool, "checkpoint_tools.hf_to_megatron", "--hf_model", model, "--output", megatron, *workers]
+    there = [
+        *tool,
+        "checkpoint_tools.hf_to_megatron",
+        "--hf_model",
+        model,
+        "--output",
+        megatron,
+        *workers,
+    ]
     measured["hf_to_megatron"] = measure_from(model, there)
-    back_again = [*tool, "checkpoint_tools.megatron_to_hf", "--checkpoint", megatron, "--output", back, *workers]
+    back_again = [
+        *tool,
+        "checkpoint_tools.megatron_to_hf",
+        "--checkpoint",
+        megatron,
+        "--output",
+        back,
+        *workers,
+    ]
     measured["megatron_to_hf"] = measure_from(megatron, back_again)
-    same = subprocess.run(["diff", "-rq", "-x", "conversion_manifest.json", model, back]).returncode == 0
+    same = (
+        subprocess.run(["diff", "-rq", "-x", "conversion_manifest.json", model, back]).returncode
+        == 0
+    )
     shutil.rmtree(back)
     loads = {"Hugging Face folder": run_load(model), "Megatron checkpoint": run_load(megatron)}
     shutil.rmtree(folder)
@@ -232,7 +284,9 @@ def measure_from(source: Path, command: list) -> Measured:
     return measure([str(word) for word in command])
 
 
-def report(size: int, num_layers: int, num_workers: int, measured: dict, same: bool, loads: dict) -> tuple[str, bool]:
+def report(
+    size: int, num_layers: int, num_workers: int, measured: dict, same: bool, loads: dict
+) -> tuple[str, bool]:
     cp, holds = measured["cp -r"], same
     lines = [
         f"{size / GB:.1f} GB of real shapes ({num_layers} layers), {num_workers} processes; {platform.platform()}, "
@@ -244,11 +298,18 @@ def report(size: int, num_layers: int, num_workers: int, measured: dict, same: b
     for name, m in measured.items():
         ratio, is_ours = m.seconds / cp.seconds, not name.startswith("cp")
         if is_ours:
-            holds &= ratio <= MOST_RATIO and m.peak_memory <= MOST_MEMORY and m.read <= size + MOST_READ_BESIDE
+            holds &= (
+                ratio <= MOST_RATIO
+                and m.peak_memory <= MOST_MEMORY
+                and m.read <= size + MOST_READ_BESIDE
+            )
         amounts = [f"{number / GB:.2f} GB = {number / size:.3f}" for number in (m.read, m.written)]
         rest = f"{m.peak_memory / GB:.2f} GB | {amounts[0]} | {amounts[1]}" if is_ours else "| |"
         lines.append(f"| {name} | {m.seconds:.1f} | {ratio:.2f} | {rest} |")
-    lines += ["", "| loaded at TP 2, EP 2 from | seconds | read | peak memory | of which loading, above the shard |"]
+    lines += [
+        "",
+        "| loaded at TP 2, EP 2 from | seconds | read | peak memory | of which loading, above the shard |",
+    ]
     lines += ["|---|---|---|---|---|"]
     for name, rows in loads.items():
         for rank, row in enumerate(rows):

@@ -1,9 +1,11 @@
-"""How many instructions a logit costs in the Triton kernels, from what the compiler makes for a GPU that is not here.
+"""How many instructions a logit costs in the Triton kernels, from what the compiler makes for a GPU
+that is not here.
 
     python -m benchmarks.kernel_instructions [--capability 90]
 
-Static counts: of a kernel's innermost loop over blocks (of the whole kernel where there is none), divided by the logits
-that a thread handles in it. Nothing runs. Needs triton alone; its wheel brings ptxas and cuobjdump.
+Static counts: of a kernel's innermost loop over blocks (of the whole kernel where there is none),
+divided by the logits that a thread handles in it. Nothing runs. Needs triton alone; its wheel
+brings ptxas and cuobjdump.
 """
 
 import argparse
@@ -16,18 +18,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_gkd.loss import kernels
+from megatron_gkd.loss import triton_kernels as kernels
 from megatron_gkd.loss.divergence import KINDS
 
 # Types of the arguments by name; what is not here is a compile-time constant.
 TYPES = {
-    **dict.fromkeys(("row_stride", "student_stride", "teacher_stride", "out_stride", "width", "num_columns"), "i32"),
+    **dict.fromkeys(
+        ("row_stride", "student_stride", "teacher_stride", "out_stride", "width", "num_columns"),
+        "i32",
+    ),
     **dict.fromkeys(("first_column", "num_rows"), "i32"),
     **dict.fromkeys(("scale", "beta", "clip"), "fp32"),
     **dict.fromkeys(("rows", "divergence_factor", "gradient_sum", "cross_entropy_factor"), "*fp32"),
     **dict.fromkeys(("labels", "label_columns"), "*i64"),
 }
-NOT_ALIGNED = ("first_column", "num_rows", "scale", "beta", "clip")  # the others are multiples of 16
+NOT_ALIGNED = (
+    "first_column",
+    "num_rows",
+    "scale",
+    "beta",
+    "clip",
+)  # the others are multiples of 16
 
 
 def compile_kernel(function, dtype, constants, capability=90):
@@ -53,7 +64,11 @@ def instructions(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump"), "-sass", file.name]
+        command = [
+            os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump"),
+            "-sass",
+            file.name,
+        ]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
     return [(int(address, 16), text) for address, text in found if not text.startswith("NOP")]
@@ -71,10 +86,14 @@ def instructions_a_logit(kernel):
 
 
 def count_all(dtype, metrics=False, beta=0.5, capability=90):
-    """{divergence: instructions a logit} over all passes: statistics of both sides, compare, write_gradient."""
+    """{divergence: instructions a logit} over all passes: statistics of both sides, compare,
+    write_gradient.
+    """
     block = {"BLOCK": kernels.BLOCK}
     flags = {"METRICS": metrics, "LABELS": metrics, "UNIT": False}
-    statistics = instructions_a_logit(compile_kernel(kernels._statistics_kernel, dtype, block | flags, capability))
+    statistics = instructions_a_logit(
+        compile_kernel(kernels._statistics_kernel, dtype, block | flags, capability)
+    )
     totals = {}
     for number, kind in enumerate(KINDS):
         constants = block | {"KIND": number, "HALF": beta == 0.5, "CLIP": False}
@@ -102,14 +121,23 @@ GEMMs are the limit."""
 def instructions_table(capability=90):
     head = ["logits", "beta", "metrics and labels", *KINDS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for dtype, beta, metrics in [("bf16", 0.5, False), ("bf16", 0.3, False), ("bf16", 0.5, True), ("fp32", 0.5, True)]:
+    for dtype, beta, metrics in [
+        ("bf16", 0.5, False),
+        ("bf16", 0.3, False),
+        ("bf16", 0.5, True),
+        ("fp32", 0.5, True),
+    ]:
         counts = [f"{count:.0f}" for count in count_all(dtype, metrics, beta, capability).values()]
-        lines.append("| " + " | ".join([dtype, f"{beta}", "yes" if metrics else "no", *counts]) + " |")
+        lines.append(
+            "| " + " | ".join([dtype, f"{beta}", "yes" if metrics else "no", *counts]) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--capability", type=int, default=90, help="90 is Hopper, 80 Ampere")
     capability = parser.parse_args().capability
     print(f"Instructions a logit, triton {triton.__version__}, sm_{capability}, all passes:\n")

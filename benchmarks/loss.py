@@ -1,13 +1,17 @@
-"""Time, memory and collectives of the loss against its contenders; prints Markdown and writes docs/benchmarks/loss.md.
+"""Time, memory and collectives of the loss against its contenders; prints Markdown and writes
+docs/benchmarks/loss.md.
 
-    python -m benchmarks.loss [--device cpu|cuda] [--threads 2] [--rounds 3] [--small] [--output FILE]
+    python -m benchmarks.loss [--device cpu|cuda] [--threads 2] [--rounds 3] [--small] [--output
+    FILE]
 
-In each table the contenders run in turn on the same tensors, forward and backward. Up to 1024 rows the table shows
-medians over the rounds, up to 512 after a run that is not counted; above 1024 rows one run, of `linear_jsd` and the
-GEMMs two. Memory is the highest resident size (CUDA: allocated bytes) during a run above the size just before it, so
-the gradient that a contender returns counts, its inputs do not. Collectives are counted by wrapping torch.distributed.
-What would not fit into memory, by what it took at fewer rows, is not run and says so. --device cuda writes
-docs/benchmarks/loss_gpu.md. --small takes sizes that finish in a minute, to see that all runs, and writes nothing.
+In each table the contenders run in turn on the same tensors, forward and backward. Up to 1024 rows
+the table shows medians over the rounds, up to 512 after a run that is not counted; above 1024 rows
+one run, of `linear_jsd` and the GEMMs two. Memory is the highest resident size (CUDA: allocated
+bytes) during a run above the size just before it, so the gradient that a contender returns counts,
+its inputs do not. Collectives are counted by wrapping torch.distributed. What would not fit into
+memory, by what it took at fewer rows, is not run and says so. --device cuda writes
+docs/benchmarks/loss_gpu.md. --small takes sizes that finish in a minute, to see that all runs, and
+writes nothing.
 """
 
 import argparse
@@ -36,9 +40,18 @@ from megatron_gkd.loss.linear import _chunk_rows
 from megatron_gkd.loss.rows import gather_statistics, reduce_sums
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCS = {"cpu": REPOSITORY / "docs/benchmarks/loss.md", "cuda": REPOSITORY / "docs/benchmarks/loss_gpu.md"}
+DOCS = {
+    "cpu": REPOSITORY / "docs/benchmarks/loss.md",
+    "cuda": REPOSITORY / "docs/benchmarks/loss_gpu.md",
+}
 MIB = 2**20
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "broadcast",
+)
 REAL, OTHER = 151936, 32000  # columns: Qwen3-Omni's vocabulary, and a small one
 OURS = ("vocab_parallel_jsd", "linear_jsd")
 PASSES = 7  # reads and writes of a logit: both sides in each of three passes, and the gradient
@@ -99,7 +112,9 @@ def available_bytes(device):
 
 
 def attempt(meter, name, run):
-    """(seconds, bytes) of one run, or the reason why a contender has none. Our own functions may not fail."""
+    """(seconds, bytes) of one run, or the reason why a contender has none. Our own functions may
+    not fail.
+    """
     try:
         return meter(run)
     except torch.OutOfMemoryError:
@@ -113,7 +128,9 @@ def attempt(meter, name, run):
 
 
 def measure(case, runs, device, rounds, warm, outputs, expected=None):
-    """[Result] of {name: run}, taken in turn. outputs: bytes that a run returns; expected: {name: bytes of a run}."""
+    """[Result] of {name: run}, taken in turn. outputs: bytes that a run returns; expected: {name:
+    bytes of a run}.
+    """
     meter, samples, failures = Meter(device), {name: [] for name in runs}, {}
     for name, size in (expected or {}).items():
         if name in runs and size > SHARE_OF_MEMORY * available_bytes(device):
@@ -143,7 +160,9 @@ def table(header, rows):
 
 
 def ratio(numerator, denominator, digits=1):
-    """Text of a quotient; - where one of the two is not known or not positive (a peak may be too small to see)."""
+    """Text of a quotient; - where one of the two is not known or not positive (a peak may be too
+    small to see).
+    """
     return f"{numerator / denominator:.{digits}f}" if numerator > 0 and denominator > 0 else "-"
 
 
@@ -165,7 +184,11 @@ def hidden_tensors(num_rows, hidden_size, num_columns, dtype, device):
     generator = torch.Generator(device).manual_seed(0)
     student = torch.randn(num_rows, hidden_size, generator=generator, device=device)
     teacher = student + 0.2 * torch.randn(num_rows, hidden_size, generator=generator, device=device)
-    weight = torch.randn(num_columns, hidden_size, generator=generator, device=device) * 2 / hidden_size**0.5
+    weight = (
+        torch.randn(num_columns, hidden_size, generator=generator, device=device)
+        * 2
+        / hidden_size**0.5
+    )
     return student.to(dtype).requires_grad_(), teacher.to(dtype), weight.to(dtype)
 
 
@@ -181,7 +204,11 @@ def copy_bandwidth():
     """Bytes a second, read and written, that Tensor.copy_ moves on this GPU."""
     source, target = (torch.empty(2**29, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     meter = Meter("cuda")
-    return 2 * source.nbytes / statistics.median(meter(lambda: target.copy_(source))[0] for _ in range(6))
+    return (
+        2
+        * source.nbytes
+        / statistics.median(meter(lambda: target.copy_(source))[0] for _ in range(6))
+    )
 
 
 def logits_results(sizes, device, rounds):
@@ -194,7 +221,9 @@ def logits_results(sizes, device, rounds):
         expected = {name: size * logits for name, size in bytes_a_logit.items()}
         if 1.1 * inputs > SHARE_OF_MEMORY * available_bytes(device):
             failure = f"does not fit in memory: {inputs / 2**30:.0f} GiB of logits"
-            results += [Result(case, name, failure=failure) for name in (OURS[0], "TRL", "plain torch")]
+            results += [
+                Result(case, name, failure=failure) for name in (OURS[0], "TRL", "plain torch")
+            ]
             continue
         settings = dict(beta=beta, temperature=2.0)
         student, teacher = logit_tensors(num_rows, num_columns, dtype, device)
@@ -204,13 +233,25 @@ def logits_results(sizes, device, rounds):
             "plain torch": contenders.run_plain(student, teacher, settings),
             "one read, one write": contenders.run_read_write(student, teacher),
         }
-        if num_rows > 1024:  # each chunk's backward adds a gradient of all rows: 46 s for 8192 x 32000 on two cores
+        if (
+            num_rows > 1024
+        ):  # each chunk's backward adds a gradient of all rows: 46 s for 8192 x 32000 on two cores
             del runs["plain torch"]
-            results.append(Result(case, "plain torch", failure="not run: its time grows with the square of N"))
+            results.append(
+                Result(case, "plain torch", failure="not run: its time grows with the square of N")
+            )
         if device == "cuda":
             runs["Liger"] = contenders.run_liger(student, teacher, settings)
         repeats = rounds if num_rows <= 1024 or device == "cuda" else 1
-        found = measure(case, runs, device, repeats, num_rows <= 512 or device == "cuda", student.nbytes, expected)
+        found = measure(
+            case,
+            runs,
+            device,
+            repeats,
+            num_rows <= 512 or device == "cuda",
+            student.nbytes,
+            expected,
+        )
         for result in found:
             if result.peak > 0 and device == "cpu":
                 bytes_a_logit[result.name] = result.peak / logits
@@ -238,14 +279,25 @@ def logits_table(results, copied):
                 moved = passes * dtype.itemsize * num_rows * num_columns / result.seconds
                 row += [number(moved / 1e9, 0), number(100 * moved / copied, 0)]
             rows.append(row)
-    header = ["N x V", "dtype", "beta", "what", "ms", "x faster than TRL", "extra MiB", "TRL's / this memory"]
+    header = [
+        "N x V",
+        "dtype",
+        "beta",
+        "what",
+        "ms",
+        "x faster than TRL",
+        "extra MiB",
+        "TRL's / this memory",
+    ]
     if copied:
         header += ["GB/s at 7 passes", "% of a copy's"]
     return table(header, rows)
 
 
 def linear_results(sizes, device, rounds):
-    """[Result] for (N, H, V, dtype, with contenders): linear_jsd, its three GEMMs, and the lm_head followed by TRL."""
+    """[Result] for (N, H, V, dtype, with contenders): linear_jsd, its three GEMMs, and the lm_head
+    followed by TRL.
+    """
     results = []
     for num_rows, hidden_size, num_columns, dtype, with_contenders in sizes:
         settings = dict(beta=0.5, temperature=2.0)
@@ -257,13 +309,23 @@ def linear_results(sizes, device, rounds):
         if with_contenders:
             runs["lm_head + TRL"] = contenders.run_linear_trl(student, teacher, weight, settings)
         if device == "cuda":
-            runs["Liger, fused linear"] = contenders.run_linear_liger(student, teacher, weight, settings)
+            runs["Liger, fused linear"] = contenders.run_linear_liger(
+                student, teacher, weight, settings
+            )
         case = (num_rows, hidden_size, num_columns, dtype)
         if device == "cpu" and dtype == torch.float16:
             del runs["three GEMMs"]
-            results.append(Result(case, "three GEMMs", failure="not run: torch's float16 GEMM takes minutes on a CPU"))
+            results.append(
+                Result(
+                    case,
+                    "three GEMMs",
+                    failure="not run: torch's float16 GEMM takes minutes on a CPU",
+                )
+            )
         repeats = rounds if num_rows <= 1024 or device == "cuda" else 2
-        results += measure(case, runs, device, repeats, num_rows <= 512 or device == "cuda", student.nbytes)
+        results += measure(
+            case, runs, device, repeats, num_rows <= 512 or device == "cuda", student.nbytes
+        )
         del runs, student, teacher, weight
     return results
 
@@ -279,7 +341,9 @@ def linear_table(results):
             row += [f"{result.seconds:.3f}", ratio(result.seconds, gemms[result.case].seconds, 2)]
             row += [f"{result.peak / MIB:.0f}", f"{result.above_outputs / MIB:.0f}"]
         rows.append(row)
-    return table(["N x H x V", "dtype", "what", "s", "x three GEMMs", "extra MiB", "less outputs"], rows)
+    return table(
+        ["N x H x V", "dtype", "what", "s", "x three GEMMs", "extra MiB", "less outputs"], rows
+    )
 
 
 def count_collectives(calls):
@@ -295,7 +359,9 @@ def count_collectives(calls):
 
 
 def collective_seconds(num_rows, group):
-    """Median of what the two collectives of a chunk of `num_rows` take between ranks that arrive together."""
+    """Median of what the two collectives of a chunk of `num_rows` take between ranks that arrive
+    together.
+    """
     side = SideStatistics(*torch.rand(len(SideStatistics._fields), num_rows, dtype=torch.float64))
     sums, samples = Sums(*torch.rand(len(Sums._fields), num_rows, dtype=torch.float64)), []
     for _ in range(20):
@@ -308,18 +374,24 @@ def collective_seconds(num_rows, group):
 
 
 def parallel_rank(rank, world_size, folder, num_rows, num_columns, hidden_size, rounds):
-    """One gloo rank with one thread: its part of every contender, timed between barriers. Rank 0 writes the numbers."""
+    """One gloo rank with one thread: its part of every contender, timed between barriers. Rank 0
+    writes the numbers.
+    """
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     group, local = dist.group.WORLD, num_columns // world_size
     settings = dict(beta=0.5, temperature=2.0)
     student, teacher = logit_tensors(num_rows, local, torch.float32, "cpu", seed=rank)
-    student_hidden, teacher_hidden, weight = hidden_tensors(num_rows, hidden_size, local, torch.float32, "cpu")
+    student_hidden, teacher_hidden, weight = hidden_tensors(
+        num_rows, hidden_size, local, torch.float32, "cpu"
+    )
     runs = {
         "vocab_parallel_jsd": contenders.run_ours(student, teacher, settings, group),
         "plain torch": contenders.run_plain(student, teacher, settings, group),
-        "linear_jsd": contenders.run_linear(student_hidden, teacher_hidden, weight, settings, group),
+        "linear_jsd": contenders.run_linear(
+            student_hidden, teacher_hidden, weight, settings, group
+        ),
         "three GEMMs": contenders.run_gemms(student_hidden, teacher_hidden, weight),
     }
     chunk_rows = _chunk_rows(num_rows, local, weight.device)
@@ -347,7 +419,9 @@ def parallel_table(sizes, rounds):
     for world_size, *size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             # raises if a rank does, and ends the others
-            torch.multiprocessing.spawn(parallel_rank, (world_size, folder, *size, rounds), nprocs=world_size)
+            torch.multiprocessing.spawn(
+                parallel_rank, (world_size, folder, *size, rounds), nprocs=world_size
+            )
             answer = json.loads(Path(folder, "results.json").read_text())
         num_rows, num_columns, hidden_size = size
         for name, (seconds, peak, collectives) in answer["results"].items():
@@ -364,7 +438,15 @@ def parallel_table(sizes, rounds):
                     else "",
                 ]
             )
-    header = ["TP", "N x V", "what", "ms", "extra MiB a rank", "collectives", "a chunk's collectives alone, ms"]
+    header = [
+        "TP",
+        "N x V",
+        "what",
+        "ms",
+        "extra MiB a rank",
+        "collectives",
+        "a chunk's collectives alone, ms",
+    ]
     return table(header, rows)
 
 
@@ -378,12 +460,16 @@ Chunks of 256 rows are kept: memory that does not grow with N is worth more here
 
 
 def bounds(device, logits, linear, copied):
-    """What must hold (issue 3), beside what was measured; the rows that such a bound speaks of may be missing."""
+    """What must hold (issue 3), beside what was measured; the rows that such a bound speaks of may
+    be missing.
+    """
     found = {(result.case, result.name): result for result in logits + linear if not result.failure}
     rows = []
 
     def bound(text, value, held, shown):
-        rows.append([text, shown if value == value else "not measured", "held" if held else "missed"])
+        rows.append(
+            [text, shown if value == value else "not measured", "held" if held else "missed"]
+        )
 
     def of(case, name):
         return found.get((case, name), Result(case, name))
@@ -391,7 +477,12 @@ def bounds(device, logits, linear, copied):
     if device == "cuda":
         case = (4096, 2048, REAL, torch.bfloat16)
         value = of(case, "linear_jsd").seconds / of(case, "three GEMMs").seconds
-        bound("linear_jsd, N 4096, bfloat16: at most 1.2 x the three GEMMs", value, value <= 1.2, f"{value:.2f} x")
+        bound(
+            "linear_jsd, N 4096, bfloat16: at most 1.2 x the three GEMMs",
+            value,
+            value <= 1.2,
+            f"{value:.2f} x",
+        )
         case = (4096, REAL, torch.bfloat16, 0.5)
         value = PASSES * 2 * 4096 * REAL / of(case, "vocab_parallel_jsd").seconds / copied
         text = "vocab_parallel_jsd, N 4096, bfloat16: 80 % of a copy's bytes a second"
@@ -403,18 +494,35 @@ def bounds(device, logits, linear, copied):
         value = of(case, "linear_jsd").seconds / of(case, "three GEMMs").seconds
         chunked = num_rows / 256 * of((256, *case[1:]), "three GEMMs").seconds
         shown = f"{value:.2f} x ({of(case, 'linear_jsd').seconds / chunked:.2f} x those of chunks of 256 rows)"
-        bound(f"linear_jsd, N {num_rows}: at most 1.2 x the three GEMMs", value, value <= 1.2, shown)
+        bound(
+            f"linear_jsd, N {num_rows}: at most 1.2 x the three GEMMs", value, value <= 1.2, shown
+        )
         extra[num_rows] = of(case, "linear_jsd").above_outputs / MIB
     value = max(extra.values()) / min(extra.values())
     shown = ", ".join(f"{size:.0f}" for size in extra.values()) + " MiB"
-    bound("linear_jsd: memory above inputs and outputs constant in N (within 5 %)", value, value <= 1.05, shown)
+    bound(
+        "linear_jsd: memory above inputs and outputs constant in N (within 5 %)",
+        value,
+        value <= 1.05,
+        shown,
+    )
     for num_rows in (256, 1024):
         case = (num_rows, REAL, torch.float32, 0.5)
         ours, trl = of(case, "vocab_parallel_jsd"), of(case, "TRL")
         value = trl.seconds / ours.seconds
-        bound(f"vocab_parallel_jsd, N {num_rows}: 6 x faster than TRL", value, value >= 6, f"{value:.1f} x")
+        bound(
+            f"vocab_parallel_jsd, N {num_rows}: 6 x faster than TRL",
+            value,
+            value >= 6,
+            f"{value:.1f} x",
+        )
         value = trl.peak / ours.peak
-        bound(f"vocab_parallel_jsd, N {num_rows}: a sixth of TRL's memory", value, value >= 6, f"1 / {value:.1f}")
+        bound(
+            f"vocab_parallel_jsd, N {num_rows}: a sixth of TRL's memory",
+            value,
+            value >= 6,
+            f"1 / {value:.1f}",
+        )
     return table(["bound", "measured", ""], rows)
 
 
@@ -422,7 +530,9 @@ def machine(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [
+        platform.processor()
+    ]
     return f"{names[0]}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -430,14 +540,20 @@ def commit():
     """Of the working tree, and whether that is what was committed."""
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+        ).stdout.strip()
 
-    changed = " with changes" if git("status", "--porcelain", "--", "megatron_gkd", "benchmarks") else ""
+    changed = (
+        " with changes" if git("status", "--porcelain", "--", "megatron_gkd", "benchmarks") else ""
+    )
     return (git("rev-parse", "--short", "HEAD") or "no commit") + changed
 
 
 def kernels_section():
-    """What is known of the Triton kernels where there is no GPU: how many instructions the compiler makes of them."""
+    """What is known of the Triton kernels where there is no GPU: how many instructions the compiler
+    makes of them.
+    """
     if importlib.util.find_spec("triton") is None:
         return ""
     from benchmarks.kernel_instructions import REASONING, instructions_table
@@ -446,20 +562,31 @@ def kernels_section():
 
 
 def cases(device, small):
-    """Sizes of the three tables: (N, V, dtype, beta), (N, H, V, dtype, with contenders), (TP, N, V, H)."""
+    """Sizes of the three tables: (N, V, dtype, beta), (N, H, V, dtype, with contenders), (TP, N, V,
+    H).
+    """
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     if small:
         return [(16, OTHER, fp32, 0.5)], [(16, 64, OTHER, fp32, True)], [(2, 16, OTHER, 64)]
     if device == "cuda":
-        logits = [(n, v, d, 0.5) for d in (fp32, bf16, fp16) for v in (OTHER, REAL) for n in (256, 1024, 4096, 8192)]
+        logits = [
+            (n, v, d, 0.5)
+            for d in (fp32, bf16, fp16)
+            for v in (OTHER, REAL)
+            for n in (256, 1024, 4096, 8192)
+        ]
         logits += [(4096, REAL, bf16, beta) for beta in (0.1, 0.3, 0.9)]
-        linear = [(n, 2048, REAL, d, n < 4096) for d in (bf16, fp16) for n in (256, 1024, 4096, 8192)]
+        linear = [
+            (n, 2048, REAL, d, n < 4096) for d in (bf16, fp16) for n in (256, 1024, 4096, 8192)
+        ]
         return logits, linear + [(1024, 2048, REAL, fp32, True)], []
     logits = [(256, REAL, d, 0.5) for d in (bf16, fp16, fp32)]
     logits += [(n, REAL, fp32, 0.5) for n in (1024, 2048, 8192)] + [(8192, REAL, bf16, 0.5)]
     logits += [(256, OTHER, fp32, beta) for beta in (0.1, 0.3, 0.5, 0.9)]
     logits += [(n, OTHER, fp32, 0.5) for n in (2048, 8192)]
-    linear = [(n, 2048, REAL, fp32, n == 256) for n in (256, 512, 1024, 2048)] + [(8192, 2048, OTHER, fp32, False)]
+    linear = [(n, 2048, REAL, fp32, n == 256) for n in (256, 512, 1024, 2048)] + [
+        (8192, 2048, OTHER, fp32, False)
+    ]
     linear += [(64, 2048, REAL, bf16, False), (64, 2048, OTHER, fp16, False)]
     return logits, linear, [(tp, 256, REAL, 2048) for tp in (1, 2, 4, 8)]
 
@@ -469,7 +596,10 @@ def main(arguments):
     device, rounds = arguments.device, arguments.rounds
     logit_sizes, linear_sizes, parallel_sizes = cases(device, arguments.small)
     copied = copy_bandwidth() if device == "cuda" else None
-    logits, linear = logits_results(logit_sizes, device, rounds), linear_results(linear_sizes, device, rounds)
+    logits, linear = (
+        logits_results(logit_sizes, device, rounds),
+        linear_results(linear_sizes, device, rounds),
+    )
     command = "python -m benchmarks.loss " + " ".join(sys.argv[1:])
     text = (
         f"# The loss, measured\n\nCommit {commit()}; {machine(device)}; {arguments.threads} threads; torch "
@@ -483,7 +613,9 @@ def main(arguments):
     text += "\n## From logits, forward and backward\n\n" + logits_table(logits, copied)
     text += "\n## From hidden states, forward and backward\n\n" + linear_table(linear)
     if parallel_sizes:
-        text += "\n## On gloo ranks of one thread each\n\n" + parallel_table(parallel_sizes, min(rounds, 2))
+        text += "\n## On gloo ranks of one thread each\n\n" + parallel_table(
+            parallel_sizes, min(rounds, 2)
+        )
     if device == "cpu":
         text += kernels_section()
     print(text)
@@ -493,10 +625,14 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--output", help="a file for the Markdown, instead of the page in docs/benchmarks")
+    parser.add_argument(
+        "--output", help="a file for the Markdown, instead of the page in docs/benchmarks"
+    )
     main(parser.parse_args())

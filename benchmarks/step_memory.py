@@ -1,12 +1,15 @@
-"""Peak memory of whole training steps at the real vocabulary: the loss on all logits at once, and `linear_jsd`.
+"""Peak memory of whole training steps at the real vocabulary: the loss on all logits at once, and
+`linear_jsd`.
 
     python -m benchmarks.step_memory [--device cpu|cuda] [--vocab_size 151936] [--output FILE]
 
-The small model with that vocabulary, 8 rows of 128 response tokens in one micro-batch, fp32, two steps of
-`megatron_gkd.train`, each way in a process of its own. Before: both sides' fp32 logits [N, V] and TRL's
-generalized_jsd_loss under autograd, put in the place of `linear_jsd` by this file. Memory is the resident size (CUDA:
-allocated bytes): at the start of step 1, when model and optimizer are there, and the highest from then to the end of
-step 2. Writes docs/benchmarks/step_memory.md (step_memory_gpu.md on CUDA); a vocabulary of another size writes nothing.
+The small model with that vocabulary, 8 rows of 128 response tokens in one micro-batch, fp32, two
+steps of `megatron_gkd.train`, each way in a process of its own. Before: both sides' fp32 logits [N,
+V] and TRL's generalized_jsd_loss under autograd, put in the place of `linear_jsd` by this file.
+Memory is the resident size (CUDA: allocated bytes): at the start of step 1, when model and
+optimizer are there, and the highest from then to the end of step 2. Writes
+docs/benchmarks/step_memory.md (step_memory_gpu.md on CUDA); a vocabulary of another size writes
+nothing.
 """
 
 import argparse
@@ -19,7 +22,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.loss import MIB, REAL, REPOSITORY, available_bytes, commit, machine, resident_bytes, table
+from benchmarks.loss import (
+    MIB,
+    REAL,
+    REPOSITORY,
+    available_bytes,
+    commit,
+    machine,
+    resident_bytes,
+    table,
+)
 
 DOCS = {"cpu": "docs/benchmarks/step_memory.md", "cuda": "docs/benchmarks/step_memory_gpu.md"}
 NUM_ROWS, RESPONSE, PROMPT = 8, 128, 16
@@ -38,7 +50,11 @@ def all_logits(student_hidden, teacher_hidden, weight, *, beta, temperature, voc
     with torch.no_grad():
         teacher = teacher_hidden.float() @ weight.float().t()
     entries = GKDTrainer.generalized_jsd_loss(
-        student.unsqueeze(0), teacher.unsqueeze(0), beta=1.0 - beta, temperature=temperature, reduction="none"
+        student.unsqueeze(0),
+        teacher.unsqueeze(0),
+        beta=1.0 - beta,
+        temperature=temperature,
+        reduction="none",
     )
     loss = entries.sum(-1).squeeze(0)
     zeros = torch.zeros_like(loss)
@@ -46,7 +62,9 @@ def all_logits(student_hidden, teacher_hidden, weight, *, beta, temperature, voc
 
 
 def run(way, argv, answer):
-    """In a process of its own: train, with a look at the memory when step 1 begins and when step 2 has ended."""
+    """In a process of its own: train, with a look at the memory when step 1 begins and when step 2
+    has ended.
+    """
     from megatron_gkd import forward, train
 
     if way == "before":
@@ -75,8 +93,14 @@ def write_rows(path, vocab_size):
     draw = random.Random(0)
     rows = []
     for _ in range(NUM_ROWS):
-        prompt, hint, response = ([draw.randrange(vocab_size) for _ in range(n)] for n in (PROMPT, PROMPT, RESPONSE))
-        row = {"input_ids": prompt + response, "labels": [-100] * PROMPT + response, "teacher_input_ids": hint + prompt}
+        prompt, hint, response = (
+            [draw.randrange(vocab_size) for _ in range(n)] for n in (PROMPT, PROMPT, RESPONSE)
+        )
+        row = {
+            "input_ids": prompt + response,
+            "labels": [-100] * PROMPT + response,
+            "teacher_input_ids": hint + prompt,
+        }
         rows.append(json.dumps(row) + "\n")
     path.write_text("".join(rows))
 
@@ -84,20 +108,55 @@ def write_rows(path, vocab_size):
 def measure(way, device, folder, root):
     """{"start", "peak": bytes, "jsd", "step_time": of step 2}, or a string that says why not."""
     answer, output = root / f"{way}.json", root / way
-    flags = ["--model", folder, "--dataset", str(root / "rows.jsonl"), "--output_dir", str(output), "--device", device]
-    flags += ["--torch_dtype", "float32", "--max_steps", "2", "--logging_steps", "1", "--lmbda", "0"]
-    flags += ["--per_device_train_batch_size", str(NUM_ROWS), "--tensorboard", "false", "--learning_rate", "1e-3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m"]
+    flags = [
+        "--model",
+        folder,
+        "--dataset",
+        str(root / "rows.jsonl"),
+        "--output_dir",
+        str(output),
+        "--device",
+        device,
+    ]
+    flags += [
+        "--torch_dtype",
+        "float32",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--lmbda",
+        "0",
+    ]
+    flags += [
+        "--per_device_train_batch_size",
+        str(NUM_ROWS),
+        "--tensorboard",
+        "false",
+        "--learning_rate",
+        "1e-3",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "1",
+        "-m",
+    ]
     command += ["benchmarks.step_memory", "--way", way, "--answer", str(answer), *flags]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if not answer.is_file():
         return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:100]}"
     line = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-    return json.loads(answer.read_text()) | {name: line[name] for name in ("jsd", "step_time", "num_tokens")}
+    return json.loads(answer.read_text()) | {
+        name: line[name] for name in ("jsd", "step_time", "num_tokens")
+    }
 
 
 def main(arguments):
-    from checkpoint_tools.make_tiny_model import build_folder
+    from demo.tiny.folder import build_folder
 
     device, vocab_size, found = arguments.device, arguments.vocab_size, {}
     with tempfile.TemporaryDirectory() as root:
@@ -119,7 +178,15 @@ def main(arguments):
         times = (f"{values['step_time']:.2f}", f"{values['jsd']:.6f}")
         rows.append([way, name, *(f"{size / MIB:.0f}" for size in sizes), *times])
     one = 4 * NUM_ROWS * RESPONSE * vocab_size / MIB
-    header = ["", "loss", "MiB at the start of step 1", "peak MiB", "above the start", "s, step 2", "jsd, step 2"]
+    header = [
+        "",
+        "loss",
+        "MiB at the start of step 1",
+        "peak MiB",
+        "above the start",
+        "s, step 2",
+        "jsd, step 2",
+    ]
     command = "python -m benchmarks.step_memory " + " ".join(sys.argv[1:])
     text = (
         f"# Memory of a whole training step\n\nCommit {commit()}; {machine(device)}; torch {torch.__version__}; "
@@ -134,10 +201,14 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vocab_size", type=int, default=REAL)
-    parser.add_argument("--output", help="a file for the Markdown, instead of the page in docs/benchmarks")
+    parser.add_argument(
+        "--output", help="a file for the Markdown, instead of the page in docs/benchmarks"
+    )
     if "--way" in sys.argv:
         own = sys.argv[1:5]  # --way WAY --answer FILE, then flags of megatron_gkd.train
         run(own[1], sys.argv[5:], own[3])

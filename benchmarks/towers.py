@@ -1,10 +1,13 @@
-"""Every tensor-parallel rank encodes all media, or its share and an all-gather joins them; prints Markdown.
+"""Every tensor-parallel rank encodes all media, or its share and an all-gather joins them; prints
+Markdown.
 
-    python -m benchmarks.towers [--tp 2 4] [--rounds 3] [--small] [--output docs/benchmarks/towers.md]
+    python -m benchmarks.towers [--tp 2 4] [--rounds 3] [--small] [--output
+    docs/benchmarks/towers.md]
 
-gloo ranks of one thread each, random weights, towers of the shapes in `towers` below in fp32. Both ways run in turn on
-the same batch, after one round that is not counted; a round takes as long as its slowest rank; medians over the rounds.
---small takes sizes that finish in seconds, to see that everything runs.
+gloo ranks of one thread each, random weights, towers of the shapes in `towers` below in fp32. Both
+ways run in turn on the same batch, after one round that is not counted; a round takes as long as
+its slowest rank; medians over the rounds. --small takes sizes that finish in seconds, to see that
+everything runs.
 """
 
 import argparse
@@ -29,9 +32,9 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from benchmarks.loss import commit, machine, table
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.sample import MediumPlace
-from megatron_gkd.model.towers import Towers
+from megatron_gkd.media.medium import Medium
+from megatron_gkd.media.towers import Towers
 
 HIDDEN, PATCH = 512, 3 * 2 * 16 * 16
 CASES = {  # audio: frames of 10 ms; visual: patches in time, height and width
@@ -68,7 +71,10 @@ def towers(place, shares: bool, small: bool) -> Towers:
         out_hidden_size=HIDDEN,
         deepstack_visual_indexes=list(range(min(3, depth))),
     )
-    encoders = Qwen3OmniMoeAudioEncoder._from_config(audio), Qwen3OmniMoeVisionEncoder._from_config(vision)
+    encoders = (
+        Qwen3OmniMoeAudioEncoder._from_config(audio),
+        Qwen3OmniMoeVisionEncoder._from_config(vision),
+    )
     return Towers(place, *encoders, shares=shares)
 
 
@@ -80,8 +86,14 @@ def batch_of(sizes: list):
             patches = torch.randn(size[0] * size[1] * size[2], PATCH)
             media.append(Medium("image", patches, size, len(patches) // 4))
         else:
-            media.append(Medium("audio", torch.randn(128, size), None, size // 100 * 13 + -(-(size % 100) // 8)))
-        places.append(MediumPlace(len(media) - 1, list(range(length, length + media[-1].num_tokens))))
+            media.append(
+                Medium(
+                    "audio", torch.randn(128, size), None, size // 100 * 13 + -(-(size % 100) // 8)
+                )
+            )
+        places.append(
+            MediumPlace(len(media) - 1, list(range(length, length + media[-1].num_tokens)))
+        )
         length += media[-1].num_tokens
     view = View([0] * (length + 1), [-100] * length + [0], length, None, tuple(places))
     return collate([Sample(view, view, False, "", 0, 0, tuple(media))], 0, 1)
@@ -92,7 +104,7 @@ def seconds_of(encoder: Towers, batch) -> float:
     dist.barrier()
     start = time.perf_counter()
     with torch.no_grad():
-        encoder.encode(batch)
+        encoder.encode(batch.media)
     seconds = torch.tensor(time.perf_counter() - start)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()
@@ -100,7 +112,9 @@ def seconds_of(encoder: Towers, batch) -> float:
 
 def run_rank(rank, tp_size, store, rounds, small, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, tp_size), rank=rank, world_size=tp_size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, tp_size), rank=rank, world_size=tp_size
+    )
     groups, device = SimpleNamespace(tp=dist.group.WORLD), torch.device("cpu")
     place = SimpleNamespace(tp_rank=rank, tp_size=tp_size, groups=groups, device=device)
     ways = {name: towers(place, name == "share", small) for name in ("all", "share")}
@@ -112,7 +126,9 @@ def run_rank(rank, tp_size, store, rounds, small, results):
                 if number:
                     taken[name].append(seconds)
         if rank == 0:
-            results[tp_size, case] = {name: statistics.median(of_way) for name, of_way in taken.items()}
+            results[tp_size, case] = {
+                name: statistics.median(of_way) for name, of_way in taken.items()
+            }
     dist.destroy_process_group()
 
 
@@ -123,25 +139,41 @@ def main(arguments):
             with tempfile.TemporaryDirectory() as folder:
                 torch.multiprocessing.spawn(
                     run_rank,
-                    (tp_size, str(Path(folder) / "store"), arguments.rounds, arguments.small, results),
+                    (
+                        tp_size,
+                        str(Path(folder) / "store"),
+                        arguments.rounds,
+                        arguments.small,
+                        results,
+                    ),
                     nprocs=tp_size,
                 )
         rows = [
-            [f"{tp_size}", case, f"{ways['all']:.3f}", f"{ways['share']:.3f}", f"{ways['all'] / ways['share']:.2f}"]
+            [
+                f"{tp_size}",
+                case,
+                f"{ways['all']:.3f}",
+                f"{ways['share']:.3f}",
+                f"{ways['all'] / ways['share']:.2f}",
+            ]
             for (tp_size, case), ways in results.items()
         ]
     command = " ".join(["python -m benchmarks.towers", *sys.argv[1:]])
     text = (
         f"# Who encodes which media at TP > 1, measured\n\nCommit {commit()}; {machine('cpu')}; torch {torch.__version__}; "
         f"`{command}`. How: the head of `benchmarks/towers.py`.\n\n"
-    ) + table(["TP", "media of a batch", "all on each rank, s", "a share each, s", "times faster"], rows)
+    ) + table(
+        ["TP", "media of a batch", "all on each rank, s", "a share each, s", "times faster"], rows
+    )
     print(text)
     if arguments.output:
         Path(arguments.output).write_text(text)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true")

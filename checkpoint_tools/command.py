@@ -1,11 +1,13 @@
-"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
+"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2.
+"""
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 from megatron_gkd.flags import Parser, refuse_unknown
 
@@ -35,12 +37,16 @@ def parse_flags(settings: type[Settings], description: str) -> Settings:
 
 @contextmanager
 def refusals_in_one_line():
-    """A refusal inside is one line on stderr, from rank 0 where there are several, and exit status 2."""
+    """A refusal inside is one line on stderr, from rank 0 where there are several, and exit status
+    2.
+    """
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).stem}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(
+                f"{Path(sys.argv[0]).stem}: error: {' '.join(str(error).split())}", file=sys.stderr
+            )
         raise SystemExit(2) from None
 
 

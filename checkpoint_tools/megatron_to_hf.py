@@ -1,8 +1,10 @@
-"""`python -m checkpoint_tools.megatron_to_hf --checkpoint DIR --output DIR`: Megatron checkpoint -> Hugging Face.
+"""`python -m checkpoint_tools.megatron_to_hf --checkpoint DIR --output DIR`: Megatron checkpoint ->
+Hugging Face.
 
-DIR is what `hf_to_megatron` wrote (the folder comes back byte for byte), a checkpoint of megatron-core's own writer
-(the parts that it does not hold come from --hf_model), or checkpoint-STEP of a training run: its adapter merged into
-the base model, or alone with --export adapter. --adapter adds adapters to any of them.
+DIR is what `hf_to_megatron` wrote (the folder comes back byte for byte), a checkpoint of
+megatron-core's own writer (the parts that it does not hold come from --hf_model), or
+checkpoint-STEP of a training run: its adapter merged into the base model, or alone with --export
+adapter. --adapter adds adapters to any of them.
 """
 
 import json
@@ -10,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
-from checkpoint_tools.hf_writer import write_hf_folder
-from checkpoint_tools.plans import is_converted, plan_from
-from checkpoint_tools.units import UNIT_BYTES
 from megatron_gkd.flags import setting
-from megatron_gkd.model.torch_dist import TRACKER, find_checkpoint
+from megatron_gkd.formats.safetensors_writer import write_hf_folder
+from megatron_gkd.formats.shards import UNIT_BYTES
+from megatron_gkd.formats.sources import is_converted, plan_from
+from megatron_gkd.formats.torch_dist import TRACKER, find_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORTS = ("merged", "adapter")
@@ -22,15 +24,23 @@ EXPORTS = ("merged", "adapter")
 
 @dataclass
 class MegatronToHfConfig:
-    checkpoint: str = field(metadata={"help": "Megatron checkpoint, or checkpoint-STEP of a training run."})
+    checkpoint: str = field(
+        metadata={"help": "Megatron checkpoint, or checkpoint-STEP of a training run."}
+    )
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
-    hf_model: str | None = setting(None, "Hugging Face folder: what the checkpoint itself does not hold.")
-    adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapters to add to the weights."})
+    hf_model: str | None = setting(
+        None, "Hugging Face folder: what the checkpoint itself does not hold."
+    )
+    adapter: list[str] = field(
+        default_factory=list, metadata={"help": "PEFT adapters to add to the weights."}
+    )
     weight: list[float] = field(
         default_factory=list,
         metadata={"help": "A factor for each adapter, a training run's own first. Default: 1."},
     )
-    export: str = setting("merged", "Of a training run: `merged` into the base model, or the `adapter` alone.")
+    export: str = setting(
+        "merged", "Of a training run: `merged` into the base model, or the `adapter` alone."
+    )
     num_workers: int = num_workers_setting()
 
     def __post_init__(self):
@@ -40,40 +50,63 @@ class MegatronToHfConfig:
 
 
 def convert(config: MegatronToHfConfig, unit_bytes: int = UNIT_BYTES) -> str:
-    """The conversion. Returns a line for the user. Raises FileNotFoundError or ValueError naming what is wrong."""
-    checkpoint, hf_model = Path(config.checkpoint), Path(config.hf_model) if config.hf_model else None
+    """The conversion. Returns a line for the user. Raises FileNotFoundError or ValueError naming
+    what is wrong.
+    """
+    checkpoint, hf_model = (
+        Path(config.checkpoint),
+        Path(config.hf_model) if config.hf_model else None,
+    )
     if (checkpoint / ADAPTER_CONFIG).is_file():
         return _export_training(config, checkpoint, hf_model, unit_bytes)
     if config.export == "adapter":
-        raise ValueError(f"--export adapter: {checkpoint} has no {ADAPTER_CONFIG}; give a training run's checkpoint")
+        raise ValueError(
+            f"--export adapter: {checkpoint} has no {ADAPTER_CONFIG}; give a training run's checkpoint"
+        )
     if config.weight and not config.adapter:
-        raise ValueError(f"--weight {' '.join(map(str, config.weight))}: there is no --adapter to weigh")
+        raise ValueError(
+            f"--weight {' '.join(map(str, config.weight))}: there is no --adapter to weigh"
+        )
     found = find_checkpoint(checkpoint)
     if found is None:
-        raise FileNotFoundError(f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there")
+        raise FileNotFoundError(
+            f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there"
+        )
     if hf_model and is_converted(found):
-        raise ValueError(f"--hf_model {hf_model}: {checkpoint} holds the whole folder; leave the flag out")
+        raise ValueError(
+            f"--hf_model {hf_model}: {checkpoint} holds the whole folder; leave the flag out"
+        )
     return _write(config, checkpoint, hf_model, config.adapter, unit_bytes)
 
 
 def _write(config, model: Path, hf_model: Path | None, adapters: list[str], unit_bytes: int) -> str:
     plan = plan_from(model, hf_model, "megatron_to_hf")
     if adapters:
-        from checkpoint_tools.merge_lora import add_adapters  # LoRA's side imports megatron-core, which takes seconds
+        from checkpoint_tools.merge_lora import (
+            add_adapters,  # LoRA's side imports megatron-core, which takes seconds
+        )
 
         plan = add_adapters(plan, adapters, config.weight)
     return write_hf_folder(plan, Path(config.output), config.num_workers, unit_bytes)
 
 
-def _export_training(config: MegatronToHfConfig, checkpoint: Path, hf_model: Path | None, unit_bytes: int) -> str:
+def _export_training(
+    config: MegatronToHfConfig, checkpoint: Path, hf_model: Path | None, unit_bytes: int
+) -> str:
     if config.export == "adapter":
-        from checkpoint_tools.adapters import copy_adapter
+        from megatron_gkd.lora.adapter_sum import copy_adapter
 
         for flag in ("hf_model", "adapter", "weight"):
             if getattr(config, flag):
                 raise ValueError(f"--{flag} has no effect with --export adapter; leave it out")
         return copy_adapter(checkpoint, Path(config.output))
-    return _write(config, _base_of(checkpoint, hf_model), hf_model, [str(checkpoint), *config.adapter], unit_bytes)
+    return _write(
+        config,
+        _base_of(checkpoint, hf_model),
+        hf_model,
+        [str(checkpoint), *config.adapter],
+        unit_bytes,
+    )
 
 
 def _base_of(checkpoint: Path, hf_model: Path | None) -> Path:
@@ -81,7 +114,9 @@ def _base_of(checkpoint: Path, hf_model: Path | None) -> Path:
     named = json.loads((checkpoint / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     base = hf_model or Path(named or "")
     if not (base / "config.json").is_file():
-        raise ValueError(f"{checkpoint}: its base model {str(base)!r} is not a folder here; name it with --hf_model")
+        raise ValueError(
+            f"{checkpoint}: its base model {str(base)!r} is not a folder here; name it with --hf_model"
+        )
     return base
 
 

@@ -1,1 +1,3 @@
-"""GKD LoRA self-distillation of a Qwen3-Omni thinker on megatron-core. Importing this package changes nothing in any other library."""
+"""GKD LoRA self-distillation of a Qwen3-Omni thinker on megatron-core. Importing this package
+changes nothing in any other library.
+"""

@@ -1,5 +1,5 @@
-"""Checkpoints: a PEFT adapter folder with, beside it, all that is needed to go on. Written beside and renamed,
-independent of the layout.
+"""Checkpoints: a PEFT adapter folder with, beside it, all that is needed to go on. Written beside
+and renamed, independent of the layout.
 
 OUTPUT/checkpoint-STEP/
     adapter_config.json, adapter_model.safetensors   what `peft` loads
@@ -7,8 +7,8 @@ OUTPUT/checkpoint-STEP/
     trainer_state.json                               step and counters; random state is a function of (seed, step)
 OUTPUT/latest_checkpoint                             name of the last run's newest, empty before its first
 
-Each rank writes the pieces it owns, rank 0 joins them: no tensor travels over the network, but all ranks must see the
-output folder.
+Each rank writes the pieces it owns, rank 0 joins them: no tensor travels over the network, but all
+ranks must see the output folder.
 """
 
 import json
@@ -21,11 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, applied, tower_loras, tower_tensors
+from megatron_gkd.lora.adapter import (
+    adapter_pieces,
+    adapter_tensors,
+    applied,
+    tower_loras,
+    tower_tensors,
+)
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
 from megatron_gkd.metrics import write_atomically
 from megatron_gkd.optimizer import MOMENTS, Optimizer
-from megatron_gkd.parallel import of_all_ranks
+from megatron_gkd.parallel import all_gather_objects
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
@@ -45,7 +51,8 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names. `latest` is the last run's newest, None if it has none yet.
+    """The folder that `--resume_from_checkpoint` names. `latest` is the last run's newest, None if
+    it has none yet.
 
     Raises FileNotFoundError for a folder that is not there.
     """
@@ -63,15 +70,17 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
 
 
 def note_latest(output_dir: str | Path, folder: Path | None) -> None:
-    """Write down which checkpoint of `output_dir` is its last run's newest; None, or one that lies elsewhere: it has
-    none yet."""
+    """Write down which checkpoint of `output_dir` is its last run's newest; None, or one that lies
+    elsewhere: it has none yet.
+    """
     inside = folder is not None and folder.resolve().parent == Path(output_dir).resolve()
     write_atomically(Path(output_dir, LATEST), f"{folder.name}\n" if inside else "")
 
 
 def read_state(folder: Path, *more_keys: str) -> dict:
-    """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a checkpoint that holds only the
-    adapter, ValueError naming the file where it is damaged."""
+    """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a
+    checkpoint that holds only the adapter, ValueError naming the file where it is damaged.
+    """
     if not (folder / STATE).is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {folder}: holds only the adapter (--save_only_model); "
@@ -81,9 +90,13 @@ def read_state(folder: Path, *more_keys: str) -> dict:
         state = json.loads((folder / STATE).read_text())
         missing = {*_STATE_KEYS, *more_keys} - state.keys()
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / STATE}: damaged ({error}); resume from another checkpoint") from error
+        raise ValueError(
+            f"{folder / STATE}: damaged ({error}); resume from another checkpoint"
+        ) from error
     if missing:
-        raise ValueError(f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}")
+        raise ValueError(
+            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}"
+        )
     return state
 
 
@@ -92,7 +105,7 @@ def save_checkpoint(
     step: int,
     *,
     model,
-    shape,
+    model_args,
     parallel,
     alpha: float,
     dropout: float,
@@ -102,20 +115,25 @@ def save_checkpoint(
 ) -> Path:
     """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone.
 
-    `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this one whole or not at
-    all. Raises OSError, on every rank, where one of them cannot write; nothing half-written stays. Collectives: two
-    barriers of the world and an exchange of what went wrong.
+    `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this
+    one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
+    half-written stays. Collectives: two barriers of the world and an exchange of what went wrong.
     """
-    final, partial = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}.partial"
+    final, partial = (
+        Path(output_dir) / f"checkpoint-{step}",
+        Path(output_dir) / f".checkpoint-{step}.partial",
+    )
     if parallel.rank == 0:
         _tidy(Path(output_dir))
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     try:
-        _write_pieces(partial, model, shape, parallel, optimizer)
+        _write_pieces(partial, model, model_args, parallel, optimizer)
         if parallel.rank == 0:
             lora = {"alpha": alpha, "dropout": dropout, "base_model": base_model}
-            _join_files(partial, model, shape, parallel, optimizer, state | {"step": step}, **lora)
+            _join_files(
+                partial, model, model_args, parallel, optimizer, state | {"step": step}, **lora
+            )
             _replace(partial, final)
             note_latest(output_dir, final)
     except BaseException:  # a full disk: what was written so far would keep it full
@@ -127,45 +145,60 @@ def save_checkpoint(
 
 
 def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None:
-    """Keep the newest `save_total_limit` of the checkpoints up to `step`. Those of later steps are an earlier run's: they
-    neither count nor go."""
+    """Keep the newest `save_total_limit` of the checkpoints up to `step`. Those of later steps are
+    an earlier run's: they neither count nor go.
+    """
     so_far = [path for number, path in checkpoints(output_dir) if number <= step]
     for path in so_far[:-save_total_limit]:
-        gone = path.with_name(f".{path.name}.partial")  # a kill meanwhile leaves no half a checkpoint under its name
+        gone = path.with_name(
+            f".{path.name}.partial"
+        )  # a kill meanwhile leaves no half a checkpoint under its name
         path.rename(gone)
         shutil.rmtree(gone)
 
 
-def _write_pieces(partial: Path, model, shape, parallel, optimizer: Optimizer | None) -> None:
-    """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the first to speak would
-    be one that misses its files."""
-    owned = [piece for piece in adapter_pieces(model, shape, parallel) if piece.owned]
+def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimizer | None) -> None:
+    """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the
+    first to speak would be one that misses its files.
+    """
+    owned = [piece for piece in adapter_pieces(model, model_args, parallel) if piece.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
     pieces = {}
     for piece in owned:
         for kind in kinds:
-            values = piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
+            values = (
+                piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
+            )
             pieces[_piece_key(kind, piece)] = values.detach().cpu().contiguous()
     error = ""
     try:
         save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
     except (OSError, SafetensorError) as caught:
         error = f"rank {parallel.rank} cannot write its part of {partial}: {caught}"
-    errors = of_all_ranks(error)
+    errors = all_gather_objects(error)
     if any(errors):
         raise OSError(next(filter(None, errors)))
 
 
 def _join_files(
-    partial: Path, model, shape, parallel, optimizer: Optimizer | None, state: dict, *, alpha: float, dropout: float, base_model: str
+    partial: Path,
+    model,
+    model_args,
+    parallel,
+    optimizer: Optimizer | None,
+    state: dict,
+    *,
+    alpha: float,
+    dropout: float,
+    base_model: str,
 ) -> None:
     """The ranks' pieces as the files of a checkpoint."""
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
-    shapes = adapter_tensors(shape, rank, targets) | tower_tensors(model)
+    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
     weights = _join(partial, "weight", shapes, parallel.world_size)
-    saved = weights | zero_tensors(shape, rank, targets)
+    saved = weights | zero_tensors(model_args, rank, targets)
     save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
     _sync(partial / TENSORS)
     lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
@@ -188,9 +221,9 @@ def _join_files(
         path.unlink()
 
 
-def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimizer) -> None:
-    """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly. Any parallel layout.
-    No collectives.
+def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Optimizer) -> None:
+    """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly.
+    Any parallel layout. No collectives.
 
     Raises FileNotFoundError or ValueError naming the file when it is not complete.
     """
@@ -201,10 +234,12 @@ def load_checkpoint(folder: Path, *, model, shape, parallel, optimizer: Optimize
                 f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
-        for piece in adapter_pieces(model, shape, parallel):
+        for piece in adapter_pieces(model, model_args, parallel):
             piece.target.copy_(weights.get_slice(piece.name)[piece.index])
             for kind in MOMENTS:
-                moments[piece.parameter][kind][piece.where].copy_(states.get_slice(f"{piece.name}.{kind}")[piece.index])
+                moments[piece.parameter][kind][piece.where].copy_(
+                    states.get_slice(f"{piece.name}.{kind}")[piece.index]
+                )
     optimizer.num_updates = state["num_updates"]
     optimizer.load_scaler_state(state["loss_scale"])
 
@@ -217,16 +252,26 @@ def _opened(path: Path):
 
 
 def _piece_key(kind: str, piece) -> str:
-    index = ",".join(f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in piece.index)
+    index = ",".join(
+        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}"
+        for s in piece.index
+    )
     return f"{kind}|{piece.name}|{index}"
 
 
 def _parse_index(text: str) -> tuple[slice, ...]:
-    return tuple(slice(*(int(number) if number else None for number in part.split(":"))) for part in text.split(","))
+    return tuple(
+        slice(*(int(number) if number else None for number in part.split(":")))
+        for part in text.split(",")
+    )
 
 
-def _join(folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks: int) -> dict[str, torch.Tensor]:
-    """The whole tensors of one kind from the ranks' files. A hole is our own error: every element has one owner."""
+def _join(
+    folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks: int
+) -> dict[str, torch.Tensor]:
+    """The whole tensors of one kind from the ranks' files. A hole is our own error: every element
+    has one owner.
+    """
     joined = {name: torch.empty(size) for name, size in shapes.items()}
     missing = {name: size[0] * size[1] for name, size in shapes.items()}
     for rank in range(num_ranks):
@@ -238,7 +283,9 @@ def _join(folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks
                     joined[name][_parse_index(index)] = values
                     missing[name] -= values.numel()
     holes = [name for name, number in missing.items() if number]
-    assert not holes, f"{holes[0]}: {missing[holes[0]]} elements without or with more than one owner"
+    assert not holes, (
+        f"{holes[0]}: {missing[holes[0]]} elements without or with more than one owner"
+    )
     return joined
 
 
@@ -256,7 +303,9 @@ def _sync(path: Path) -> None:
 
 
 def _replace(partial: Path, final: Path) -> None:
-    """Rename the finished folder into place; one of the same step (another run came by here) steps aside first."""
+    """Rename the finished folder into place; one of the same step (another run came by here) steps
+    aside first.
+    """
     _sync(partial)
     aside = final.with_name(f".{final.name}.old")
     if final.exists():
@@ -267,7 +316,8 @@ def _replace(partial: Path, final: Path) -> None:
 
 
 def _tidy(output_dir: Path) -> None:
-    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
+    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back.
+    """
     for path in output_dir.glob(f"{LATEST}.*.tmp"):
         path.unlink()
     for path in output_dir.glob(".checkpoint-*"):

@@ -1,8 +1,9 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
 flags.py turns them into flags, each class checks its own values when it is built, and
-`check_layout` checks the parallel sizes against the model. `python -m megatron_gkd.config --check_layout RANKS FLAGS`
-prints the layout of a run, or why there is none. Refused is what cannot work; the guide's ranges are recommendations.
+`check_layout` checks the parallel sizes against the model. `python -m megatron_gkd.config
+--check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
+work; the guide's ranges are recommendations.
 """
 
 import argparse
@@ -11,8 +12,16 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from megatron_gkd.flags import Parser, exit_with, refuse_unknown, require, require_at_least, setting, yaml_flags
-from megatron_gkd.model.shape import ModelShape, read_model_shape
+from megatron_gkd.flags import (
+    Parser,
+    exit_with,
+    refuse_unknown,
+    require,
+    require_at_least,
+    setting,
+    yaml_flags,
+)
+from megatron_gkd.model.args import ModelArgs, read_model_args
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
@@ -25,7 +34,11 @@ REPLACED_FLAGS = {
 class ModelConfig:
     _argument_group_name = "model"
 
-    model: str = field(metadata={"help": "Hugging Face folder (read directly) or Megatron checkpoint of the model."})
+    model: str = field(
+        metadata={
+            "help": "Hugging Face folder (read directly) or Megatron checkpoint of the model."
+        }
+    )
     teacher_model: str | None = setting(
         None, "Only the same folder as --model: the teacher is the student with LoRA off."
     )
@@ -38,7 +51,8 @@ class ModelConfig:
         "Attention; what is not installed falls back to torch's scaled-dot-product attention, and the run says so.",
     )
     experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
-        "auto", "Products of the experts; auto: Transformer Engine's on a GPU where installed, else torch's grouped_mm."
+        "auto",
+        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else torch's grouped_mm.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
     recompute: Literal["none", "full"] = setting(
@@ -46,9 +60,17 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        same = self.teacher_model is None or os.path.realpath(self.teacher_model) == os.path.realpath(self.model)
+        same = self.teacher_model is None or os.path.realpath(
+            self.teacher_model
+        ) == os.path.realpath(self.model)
         way_out = "drop the flag: the teacher is this model with its LoRA modules off, no second one is loaded"
-        require(same, "teacher_model", self.teacher_model, f"the same folder as --model {self.model}", way_out)
+        require(
+            same,
+            "teacher_model",
+            self.teacher_model,
+            f"the same folder as --model {self.model}",
+            way_out,
+        )
         way_out = "only LoRA weights are trained, the base they sit on is the teacher"
         require(self.train_type == "lora", "train_type", self.train_type, "lora", way_out)
 
@@ -61,23 +83,39 @@ class ParallelConfig:
         1, "Ranks that share each layer's weights, its sequence and the vocabulary."
     )
     pipeline_model_parallel_size: int = setting(1, "Stages that the layers are cut into.")
-    expert_model_parallel_size: int = setting(1, "Ranks that share the experts of a layer; inside one pipeline stage.")
+    expert_model_parallel_size: int = setting(
+        1, "Ranks that share the experts of a layer; inside one pipeline stage."
+    )
     context_parallel_size: int = setting(1, "Only 1 is supported.")
 
     def __post_init__(self):
         require_at_least(
-            self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+            self,
+            1,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
         )
         way_out = "a long sequence is already sharded over --tensor_model_parallel_size ranks (sequence parallelism)"
-        require(self.context_parallel_size == 1, "context_parallel_size", self.context_parallel_size, "1", way_out)
+        require(
+            self.context_parallel_size == 1,
+            "context_parallel_size",
+            self.context_parallel_size,
+            "1",
+            way_out,
+        )
 
 
 @dataclass
 class LoraConfig:
     _argument_group_name = "LoRA"
 
-    lora_rank: int | None = setting(None, "Rank r of each W_down [r, in] and W_up [out, r]. Default: the adapter's, or 8.")
-    lora_alpha: float | None = setting(None, "The update is scaled by alpha / r. Default: the adapter's scale, or alpha 16.")
+    lora_rank: int | None = setting(
+        None, "Rank r of each W_down [r, in] and W_up [out, r]. Default: the adapter's, or 8."
+    )
+    lora_alpha: float | None = setting(
+        None, "The update is scaled by alpha / r. Default: the adapter's scale, or alpha 16."
+    )
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
@@ -86,21 +124,42 @@ class LoraConfig:
         "Default: the adapter's, or ALL.",
         ["--target_modules"],
     )
-    lora_towers: bool = setting(False, "LoRA on attention and MLP of the audio and the vision tower too; else they are frozen.")
-    adapter: str | None = setting(None, "Start from this PEFT adapter folder instead of a fresh one.")
+    lora_towers: bool = setting(
+        False,
+        "LoRA on attention and MLP of the audio and the vision tower too; else they are frozen.",
+    )
+    adapter: str | None = setting(
+        None, "Start from this PEFT adapter folder instead of a fresh one."
+    )
 
     def __post_init__(self):
         if self.lora_rank is not None:
             require_at_least(self, 1, "lora_rank")
         if self.lora_alpha is not None:
-            require(0 < self.lora_alpha < math.inf, "lora_alpha", self.lora_alpha, "above 0", "twice the rank is usual")
+            require(
+                0 < self.lora_alpha < math.inf,
+                "lora_alpha",
+                self.lora_alpha,
+                "above 0",
+                "twice the rank is usual",
+            )
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        names = [name for word in self.lora_target_modules for name in word.replace(",", " ").split()]
+        names = [
+            name for word in self.lora_target_modules for name in word.replace(",", " ").split()
+        ]
         given = not self.lora_target_modules or bool(names)
-        require(given, "lora_target_modules", repr(" ".join(self.lora_target_modules)), "ALL or names of linears", "leave the flag out for ALL")
+        require(
+            given,
+            "lora_target_modules",
+            repr(" ".join(self.lora_target_modules)),
+            "ALL or names of linears",
+            "leave the flag out for ALL",
+        )
         names = ["ALL" if name in ("ALL", "all", "all-linear") else name for name in names]
         allowed = "ALL alone, or names of linears"
-        require("ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed)
+        require(
+            "ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed
+        )
         self.lora_target_modules = names
 
 
@@ -109,12 +168,17 @@ class DataConfig:
     _argument_group_name = "data"
 
     dataset: list[str] = field(
-        metadata={"help": "Files (.jsonl, .parquet) or `datasets` names; NAME#N takes N samples, seeded."}
+        metadata={
+            "help": "Files (.jsonl, .parquet) or `datasets` names; NAME#N takes N samples, seeded."
+        }
     )
     val_dataset: list[str] = setting([], "Evaluation data, in the same forms.")
-    split_dataset_ratio: float = setting(0.0, "Share of --dataset that is set aside for evaluation.")
+    split_dataset_ratio: float = setting(
+        0.0, "Share of --dataset that is set aside for evaluation."
+    )
     download_datasets: bool = setting(
-        False, "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network."
+        False,
+        "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network.",
     )
     max_length: int = setting(
         2048,
@@ -124,16 +188,26 @@ class DataConfig:
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
     skip_bad_rows: bool = setting(
-        False, "Count and skip rows that cannot be used; without it they stop the run before step 1."
+        False,
+        "Count and skip rows that cannot be used; without it they stop the run before step 1.",
     )
-    check_data: bool = setting(False, "Read and check the data, every medium too, print the report and stop.")
+    check_data: bool = setting(
+        False, "Read and check the data, every medium too, print the report and stop."
+    )
     media_cache: str | None = setting(
-        None, "Keep the features of audio, images and videos in this folder; ranks and runs may share it."
+        None,
+        "Keep the features of audio, images and videos in this folder; ranks and runs may share it.",
     )
 
     def __post_init__(self):
         ratio = self.split_dataset_ratio
-        require(0 <= ratio < 1, "split_dataset_ratio", ratio, "in [0, 1)", "0.01 sets one row in a hundred aside")
+        require(
+            0 <= ratio < 1,
+            "split_dataset_ratio",
+            ratio,
+            "in [0, 1)",
+            "0.01 sets one row in a hundred aside",
+        )
         require_at_least(self, 2, "max_length")
         require_at_least(self, 0, "dataloader_num_workers")
         require_at_least(self, 1, "dataset_num_proc")
@@ -142,7 +216,9 @@ class DataConfig:
 
 
 class Mixture(NamedTuple):
-    """What the loss compares: `beta` is the weight of the **student** in M, without effect in the two KLs."""
+    """What the loss compares: `beta` is the weight of the **student** in M, without effect in the
+    two KLs.
+    """
 
     divergence: str
     beta: float
@@ -153,13 +229,16 @@ class DistillConfig:
     _argument_group_name = "distillation"
 
     lmbda: str = setting(
-        "0.5", "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as 0:0.3,500:0.5,1000:0.7."
+        "0.5",
+        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as 0:0.3,500:0.5,1000:0.7.",
     )
     temperature: float = setting(
-        2.0, "Softens teacher and student in the loss (--rollout_temperature is the one for sampling)."
+        2.0,
+        "Softens teacher and student in the loss (--rollout_temperature is the one for sampling).",
     )
     beta: float = setting(
-        0.5, "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see --beta_convention."
+        0.5,
+        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see --beta_convention.",
     )
     beta_convention: Literal["guide", "paper"] = setting(
         "guide",
@@ -174,21 +253,39 @@ class DistillConfig:
         "Default: no limit.",
     )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
-    sft_alpha: float = setting(0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only.")
-    allow_zero_signal: bool = setting(False, "Run even where student and teacher are equal and nothing can be learned.")
+    sft_alpha: float = setting(
+        0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."
+    )
+    allow_zero_signal: bool = setting(
+        False, "Run even where student and teacher are equal and nothing can be learned."
+    )
 
     def __post_init__(self):
         self.lmbda = str(self.lmbda)
         parse_schedule(self.lmbda)
-        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0", "1 to 4 is usual")
+        require(
+            0 < self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "above 0",
+            "1 to 4 is usual",
+        )
         require(0 <= self.sft_alpha <= 1, "sft_alpha", self.sft_alpha, "in [0, 1]")
         if self.divergence_clip is not None:
-            require(0 < self.divergence_clip < math.inf, "divergence_clip", self.divergence_clip, "above 0", "leave it out for no limit")
+            require(
+                0 < self.divergence_clip < math.inf,
+                "divergence_clip",
+                self.divergence_clip,
+                "above 0",
+                "leave it out for no limit",
+            )
         if self.divergence != "jsd" or self.beta_convention == "paper":
             require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
         else:
             way_out = "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, --beta_convention paper"
-            require(0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out)
+            require(
+                0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out
+            )
 
     def lmbda_at(self, step: int) -> float:
         """Probability that the step with this number (the first is 0) is on-policy."""
@@ -200,12 +297,18 @@ class DistillConfig:
         return any(value > 0 for _, value in parse_schedule(self.lmbda))
 
     def may_use_data_responses(self, total_steps: int) -> bool:
-        """Whether any of the steps can learn from the data set's own responses, which is where sft_alpha counts."""
-        return not self.seq_kd and any(value < 1 for start, value in parse_schedule(self.lmbda) if start < total_steps)
+        """Whether any of the steps can learn from the data set's own responses, which is where
+        sft_alpha counts.
+        """
+        return not self.seq_kd and any(
+            value < 1 for start, value in parse_schedule(self.lmbda) if start < total_steps
+        )
 
     @property
     def mixture(self) -> Mixture:
-        """The divergence that is computed and the student's weight in it, whichever convention --beta was given in."""
+        """The divergence that is computed and the student's weight in it, whichever convention
+        --beta was given in.
+        """
         if self.divergence != "jsd":
             return Mixture(self.divergence, 0.5)
         if self.beta_convention == "guide":
@@ -228,13 +331,19 @@ class DistillConfig:
             if self.divergence == "jsd"
             else f"--divergence {divergence}"
         )
-        clip = "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
-        sft = f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
+        clip = (
+            "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
+        )
+        sft = (
+            f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
+        )
         return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft} ({used})"
 
 
 def parse_schedule(text: str) -> list[tuple[int, float]]:
-    """`0.5` or `0:0.3,500:0.5,1000:0.7` -> [(first step, probability), ...] from step 0 on; else ValueError."""
+    """`0.5` or `0:0.3,500:0.5,1000:0.7` -> [(first step, probability), ...] from step 0 on; else
+    ValueError.
+    """
     allowed = "a number in [0, 1], or FROM_STEP:VALUE pairs that start at 0 and ascend, such as 0:0.3,500:0.5,1000:0.7"
     try:
         pairs = [pair.split(":") for pair in text.split(",")] if ":" in text else [["0", text]]
@@ -253,46 +362,64 @@ class RolloutConfig:
 
     max_completion_length: int = setting(512, "Tokens that a generated response may have.")
     rollout_temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
-    top_p: float = setting(0.9, "Sample from the smallest set of tokens with this much probability; 1 is off.")
+    top_p: float = setting(
+        0.9, "Sample from the smallest set of tokens with this much probability; 1 is off."
+    )
     top_k: int = setting(50, "Sample from this many most probable tokens; 0 is off.")
     repetition_penalty: float = setting(
-        1.1, "Divides the positive logits of tokens already seen, multiplies the negative; 1 is off."
+        1.1,
+        "Divides the positive logits of tokens already seen, multiplies the negative; 1 is off.",
     )
 
     def __post_init__(self):
         require_at_least(self, 1, "max_completion_length")
         temperature = self.rollout_temperature
-        require(0 <= temperature < math.inf, "rollout_temperature", temperature, "0 (greedy) or more")
+        require(
+            0 <= temperature < math.inf, "rollout_temperature", temperature, "0 (greedy) or more"
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
         penalty = self.repetition_penalty
-        require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0", "1 switches it off")
+        require(
+            0 < penalty < math.inf, "repetition_penalty", penalty, "above 0", "1 switches it off"
+        )
 
 
 @dataclass
 class TrainConfig:
     _argument_group_name = "training"
 
-    per_device_train_batch_size: int = setting(4, "Samples in a micro-batch of one data-parallel rank.")
+    per_device_train_batch_size: int = setting(
+        4, "Samples in a micro-batch of one data-parallel rank."
+    )
     per_device_eval_batch_size: int = setting(4, "The same in evaluation.")
     gradient_accumulation_steps: int = setting(1, "Micro-batches in a step.")
     learning_rate: float = setting(1e-5, "Peak learning rate, reached at the end of the warm-up.")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "From the peak to 0 over the run (constant: stays)."
     )
-    warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises from 0.")
-    weight_decay: float = setting(0.0, "AdamW's decay of the LoRA weights, as in Hugging Face's Trainer.")
+    warmup_ratio: float = setting(
+        0.05, "Share of the steps in which the learning rate rises from 0."
+    )
+    weight_decay: float = setting(
+        0.0, "AdamW's decay of the LoRA weights, as in Hugging Face's Trainer."
+    )
     adam_beta1: float = setting(0.9, "Decay of AdamW's first moment.")
     adam_beta2: float = setting(0.999, "Decay of AdamW's second moment.")
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = setting(1.0, "The gradient's global norm is clipped to this.")
     num_train_epochs: float = setting(1.0, "Passes over the data; fractions are allowed.")
     max_steps: int = setting(-1, "Steps, instead of --num_train_epochs; -1 is unset.")
-    seed: int = setting(42, "Of data order, dropout, new LoRA weights, sampling and on-policy draws.")
-    deterministic: bool = setting(
-        False, "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's mostly do not."
+    seed: int = setting(
+        42, "Of data order, dropout, new LoRA weights, sampling and on-policy draws."
     )
-    max_bad_steps: int = setting(10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped.")
+    deterministic: bool = setting(
+        False,
+        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's mostly do not.",
+    )
+    max_bad_steps: int = setting(
+        10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped."
+    )
 
     def __post_init__(self):
         require_at_least(
@@ -303,17 +430,40 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "max_bad_steps",
         )
-        require(0 <= self.learning_rate < math.inf, "learning_rate", self.learning_rate, "0 or more", "1e-5 is usual")
+        require(
+            0 <= self.learning_rate < math.inf,
+            "learning_rate",
+            self.learning_rate,
+            "0 or more",
+            "1e-5 is usual",
+        )
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "in [0, 1)")
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(0 < self.adam_epsilon < math.inf, "adam_epsilon", self.adam_epsilon, "above 0")
         way_out = "a large number switches clipping off"
-        require(0 < self.max_grad_norm < math.inf, "max_grad_norm", self.max_grad_norm, "above 0", way_out)
-        require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "above 0")
+        require(
+            0 < self.max_grad_norm < math.inf,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "above 0",
+            way_out,
+        )
+        require(
+            0 < self.num_train_epochs < math.inf,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "above 0",
+        )
         way_out = "-1 leaves the length to --num_train_epochs"
-        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1, or 1 or more", way_out)
+        require(
+            self.max_steps == -1 or self.max_steps >= 1,
+            "max_steps",
+            self.max_steps,
+            "-1, or 1 or more",
+            way_out,
+        )
         require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
 
 
@@ -323,10 +473,17 @@ class RunConfig:
 
     output_dir: str = setting("output", "Metrics, checkpoints and run.json go here.")
     eval_steps: int = setting(50, "Evaluate after every so many steps.")
-    save_steps: int = setting(50, "Write a checkpoint after every so many steps; the last step always writes one.")
-    save_total_limit: int = setting(2, "Checkpoints that are kept, the newest; one more until a good step has followed the newest.")
+    save_steps: int = setting(
+        50, "Write a checkpoint after every so many steps; the last step always writes one."
+    )
+    save_total_limit: int = setting(
+        2,
+        "Checkpoints that are kept, the newest; one more until a good step has followed the newest.",
+    )
     logging_steps: int = setting(5, "Write a line of metrics after every so many steps.")
-    save_only_model: bool = setting(False, "Checkpoints hold the adapter only, and a run cannot be resumed from them.")
+    save_only_model: bool = setting(
+        False, "Checkpoints hold the adapter only, and a run cannot be resumed from them."
+    )
     resume_from_checkpoint: str | None = setting(
         None, "A checkpoint folder, or latest: the newest one in --output_dir."
     )
@@ -357,17 +514,22 @@ class Config:
     def describe(self) -> str:
         """The resolved settings for the log, one line a group."""
         lines = [
-            f"  {group}: " + " ".join(f"{k}={v}" for k, v in values.items()) for group, values in self.to_dict().items()
+            f"  {group}: " + " ".join(f"{k}={v}" for k, v in values.items())
+            for group, values in self.to_dict().items()
         ]
         return "\n".join(["Settings:"] + lines)
 
 
 def _make_parser() -> Parser:
     parser = Parser(
-        [group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train", allow_abbrev=False
+        [group.type for group in fields(Config)],
+        prog="torchrun -m megatron_gkd.train",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Settings as `flag: value` lines; flags on the command line win."
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings as `flag: value` lines; flags on the command line win.",
     )
     for flag, answer in REPLACED_FLAGS.items():
         parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
@@ -375,10 +537,11 @@ def _make_parser() -> Parser:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Settings from `argv` (without the program's name) and the YAML file that --config names; the flags win.
+    """Settings from `argv` (without the program's name) and the YAML file that --config names; the
+    flags win.
 
-    Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a missing flag, a bad value.
-    Rank 0 prints one line for each DeepSpeed flag.
+    Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a
+    missing flag, a bad value. Rank 0 prints one line for each DeepSpeed flag.
     """
     parser = _make_parser()
     file_parser = Parser([], add_help=False, allow_abbrev=False)
@@ -414,9 +577,11 @@ def check_layout(
     num_experts: int,
     num_layers: int,
 ) -> int:
-    """The data-parallel size of this layout; ValueError with both numbers and the way out where there is none.
+    """The data-parallel size of this layout; ValueError with both numbers and the way out where
+    there is none.
 
-    Experts are not cut further (expert tensor parallel size 1), so an expert group lies inside one pipeline stage.
+    Experts are not cut further (expert tensor parallel size 1), so an expert group lies inside one
+    pipeline stage.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep = parallel.expert_model_parallel_size
@@ -427,13 +592,20 @@ def check_layout(
         )
     stage = world_size // pp
     for flag, size, number, of_what in (
-        ("expert_model_parallel_size", ep, stage, f"ranks of a pipeline stage ({world_size} ranks / PP {pp})"),
+        (
+            "expert_model_parallel_size",
+            ep,
+            stage,
+            f"ranks of a pipeline stage ({world_size} ranks / PP {pp})",
+        ),
         ("expert_model_parallel_size", ep, num_experts, "experts of the model"),
         ("tensor_model_parallel_size", tp, num_attention_heads, "attention heads of the model"),
         ("pipeline_model_parallel_size", pp, num_layers, "layers of the model"),
     ):
         if number % size:
-            raise ValueError(f"--{flag} {size} does not divide the {number} {of_what}; choose a divisor of {number}")
+            raise ValueError(
+                f"--{flag} {size} does not divide the {number} {of_what}; choose a divisor of {number}"
+            )
     if num_key_value_heads % tp and tp % num_key_value_heads:
         raise ValueError(
             f"--tensor_model_parallel_size {tp} and the model's {num_key_value_heads} key-value heads: "
@@ -442,37 +614,46 @@ def check_layout(
     return world_size // (tp * pp)
 
 
-def describe_layout(world_size: int, shape: ModelShape, config: Config) -> str:
-    """One line on how `world_size` ranks share a model of these sizes; ValueError where they cannot."""
+def describe_layout(world_size: int, model_args: ModelArgs, config: Config) -> str:
+    """One line on how `world_size` ranks share a model of these sizes; ValueError where they
+    cannot.
+    """
     parallel, train = config.parallel, config.train
     data_parallel_size = check_layout(
         world_size,
         parallel,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        num_experts=shape.num_experts,
-        num_layers=shape.num_layers,
+        num_attention_heads=model_args.num_attention_heads,
+        num_key_value_heads=model_args.num_key_value_heads,
+        num_experts=model_args.num_experts,
+        num_layers=model_args.num_layers,
     )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep = parallel.expert_model_parallel_size
     samples, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
     return (
         f"Layout: {world_size} ranks = TP {tp} x PP {pp} x DP {data_parallel_size}; "
-        f"EP {ep}: {shape.num_experts // ep} of {shape.num_experts} experts a rank; "
-        f"{shape.num_layers // pp} of {shape.num_layers} layers a stage; "
+        f"EP {ep}: {model_args.num_experts // ep} of {model_args.num_experts} experts a rank; "
+        f"{model_args.num_layers // pp} of {model_args.num_layers} layers a stage; "
         f"a step takes {samples * micro_batches * data_parallel_size} samples "
         f"({samples} x {micro_batches} micro-batches x {data_parallel_size} data-parallel ranks)"
     )
 
 
 def main() -> None:
-    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout line, or exit status 2 and the reason."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_gkd.config", add_help=False, allow_abbrev=False)
+    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout line, or exit status 2
+    and the reason.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_gkd.config", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--check_layout", type=int, required=True, metavar="RANKS")
     own, flags = parser.parse_known_args()
     config = parse_config_or_exit(flags)
     try:
-        print(describe_layout(own.check_layout, read_model_shape(config.model.model), config), flush=True)
+        print(
+            describe_layout(own.check_layout, read_model_args(config.model.model), config),
+            flush=True,
+        )
     except (ValueError, OSError) as error:
         exit_with(error)
 

@@ -1,9 +1,10 @@
-"""Run megatron-core on a machine without CUDA: `enable()`, called once by the entry point, never on import.
+"""Run megatron-core on a machine without CUDA: `enable()`, called once by the entry point, never on
+import.
 
-megatron-core asks `torch.cuda` for devices, streams and generators even where no GPU is involved. `enable()` answers
-those calls with their CPU meaning and rewrites `device="cuda"` in tensor factories. Everything above this layer is the
-real megatron-core. The patches hold for the whole process, which is why the call is explicit; a process that has a GPU
-in use is refused.
+megatron-core asks `torch.cuda` for devices, streams and generators even where no GPU is involved.
+`enable()` answers those calls with their CPU meaning and rewrites `device="cuda"` in tensor
+factories. Everything above this layer is the real megatron-core. The patches hold for the whole
+process, which is why the call is explicit; a process that has a GPU in use is refused.
 """
 
 import contextlib
@@ -45,7 +46,9 @@ class _NoStream:
 
 
 def _without_cuda(factory):
-    """The tensor factory with `device="cuda"` read as CPU. A mode that sees every operation costs 15 % of a forward."""
+    """The tensor factory with `device="cuda"` read as CPU. A mode that sees every operation costs
+    15 % of a forward.
+    """
 
     @functools.wraps(factory)
     def make(*args, device=None, **kwargs):
@@ -57,7 +60,9 @@ def _without_cuda(factory):
 
 
 def enable() -> None:
-    """Make megatron-core run on CPU in this process. Idempotent. Raises RuntimeError when CUDA is already in use."""
+    """Make megatron-core run on CPU in this process. Idempotent. Raises RuntimeError when CUDA is
+    already in use.
+    """
     global _enabled
     if _enabled:
         return
@@ -95,17 +100,24 @@ def enable() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    # The tracker warns when the CPU's generator moves inside one of its contexts; here it manages that generator.
+    mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    # The tracker warns when the CPU's generator moves inside one of its contexts; here it manages
+    # that generator.
     logging.getLogger(mcore_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
+        torch.set_rng_state(new_state)
+    )
     _without_fused_kernels()
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_and_convert(tensor, as_numpy=False, record_stream=False):
-        if as_numpy and torch.is_tensor(tensor):  # the original converts only what it copied from a GPU
+        if as_numpy and torch.is_tensor(
+            tensor
+        ):  # the original converts only what it copied from a GPU
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
@@ -113,7 +125,9 @@ def enable() -> None:
 
 
 def _without_fused_kernels() -> None:
-    """megatron-core takes these from Transformer Engine or Apex wherever they are installed: kernels for GPUs only."""
+    """megatron-core takes these from Transformer Engine or Apex wherever they are installed:
+    kernels for GPUs only.
+    """
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils

@@ -1,7 +1,8 @@
-"""`python -m megatron_gkd.doctor`: what is installed, what each optional package would speed up, what will be used.
+"""`python -m megatron_gkd.doctor`: what is installed, what each optional package would speed up,
+what will be used.
 
-Reads only: nothing is installed, no process group is made, and optional packages are looked at without importing them
-(but Transformer Engine, which megatron-core imports).
+Reads only: nothing is installed, no process group is made, and optional packages are looked at
+without importing them (but Transformer Engine, which megatron-core imports).
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_gkd.metrics import package_versions
-from megatron_gkd.te import import_problem
+from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
@@ -59,10 +60,14 @@ def device_lines() -> list[str]:
 
 
 def choice_lines() -> list[str]:
-    """The device, attention, experts and loss that a run with default flags takes here, or why it would be refused."""
+    """The device, attention, experts and loss that a run with default flags takes here, or why it
+    would be refused.
+    """
     if problem := import_problem():  # megatron-core, which the imports below bring, fails with it
         return [f"error: {problem}"]
-    with warnings.catch_warnings():  # megatron-core warns about each optional package that this report lists
+    with (
+        warnings.catch_warnings()
+    ):  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
         from megatron_gkd.loss.divergence import passes_for
         from megatron_gkd.model.decoder import core_attention
@@ -70,14 +75,22 @@ def choice_lines() -> list[str]:
         from megatron_gkd.parallel import resolve_device
 
     device = resolve_device("auto")
-    lines = [f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}"]
+    lines = [
+        f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}"
+    ]
     attention, experts = core_attention("flash", device), grouped_linear("auto", device)
     slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_GROUPED_MM
     return [
         *lines,
         f"attention: {attention.__name__}",
         f"experts: {experts.__name__}",
-        *(["  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"] if slow else []),
+        *(
+            [
+                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"
+            ]
+            if slow
+            else []
+        ),
         f"loss: {passes_for(device).__name__}",
     ]
 

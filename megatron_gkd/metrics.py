@@ -1,8 +1,9 @@
-"""What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the progress on the screen.
+"""What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the
+progress on the screen.
 
-One object a logged step, flushed as it is written. A resumed run first drops the lines after its checkpoint, so that
-the files read as if the run had never stopped; a run that starts at step 0 moves an earlier one's files aside. Only the
-rank that is `enabled` writes anything.
+One object a logged step, flushed as it is written. A resumed run first drops the lines after its
+checkpoint, so that the files read as if the run had never stopped; a run that starts at step 0
+moves an earlier one's files aside. Only the rank that is `enabled` writes anything.
 """
 
 import json
@@ -19,19 +20,34 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-PACKAGES = ("torch", "megatron-core", "transformers", "peft", "datasets", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 class MetricsWriter:
-    """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to `total_steps`.
+    """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to
+    `total_steps`.
 
-    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`), otherwise later lines
-    are dropped.
-    On a terminal there is a bar; in a log file one line for each logged step.
+    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`),
+    otherwise later lines are dropped. On a terminal there is a bar; in a log file one line for each
+    logged step.
     """
 
     def __init__(
-        self, output_dir: str, total_steps: int, start_step: int = 0, enabled: bool = True, tensorboard: bool = True
+        self,
+        output_dir: str,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        tensorboard: bool = True,
     ):
         self.total_steps, self.start_step, self.enabled = total_steps, start_step, enabled
         self._start_time = time.monotonic()
@@ -49,12 +65,22 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             purge_step = start_step + 1 if start_step else 0
-            self._board = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=purge_step)
+            self._board = SummaryWriter(
+                os.path.join(output_dir, "tensorboard"), purge_step=purge_step
+            )
         if sys.stdout.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
 
     def log_train(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. `values["step"]` counts from 1; NaN and Inf are written as null."""
+        """One line of metrics.jsonl. `values["step"]` counts from 1; NaN and Inf are written as
+        null.
+        """
         if not self.enabled:
             return
         self._write("metrics", "train", values)
@@ -64,7 +90,8 @@ class MetricsWriter:
             self._bar.update(values["step"] - self._bar.n)
         else:
             print(
-                f"step {values['step']}/{self.total_steps}  {shown}  {self._time_left(values['step'])} left", flush=True
+                f"step {values['step']}/{self.total_steps}  {shown}  {self._time_left(values['step'])} left",
+                flush=True,
             )
 
     def log_eval(self, values: dict[str, Any]) -> None:
@@ -73,7 +100,9 @@ class MetricsWriter:
             return
         self._write("eval", "eval", values)
         line = f"eval after step {values['step']}  " + "  ".join(
-            f"{name} {value:.4g}" for name, value in values.items() if name != "step" and _is_number(value)
+            f"{name} {value:.4g}"
+            for name, value in values.items()
+            if name != "step" and _is_number(value)
         )
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
@@ -143,11 +172,15 @@ def _set_aside(paths: list[Path]) -> None:
     while any(path.with_suffix(f".{number}.jsonl").exists() for path in paths):
         number += 1
     moved = [path.rename(path.with_suffix(f".{number}.jsonl")) for path in paths]
-    print(f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}", flush=True)
+    print(
+        f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}",
+        flush=True,
+    )
 
 
 def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too."""
+    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -165,7 +198,9 @@ def _keep_lines_until(path: Path, step: int) -> None:
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader, or a kill, meanwhile finds the old or the new one, whole."""
+    """Replace the file at `path` by `text`; a reader, or a kill, meanwhile finds the old or the new
+    one, whole.
+    """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -181,14 +216,20 @@ def write_run_json(
     parameters: dict[str, int],
     layout: dict[str, int],
 ) -> None:
-    """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts, parallel sizes."""
+    """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts,
+    parallel sizes.
+    """
     os.makedirs(output_dir, exist_ok=True)
     contents = {"config": config, "versions": versions, "parameters": parameters, "layout": layout}
-    write_atomically(Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(
+        Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's numbers depend on; "not installed" where one is missing."""
+    """Versions of Python and of the packages that a run's numbers depend on; "not installed" where
+    one is missing.
+    """
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -199,7 +240,9 @@ def package_versions() -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has used so far: of the CUDA allocator on a GPU, resident on a CPU."""
+    """The most memory this process has used so far: of the CUDA allocator on a GPU, resident on a
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,10 @@
-"""AdamW on the LoRA parameters through megatron-core, the learning rate as a function of the step, and the guard
-against bad steps."""
+"""AdamW on the LoRA parameters through megatron-core, the learning rate as a function of the step,
+and the guard against bad steps.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -15,9 +16,12 @@ from megatron_gkd.parallel import any_rank
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, total_steps: int, *, peak: float, warmup_ratio: float, kind: str) -> float:
-    """Of update `step` (the first is 1): linear from 0 to `peak` over the warm-up, then `cosine` or `linear` to 0, or
-    `constant`."""
+def learning_rate(
+    step: int, total_steps: int, *, peak: float, warmup_ratio: float, kind: str
+) -> float:
+    """Of update `step` (the first is 1): linear from 0 to `peak` over the warm-up, then `cosine` or
+    `linear` to 0, or `constant`.
+    """
     warmup = math.ceil(total_steps * warmup_ratio)
     if step <= warmup:
         return peak * step / warmup
@@ -34,18 +38,23 @@ def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:
 
 @dataclass
 class Update:
-    """What one call of `Optimizer.step` did. `grad_norm`: global L2 norm over the LoRA gradients before clipping."""
+    """What one call of `Optimizer.step` did. `grad_norm`: global L2 norm over the LoRA gradients
+    before clipping.
+    """
 
     applied: bool
     grad_norm: float
-    overflowed: bool = False  # a float16 overflow that a smaller loss scale can cure: skipped, but not a bad step
+    overflowed: bool = (
+        False  # a float16 overflow that a smaller loss scale can cure: skipped, but not a bad step
+    )
 
 
 class Optimizer:
     """megatron-core's optimizer on the trainable parameters of `model`, a DistributedDataParallel.
 
-    Weights and moments are fp32 whatever the base's dtype; a float16 base brings dynamic loss scaling. One scale serves
-    dense and expert parameters (megatron-core keeps one each, which may part).
+    Weights and moments are fp32 whatever the base's dtype; a float16 base brings dynamic loss
+    scaling. One scale serves dense and expert parameters (megatron-core keeps one each, which may
+    part).
     """
 
     def __init__(
@@ -92,11 +101,11 @@ class Optimizer:
         self.inner.zero_grad()
 
     def step(self, learning_rate: float, loss: float) -> Update:
-        """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf in `loss` or a
-        gradient.
+        """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf
+        in `loss` or a gradient.
 
-        Collectives: sums of the norm over the ranks that hold different parameters; a maximum of one number over the
-        world.
+        Collectives: sums of the norm over the ranks that hold different parameters; a maximum of
+        one number over the world.
         """
         self.inner.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0
@@ -117,12 +126,15 @@ class Optimizer:
 
     def _groups(self) -> Iterator[tuple[torch.optim.Optimizer, dict]]:
         for part in getattr(self.inner, "chained_optimizers", [self.inner]):
-            for group in part.param_groups:  # none where LoRA is on experts alone, or on attention alone
+            for (
+                group
+            ) in part.param_groups:  # none where LoRA is on experts alone, or on attention alone
                 yield part.optimizer, group
 
     def moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state of each parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape; zero where there is
-        none yet."""
+        """AdamW's state of each parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape;
+        zero where there is none yet.
+        """
         found = {}
         for adam, group in self._groups():
             for parameter in group["params"]:
@@ -135,7 +147,9 @@ class Optimizer:
 
     @property
     def num_updates(self) -> int:
-        """How often AdamW has updated: skipped steps do not count (the number enters the bias correction)."""
+        """How often AdamW has updated: skipped steps do not count (the number enters the bias
+        correction).
+        """
         adam, group = next(self._groups())
         return int(
             adam.state[group["params"][0]].get("step", group.get("step", 0))

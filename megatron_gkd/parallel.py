@@ -1,13 +1,15 @@
-"""Process groups, seeds and the device: the only file that reads megatron-core's global parallel state.
+"""Process groups, seeds and the device: the only file that reads megatron-core's global parallel
+state.
 
-Everything below takes a `Parallel` (or one of its groups) as an argument. Expert tensor parallelism is always 1: an
-expert lives whole on one rank, and the ranks of a tensor-parallel group count as data-parallel ranks for the experts.
+Everything below takes a `Parallel` (or one of its groups) as an argument. Expert tensor parallelism
+is always 1: an expert lives whole on one rank, and the ranks of a tensor-parallel group count as
+data-parallel ranks for the experts.
 """
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -18,7 +20,9 @@ from megatron_gkd import cpu
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep, expt_dp, ...)."""
+    """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep,
+    expt_dp, ...).
+    """
 
     groups: ProcessGroupCollection
     device: torch.device
@@ -48,17 +52,25 @@ class Parallel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` on a machine without one."""
+    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` on a machine without one.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+        raise ValueError(
+            "--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch"
+        )
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device == "cuda"
+        else torch.device("cpu")
+    )
 
 
 def use_deterministic_kernels() -> None:
-    """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that give the same bits every time, before any of them
-    has started. Where torch has none it warns."""
+    """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that give the same bits every
+    time, before any of them has started. Where torch has none it warns.
+    """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -73,26 +85,34 @@ def initialize(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     seed: int = 42,
-    timeout: Optional[timedelta] = None,
+    timeout: timedelta | None = None,
 ) -> Parallel:
-    """Join the process group (torchrun's variables, unless already initialised; without them a world of one) and build
-    the model-parallel groups. timeout: how long a rank waits for the others in a collective (torch's default is 10
-    minutes with NCCL, 30 with gloo).
+    """Join the process group (torchrun's variables, unless already initialised; without them a
+    world of one) and build the model-parallel groups. timeout: how long a rank waits for the others
+    in a collective (torch's default is 10 minutes with NCCL, 30 with gloo).
 
-    Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does not divide into the
-    layout.
+    Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does
+    not divide into the layout.
     """
     if device.type == "cpu":
         cpu.enable()
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        alone = (
+            {}
+            if "RANK" in os.environ
+            else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        )
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout, **alone)
-    from megatron.core.transformer.moe import moe_utils  # its import says what is not installed, and takes a second
+    from megatron.core.transformer.moe import (
+        moe_utils,  # its import says what is not installed, and takes a second
+    )
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 defines it with Transformer Engine only, and asks for it always
+    if not hasattr(
+        moe_utils, "te_general_gemm"
+    ):  # 0.16.1 defines it with Transformer Engine only, and asks for it always
         moe_utils.te_general_gemm = None
     world_size = torch.distributed.get_world_size()
     stage_size = world_size // pipeline_model_parallel_size
@@ -132,12 +152,16 @@ def initialize(
 
 
 def seed_step(seed: int, step: int, parallel: Parallel) -> None:
-    """Seed every generator from (seed, step, rank), so that a resumed run needs no random state from disk.
+    """Seed every generator from (seed, step, rank), so that a resumed run needs no random state
+    from disk.
 
-    The default generator agrees on the ranks of a tensor-parallel group (dropout on replicated inputs must);
-    megatron-core's tracker holds the generators that differ between them (sharded inputs, experts).
+    The default generator agrees on the ranks of a tensor-parallel group (dropout on replicated
+    inputs must); megatron-core's tracker holds the generators that differ between them (sharded
+    inputs, experts).
     """
-    base = (seed * 1_000_003 + step * 8_191 + parallel.dp_rank * 131_071 + parallel.pp_rank * 524_287) % (2**31 - 1)
+    base = (
+        seed * 1_000_003 + step * 8_191 + parallel.dp_rank * 131_071 + parallel.pp_rank * 524_287
+    ) % (2**31 - 1)
     torch.manual_seed(base)
     if parallel.device.type == "cuda":
         torch.cuda.manual_seed(base)
@@ -147,8 +171,9 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
 
 
-def of_all_ranks(value: Any) -> list:
-    """The values of all ranks, in rank order. Collectives: an all-gather of objects over the world."""
+def all_gather_objects(value: Any) -> list:
+    """The values of all ranks, in rank order. Collectives: an all-gather of objects over the world.
+    """
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
@@ -166,8 +191,8 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     return bool(world_max(int(condition), device))
 
 
-def say(parallel: Parallel, text: str) -> None:
-    """A line on the screen, once: rank 0 speaks."""
+def log_rank_0(parallel: Parallel, text: str) -> None:
+    """Print a line on rank 0 alone."""
     if parallel.rank == 0:
         print(text, flush=True)
 

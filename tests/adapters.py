@@ -1,4 +1,5 @@
-"""Adapters for tests, and what `peft` on `transformers` makes of them: logits, and gradients under the adapter's per-expert names.
+"""Adapters for tests, and what `peft` on `transformers` makes of them: logits, and gradients under
+the adapter's per-expert names.
 
 E experts, I their intermediate size, r rank, B rows, S positions, V vocabulary.
 """
@@ -10,9 +11,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import (
+    Qwen3OmniMoeForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 
-from checkpoint_tools import thinker
+from megatron_gkd.verify import reference as thinker
 
 ATTENTION, EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 ALL = ATTENTION + EXPERTS
@@ -41,69 +45,120 @@ class MicroBatch:
     def cotangent(self, vocab_size: int) -> torch.Tensor:
         """[B, S, V]: the gradient of the loss at the logits, zero on padding."""
         generator = torch.Generator().manual_seed(5)
-        return torch.randn(*self.input_ids.shape, vocab_size, generator=generator) * self.real[..., None]
+        return (
+            torch.randn(*self.input_ids.shape, vocab_size, generator=generator)
+            * self.real[..., None]
+        )
 
 
 def make_batches(vocab_size: int) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(1)
     lengths = ((24, 9, 17), (16, 5), (8, 1, 3), (16, 7))
     return [
-        MicroBatch(torch.randint(0, vocab_size, (len(of_rows), max(of_rows)), generator=generator), torch.tensor(of_rows))
+        MicroBatch(
+            torch.randint(0, vocab_size, (len(of_rows), max(of_rows)), generator=generator),
+            torch.tensor(of_rows),
+        )
         for of_rows in lengths
     ]
 
 
-def linear_sizes(shape, targets: list[str]) -> dict[str, tuple[int, int]]:
-    """(d_in, d_out) of every targeted linear, written down again so that the package's own table is not its own witness."""
-    heads, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+def linear_sizes(model_args, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every targeted linear, written down again so that the package's own table is
+    not its own witness.
+    """
+    heads, keys = (
+        model_args.num_attention_heads * model_args.head_dim,
+        model_args.num_key_value_heads * model_args.head_dim,
+    )
     of_target = {
-        "q_proj": (shape.hidden_size, heads),
-        "k_proj": (shape.hidden_size, keys),
-        "v_proj": (shape.hidden_size, keys),
-        "o_proj": (heads, shape.hidden_size),
-        "gate_proj": (shape.hidden_size, shape.moe_intermediate_size),
-        "up_proj": (shape.hidden_size, shape.moe_intermediate_size),
-        "down_proj": (shape.moe_intermediate_size, shape.hidden_size),
+        "q_proj": (model_args.hidden_size, heads),
+        "k_proj": (model_args.hidden_size, keys),
+        "v_proj": (model_args.hidden_size, keys),
+        "o_proj": (heads, model_args.hidden_size),
+        "gate_proj": (model_args.hidden_size, model_args.moe_intermediate_size),
+        "up_proj": (model_args.hidden_size, model_args.moe_intermediate_size),
+        "down_proj": (model_args.moe_intermediate_size, model_args.hidden_size),
     }
-    linears = {HEAD: (shape.hidden_size, shape.vocab_size)} if HEAD in targets else {}
-    for layer in range(shape.num_layers):
+    linears = {HEAD: (model_args.hidden_size, model_args.vocab_size)} if HEAD in targets else {}
+    for layer in range(model_args.num_layers):
         for target in targets:
             if target in ATTENTION:
                 linears[f"{layer}.self_attn.{target}"] = of_target[target]
             elif target in EXPERTS:
-                linears |= {f"{layer}.mlp.experts.{expert}.{target}": of_target[target] for expert in range(shape.num_experts)}
+                linears |= {
+                    f"{layer}.mlp.experts.{expert}.{target}": of_target[target]
+                    for expert in range(model_args.num_experts)
+                }
     return linears
 
 
-def random_adapter(shape, rank: int, targets: list[str], seed: int = 3) -> dict[str, torch.Tensor]:
+def random_adapter(
+    model_args, rank: int, targets: list[str], seed: int = 3
+) -> dict[str, torch.Tensor]:
     """Every lora_A [r, d_in] and lora_B [d_out, r], none of them zero."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
-    for linear, (d_in, d_out) in linear_sizes(shape, targets).items():
+    for linear, (d_in, d_out) in linear_sizes(model_args, targets).items():
         linear = f"{THINKER}{linear}" if linear == HEAD else f"{ROOT}{linear}"
-        tensors[f"{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-        tensors[f"{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.3 / rank**0.5
+        tensors[f"{linear}.lora_A.weight"] = (
+            torch.randn(rank, d_in, generator=generator) / d_in**0.5
+        )
+        tensors[f"{linear}.lora_B.weight"] = (
+            torch.randn(d_out, rank, generator=generator) * 0.3 / rank**0.5
+        )
     return tensors
 
 
-def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], *, rank: int, alpha: float, targets: list[str], **settings) -> str:
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
+    **settings,
+) -> str:
     """A PEFT folder whose adapter_config.json is PEFT's own."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=TOWERS, task_type="CAUSAL_LM", **settings)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        exclude_modules=TOWERS,
+        task_type="CAUSAL_LM",
+        **settings,
+    )
     config.save_pretrained(folder)
-    bare = {name.replace(".thinker.", "."): value.clone() for name, value in tensors.items() if f".{HEAD}." in name}
+    bare = {
+        name.replace(".thinker.", "."): value.clone()
+        for name, value in tensors.items()
+        if f".{HEAD}." in name
+    }
     save_file(tensors | bare, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
-def with_zero_experts(tensors: dict[str, torch.Tensor], shape, rank: int, targets: list[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """peft loads an expert's gate, up and down together or not at all: the missing ones as zeros."""
-    missing = [target for target in EXPERTS if target not in targets] if set(targets) & set(EXPERTS) else []
-    zeros = {name: torch.zeros_like(value) for name, value in random_adapter(shape, rank, missing).items()}
+def with_zero_experts(
+    tensors: dict[str, torch.Tensor], model_args, rank: int, targets: list[str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """peft loads an expert's gate, up and down together or not at all: the missing ones as zeros.
+    """
+    missing = (
+        [target for target in EXPERTS if target not in targets]
+        if set(targets) & set(EXPERTS)
+        else []
+    )
+    zeros = {
+        name: torch.zeros_like(value)
+        for name, value in random_adapter(model_args, rank, missing).items()
+    }
     return tensors | zeros, targets + missing
 
 
 def load_thinker(folder: str):
     """The thinker as a model of its own, from a thinker's folder or a whole model's."""
-    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 def load_whole(folder: str):
@@ -111,30 +166,38 @@ def load_whole(folder: str):
 
 
 def load_peft(model, adapter: str, **options):
-    """`model` with the adapter; PEFT's warning about keys of its own rank_pattern is expected, missing adapter keys are not.
+    """`model` with the adapter; PEFT's warning about keys of its own rank_pattern is expected,
+    missing adapter keys are not.
 
-    By PEFT alone, except on a thinker of transformers until 5.20, where PEFT does not find the names of the whole model.
+    By PEFT alone, except on a thinker of transformers until 5.20, where PEFT does not find the
+    names of the whole model.
     """
     old_thinker = not hasattr(model, "thinker") and thinker.decoder(model) is model.model
     load = thinker.load_peft if old_thinker else PeftModel.from_pretrained
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = load(model, adapter, **options).eval()
-    missing = [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
+    missing = [
+        str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)
+    ]
     return loaded, missing
 
 
-def peft_gradients(model, shape, rank: int) -> dict[str, torch.Tensor]:
-    """Gradients of a PeftModel under per-expert names. `rank` is the adapter's own: PEFT stacks gate and up to rank 2 r.
+def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
+    """Gradients of a PeftModel under per-expert names. `rank` is the adapter's own: PEFT stacks
+    gate and up to rank 2 r.
 
-    Stacked lora_A [E 2r, in] holds for each expert the rows of gate, then of up; lora_B [2I, 2r E] interleaves the experts in its columns.
+    Stacked lora_A [E 2r, in] holds for each expert the rows of gate, then of up; lora_B [2I, 2r E]
+    interleaves the experts in its columns.
     """
     gradients = {}
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
         if f"{HEAD}." in name:
-            gradients[f"{THINKER}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = parameter.grad
+            gradients[f"{THINKER}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = (
+                parameter.grad
+            )
             continue
         layer, _, linear = name.split("layers.")[1].partition(".")
         side = "A" if ".lora_A." in name else "B"
@@ -143,15 +206,18 @@ def peft_gradients(model, shape, rank: int) -> dict[str, torch.Tensor]:
             continue
         stacked = rank * (2 if "base_layer" in linear else 1)
         if side == "A":
-            experts = parameter.grad.reshape(shape.num_experts, stacked, -1)
+            experts = parameter.grad.reshape(model_args.num_experts, stacked, -1)
         else:
-            experts = parameter.grad.reshape(-1, stacked, shape.num_experts).permute(2, 0, 1)
+            experts = parameter.grad.reshape(-1, stacked, model_args.num_experts).permute(2, 0, 1)
         for expert, values in enumerate(experts):
             base = f"{ROOT}{layer}.mlp.experts.{expert}"
             if "base_layer" not in linear:
                 gradients[f"{base}.down_proj.lora_{side}.weight"] = values
             elif side == "A":
-                gradients[f"{base}.gate_proj.lora_A.weight"], gradients[f"{base}.up_proj.lora_A.weight"] = values.split(rank)
+                (
+                    gradients[f"{base}.gate_proj.lora_A.weight"],
+                    gradients[f"{base}.up_proj.lora_A.weight"],
+                ) = values.split(rank)
             else:
                 gate, up = values.chunk(2)
                 gradients[f"{base}.gate_proj.lora_B.weight"] = gate[:, :rank]

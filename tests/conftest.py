@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is loaded: a fork of a process whose OpenMP threads have worked waits for ever for threads of its own.
+# Before torch is loaded: a fork of a process whose OpenMP threads have worked waits for ever for
+# threads of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from checkpoint_tools.make_tiny_model import build_folder  # noqa: E402
+from demo.tiny.folder import build_folder
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """`tiny_folder(text_config={...}, **sizes)` -> path of a small model folder, built once per session and arguments.
+    """`tiny_folder(text_config={...}, **sizes)` -> path of a small model folder, built once per
+    session and arguments.
 
-    `sizes` are `build_folder`'s arguments; `text_config` replaces settings in the written config.json. Shared: copy
-    before changing.
+    `sizes` are `build_folder`'s arguments; `text_config` replaces settings in the written
+    config.json. Shared: copy before changing.
     """
     folders = {}
 

@@ -1,4 +1,5 @@
-"""Decoders with LoRA on test ranks: built from a small folder, run through megatron-core's schedule, gradients reduced.
+"""Decoders with LoRA on test ranks: built from a small folder, run through megatron-core's
+schedule, gradients reduced.
 
 B rows, S positions, V vocabulary.
 """
@@ -6,63 +7,96 @@ B rows, S positions, V vocabulary.
 import contextlib
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_gkd import parallel
+from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.model.config import DTYPES, read_model_shape
+from megatron_gkd.model.args import DTYPES, read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.model.weights import load_weights
 from megatron_gkd.optimizer import Optimizer
 
 VOCAB_SIZE = 401
-SIZES = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=8, head_dim=16, num_experts=8, moe_intermediate_size=32)
+SIZES = dict(
+    num_hidden_layers=2,
+    hidden_size=64,
+    num_attention_heads=8,
+    head_dim=16,
+    num_experts=8,
+    moe_intermediate_size=32,
+)
 FOLDERS = {
     "4 KV heads": dict(SIZES, vocab_size=VOCAB_SIZE),
     "2 KV heads, odd sizes": dict(
-        SIZES, num_key_value_heads=2, head_dim=24, moe_intermediate_size=20, vocab_size=VOCAB_SIZE, thinker_only=True
+        SIZES,
+        num_key_value_heads=2,
+        head_dim=24,
+        moe_intermediate_size=20,
+        vocab_size=VOCAB_SIZE,
+        thinker_only=True,
     ),
 }
 
 
 def initialize(tp, pp, ep):
     return parallel.initialize(
-        torch.device("cpu"), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
     )
 
 
 def build(place, folder, adapter=None, *, dtype="float32", recompute=False, **lora):
-    """(shape, decoder) with the folder's weights, and LoRA as `add_lora` takes it; without adapter and settings there is none."""
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, place, DTYPES[dtype], recompute=recompute)
-    load_weights(model, shape, place, folder)
+    """(shape, decoder) with the folder's weights, and LoRA as `add_lora` takes it; without adapter
+    and settings there is none.
+    """
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, place, DTYPES[dtype], recompute=recompute)
+    load_weights(model, model_args, place, folder)
     if adapter or lora:
-        add_lora(place, shape, model, adapter, **lora)
-    return shape, model
+        add_lora(place, model_args, model, adapter, **lora)
+    return model_args, model
 
 
-def add_lora(place, shape, model, adapter=None, *, dropout=0.0, **lora):
-    """LoRA on `model`: what the folder `adapter` holds, or as `lora` (rank, alpha, targets, seed) says, or both: the adapter continued."""
+def add_lora(place, model_args, model, adapter=None, *, dropout=0.0, **lora):
+    """LoRA on `model`: what the folder `adapter` holds, or as `lora` (rank, alpha, targets, seed)
+    says, or both: the adapter continued.
+    """
     if adapter:
-        opened = PeftAdapter(adapter, shape)
+        opened = PeftAdapter(adapter, model_args)
         lora = dict(rank=opened.rank, alpha=opened.alpha, targets=opened.targets, seed=0) | lora
-    apply_lora(model, shape, place, dropout=dropout, **lora)
+    apply_lora(model, model_args, place, dropout=dropout, **lora)
     if adapter:
-        load_adapter(model, shape, place, opened)
+        load_adapter(model, model_args, place, opened)
 
 
 def in_reducer(model):
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+    )
     model.config.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
 
 
 def make_optimizer(ddp):
-    return Optimizer(ddp, dtype=torch.float32, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01, max_grad_norm=1e9)
+    return Optimizer(
+        ddp,
+        dtype=torch.float32,
+        beta1=0.9,
+        beta2=0.99,
+        epsilon=1e-8,
+        weight_decay=0.01,
+        max_grad_norm=1e9,
+    )
 
 
 def gather(tensor, group, dim):
@@ -72,19 +106,25 @@ def gather(tensor, group, dim):
 
 
 def run_schedule(place, model, batches, *, backward=True, on_in_forward=True, on_in_backward=True):
-    """Logits [B, S, V_padded] of this rank's micro-batches (on the last stage) from `model`, a DistributedDataParallel.
+    """Logits [B, S, V_padded] of this rank's micro-batches (on the last stage) from `model`, a
+    DistributedDataParallel.
 
-    With `backward` the gradient of sum(logits * cotangent) / tokens is in `main_grad`, reduced over all ranks. LoRA is on or off during each
-    forward pass of this stage and, as another context, from its end to the next forward pass: the time of the backward passes.
+    With `backward` the gradient of sum(logits * cotangent) / tokens is in `main_grad`, reduced over
+    all ranks. LoRA is on or off during each forward pass of this stage and, as another context,
+    from its end to the next forward pass: the time of the backward passes.
     """
     decoder, logits, until_next_forward = model.module, [], contextlib.ExitStack()
 
     def loss_of(hidden, batch):
         if place.tp_size > 1:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=place.groups.tp)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=place.groups.tp
+            )
         local = lm_head(decoder, hidden).transpose(0, 1)
         width = local.shape[-1]
-        cotangent = torch.nn.functional.pad(batch.cotangent(VOCAB_SIZE), (0, width * place.tp_size - VOCAB_SIZE))
+        cotangent = torch.nn.functional.pad(
+            batch.cotangent(VOCAB_SIZE), (0, width * place.tp_size - VOCAB_SIZE)
+        )
         logits.append(gather(local.detach(), place.groups.tp, -1))
         loss = (local * cotangent[..., place.tp_rank * width : (place.tp_rank + 1) * width]).sum()
         return loss, batch.real.sum().int(), {}

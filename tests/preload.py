@@ -1,4 +1,6 @@
-"""Imports that every test rank needs, done once in the fork server (tests/ranks.py), without their usual warnings."""
+"""Imports that every test rank needs, done once in the fork server (tests/ranks.py), without their
+usual warnings.
+"""
 
 import warnings
 
@@ -10,12 +12,12 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message=message)
 
-import megatron.core.distributed  # noqa: E402, F401
-import megatron.core.models.gpt.gpt_model  # noqa: E402, F401
-import megatron.core.optimizer  # noqa: E402, F401
-import megatron.core.pipeline_parallel.schedules  # noqa: E402, F401
-import torch.utils._sympy  # noqa: E402, F401
-import transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe  # noqa: E402, F401
+import datasets  # noqa: F401
+import megatron.core.distributed
+import megatron.core.models.gpt.gpt_model
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel.schedules  # noqa: F401
+import torch.utils._sympy  # noqa: F401
+import transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe  # noqa: F401
 
-import datasets  # noqa: E402, F401
-import megatron_gkd.train  # noqa: E402, F401
+import megatron_gkd.train  # noqa: F401

@@ -1,4 +1,6 @@
-"""Random rows with media, built without a processor: as the package's samples, and as `transformers` wants them."""
+"""Random rows with media, built without a processor: as the package's samples, and as
+`transformers` wants them.
+"""
 
 from dataclasses import dataclass
 
@@ -6,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.sample import MediumPlace
-from megatron_gkd.model.positions import MediaTokenIds, rope_positions
+from megatron_gkd.media.medium import Medium
+from megatron_gkd.media.positions import MediaTokenIds, rope_positions
 
 MEL_BINS, PATCH = 128, 3 * 2 * 16 * 16
 TEXT_IDS = 150  # ids below are text's; the special ones of the small tokenizer come after them
@@ -16,18 +18,27 @@ TEXT_IDS = 150  # ids below are text's; the special ones of the small tokenizer 
 
 @dataclass
 class Shown:
-    """What one side of a row shows: indices of the row's media, ("both", video, audio) for a video with its sound."""
+    """What one side of a row shows: indices of the row's media, ("both", video, audio) for a video
+    with its sound.
+    """
 
     items: list
     use_audio_in_video: bool = False
 
 
 class MediaRow:
-    """A row whose two sides show media of their own. `media`: ("audio", frames), ("image", (h, w)) or
-    ("video", (t, h, w), seconds per grid).
+    """A row whose two sides show media of their own. `media`: ("audio", frames), ("image", (h, w))
+    or ("video", (t, h, w), seconds per grid).
     """
 
-    def __init__(self, ids: MediaTokenIds, seed: int, media: list[tuple], student: Shown, teacher: Shown | None = None):
+    def __init__(
+        self,
+        ids: MediaTokenIds,
+        seed: int,
+        media: list[tuple],
+        student: Shown,
+        teacher: Shown | None = None,
+    ):
         self.ids, self.generator = ids, torch.Generator().manual_seed(seed)
         self.media = [self.medium(*medium) for medium in media]
         self.response = self.text(5)
@@ -46,10 +57,15 @@ class MediaRow:
         return Medium(kind, patches, grid, len(patches) // self.ids.spatial_merge_size**2, seconds)
 
     def prompt(self, shown: Shown):
-        """(tokens, places of media, indices of the media by kind, whether videos show their audio)."""
+        """(tokens, places of media, indices of the media by kind, whether videos show their audio).
+        """
         ids, tokens, places = self.ids, self.text(3), []
         order = {"audio": [], "image": [], "video": []}
-        pads = {"audio": ids.audio_token_id, "image": ids.image_token_id, "video": ids.video_token_id}
+        pads = {
+            "audio": ids.audio_token_id,
+            "image": ids.image_token_id,
+            "video": ids.video_token_id,
+        }
         for item in shown.items:
             if isinstance(item, tuple):
                 _, video, audio = item
@@ -62,14 +78,18 @@ class MediaRow:
                 if medium.kind == "audio":
                     marks = (ids.audio_start_token_id, ids.audio_end_token_id)
                 tokens.append(marks[0])
-                places.append(MediumPlace(item, list(range(len(tokens), len(tokens) + medium.num_tokens))))
+                places.append(
+                    MediumPlace(item, list(range(len(tokens), len(tokens) + medium.num_tokens)))
+                )
                 tokens += [pads[medium.kind]] * medium.num_tokens + [marks[1]]
                 order[medium.kind].append(item)
             tokens += self.text(2)
         return tokens, places, order, shown.use_audio_in_video
 
     def _both(self, tokens, places, video, audio):
-        """Placeholders of a video and its audio in an order of no meaning: the model knows them by their ids alone."""
+        """Placeholders of a video and its audio in an order of no meaning: the model knows them by
+        their ids alone.
+        """
         ids, positions = self.ids, {video: [], audio: []}
         tokens += [ids.vision_start_token_id, ids.audio_start_token_id]
         kinds = [video] * self.media[video].num_tokens + [audio] * self.media[audio].num_tokens
@@ -99,17 +119,25 @@ class MediaRow:
         return Sample(student, teacher, teacher is not student, "", row, 0, tuple(self.media))
 
     def inputs(self, side: str, with_response: bool = True) -> dict[str, Tensor]:
-        """What transformers' thinker takes for this side of the row alone; positions are its own affair."""
+        """What transformers' thinker takes for this side of the row alone; positions are its own
+        affair.
+        """
         tokens, _, order, use_audio_in_video = getattr(self, side)
         ids = torch.tensor([tokens + self.response * with_response])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_audio_in_video": use_audio_in_video}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "use_audio_in_video": use_audio_in_video,
+        }
         of = {kind: [self.media[index] for index in indices] for kind, indices in order.items()}
         if of["audio"]:
             lengths = torch.tensor([medium.features.shape[1] for medium in of["audio"]])
             inputs["input_features"] = torch.zeros(len(lengths), MEL_BINS, int(lengths.max()))
             for row, medium in zip(inputs["input_features"], of["audio"]):
                 row[:, : medium.features.shape[1]] = medium.features
-            inputs["feature_attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            inputs["feature_attention_mask"] = (
+                torch.arange(int(lengths.max())) < lengths[:, None]
+            ).long()
         for kind, pixels, grid in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -118,22 +146,42 @@ class MediaRow:
                 inputs[pixels] = torch.cat([medium.features for medium in of[kind]])
                 inputs[grid] = torch.tensor([medium.grid_thw for medium in of[kind]])
         if of["video"]:
-            inputs["video_second_per_grid"] = torch.tensor([medium.seconds_per_grid for medium in of["video"]])
+            inputs["video_second_per_grid"] = torch.tensor(
+                [medium.seconds_per_grid for medium in of["video"]]
+            )
         return inputs
 
 
 def make_rows(ids: MediaTokenIds) -> list[list[MediaRow]]:
-    """Three micro-batches: audio and images; video, with its audio and without, and all kinds in a row; text alone."""
+    """Three micro-batches: audio and images; video, with its audio and without, and all kinds in a
+    row; text alone.
+    """
     audio_and_images = [
-        MediaRow(ids, 0, [("audio", 50)], Shown([0]), Shown([])),  # the teacher reads, the student hears
+        MediaRow(
+            ids, 0, [("audio", 50)], Shown([0]), Shown([])
+        ),  # the teacher reads, the student hears
         MediaRow(ids, 1, [("audio", 37), ("audio", 130)], Shown([0, 1]), Shown([1])),
         MediaRow(ids, 2, [("audio", 850)], Shown([0])),
         MediaRow(ids, 3, [("audio", 800), ("audio", 3)], Shown([]), Shown([0])),
-        MediaRow(ids, 4, [("image", (4, 6)), ("image", (2, 2)), ("image", (8, 2))], Shown([0, 1, 2]), Shown([2, 0])),
+        MediaRow(
+            ids,
+            4,
+            [("image", (4, 6)), ("image", (2, 2)), ("image", (8, 2))],
+            Shown([0, 1, 2]),
+            Shown([2, 0]),
+        ),
     ]
     mixed = [
-        MediaRow(ids, 5, [("video", (3, 4, 4), 0.7), ("image", (4, 4))], Shown([0, 1]), Shown([1, 0])),
-        MediaRow(ids, 6, [("video", (2, 4, 6), 0.5), ("audio", 140)], Shown([("both", 0, 1)], True), Shown([0])),
+        MediaRow(
+            ids, 5, [("video", (3, 4, 4), 0.7), ("image", (4, 4))], Shown([0, 1]), Shown([1, 0])
+        ),
+        MediaRow(
+            ids,
+            6,
+            [("video", (2, 4, 6), 0.5), ("audio", 140)],
+            Shown([("both", 0, 1)], True),
+            Shown([0]),
+        ),
         MediaRow(
             ids,
             7,

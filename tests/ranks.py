@@ -1,8 +1,8 @@
 """Run a function on real gloo ranks: `run_ranks(fn, world_size, *args)`.
 
-Ranks are fresh processes forked from a server that has the heavy imports (torch, megatron-core, transformers) loaded
-but has never run a tensor operation, so each call costs a fork and a rendezvous, and no state leaks from one test to
-the next. Every rank uses one thread.
+Ranks are fresh processes forked from a server that has the heavy imports (torch, megatron-core,
+transformers) loaded but has never run a tensor operation, so each call costs a fork and a
+rendezvous, and no state leaks from one test to the next. Every rank uses one thread.
 """
 
 import multiprocessing
@@ -27,7 +27,10 @@ _context.set_forkserver_preload(PRELOADED)
 
 def _rank_main(connection, fn, rank, world_size, folder, args):
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
     )
     import torch
 
@@ -45,10 +48,12 @@ def _rank_main(connection, fn, rank, world_size, folder, args):
 
 
 def run_ranks(fn, world_size, *args, timeout=300):
-    """Run `fn(rank, world_size, *args)` on `world_size` gloo ranks and return their results in rank order.
+    """Run `fn(rank, world_size, *args)` on `world_size` gloo ranks and return their results in rank
+    order.
 
-    `fn` and `args` must pickle, results too. Raises RuntimeError with the traceback of the first rank that failed,
-    TimeoutError when a rank has not answered after `timeout` seconds; no rank outlives the call.
+    `fn` and `args` must pickle, results too. Raises RuntimeError with the traceback of the first
+    rank that failed, TimeoutError when a rank has not answered after `timeout` seconds; no rank
+    outlives the call.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
@@ -60,7 +65,10 @@ def run_ranks(fn, world_size, *args, timeout=300):
             process.start()
             sender.close()
             ranks.append((process, receiver))
-        results, waiting = [None] * world_size, {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+        results, waiting = (
+            [None] * world_size,
+            {receiver: rank for rank, (_, receiver) in enumerate(ranks)},
+        )
         try:
             while waiting:
                 ready = wait(list(waiting), timeout)
@@ -73,7 +81,9 @@ def run_ranks(fn, world_size, *args, timeout=300):
                     try:
                         kind, payload = receiver.recv()
                     except EOFError:
-                        raise RuntimeError(f"rank {rank} of {world_size} died without a word") from None
+                        raise RuntimeError(
+                            f"rank {rank} of {world_size} died without a word"
+                        ) from None
                     if kind == "error":
                         raise RuntimeError(f"rank {rank} of {world_size} failed:\n{payload}")
                     results[rank] = pickle.loads(payload)

@@ -1,4 +1,6 @@
-"""The loss as the formulas say it, dense in float64, differentiated by autograd; and inputs for the loss's tests."""
+"""The loss as the formulas say it, dense in float64, differentiated by autograd; and inputs for the
+loss's tests.
+"""
 
 import math
 
@@ -7,7 +9,9 @@ import torch.nn.functional as F
 
 
 def reference_divergences(student_logits, teacher_logits, beta=0.5, temperature=1.0):
-    """Name -> entries of the sum over the vocabulary, float64 [N, V], of logits [N, V]. beta: the student's weight."""
+    """Name -> entries of the sum over the vocabulary, float64 [N, V], of logits [N, V]. beta: the
+    student's weight.
+    """
     log_q = F.log_softmax(student_logits.double() / temperature, -1)
     log_p = F.log_softmax(teacher_logits.double() / temperature, -1)
     q, p = log_q.exp(), log_p.exp()
@@ -20,13 +24,27 @@ def reference_divergences(student_logits, teacher_logits, beta=0.5, temperature=
 
 
 def reference_results(
-    student_logits, teacher_logits, labels=None, sft_alpha=0.0, beta=0.5, temperature=1.0, divergence="jsd", clip=None
+    student_logits,
+    teacher_logits,
+    labels=None,
+    sft_alpha=0.0,
+    beta=0.5,
+    temperature=1.0,
+    divergence="jsd",
+    clip=None,
 ):
-    """LinearJsdOutput's fields as a dict, float64 [N] each; `loss` keeps its graph. labels [N] or None, -100 masks."""
+    """LinearJsdOutput's fields as a dict, float64 [N] each; `loss` keeps its graph. labels [N] or
+    None, -100 masks.
+    """
     student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
     values = reference_divergences(student_logits, teacher_logits, beta, temperature)
-    results = {"kl_forward": values["forward_kl"].sum(-1), "kl_reverse": values["reverse_kl"].sum(-1)}
-    results["jsd"] = values[divergence].clamp(max=clip).sum(-1) if clip else values[divergence].sum(-1)
+    results = {
+        "kl_forward": values["forward_kl"].sum(-1),
+        "kl_reverse": values["reverse_kl"].sum(-1),
+    }
+    results["jsd"] = (
+        values[divergence].clamp(max=clip).sum(-1) if clip else values[divergence].sum(-1)
+    )
     for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
         log_prob = F.log_softmax(logits / temperature, -1)
         results[f"entropy_{name}"] = -(log_prob.exp() * log_prob).sum(-1)
@@ -41,7 +59,9 @@ def reference_results(
     results["label_logprob_teacher"] = -F.cross_entropy(teacher_logits, ids, reduction="none")
     results["token_correct"] = (student_logits.argmax(-1) == ids).double()
     results["loss"] = results["loss"] + sft_alpha * results["sft_loss"]
-    return {name: torch.where(kept, value, torch.zeros_like(value)) for name, value in results.items()}
+    return {
+        name: torch.where(kept, value, torch.zeros_like(value)) for name, value in results.items()
+    }
 
 
 def logit_pair(num_rows, vocab_size, gap, seed=0, dtype=torch.float32):
@@ -54,7 +74,9 @@ def logit_pair(num_rows, vocab_size, gap, seed=0, dtype=torch.float32):
 
 def labels_for(num_rows, vocab_size, seed=1):
     """Random labels; the second of more than two rows is masked."""
-    labels = torch.randint(0, vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed))
+    labels = torch.randint(
+        0, vocab_size, (num_rows,), generator=torch.Generator().manual_seed(seed)
+    )
     if num_rows > 2:
         labels[1] = -100
     return labels
@@ -66,7 +88,9 @@ def upstream_for(num_rows):
 
 
 def relative_error(actual, expected):
-    """Norm of the difference over the norm of `expected`, both in float64; a norm below 1e-30 counts as that."""
+    """Norm of the difference over the norm of `expected`, both in float64; a norm below 1e-30
+    counts as that.
+    """
     difference = (actual.double() - expected.double()).norm().item()
     return difference / max(expected.double().norm().item(), 1e-30)
 

@@ -1,8 +1,8 @@
-"""One training step in one process: `transformers`' thinker, LoRA as W + scale B A, the dense loss of the guide,
-autograd, AdamW.
+"""One training step in one process: `transformers`' thinker, LoRA as W + scale B A, the dense loss
+of the guide, autograd, AdamW.
 
-Nothing of the package's mathematics is used: rows go through the model one by one without padding, everything is
-float64. Legend: S tokens of a row, N response tokens, V vocabulary.
+Nothing of the package's mathematics is used: rows go through the model one by one without padding,
+everything is float64. Legend: S tokens of a row, N response tokens, V vocabulary.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from checkpoint_tools.thinker import decoder
+from megatron_gkd.verify.reference import decoder
 
 HEAD = "base_model.model.thinker.lm_head."
 ROOT = "base_model.model.thinker.model.layers."
@@ -34,45 +34,78 @@ class ReferenceModel:
         ).eval()  # grouped_mm has no float64
         self.model.requires_grad_(False)
         self.config = self.model.config.text_config
-        inner = next(name for name, module in self.model.named_modules() if module is decoder(self.model))
-        self.layers = f"{inner}.layers."  # with or without language_model, by the version of transformers
+        inner = next(
+            name for name, module in self.model.named_modules() if module is decoder(self.model)
+        )
+        self.layers = (
+            f"{inner}.layers."  # with or without language_model, by the version of transformers
+        )
         self.weights = {
-            f"{self.layers}{name}": weight for name, weight in decoder(self.model).layers.named_parameters()
+            f"{self.layers}{name}": weight
+            for name, weight in decoder(self.model).layers.named_parameters()
         }
 
     def linear_sizes(self, targets) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of every targeted linear, by `LAYER.self_attn.q_proj` or `LAYER.mlp.experts.E.gate_proj`."""
+        """(d_in, d_out) of every targeted linear, by `LAYER.self_attn.q_proj` or
+        `LAYER.mlp.experts.E.gate_proj`.
+        """
         config = self.config
         hidden, inter = config.hidden_size, config.moe_intermediate_size
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         sizes = {
             "q_proj": (hidden, queries),
             "k_proj": (hidden, keys),
             "v_proj": (hidden, keys),
             "o_proj": (queries, hidden),
         }
-        sizes |= {"gate_proj": (hidden, inter), "up_proj": (hidden, inter), "down_proj": (inter, hidden)}
+        sizes |= {
+            "gate_proj": (hidden, inter),
+            "up_proj": (hidden, inter),
+            "down_proj": (inter, hidden),
+        }
         found = {}
         for layer in range(config.num_hidden_layers):
-            found |= {f"{layer}.self_attn.{name}": sizes[name] for name in ATTENTION if name in targets}
+            found |= {
+                f"{layer}.self_attn.{name}": sizes[name] for name in ATTENTION if name in targets
+            }
             for expert in range(config.num_experts):
-                found |= {f"{layer}.mlp.experts.{expert}.{name}": sizes[name] for name in EXPERTS if name in targets}
+                found |= {
+                    f"{layer}.mlp.experts.{expert}.{name}": sizes[name]
+                    for name in EXPERTS
+                    if name in targets
+                }
         return found
 
-    def logits(self, input_ids: list[int], changed: dict[str, Tensor] | None = None, media: dict | None = None) -> Tensor:
-        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the teacher. `media`:
-        the thinker's arguments for them."""
+    def logits(
+        self,
+        input_ids: list[int],
+        changed: dict[str, Tensor] | None = None,
+        media: dict | None = None,
+    ) -> Tensor:
+        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the
+        teacher. `media`: the thinker's arguments for them.
+        """
         ids = torch.tensor([input_ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False} | (media or {})
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False} | (
+            media or {}
+        )
         return torch.func.functional_call(self.model, changed or {}, kwargs=inputs).logits[0]
 
     def with_lora(self, adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """W + scale B A of the decoder's linears; `adapter` holds lora_A [r, d_in] and lora_B [d_out, r] under PEFT's
-        names."""
+        """W + scale B A of the decoder's linears; `adapter` holds lora_A [r, d_in] and lora_B
+        [d_out, r] under PEFT's names.
+        """
 
         def delta(linear: str) -> Tensor | float:
             name = f"{ROOT}{linear}.lora_B.weight"
-            return scale * adapter[name] @ adapter[name.replace("lora_B", "lora_A")] if name in adapter else 0.0
+            return (
+                scale * adapter[name] @ adapter[name.replace("lora_B", "lora_A")]
+                if name in adapter
+                else 0.0
+            )
 
         changed, experts = {}, range(self.config.num_experts)
         for layer in range(self.config.num_hidden_layers):
@@ -80,7 +113,10 @@ class ReferenceModel:
             for name in ATTENTION:
                 weight = f"{prefix}self_attn.{name}.weight"
                 changed[weight] = self.weights[weight] + delta(f"{layer}.self_attn.{name}")
-            gate_up, down = (self.weights[f"{prefix}mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+            gate_up, down = (
+                self.weights[f"{prefix}mlp.experts.{name}"]
+                for name in ("gate_up_proj", "down_proj")
+            )
             half = gate_up.shape[1] // 2
             changed[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack(
                 [
@@ -126,10 +162,17 @@ def response_logits(logits: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, *, temperature: float, kind: str, beta: float, clip: float = math.inf
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    kind: str,
+    beta: float,
+    clip: float = math.inf,
 ) -> Tensor:
-    """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student. An entry of the sum counts as
-    `clip` at most."""
+    """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student. An entry of
+    the sum counts as `clip` at most.
+    """
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     if kind == "forward_kl":
@@ -152,8 +195,9 @@ def step_loss(
     sft_alpha: float = 0.0,
     clip: float = math.inf,
 ) -> dict[str, Tensor]:
-    """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows; `num_tokens`; and the
-    other means of metrics.jsonl."""
+    """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows;
+    `num_tokens`; and the other means of metrics.jsonl.
+    """
     sums = dict.fromkeys(
         (
             "jsd",
@@ -171,14 +215,27 @@ def step_loss(
     for row in rows:
         student_ids, student_labels, teacher_ids, teacher_labels = views(row)
         with torch.no_grad():
-            teacher, _ = response_logits(model.logits(teacher_ids, media=row.get("teacher_media")), teacher_labels)
-        student, targets = response_logits(model.logits(student_ids, changed, row.get("media")), student_labels)
-        log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+            teacher, _ = response_logits(
+                model.logits(teacher_ids, media=row.get("teacher_media")), teacher_labels
+            )
+        student, targets = response_logits(
+            model.logits(student_ids, changed, row.get("media")), student_labels
+        )
+        log_q, log_p = (
+            (student / temperature).log_softmax(-1),
+            (teacher / temperature).log_softmax(-1),
+        )
         values = {
-            "jsd": divergence(student, teacher, temperature=temperature, kind=kind, beta=beta, clip=clip),
+            "jsd": divergence(
+                student, teacher, temperature=temperature, kind=kind, beta=beta, clip=clip
+            ),
             "sft_loss": -student.log_softmax(-1).gather(1, targets[:, None])[:, 0],
-            "kl_forward": divergence(student, teacher, temperature=temperature, kind="forward_kl", beta=beta),
-            "kl_reverse": divergence(student, teacher, temperature=temperature, kind="reverse_kl", beta=beta),
+            "kl_forward": divergence(
+                student, teacher, temperature=temperature, kind="forward_kl", beta=beta
+            ),
+            "kl_reverse": divergence(
+                student, teacher, temperature=temperature, kind="reverse_kl", beta=beta
+            ),
             "entropy_student": -(log_q.exp() * log_q).sum(-1),
             "entropy_teacher": -(log_p.exp() * log_p).sum(-1),
             "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).double(),
@@ -192,9 +249,12 @@ def step_loss(
     return means | {"num_tokens": torch.tensor(num_tokens)}
 
 
-def reference_step(folder: str, adapter_folder: str, rows: list[dict], **settings) -> dict[str, float]:
-    """What one step's line of metrics.jsonl must say (`grad_norm` included) for the global batch `rows` and that
-    adapter."""
+def reference_step(
+    folder: str, adapter_folder: str, rows: list[dict], **settings
+) -> dict[str, float]:
+    """What one step's line of metrics.jsonl must say (`grad_norm` included) for the global batch
+    `rows` and that adapter.
+    """
     model = load_model(folder)
     adapter, scale = read_adapter(adapter_folder)
     means = step_loss(model, adapter, scale, rows, **settings)
@@ -214,8 +274,9 @@ def reference_training(
     epsilon: float = 1e-8,
     **settings,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The adapter after one torch.optim.AdamW update per global batch, with these learning rates; and the gradient
-    norms before clipping."""
+    """The adapter after one torch.optim.AdamW update per global batch, with these learning rates;
+    and the gradient norms before clipping.
+    """
     model = load_model(folder)
     adapter, scale = read_adapter(adapter_folder)
     optimizer = torch.optim.AdamW(adapter.values(), lr=0.0, weight_decay=weight_decay, eps=epsilon)
@@ -224,7 +285,9 @@ def reference_training(
         optimizer.zero_grad()
         step_loss(model, adapter, scale, rows, **settings)["loss"].backward()
         for parameter in adapter.values():  # an expert that no token reaches has a zero gradient
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
         norms.append(float(torch.nn.utils.clip_grad_norm_(adapter.values(), max_grad_norm)))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -241,12 +304,18 @@ def write_adapter(
     seed: int = 0,
     std: float = 0.1,
 ) -> str:
-    """A PEFT adapter with random lora_A and lora_B (per-expert names), as `peft` itself would lay it out."""
+    """A PEFT adapter with random lora_A and lora_B (per-expert names), as `peft` itself would lay
+    it out.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for linear, (d_in, d_out) in load_model(model_folder).linear_sizes(targets).items():
-        tensors[f"{ROOT}{linear}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * std
-        tensors[f"{ROOT}{linear}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * std
+        tensors[f"{ROOT}{linear}.lora_A.weight"] = (
+            torch.randn(rank, d_in, generator=generator) * std
+        )
+        tensors[f"{ROOT}{linear}.lora_B.weight"] = (
+            torch.randn(d_out, rank, generator=generator) * std
+        )
     if "lm_head" in targets:
         vocab_size, hidden_size = load_model(model_folder).model.lm_head.weight.shape
         tensors[f"{HEAD}lora_A.weight"] = torch.randn(rank, hidden_size, generator=generator) * std
@@ -270,6 +339,6 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], float]:
     """Float64 tensors that require a gradient, and the scale alpha / r."""
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
-    return {name: tensor.double().requires_grad_() for name, tensor in sorted(tensors.items())}, config[
-        "lora_alpha"
-    ] / config["r"]
+    return {
+        name: tensor.double().requires_grad_() for name, tensor in sorted(tensors.items())
+    }, config["lora_alpha"] / config["r"]

@@ -8,7 +8,17 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import contenders, loss
-from benchmarks.loss import OTHER, REAL, Meter, Result, bounds, hidden_tensors, logit_tensors, measure, parallel_table
+from benchmarks.loss import (
+    OTHER,
+    REAL,
+    Meter,
+    Result,
+    bounds,
+    hidden_tensors,
+    logit_tensors,
+    measure,
+    parallel_table,
+)
 from benchmarks.step_memory import all_logits
 from megatron_gkd.loss import linear_jsd
 from tests.ranks import run_ranks
@@ -25,7 +35,9 @@ def test_contenders_agree():
     )
     assert relative_error(ours, trl) < 1e-5 and relative_error(plain, trl) < 1e-5
     tensors = hidden_tensors(70, 8, 301, torch.float32, "cpu")
-    ours, trl = (make(*tensors, SETTINGS) for make in (contenders.run_linear, contenders.run_linear_trl))
+    ours, trl = (
+        make(*tensors, SETTINGS) for make in (contenders.run_linear, contenders.run_linear_trl)
+    )
     assert relative_error(ours()[0], trl()[0]) < 1e-5
 
 
@@ -36,10 +48,16 @@ def test_contenders_agree():
 def test_liger_agrees():
     """Its loss is the mean over the rows, ours the sum."""
     student, teacher = logit_tensors(70, 301, torch.float32, "cuda")
-    ours, liger = (make(student, teacher, SETTINGS)()[0] for make in (contenders.run_ours, contenders.run_liger))
+    ours, liger = (
+        make(student, teacher, SETTINGS)()[0]
+        for make in (contenders.run_ours, contenders.run_liger)
+    )
     assert relative_error(70 * liger, ours) < 1e-4
     tensors = hidden_tensors(70, 64, 301, torch.float32, "cuda")
-    ours, liger = (make(*tensors, SETTINGS)()[0] for make in (contenders.run_linear, contenders.run_linear_liger))
+    ours, liger = (
+        make(*tensors, SETTINGS)()[0]
+        for make in (contenders.run_linear, contenders.run_linear_liger)
+    )
     assert relative_error(70 * liger, ours) < 1e-4
 
 
@@ -47,7 +65,9 @@ def test_the_step_before_computes_the_same():
     """What benchmarks/step_memory.py puts in the place of linear_jsd, padded head rows included."""
     student, teacher, weight = hidden_tensors(9, 8, 40, torch.float32, "cpu")
     inputs = (student, teacher, weight)
-    ours, other = (function(*inputs, vocab_size=37, **SETTINGS) for function in (linear_jsd, all_logits))
+    ours, other = (
+        function(*inputs, vocab_size=37, **SETTINGS) for function in (linear_jsd, all_logits)
+    )
     assert relative_error(other.loss, ours.loss) < 1e-4
     gradients = [torch.autograd.grad(output.loss.sum(), student)[0] for output in (ours, other)]
     assert relative_error(gradients[1], gradients[0]) < 1e-5
@@ -55,7 +75,10 @@ def test_the_step_before_computes_the_same():
 
 def parallel_gradients(rank, world_size):
     student, teacher = logit_tensors(70, 20, torch.float32, "cpu", seed=rank)
-    runs = (make(student, teacher, SETTINGS, dist.group.WORLD) for make in (contenders.run_ours, contenders.run_plain))
+    runs = (
+        make(student, teacher, SETTINGS, dist.group.WORLD)
+        for make in (contenders.run_ours, contenders.run_plain)
+    )
     return [run()[0] for run in runs]
 
 
@@ -81,7 +104,10 @@ def test_what_fails_is_a_row_and_not_the_end():
     runs = {"TRL": lambda: None, "Liger": missing, "plain torch": broken, "huge": lambda: None}
     found = {r.name: r.failure for r in measure((), runs, "cpu", 1, 0, 0, expected={"huge": 2**60})}
     assert found["TRL"] == "" and found["Liger"] == "not installed: a_module_that_nobody_has"
-    assert found["plain torch"] == "failed: RuntimeError: no kernel image" and "does not fit" in found["huge"]
+    assert (
+        found["plain torch"] == "failed: RuntimeError: no kernel image"
+        and "does not fit" in found["huge"]
+    )
     with pytest.raises(RuntimeError, match="no kernel image"):
         measure((), {"linear_jsd": broken}, "cpu", 1, 0, 0)
 
@@ -97,13 +123,22 @@ def test_bounds_are_computed():
     linear = [
         Result(case[:4], name, seconds, above_outputs=100)
         for case in linear_sizes
-        for name, seconds in (("linear_jsd", 1.19 if case[0] < 2048 else 1.21), ("three GEMMs", 1.0))
+        for name, seconds in (
+            ("linear_jsd", 1.19 if case[0] < 2048 else 1.21),
+            ("three GEMMs", 1.0),
+        )
     ]
-    words = [line.split(" | ")[-1].strip(" |") for line in bounds("cpu", logits, linear, None).splitlines()[2:]]
+    words = [
+        line.split(" | ")[-1].strip(" |")
+        for line in bounds("cpu", logits, linear, None).splitlines()[2:]
+    ]
     assert words == ["held"] * 3 + ["missed"] + ["held"] + ["held", "missed"] * 2
     assert "not measured" in bounds("cuda", [], [], 1e12)
     sizes = {case[:3] for case in logit_sizes}
-    assert {case[0] for case in sizes} >= {256, 8192} and {case[1] for case in sizes} == {OTHER, REAL}
+    assert {case[0] for case in sizes} >= {256, 8192} and {case[1] for case in sizes} == {
+        OTHER,
+        REAL,
+    }
 
 
 def failing_rank(rank, *_):

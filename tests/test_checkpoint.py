@@ -19,9 +19,22 @@ from safetensors.torch import load_file
 from megatron_gkd import checkpoint, flags
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
 from tests.ranks import run_ranks
-from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, stable, write_rows
+from tests.train_runs import (
+    SMALL,
+    arguments,
+    layout_flags,
+    make_rows,
+    read_lines,
+    run_training,
+    stable,
+    write_rows,
+)
 
-TENSORS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"
+TENSORS, OPTIMIZER, STATE = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "trainer_state.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +49,9 @@ def data(tiny_folder, tmp_path_factory):
 
 
 def flags_of_run(data, output: Path, **flags) -> list[str]:
-    """Six steps of 8 rows with all that is random: dropout, on-policy steps, accumulation; a checkpoint at step 3 and
-    at the end."""
+    """Six steps of 8 rows with all that is random: dropout, on-policy steps, accumulation; a
+    checkpoint at step 3 and at the end.
+    """
     settings = dict(
         lora_dropout=0.1,
         lmbda=0.5,
@@ -47,7 +61,12 @@ def flags_of_run(data, output: Path, **flags) -> list[str]:
         save_steps=3,
         save_total_limit=9,
     )
-    settings |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, eval_steps=2, output_dir=output)
+    settings |= dict(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        eval_steps=2,
+        output_dir=output,
+    )
     return arguments(**(data | settings | flags))
 
 
@@ -56,14 +75,21 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(resumed: Path, whole: Path, last_step: int) -> None:
-    """Bit-identical: all metrics but times and memory, the adapter, the optimizer's state and the counters."""
+    """Bit-identical: all metrics but times and memory, the adapter, the optimizer's state and the
+    counters.
+    """
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert stable(read_lines(resumed / name)) == stable(read_lines(whole / name)), name
     for name in (TENSORS, OPTIMIZER):
-        ours, theirs = (load_file(folder / f"checkpoint-{last_step}" / name) for folder in (resumed, whole))
+        ours, theirs = (
+            load_file(folder / f"checkpoint-{last_step}" / name) for folder in (resumed, whole)
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    states = [json.loads((folder / f"checkpoint-{last_step}" / STATE).read_text()) for folder in (resumed, whole)]
+    states = [
+        json.loads((folder / f"checkpoint-{last_step}" / STATE).read_text())
+        for folder in (resumed, whole)
+    ]
     assert states[0] == states[1]
 
 
@@ -82,7 +108,8 @@ def stopped_after_three(whole: Path, copy: Path) -> Path:
 def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
     accumulation = 8 // 4 if world_size == tp * pp else 1
     flags = layout_flags(tp, pp, ep) | dict(
-        gradient_accumulation_steps=accumulation, per_device_train_batch_size=4 if accumulation == 2 else 2
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=4 if accumulation == 2 else 2,
     )
     run_training(world_size, flags_of_run(data, tmp_path / "whole", **flags))
     copy = stopped_after_three(tmp_path / "whole", tmp_path / "resumed")
@@ -92,21 +119,43 @@ def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
 
 
 def test_resumed_at_other_layouts(data, tmp_path):
-    """A checkpoint knows no layout: the same global batch at another TP, PP, EP or DP gives the same run to
-    rounding."""
+    """A checkpoint knows no layout: the same global batch at another TP, PP, EP or DP gives the
+    same run to rounding.
+    """
     targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
     flags = dict(lora_dropout=0, learning_rate=0.003, lora_target_modules=targets)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags, **layout_flags(tp=2, ep=2)))
-    start, whole = adapter_of(tmp_path / "whole" / "checkpoint-3"), adapter_of(tmp_path / "whole" / "checkpoint-6")
+    start, whole = (
+        adapter_of(tmp_path / "whole" / "checkpoint-3"),
+        adapter_of(tmp_path / "whole" / "checkpoint-6"),
+    )
     for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 1, 2, 2), (4, 4, 1, 2)]:
         dp = world_size // tp // pp
         copy = stopped_after_three(tmp_path / "whole", tmp_path / f"{tp}-{pp}-{ep}")
         own = flags | layout_flags(tp, pp, ep) | dict(per_device_train_batch_size=4 // dp)
         run_training(world_size, flags_of_run(data, copy, resume_from_checkpoint="latest", **own))
-        lines = zip(read_lines(copy / "metrics.jsonl"), read_lines(tmp_path / "whole" / "metrics.jsonl"), strict=True)
+        lines = zip(
+            read_lines(copy / "metrics.jsonl"),
+            read_lines(tmp_path / "whole" / "metrics.jsonl"),
+            strict=True,
+        )
         for line, expected in lines:
-            for key in ("loss", "jsd", "sft_loss", "grad_norm", "learning_rate", "num_tokens", "on_policy"):
-                assert line[key] == pytest.approx(expected[key], rel=1e-4), (tp, pp, ep, line["step"], key)
+            for key in (
+                "loss",
+                "jsd",
+                "sft_loss",
+                "grad_norm",
+                "learning_rate",
+                "num_tokens",
+                "on_policy",
+            ):
+                assert line[key] == pytest.approx(expected[key], rel=1e-4), (
+                    tp,
+                    pp,
+                    ep,
+                    line["step"],
+                    key,
+                )
         for name, tensor in adapter_of(copy / "checkpoint-6").items():
             moved = (whole[name] - start[name]).norm()
             assert (tensor - whole[name]).norm() <= 1e-3 * max(moved, 0.01), name
@@ -114,10 +163,17 @@ def test_resumed_at_other_layouts(data, tmp_path):
 
 def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
     """torchrun, its output in a file: an orphan would hold a pipe."""
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(nproc)]
+    torchrun = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node",
+        str(nproc),
+    ]
     with log_path.open("w") as log:
         command = [*torchrun, "-m", "megatron_gkd.train", *argv]
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
 
 
 def children(pid: int) -> list[int]:
@@ -132,8 +188,9 @@ def wait_until(reached, launcher: subprocess.Popen, log_path: Path) -> None:
 
 
 def signal_run(argv: list[str], log_path: Path, newest: int, whom: str) -> str:
-    """torchrun on two ranks; after checkpoint `newest`, at a random moment, SIGKILL to all its processes or SIGTERM to
-    torchrun. Its log."""
+    """torchrun on two ranks; after checkpoint `newest`, at a random moment, SIGKILL to all its
+    processes or SIGTERM to torchrun. Its log.
+    """
     output = Path(argv[argv.index("--output_dir") + 1])
     launcher = launch_run(argv, log_path, nproc=2)
     wait_until(lambda: newest in [step for step, _ in checkpoints(output)], launcher, log_path)
@@ -146,28 +203,40 @@ def signal_run(argv: list[str], log_path: Path, newest: int, whom: str) -> str:
         for pid in [launcher.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
     assert launcher.wait() != 0
-    assert read_lines(output / "metrics.jsonl")[-1]["step"] < 32, "the run was over before the signal"
+    assert read_lines(output / "metrics.jsonl")[-1]["step"] < 32, (
+        "the run was over before the signal"
+    )
     return log_path.read_text()
 
 
 def test_signals(data, tmp_path):
-    """The real thing, at random moments: killed, resumed, told to stop (loader workers get SIGTERM, too), resumed."""
+    """The real thing, at random moments: killed, resumed, told to stop (loader workers get SIGTERM,
+    too), resumed.
+    """
     flags = layout_flags(tp=2, ep=2) | dict(max_steps=32, save_steps=4, save_total_limit=2)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
     output = tmp_path / "stopped"
     argv = flags_of_run(data, output, resume_from_checkpoint="latest", **flags)
     assert "no checkpoint in" in signal_run(argv, tmp_path / "log", 4, "all")
     last = find_checkpoint("latest", output).name.removeprefix("checkpoint-")
-    said = signal_run([*argv, "--dataloader_num_workers", "2"], tmp_path / "log", int(last) + 4, "torchrun")
-    assert f"checkpoint-{last} at step {last} of 32" in said and "SIGTERM: stopped after step" in said
-    assert find_checkpoint("latest", output).name == f"checkpoint-{read_lines(output / 'metrics.jsonl')[-1]['step']}"
+    said = signal_run(
+        [*argv, "--dataloader_num_workers", "2"], tmp_path / "log", int(last) + 4, "torchrun"
+    )
+    assert (
+        f"checkpoint-{last} at step {last} of 32" in said and "SIGTERM: stopped after step" in said
+    )
+    assert (
+        find_checkpoint("latest", output).name
+        == f"checkpoint-{read_lines(output / 'metrics.jsonl')[-1]['step']}"
+    )
     run_training(2, argv)
     assert_same_run(output, tmp_path / "whole", 32)
 
 
 def _train_with_sigterm(rank, world_size, argv, step, during="step"):
-    """SIGTERM reaches the last rank alone, after it has done `step` steps, or in the evaluation after them. What the
-    rank said, and whether the signal means again what it did."""
+    """SIGTERM reaches the last rank alone, after it has done `step` steps, or in the evaluation
+    after them. What the rank said, and whether the signal means again what it did.
+    """
     from megatron_gkd import parallel, train
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
@@ -195,12 +264,16 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
 def test_sigterm_saves_and_stops(data, tmp_path):
     flags = layout_flags(tp=2)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
-    (said, restored), (_, other) = run_ranks(_train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4)
+    (said, restored), (_, other) = run_ranks(
+        _train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4
+    )
     assert restored and other
     assert "SIGTERM: stopped after step 4 of 6; go on with --resume_from_checkpoint latest" in said
     assert [step for step, _ in checkpoints(tmp_path / "stopped")] == [3, 4]
     assert read_lines(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == 4
-    run_training(2, flags_of_run(data, tmp_path / "stopped", resume_from_checkpoint="latest", **flags))
+    run_training(
+        2, flags_of_run(data, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
+    )
     assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
 
 
@@ -209,16 +282,23 @@ def test_sigterm_in_an_evaluation(data, tmp_path):
     argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0, **layout_flags(tp=2))
     (said, _), _ = run_ranks(_train_with_sigterm, 2, argv, 4, "evaluation")
     folder = tmp_path / "checkpoint-4"
-    assert f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)" in said
+    assert (
+        f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)"
+        in said
+    )
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
 
 
 def test_a_run_that_fails_ends_its_workers(data, tmp_path):
-    """Loader workers ignore SIGTERM: left alone, they keep their process, and torchrun with it, for ever."""
+    """Loader workers ignore SIGTERM: left alone, they keep their process, and torchrun with it, for
+    ever.
+    """
     output = tmp_path / "out"
     output.mkdir()
     (output / ".checkpoint-1.partial").touch()  # a file where saving expects a folder
-    argv = flags_of_run(data, output, dataloader_num_workers=1, lmbda=0, max_steps=9, save_steps=1, val_dataset=None)
+    argv = flags_of_run(
+        data, output, dataloader_num_workers=1, lmbda=0, max_steps=9, save_steps=1, val_dataset=None
+    )
     launcher = launch_run(argv, tmp_path / "log", nproc=1)
     metrics = output / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size, launcher, tmp_path / "log")
@@ -247,15 +327,21 @@ def _train_killed_while_saving(rank, world_size, argv, step):
 
 
 def test_killed_while_saving(data, tmp_path):
-    """Everything is written but not renamed: the checkpoint before it counts, the half one is cleaned away."""
+    """Everything is written but not renamed: the checkpoint before it counts, the half one is
+    cleaned away.
+    """
     run_training(1, flags_of_run(data, tmp_path / "whole", save_steps=2))
     with pytest.raises(RuntimeError, match="died without a word"):
-        run_ranks(_train_killed_while_saving, 1, flags_of_run(data, tmp_path / "killed", save_steps=2), 4)
+        run_ranks(
+            _train_killed_while_saving, 1, flags_of_run(data, tmp_path / "killed", save_steps=2), 4
+        )
     output = tmp_path / "killed"
     assert (output / ".checkpoint-4.partial" / STATE).is_file()
     assert find_checkpoint("latest", output) == output / "checkpoint-2"
     run_training(1, flags_of_run(data, output, save_steps=3, resume_from_checkpoint="latest"))
-    assert [step for step, _ in checkpoints(output)] == [2, 3, 6] and not list(output.glob(".checkpoint-*"))
+    assert [step for step, _ in checkpoints(output)] == [2, 3, 6] and not list(
+        output.glob(".checkpoint-*")
+    )
     assert_same_run(output, tmp_path / "whole", 6)
 
 
@@ -294,16 +380,24 @@ def test_which_is_the_latest(tmp_path):
 
 
 def test_limit_and_a_run_in_the_folder_of_another(data, tmp_path):
-    """Only the newest are kept; checkpoints of an earlier, longer run neither crowd out this one's nor are taken for
-    its latest."""
+    """Only the newest are kept; checkpoints of an earlier, longer run neither crowd out this one's
+    nor are taken for its latest.
+    """
     for step in (50, 100):
         make_checkpoint(tmp_path, step)
-    said = run_training(1, flags_of_run(data, tmp_path, save_steps=2, save_total_limit=2, max_steps=5, lmbda=0))
+    said = run_training(
+        1, flags_of_run(data, tmp_path, save_steps=2, save_total_limit=2, max_steps=5, lmbda=0)
+    )
     assert "an earlier run's checkpoints stay" in said and "(checkpoint-50, checkpoint-100)" in said
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 5, 50, 100]
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-5"
-    said = run_training(1, flags_of_run(data, tmp_path, max_steps=5, lmbda=0, resume_from_checkpoint="latest"))
-    assert "checkpoint-5 at step 5 of 5" in said and "Nothing is left to do: the checkpoint is at step 5" in said
+    said = run_training(
+        1, flags_of_run(data, tmp_path, max_steps=5, lmbda=0, resume_from_checkpoint="latest")
+    )
+    assert (
+        "checkpoint-5 at step 5 of 5" in said
+        and "Nothing is left to do: the checkpoint is at step 5" in said
+    )
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 5
 
 
@@ -313,7 +407,10 @@ def test_only_the_adapter(data, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", TENSORS]
     with pytest.raises(RuntimeError, match="SystemExit") as error:
         run_training(1, flags_of_run(data, tmp_path, max_steps=2, resume_from_checkpoint=folder))
-    assert f"holds only the adapter (--save_only_model); start from it with --adapter {folder}" in str(error.value)
+    assert (
+        f"holds only the adapter (--save_only_model); start from it with --adapter {folder}"
+        in str(error.value)
+    )
     run_training(1, flags_of_run(data, tmp_path / "next", max_steps=1, adapter=folder))
 
 
@@ -338,7 +435,9 @@ def test_files_that_are_missing_or_wrong(data, tmp_path):
         (tmp_path / "checkpoint-7", "expected a checkpoint-STEP folder, or latest"),
     ]:
         with pytest.raises(RuntimeError, match="SystemExit") as error:
-            run_training(1, flags_of_run(data, tmp_path / "next", max_steps=2, resume_from_checkpoint=name))
+            run_training(
+                1, flags_of_run(data, tmp_path / "next", max_steps=2, resume_from_checkpoint=name)
+            )
         assert expected in str(error.value)
 
 
@@ -346,43 +445,79 @@ def test_files_that_are_missing_or_wrong(data, tmp_path):
 def test_second_stage_at_a_higher_rank(data, tmp_path, world_size, tp, ep):
     """Rank 4 goes on at rank 16: the same function at first, a fresh optimizer and schedule."""
     flags = layout_flags(tp=tp, ep=ep) | dict(lmbda=0)
-    run_training(world_size, flags_of_run(data, tmp_path / "one", lora_rank=4, lora_alpha=12, **flags))
-    second = flags | dict(lora_rank=16, resume_from_checkpoint=tmp_path / "one" / "checkpoint-6", learning_rate=0.005)
+    run_training(
+        world_size, flags_of_run(data, tmp_path / "one", lora_rank=4, lora_alpha=12, **flags)
+    )
+    second = flags | dict(
+        lora_rank=16, resume_from_checkpoint=tmp_path / "one" / "checkpoint-6", learning_rate=0.005
+    )
     said = run_training(world_size, flags_of_run(data, tmp_path / "two", **second))
-    assert "LoRA rank 4 -> 16, alpha 12 -> 48" in said and "the optimizer starts anew at step 0" in said
-    before, after = read_lines(tmp_path / "one" / "eval.jsonl")[-1], read_lines(tmp_path / "two" / "eval.jsonl")[0]
+    assert (
+        "LoRA rank 4 -> 16, alpha 12 -> 48" in said
+        and "the optimizer starts anew at step 0" in said
+    )
+    before, after = (
+        read_lines(tmp_path / "one" / "eval.jsonl")[-1],
+        read_lines(tmp_path / "two" / "eval.jsonl")[0],
+    )
     assert (before["step"], after["step"]) == (6, 0)
     for key in ("loss", "jsd", "sft_loss", "entropy_student"):
         assert after[key] == pytest.approx(before[key], rel=1e-5), key
-    assert [line["step"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     config = json.loads((tmp_path / "two" / "checkpoint-6" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (16, 48)
     assert json.loads((tmp_path / "two" / "checkpoint-6" / STATE).read_text())["num_updates"] == 6
 
 
 @pytest.mark.parametrize(
-    "targets, rank, alpha", [("down_proj", 4, 8), ("q_proj,v_proj,lm_head", 49, 1), ("k_proj,gate_proj", 3, 0.1)]
+    "targets, rank, alpha",
+    [("down_proj", 4, 8), ("q_proj,v_proj,lm_head", 49, 1), ("k_proj,gate_proj", 3, 0.1)],
 )
 def test_resume_needs_no_lora_flags(data, tmp_path, targets, rank, alpha):
-    """Rank, alpha and linears come from the checkpoint, zeros that only PEFT wanted and an alpha that rounds
-    included."""
+    """Rank, alpha and linears come from the checkpoint, zeros that only PEFT wanted and an alpha
+    that rounds included.
+    """
     flags = dict(lmbda=0, max_steps=4, save_steps=2)
     run_training(
         1,
-        flags_of_run(data, tmp_path / "whole", lora_target_modules=targets, lora_rank=rank, lora_alpha=alpha, **flags),
+        flags_of_run(
+            data,
+            tmp_path / "whole",
+            lora_target_modules=targets,
+            lora_rank=rank,
+            lora_alpha=alpha,
+            **flags,
+        ),
     )
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     run_training(
-        1, flags_of_run(data, tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2", **flags)
+        1,
+        flags_of_run(
+            data,
+            tmp_path / "resumed",
+            resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2",
+            **flags,
+        ),
     )
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", 4)
 
 
 def test_other_settings_than_before_are_said(data, tmp_path):
     run_training(1, flags_of_run(data, tmp_path, max_steps=1, lmbda=0))
-    flags = dict(lmbda=0, max_steps=2, learning_rate=0.02, max_bad_steps=3, dataset=data["val_dataset"])
+    flags = dict(
+        lmbda=0, max_steps=2, learning_rate=0.02, max_bad_steps=3, dataset=data["val_dataset"]
+    )
     said = run_training(1, flags_of_run(data, tmp_path, resume_from_checkpoint="latest", **flags))
-    notes = [line.split(":")[1] for line in said.splitlines() if "the resumed run will differ" in line]
+    notes = [
+        line.split(":")[1] for line in said.splitlines() if "the resumed run will differ" in line
+    ]
     names = [note.split()[0] for note in notes]
     assert sorted(names) == ["dataset", "learning_rate", "total_steps"]
     assert " learning_rate was 0.01 and is 0.02" in notes
@@ -434,5 +569,9 @@ def _save_where_one_rank_cannot(rank, world_size, argv):
 def test_what_one_rank_cannot_write_is_said_by_all(data, tmp_path):
     argv = flags_of_run(data, tmp_path, max_steps=1, lmbda=0, **layout_flags(tp=2))
     first, second = run_ranks(_save_where_one_rank_cannot, 2, argv)
-    assert first == second and "rank 1 cannot write its part of" in first and "No space left on device" in first
+    assert (
+        first == second
+        and "rank 1 cannot write its part of" in first
+        and "No space left on device" in first
+    )
     assert not list(tmp_path.glob("*checkpoint-1*"))

@@ -1,4 +1,6 @@
-"""The tools' command lines as a shell sees them: exit status 0 and a line, or 2 and one line that says what is wrong."""
+"""The tools' command lines as a shell sees them: exit status 0 and a line, or 2 and one line that
+says what is wrong.
+"""
 
 import contextlib
 import multiprocessing
@@ -8,7 +10,7 @@ import warnings
 
 import pytest
 
-from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.args import read_model_args
 from tests.adapters import random_adapter, write_adapter
 from tests.sizes import SMALLEST
 
@@ -16,7 +18,9 @@ SMALL = SMALLEST | dict(num_hidden_layers=1)
 
 
 def run_tool(folder, tool, *flags):
-    """`python -m checkpoint_tools.TOOL FLAGS` in a process of its own. -> exit status, stdout, stderr."""
+    """`python -m checkpoint_tools.TOOL FLAGS` in a process of its own. -> exit status, stdout,
+    stderr.
+    """
 
     def run():
         with (
@@ -38,24 +42,50 @@ def run_tool(folder, tool, *flags):
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tmp_path_factory):
-    """A folder in which the tools have worked one after the other: name -> what the command gave."""
+    """A folder in which the tools have worked one after the other: name -> what the command gave.
+    """
     root = tmp_path_factory.mktemp("tools")
     model = tiny_folder(**SMALL)
-    tensors = random_adapter(read_model_shape(model), 2, ["q_proj"])
+    tensors = random_adapter(read_model_args(model), 2, ["q_proj"])
     adapter = write_adapter(root / "adapter", tensors, rank=2, alpha=4, targets=["q_proj"])
-    sizes, untrained = [f"--{name}={value}" for name, value in SMALL.items()], ["--train_steps=0", "--tower_steps=0"]
+    sizes, untrained = (
+        [f"--{name}={value}" for name, value in SMALL.items()],
+        ["--train_steps=0", "--tower_steps=0"],
+    )
     there = ["--hf_model", model, "--output", root / "checkpoint"]
-    merged = ["--hf_model", model, "--adapter", adapter, "--weight", "0.5", "--output", root / "merged"]
-    lower = ["--hf_model", model, "--adapter", adapter, "--lora_rank", "1", "--output", root / "lower"]
+    merged = [
+        "--hf_model",
+        model,
+        "--adapter",
+        adapter,
+        "--weight",
+        "0.5",
+        "--output",
+        root / "merged",
+    ]
+    lower = [
+        "--hf_model",
+        model,
+        "--adapter",
+        adapter,
+        "--lora_rank",
+        "1",
+        "--output",
+        root / "lower",
+    ]
     return root, {
-        "make_tiny_model": run_tool(root, "make_tiny_model", "--output", root / "tiny", *untrained, *sizes),
+        "make_tiny_model": run_tool(
+            root, "make_tiny_model", "--output", root / "tiny", *untrained, *sizes
+        ),
         "hf_to_megatron": run_tool(root, "hf_to_megatron", *there),
         "megatron_to_hf": run_tool(
             root, "megatron_to_hf", "--checkpoint", root / "checkpoint", "--output", root / "back"
         ),
         "merge_lora": run_tool(root, "merge_lora", *merged),
         "lower_rank": run_tool(root, "lower_rank", *lower),
-        "verify": run_tool(root, "verify", "--hf_model", model, "--checkpoint", root / "checkpoint", "--quick"),
+        "verify": run_tool(
+            root, "verify", "--hf_model", model, "--checkpoint", root / "checkpoint", "--quick"
+        ),
     }
 
 
@@ -82,17 +112,50 @@ def test_a_tool_does_its_work(made, tool, says):
         ("make_tiny_model", ["--output", "ROOT/back"], "exists and is not an empty folder"),
         ("hf_to_megatron", ["--hf_model", "ROOT", "--output", "ROOT/new"], "no config.json there"),
         ("hf_to_megatron", ["--hf_model", "ROOT"], "required: --output"),
-        ("hf_to_megatron", ["--hf_model", "A", "--output", "B", "--num_workers", "0"], "--num_workers 0: must be 1"),
-        ("hf_to_megatron", ["--hf_model", "A", "--output", "B", "--num_workers", "two"], "invalid int value: 'two'"),
-        ("megatron_to_hf", ["--checkpoint", "ROOT", "--output", "ROOT/new"], "neither latest_checkpointed_iteration"),
-        ("megatron_to_hf", ["--checkpoint", "A", "--output", "B", "--export", "all"], "--export 'all': choose one of"),
-        ("merge_lora", ["--hf_model", "ROOT/back", "--output", "ROOT/new"], "no --adapter is named"),
-        ("merge_lora", ["--hf_model", "A", "--output", "B", "--wieght", "1"], "--wieght is not a setting; the nearest is --weight"),
+        (
+            "hf_to_megatron",
+            ["--hf_model", "A", "--output", "B", "--num_workers", "0"],
+            "--num_workers 0: must be 1",
+        ),
+        (
+            "hf_to_megatron",
+            ["--hf_model", "A", "--output", "B", "--num_workers", "two"],
+            "invalid int value: 'two'",
+        ),
+        (
+            "megatron_to_hf",
+            ["--checkpoint", "ROOT", "--output", "ROOT/new"],
+            "neither latest_checkpointed_iteration",
+        ),
+        (
+            "megatron_to_hf",
+            ["--checkpoint", "A", "--output", "B", "--export", "all"],
+            "--export 'all': choose one of",
+        ),
+        (
+            "merge_lora",
+            ["--hf_model", "ROOT/back", "--output", "ROOT/new"],
+            "no --adapter is named",
+        ),
+        (
+            "merge_lora",
+            ["--hf_model", "A", "--output", "B", "--wieght", "1"],
+            "--wieght is not a setting; the nearest is --weight",
+        ),
         ("merge_lora", ["--hf_modl", "A"], "--hf_modl is not a setting; the nearest is --hf_model"),
         ("make_tiny_model", ["--ouput", "A"], "--ouput is not a setting; the nearest is --output"),
         (
             "lower_rank",
-            ["--hf_model", "ROOT/back", "--adapter", "ROOT/adapter", "--lora_rank", "2", "--output", "ROOT/new"],
+            [
+                "--hf_model",
+                "ROOT/back",
+                "--adapter",
+                "ROOT/adapter",
+                "--lora_rank",
+                "2",
+                "--output",
+                "ROOT/new",
+            ],
             "--lora_rank 2: the adapter has rank 2; choose 1 to 1",
         ),
         ("verify", ["--hf_model", "ROOT/back", "--quick"], "--quick: there is nothing to compare"),

@@ -28,7 +28,12 @@ GUIDE_COMMAND = """--model /models/omni --teacher_model /models/omni/ --train_ty
 --gradient_accumulation_steps 1 --warmup_ratio 0.05
 --deepspeed zero3 --attn_impl flash_attention_2
 --output_dir output --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true"""
-QWEN3_OMNI = {"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_layers": 48}
+QWEN3_OMNI = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_layers": 48,
+}
 
 
 def refused(*flags):
@@ -43,7 +48,11 @@ def test_guide_command_parses_with_its_values(capsys):
     config = parse_config(GUIDE_COMMAND.split())
     assert config.model.attn_impl == "flash_attention_2"
     assert config.data.dataset == ["AI-ModelScope/alpaca-gpt4-data-zh#2000"]
-    assert (config.data.split_dataset_ratio, config.data.max_length, config.data.dataset_num_proc) == (0.01, 2048, 4)
+    assert (
+        config.data.split_dataset_ratio,
+        config.data.max_length,
+        config.data.dataset_num_proc,
+    ) == (0.01, 2048, 4)
     assert (config.distill.seq_kd, config.run.save_only_model) == (False, True)
     assert (config.train.learning_rate, config.train.num_train_epochs) == (1e-5, 1.0)
     answer = "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model"
@@ -53,13 +62,34 @@ def test_guide_command_parses_with_its_values(capsys):
 def test_defaults_are_the_guides():
     config = parse_config(REQUIRED).to_dict()
     values = {name: value for group in config.values() for name, value in group.items()}
-    guide = {"attn_impl": "flash", "lmbda": "0.5", "temperature": 2.0, "beta": 0.5, "seq_kd": False, "sft_alpha": 0.0, "lora_dropout": 0.05}
-    guide |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
-    guide |= {"learning_rate": 1e-5, "warmup_ratio": 0.05, "max_length": 2048, "max_completion_length": 512}
+    guide = {
+        "attn_impl": "flash",
+        "lmbda": "0.5",
+        "temperature": 2.0,
+        "beta": 0.5,
+        "seq_kd": False,
+        "sft_alpha": 0.0,
+        "lora_dropout": 0.05,
+    }
+    guide |= {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 1.0,
+    }
+    guide |= {
+        "learning_rate": 1e-5,
+        "warmup_ratio": 0.05,
+        "max_length": 2048,
+        "max_completion_length": 512,
+    }
     guide |= {"rollout_temperature": 1.0, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1}
     assert {name: values[name] for name in guide} == guide
     # Unset: those of --adapter, or rank 8, alpha 16 and ALL (chosen in train.py).
-    assert (values["lora_rank"], values["lora_alpha"], values["lora_target_modules"]) == (None, None, [])
+    assert (values["lora_rank"], values["lora_alpha"], values["lora_target_modules"]) == (
+        None,
+        None,
+        [],
+    )
     assert json.loads(json.dumps(config)) == config
 
 
@@ -81,13 +111,35 @@ def test_deepspeed_flags_are_answered_in_one_line(flag, capsys, monkeypatch):
 
 def test_booleans_lists_aliases_and_equals_signs():
     config = parse_config(
-        ["--model=/m", "--dataset", "a.jsonl", "b#5", "--seq_kd", "--save_only_model=true", "--tensorboard", "false"]
-        + ["--target_modules", "q_proj,k_proj", "v_proj", "--lora-rank", "4", "--skip_bad_rows", "true"]
+        [
+            "--model=/m",
+            "--dataset",
+            "a.jsonl",
+            "b#5",
+            "--seq_kd",
+            "--save_only_model=true",
+            "--tensorboard",
+            "false",
+        ]
+        + [
+            "--target_modules",
+            "q_proj,k_proj",
+            "v_proj",
+            "--lora-rank",
+            "4",
+            "--skip_bad_rows",
+            "true",
+        ]
     )
     assert config.data.dataset == ["a.jsonl", "b#5"] and config.data.skip_bad_rows
     assert config.distill.seq_kd and config.run.save_only_model and not config.run.tensorboard
-    assert config.lora.lora_target_modules == ["q_proj", "k_proj", "v_proj"] and config.lora.lora_rank == 4
-    assert parse_config(REQUIRED + ["--lora_target_modules", "all-linear"]).lora.lora_target_modules == ["ALL"]
+    assert (
+        config.lora.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
+        and config.lora.lora_rank == 4
+    )
+    assert parse_config(
+        REQUIRED + ["--lora_target_modules", "all-linear"]
+    ).lora.lora_target_modules == ["ALL"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +165,9 @@ def test_unknown_flag_names_the_nearest(flag, nearest):
     assert message.startswith(flag.split("=")[0] + " is not") and f"--{nearest} " in message
 
 
-@pytest.mark.parametrize("flag, nearest", [("--modl", "model"), ("--datasets", "dataset"), ("--lmda", "lmbda")])
+@pytest.mark.parametrize(
+    "flag, nearest", [("--modl", "model"), ("--datasets", "dataset"), ("--lmda", "lmbda")]
+)
 def test_a_misspelt_flag_comes_before_a_missing_one(flag, nearest):
     with pytest.raises(ValueError, match=f"^{flag} is not a setting; the nearest is --{nearest} "):
         parse_config([f"{flag}=x"])
@@ -184,7 +238,9 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         parse_config_or_exit(["--dataset", "d"])
-    assert capsys.readouterr().err == said.replace("error:", "error (rank 3):", 1) and waited == [SECONDS_FOR_RANK_0]
+    assert capsys.readouterr().err == said.replace("error:", "error (rank 3):", 1) and waited == [
+        SECONDS_FOR_RANK_0
+    ]
 
 
 def test_yaml_file_and_flags_win(tmp_path):
@@ -227,10 +283,19 @@ def test_yaml_file_is_checked_like_flags(tmp_path, text, part):
 def test_lmbda_schedule():
     number, schedule = DistillConfig(lmbda="0.7"), DistillConfig(lmbda="0:0.3,500:0.5,1000:0.7")
     assert [number.lmbda_at(step) for step in (0, 10**6)] == [0.7, 0.7]
-    assert [schedule.lmbda_at(step) for step in (0, 499, 500, 999, 1000, 10**6)] == [0.3, 0.3, 0.5, 0.5, 0.7, 0.7]
+    assert [schedule.lmbda_at(step) for step in (0, 499, 500, 999, 1000, 10**6)] == [
+        0.3,
+        0.3,
+        0.5,
+        0.5,
+        0.7,
+        0.7,
+    ]
 
 
-@pytest.mark.parametrize("lmbda, possible", [("0", False), ("0.1", True), ("0:0,5:0", False), ("0:0,500:0.5", True)])
+@pytest.mark.parametrize(
+    "lmbda, possible", [("0", False), ("0.1", True), ("0:0,5:0", False), ("0:0,500:0.5", True)]
+)
 def test_runs_that_may_be_on_policy(lmbda, possible):
     assert DistillConfig(lmbda=lmbda).may_be_on_policy == possible
 
@@ -248,7 +313,14 @@ def test_no_linears_are_not_all_linears():
         assert "--lora_target_modules" in refused("--lora_target_modules", value)
 
 
-@pytest.mark.parametrize("name, ours", [("lr", "learning_rate"), ("gradient_checkpointing", "recompute"), ("tp", "tensor_model_parallel_size")])
+@pytest.mark.parametrize(
+    "name, ours",
+    [
+        ("lr", "learning_rate"),
+        ("gradient_checkpointing", "recompute"),
+        ("tp", "tensor_model_parallel_size"),
+    ],
+)
 def test_names_of_other_programs(name, ours):
     assert f"the nearest is --{ours} " in refused(f"--{name}", "1")
 
@@ -263,8 +335,18 @@ def test_names_of_other_programs(name, ours):
             "M = 0.30 student + 0.70 teacher, JSD = 0.30 KL(student || M) + 0.70 KL(teacher || M)",
         ),
         ({"beta": 0.3, "beta_convention": "paper"}, "jsd", 0.7, "M = 0.70 student + 0.30 teacher"),
-        ({"beta": 0.0, "beta_convention": "paper"}, "forward_kl", 0.5, "forward KL = KL(teacher || student)"),
-        ({"beta": 1.0, "beta_convention": "paper"}, "reverse_kl", 0.5, "reverse KL = KL(student || teacher)"),
+        (
+            {"beta": 0.0, "beta_convention": "paper"},
+            "forward_kl",
+            0.5,
+            "forward KL = KL(teacher || student)",
+        ),
+        (
+            {"beta": 1.0, "beta_convention": "paper"},
+            "reverse_kl",
+            0.5,
+            "reverse KL = KL(student || teacher)",
+        ),
         ({"divergence": "forward_kl"}, "forward_kl", 0.5, "--divergence forward_kl"),
         ({"divergence": "forward_kl", "beta": 0.0}, "forward_kl", 0.5, "--divergence forward_kl"),
         (
@@ -306,7 +388,12 @@ def test_layouts_of_the_real_model(world_size, tp, pp, ep, data_parallel_size):
         (8, (2, 2, 8), {}, ["expert_model_parallel_size 8", "4 ranks of a pipeline stage"]),
         (8, (8, 1, 8), {"num_experts": 12}, ["expert_model_parallel_size 8", "12 experts"]),
         (3, (3, 1, 1), {}, ["tensor_model_parallel_size 3", "32 attention heads"]),
-        (4, (4, 1, 1), {"num_key_value_heads": 6}, ["tensor_model_parallel_size 4", "6 key-value heads"]),
+        (
+            4,
+            (4, 1, 1),
+            {"num_key_value_heads": 6},
+            ["tensor_model_parallel_size 4", "6 key-value heads"],
+        ),
         (5, (1, 5, 1), {}, ["pipeline_model_parallel_size 5", "48 layers"]),
     ],
 )
@@ -317,7 +404,13 @@ def test_impossible_layouts_name_both_numbers(world_size, sizes, model, numbers)
 
 
 def test_check_layout_command(tmp_path):
-    text = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_hidden_layers": 2, "head_dim": 128}
+    text = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_hidden_layers": 2,
+        "head_dim": 128,
+    }
     Qwen3OmniMoeThinkerConfig(text_config=text).save_pretrained(tmp_path)
 
     def check(*flags):
@@ -342,7 +435,10 @@ def test_check_layout_command(tmp_path):
     )
     bad = check("--tensor_model_parallel_size", "3")
     assert (
-        bad.returncode == 2 and "4 ranks" in bad.stderr and "= 3 ranks" in bad.stderr and "Traceback" not in bad.stderr
+        bad.returncode == 2
+        and "4 ranks" in bad.stderr
+        and "= 3 ranks" in bad.stderr
+        and "Traceback" not in bad.stderr
     )
 
 
@@ -352,16 +448,32 @@ def test_check_layout_command(tmp_path):
         (None, "no config.json there"),
         ("{", "config.json: Expecting"),
         ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
-        ('{"model_type": "qwen3_omni_moe", "thinker_config": [1]}', "thinker_config.text_config is missing"),
-        ('{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_key_value_heads": 0}}', "num_key_value_heads = 0"),
-        ('{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_experts": "many"}}', "num_experts"),
+        (
+            '{"model_type": "qwen3_omni_moe", "thinker_config": [1]}',
+            "thinker_config.text_config is missing",
+        ),
+        (
+            '{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_key_value_heads": 0}}',
+            "num_key_value_heads = 0",
+        ),
+        (
+            '{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_experts": "many"}}',
+            "num_experts",
+        ),
     ],
 )
 def test_check_layout_of_a_folder_that_is_no_model(tmp_path, monkeypatch, capsys, content, part):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    monkeypatch.setattr("sys.argv", ["config", "--check_layout", "1", "--model", str(tmp_path), "--dataset", "d"])
+    monkeypatch.setattr(
+        "sys.argv", ["config", "--check_layout", "1", "--model", str(tmp_path), "--dataset", "d"]
+    )
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("megatron_gkd: error: ") and str(tmp_path) in said and part in said
+    assert (
+        stop.value.code == 2
+        and said.startswith("megatron_gkd: error: ")
+        and str(tmp_path) in said
+        and part in said
+    )

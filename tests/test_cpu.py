@@ -23,7 +23,13 @@ PATCHED = [
         "set_rng_state",
         "manual_seed",
     )
-] + [(torch, "zeros"), (torch, "tensor"), (torch, "empty_like"), (torch.Tensor, "cuda"), (torch.Tensor, "type")]
+] + [
+    (torch, "zeros"),
+    (torch, "tensor"),
+    (torch, "empty_like"),
+    (torch.Tensor, "cuda"),
+    (torch.Tensor, "type"),
+]
 
 
 def originals():
@@ -32,18 +38,26 @@ def originals():
 
 def replaced() -> list[str]:
     """Names of PATCHED that hold something defined in this package."""
-    package = str(Path(megatron_gkd.__file__).parent)  # the checkout, with torch in its .venv, may have that name too
+    package = str(
+        Path(megatron_gkd.__file__).parent
+    )  # the checkout, with torch in its .venv, may have that name too
     names = []
     for owner, name in PATCHED:
         value = getattr(owner, name)
         of_package = str(getattr(value, "__module__", None)).startswith("megatron_gkd")
-        if of_package or hasattr(value, "__code__") and value.__code__.co_filename.startswith(package):
+        if (
+            of_package
+            or hasattr(value, "__code__")
+            and value.__code__.co_filename.startswith(package)
+        ):
             names.append(name)
     return names
 
 
 def import_everything(rank, world_size):
-    modules = [module.name for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd.")]
+    modules = [
+        module.name for module in pkgutil.walk_packages(megatron_gkd.__path__, "megatron_gkd.")
+    ]
     for name in modules:
         importlib.import_module(name)
     after_import = replaced()
@@ -55,7 +69,9 @@ def test_import_changes_nothing():
     ((modules, after_import, after_enable),) = run_ranks(import_everything, 1)
     assert {"megatron_gkd.cpu", "megatron_gkd.train", "megatron_gkd.model.decoder"} <= set(modules)
     assert after_import == []
-    assert set(after_enable) == {name for _, name in PATCHED} - {"manual_seed"}  # that one is torch's own, the CPU's
+    assert set(after_enable) == {name for _, name in PATCHED} - {
+        "manual_seed"
+    }  # that one is torch's own, the CPU's
 
 
 def enable_and_look(rank, world_size):
@@ -64,7 +80,9 @@ def enable_and_look(rank, world_size):
     cpu.enable()
     once = originals()
     cpu.enable()
-    assert all(old is new for old, new in zip(once, originals())), "a second call must change nothing"
+    assert all(old is new for old, new in zip(once, originals())), (
+        "a second call must change nothing"
+    )
 
     cpu_device = torch.device("cpu")
     assert torch.cuda.current_device() == cpu_device
@@ -77,14 +95,19 @@ def enable_and_look(rank, world_size):
     assert made[1].tolist() == [1.0, 2.0]
     with torch.device(
         "meta"
-    ):  # transformers builds models in it: were it blind to the factories, buffers would stay uninitialised
+        # transformers builds models in it: were it blind to the factories, buffers would stay
+        # uninitialised
+    ):
         assert torch.arange(3).device.type == torch.empty(2).device.type == "meta"
     assert (
         torch.zeros(2, device="meta").device.type == "meta"
         and torch.zeros([2, 3], dtype=torch.int8).dtype == torch.int8
     )
     assert made[0].cuda() is made[0]
-    assert made[0].type() == "torch.cuda.FloatTensor" and made[0].bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert (
+        made[0].type() == "torch.cuda.FloatTensor"
+        and made[0].bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    )
     assert made[0].type(torch.int64).dtype == torch.int64
 
     torch.cuda.manual_seed(3)
@@ -118,7 +141,8 @@ def test_a_process_that_uses_a_gpu_is_refused():
 
 
 def train_beside_gpu_kernels(rank, world_size, folder):
-    """One step where megatron-core has found Transformer Engine: its kernels take no CPU tensors."""
+    """One step where megatron-core has found Transformer Engine: its kernels take no CPU tensors.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils
@@ -128,10 +152,19 @@ def train_beside_gpu_kernels(rank, world_size, folder):
 
     moe_utils.te_general_gemm = optimizer.Adam = for_gpus_only
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    clip_grads.multi_tensor_applier = clip_grads.l2_norm_impl = clip_grads.multi_tensor_scale_impl = for_gpus_only
+    clip_grads.multi_tensor_applier = clip_grads.l2_norm_impl = (
+        clip_grads.multi_tensor_scale_impl
+    ) = for_gpus_only
 
     from tests.adapters import make_batches
-    from tests.lora_runs import VOCAB_SIZE, build, in_reducer, initialize, make_optimizer, run_schedule
+    from tests.lora_runs import (
+        VOCAB_SIZE,
+        build,
+        in_reducer,
+        initialize,
+        make_optimizer,
+        run_schedule,
+    )
 
     place = initialize(1, 1, 1)
     _, model = build(place, folder, rank=4, alpha=8, targets=["q_proj", "down_proj"], seed=0)

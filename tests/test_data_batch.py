@@ -23,7 +23,10 @@ def sample(prompt, response, *, teacher_prompt=None, row=0, source="s", cut_toke
 
 def test_exact_tensors():
     batch = collate(
-        [sample([1, 2], [3, 4], row=7, source="a"), sample([5], [6, 7, 8], row=3, source="b", hole=1, cut_tokens=2)],
+        [
+            sample([1, 2], [3, 4], row=7, source="a"),
+            sample([5], [6, 7, 8], row=3, source="b", hole=1, cut_tokens=2),
+        ],
         PAD,
         4,
     )
@@ -46,14 +49,19 @@ def test_exact_tensors():
         view.media_rows,
         view.media_tokens,
     )
-    assert {tensor.dtype for tensor in tensors} == {torch.int64} and view.position_ids.dtype == torch.float32
+    assert {tensor.dtype for tensor in tensors} == {
+        torch.int64
+    } and view.position_ids.dtype == torch.float32
     assert (batch.rows, batch.sources, batch.cut_tokens) == ([7, 3], ["a", "b"], 2)
 
 
 def test_padding_to_a_multiple():
     for multiple, size in ((1, 5), (2, 6), (4, 8), (5, 5)):
         view = collate([sample([1, 2], [3, 4, 5]), sample([6], [7])], PAD, multiple).student
-        assert view.input_ids.shape == view.labels.shape == (2, size) and view.position_ids.shape == (3, 2, size)
+        assert view.input_ids.shape == view.labels.shape == (
+            2,
+            size,
+        ) and view.position_ids.shape == (3, 2, size)
         assert view.input_ids[1].tolist() == [6, 7] + [PAD] * (size - 2)
         assert view.labels[1].tolist() == [-100, 7] + [-100] * (size - 2)
         assert view.response_rows.tolist() == [1, 2, 3, size]
@@ -79,7 +87,10 @@ def test_views_that_disagree_are_caught():
 def test_filler_rows():
     batch = collate([sample([1, 2], [3], row=4), None], PAD, 2)
     assert batch.student.input_ids.tolist() == [[1, 2, 3, PAD], [PAD] * 4]
-    assert batch.student.lengths.tolist() == [3, 1] and batch.student.prompt_lengths.tolist() == [2, 1]
+    assert batch.student.lengths.tolist() == [3, 1] and batch.student.prompt_lengths.tolist() == [
+        2,
+        1,
+    ]
     assert batch.student.response_rows.tolist() == [1]
     assert batch.rows == [4, -1] and batch.sources == ["s", ""] and batch.teacher is batch.student
     alone = collate([None, None], PAD, 4)
@@ -88,16 +99,25 @@ def test_filler_rows():
 
 def test_with_responses():
     batch = collate(
-        [sample([1], [2, 3], teacher_prompt=[4, 5], row=6, source="a", cut_tokens=1), sample([7, 8], [9], row=2)],
+        [
+            sample([1], [2, 3], teacher_prompt=[4, 5], row=6, source="a", cut_tokens=1),
+            sample([7, 8], [9], row=2),
+        ],
         PAD,
         2,
     )
     new = with_responses(batch, [[11], [12, 13, 14]], PAD, 2)
     assert new.on_policy and not batch.on_policy and new.has_teacher_view
     assert new.student.input_ids.tolist() == [[1, 11, PAD, PAD, PAD, PAD], [7, 8, 12, 13, 14, PAD]]
-    assert new.student.labels.tolist() == [[-100, 11, -100, -100, -100, -100], [-100, -100, 12, 13, 14, -100]]
+    assert new.student.labels.tolist() == [
+        [-100, 11, -100, -100, -100, -100],
+        [-100, -100, 12, 13, 14, -100],
+    ]
     assert new.teacher.input_ids.tolist() == [[4, 5, 11, PAD, PAD, PAD], [7, 8, 12, 13, 14, PAD]]
-    assert new.teacher.prompt_lengths.tolist() == [2, 2] and new.student.prompt_lengths.tolist() == [1, 2]
+    assert new.teacher.prompt_lengths.tolist() == [
+        2,
+        2,
+    ] and new.student.prompt_lengths.tolist() == [1, 2]
     assert new.student.targets.tolist() == new.teacher.targets.tolist() == [11, 12, 13, 14]
     assert (new.rows, new.sources, new.cut_tokens) == ([6, 2], ["a", "s"], 0)
     again = with_responses(new, [[15], [16]], PAD, 1)
@@ -115,7 +135,10 @@ def test_with_responses_drops_the_training_of_earlier_turns():
 def test_with_responses_and_filler_rows():
     batch = collate([sample([1], [2]), None], PAD, 1)
     new = with_responses(batch, [[5, 6], []], PAD, 1)
-    assert new.student.input_ids.tolist() == [[1, 5, 6], [PAD] * 3] and new.student.targets.tolist() == [5, 6]
+    assert new.student.input_ids.tolist() == [
+        [1, 5, 6],
+        [PAD] * 3,
+    ] and new.student.targets.tolist() == [5, 6]
     assert new.student.lengths.tolist() == [3, 1]
     for responses, reason in (
         ([[], []], "row 0 got a response of 0"),

@@ -1,13 +1,15 @@
-"""Conversations -> ids and spans: exact ids, what the spans say when decoded, and templates that do not play along."""
+"""Conversations -> ids and spans: exact ids, what the spans say when decoded, and templates that do
+not play along.
+"""
 
 import json
 import os
 
 import pytest
 
-from checkpoint_tools.tiny.tokenizer import train_tokenizer, write_tokenizer
+from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from megatron_gkd.data.chat import load_chat_tokenizer
-from megatron_gkd.data.errors import DataError, RowError
+from megatron_gkd.errors import DataError, RowError
 from tests.tiny_tokenizer import (
     CHATML,
     THINKING,
@@ -60,22 +62,36 @@ def test_ids_are_those_of_the_whole_conversation(chat):
 
 def test_spans_are_content_and_closing_token(chat):
     assert spans_as_text(chat, CONVERSATION) == ["the sky is blue<|im_end|>", "你好 😀 !<|im_end|>"]
-    assert spans_as_text(chat, [user("a"), assistant("x"), assistant("y")]) == ["x<|im_end|>", "y<|im_end|>"]
+    assert spans_as_text(chat, [user("a"), assistant("x"), assistant("y")]) == [
+        "x<|im_end|>",
+        "y<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize(
-    "content", [" leading", "trailing \n", "<|im_start|>user\nfake", "a<|im_end|>\nb", "{{ m }}", "\ue000", "\t\u2028x"]
+    "content",
+    [
+        " leading",
+        "trailing \n",
+        "<|im_start|>user\nfake",
+        "a<|im_end|>\nb",
+        "{{ m }}",
+        "\ue000",
+        "\t\u2028x",
+    ],
 )
 def test_awkward_contents_stay_whole(chat, content):
-    assert spans_as_text(chat, [user(content), assistant(content), user(content), assistant("z")]) == [
+    assert spans_as_text(
+        chat, [user(content), assistant(content), user(content), assistant("z")]
+    ) == [
         content + "<|im_end|>",
         "z<|im_end|>",
     ]
 
 
 def test_a_response_never_shares_a_token_with_its_prompt(chat):
-    """The newline that ends the prompt and the ones that begin the response would be one token: the prompt stays as
-    generation sees it.
+    """The newline that ends the prompt and the ones that begin the response would be one token: the
+    prompt stays as generation sees it.
     """
     messages = [user("a"), assistant("\n\nb")]
     ids, [(start, end)] = chat.encode(messages)
@@ -91,13 +107,21 @@ def test_thinking_template_alters_earlier_turns(tmp_path):
         user("r"),
         assistant("<think>\nnew\n</think>\n\ntwo"),
     ]
-    assert spans_as_text(chat, messages) == ["one<|im_end|>", "<think>\nnew\n</think>\n\ntwo<|im_end|>"]
-    # Without thinking of its own the turn gets an empty block from the template: part of the prompt.
+    assert spans_as_text(chat, messages) == [
+        "one<|im_end|>",
+        "<think>\nnew\n</think>\n\ntwo<|im_end|>",
+    ]
+    # Without thinking of its own the turn gets an empty block from the template: part of the
+    # prompt.
     messages[-1] = assistant("two")
     ids, spans = chat.encode(messages)
     assert spans_as_text(chat, messages) == ["one<|im_end|>", "two<|im_end|>"]
-    assert chat.tokenizer.decode(ids[: spans[-1][0]]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert chat.tokenizer.decode(ids) + "\n" == chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat.tokenizer.decode(ids[: spans[-1][0]]).endswith(
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert chat.tokenizer.decode(ids) + "\n" == chat.tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
 
 
 def test_the_tokenizer_of_the_tiny_model(tmp_path):
@@ -107,7 +131,9 @@ def test_the_tokenizer_of_the_tiny_model(tmp_path):
     ids, spans = chat.encode(CONVERSATION)
     assert ids == template_ids(chat, CONVERSATION)[:-1]
     assert chat.encode_prompt(CONVERSATION) == ids[: spans[-1][0]]
-    assert chat.encode_prompt(CONVERSATION) == template_ids(chat, CONVERSATION[:-1], add_generation_prompt=True)
+    assert chat.encode_prompt(CONVERSATION) == template_ids(
+        chat, CONVERSATION[:-1], add_generation_prompt=True
+    )
     assert spans_as_text(chat, CONVERSATION) == ["the sky is blue<|im_end|>", "你好 😀 !<|im_end|>"]
 
 
@@ -139,9 +165,14 @@ def test_templates_that_break_the_rules_are_refused(tmp_path, template, reason):
 
 
 def test_a_template_that_trims_and_closes_with_text(tmp_path):
-    template = CHATML.replace("<|im_end|>", " [END]").replace("{{ m.content }}", "{{ m.content | trim }}")
+    template = CHATML.replace("<|im_end|>", " [END]").replace(
+        "{{ m.content }}", "{{ m.content | trim }}"
+    )
     chat = load_chat_tokenizer(write_bpe_folder(tmp_path, template))
-    assert spans_as_text(chat, [user("a"), assistant(" x "), user("b"), assistant("y")]) == ["x [END]", "y [END]"]
+    assert spans_as_text(chat, [user("a"), assistant(" x "), user("b"), assistant("y")]) == [
+        "x [END]",
+        "y [END]",
+    ]
 
 
 def test_processor_template_file(tmp_path):
@@ -150,7 +181,9 @@ def test_processor_template_file(tmp_path):
         load_chat_tokenizer(folder)
     with open(os.path.join(folder, "chat_template.json"), "w") as file:
         json.dump({"chat_template": CHATML}, file)
-    assert spans_as_text(load_chat_tokenizer(folder), [user("a"), assistant("b")]) == ["b<|im_end|>"]
+    assert spans_as_text(load_chat_tokenizer(folder), [user("a"), assistant("b")]) == [
+        "b<|im_end|>"
+    ]
 
 
 def test_pad_token(chat, tmp_path):
@@ -165,26 +198,43 @@ def test_no_tokenizer_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}], ids=str
+    "config",
+    [{}, {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}],
+    ids=str,
 )
 def test_sentencepiece_model_alone(tmp_path, config):
-    """Byte fallback keeps every character: the ids are those of the whole text, spaces and newlines included."""
+    """Byte fallback keeps every character: the ids are those of the whole text, spaces and newlines
+    included.
+    """
     folder = write_sentencepiece_folder(tmp_path, byte_fallback=True, **config)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({"model_type": "qwen3_omni_moe"}, file)
     chat = load_chat_tokenizer(folder)
     ids, spans = chat.encode(CONVERSATION)
     assert ids == template_ids(chat, CONVERSATION)[: len(ids)]
-    assert chat.tokenizer.decode(ids) == chat.tokenizer.apply_chat_template(CONVERSATION, tokenize=False)[:-1]
+    assert (
+        chat.tokenizer.decode(ids)
+        == chat.tokenizer.apply_chat_template(CONVERSATION, tokenize=False)[:-1]
+    )
     assert spans_as_text(chat, CONVERSATION) == ["the sky is blue<|im_end|>", "你好 😀 !<|im_end|>"]
 
 
 def test_sentencepiece_that_folds_whitespace(tmp_path):
-    """The default normaliser turns the newline before a response into a space that may melt into its first piece."""
+    """The default normaliser turns the newline before a response into a space that may melt into
+    its first piece.
+    """
     chat = load_chat_tokenizer(write_sentencepiece_folder(tmp_path, byte_fallback=False))
-    messages = [user("what colour is the sky"), assistant("the sky is blue"), user("who is lazy"), assistant("dog")]
+    messages = [
+        user("what colour is the sky"),
+        assistant("the sky is blue"),
+        user("who is lazy"),
+        assistant("dog"),
+    ]
     ids, spans = chat.encode(messages)
-    assert [text.strip() for text in spans_as_text(chat, messages)] == ["the sky is blue<|im_end|>", "dog<|im_end|>"]
+    assert [text.strip() for text in spans_as_text(chat, messages)] == [
+        "the sky is blue<|im_end|>",
+        "dog<|im_end|>",
+    ]
     for index, (start, _) in zip((1, 3), spans):
         prompt = template_ids(chat, messages[:index], add_generation_prompt=True)
         assert ids[:start][-len(prompt) :][-5:] == prompt[-5:]

@@ -1,4 +1,5 @@
-"""load_datasets from real files: what is read, what is refused with which line, subsets and splits."""
+"""load_datasets from real files: what is read, what is refused with which line, subsets and splits.
+"""
 
 import json
 import os
@@ -9,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from checkpoint_tools.make_tiny_model import build_folder
+from demo.tiny.folder import build_folder
 from megatron_gkd.data import DataError, load_datasets
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
@@ -23,7 +24,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return build_folder(str(tmp_path_factory.mktemp("tiny") / "model"), num_hidden_layers=1, hidden_size=64, vocab_size=640)
+    return build_folder(
+        str(tmp_path_factory.mktemp("tiny") / "model"),
+        num_hidden_layers=1,
+        hidden_size=64,
+        vocab_size=640,
+    )
 
 
 @pytest.fixture
@@ -58,7 +64,10 @@ def ids_row(index, **more):
 
 
 def write_jsonl(path, rows, newline="\n"):
-    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()
+        for row in rows
+    ]
     path.write_bytes(b"".join(line + newline.encode() for line in lines))
     return str(path)
 
@@ -72,7 +81,13 @@ def samples(dataset):
 
 
 MIXED = [
-    {"messages": [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}], "source": "a"},
+    {
+        "messages": [
+            {"role": "user", "content": "the sky"},
+            {"role": "assistant", "content": "is blue"},
+        ],
+        "source": "a",
+    },
     {"instruction": "the sky", "input": None, "output": "is blue", "score": 1},
     ids_row(7, teacher_input_ids=[1, 2], score="high"),
     {
@@ -83,7 +98,10 @@ MIXED = [
         "images": None,
     },
     {
-        "messages": [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}],
+        "messages": [
+            {"role": "user", "content": "the sky"},
+            {"role": "assistant", "content": "is blue"},
+        ],
         "teacher_prompt": "看 the sky",
     },
 ]
@@ -99,7 +117,9 @@ def test_rows_of_every_kind_in_one_file(tmp_path, folder):
     assert [sample.has_teacher_view for sample in text] == [False, False, True, False, True]
     assert [sample.source for sample in text] == ["a", path, path, path, path]
     assert [sample.row for sample in text] == [0, 1, 2, 3, 4]
-    assert [train.location(index) for index in range(5)] == [f"{path}:{line}" for line in (1, 2, 3, 4, 5)]
+    assert [train.location(index) for index in range(5)] == [
+        f"{path}:{line}" for line in (1, 2, 3, 4, 5)
+    ]
     report = train.report
     assert (report.num_rows, report.num_teacher_views, report.has_teacher_view, report.sources) == (
         5,
@@ -108,7 +128,9 @@ def test_rows_of_every_kind_in_one_file(tmp_path, folder):
         {"a": 1, path: 4},
     )
     assert report.num_response_tokens == sum(len(sample.student.targets()) for sample in text)
-    assert report.max_tokens == max(len(view.input_ids) for sample in text for view in (sample.student, sample.teacher))
+    assert report.max_tokens == max(
+        len(view.input_ids) for sample in text for view in (sample.student, sample.teacher)
+    )
     assert train.pad_token_id == 0
 
 
@@ -117,21 +139,30 @@ def test_processes_give_the_same_rows(tmp_path, folder):
     one, _ = load(settings(path, skip_bad_rows=True), folder)
     three, _ = load(settings(path, skip_bad_rows=True, dataset_num_proc=3), folder)
     assert samples(one) == samples(three)
-    assert [one.location(index) for index in range(25)] == [three.location(index) for index in range(25)]
+    assert [one.location(index) for index in range(25)] == [
+        three.location(index) for index in range(25)
+    ]
     assert one.report == three.report and three.report.num_skipped == 1
 
 
 def test_byte_order_mark_crlf_and_empty_lines(tmp_path, no_tokenizer):
     path = tmp_path / "windows.jsonl"
     rows = [json.dumps(ids_row(index)).encode() for index in (3, 4, 5)]
-    path.write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\r\n\r\n" + rows[1] + b"\r\n" + rows[2] + b"\n\n  \n\n")
+    path.write_bytes(
+        b"\xef\xbb\xbf" + rows[0] + b"\r\n\r\n" + rows[1] + b"\r\n" + rows[2] + b"\n\n  \n\n"
+    )
     train, _ = load(settings(str(path)), no_tokenizer)
     assert firsts(train) == [3, 4, 5]
     assert [train.location(index) for index in range(3)] == [f"{path}:{line}" for line in (1, 3, 4)]
 
 
 def test_line_separators_of_unicode_do_not_split_rows(tmp_path, folder):
-    row = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "\u2029d"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "a\u2028b\x85c"},
+            {"role": "assistant", "content": "\u2029d"},
+        ]
+    }
     train, _ = load(settings(write_jsonl(tmp_path / "odd.jsonl", [row])), folder)
     assert len(train) == 1
 
@@ -156,7 +187,8 @@ def test_bad_rows_stop_the_run_with_file_line_and_reason(tmp_path, folder):
         load(settings(path, val_dataset=[other]), folder)
     lines = str(error.value).splitlines()
     assert (
-        lines[0] == "10 of 28 data rows cannot be used; correct them, or pass --skip_bad_rows true to leave them out:"
+        lines[0]
+        == "10 of 28 data rows cannot be used; correct them, or pass --skip_bad_rows true to leave them out:"
     )
     for line, start in zip(
         lines[1:],
@@ -183,7 +215,11 @@ def test_only_the_first_twenty_bad_rows_are_listed(tmp_path, no_tokenizer):
         load(settings(path), no_tokenizer)
     lines = str(error.value).splitlines()
     assert lines[0].startswith("25 of 26 data rows")
-    assert lines[20].startswith(f"  {path}:21: ") and lines[21] == "  ... and 5 more" and len(lines) == 22
+    assert (
+        lines[20].startswith(f"  {path}:21: ")
+        and lines[21] == "  ... and 5 more"
+        and len(lines) == 22
+    )
 
 
 def test_skip_bad_rows_counts_and_skips(tmp_path, no_tokenizer):
@@ -193,8 +229,13 @@ def test_skip_bad_rows_counts_and_skips(tmp_path, no_tokenizer):
     assert train.report.num_skipped == 2
     assert train.report.skipped[0] == (f"{path}:2", "not JSON: Expecting value at column 1")
     assert "2 bad rows skipped" in train.report.summary()
-    with pytest.raises(DataError, match="--dataset: all 2 rows are bad, the first is .*bad.jsonl:1: not JSON"):
-        load(settings(write_jsonl(tmp_path / "bad.jsonl", [b"oops"] * 2), skip_bad_rows=True), no_tokenizer)
+    with pytest.raises(
+        DataError, match="--dataset: all 2 rows are bad, the first is .*bad.jsonl:1: not JSON"
+    ):
+        load(
+            settings(write_jsonl(tmp_path / "bad.jsonl", [b"oops"] * 2), skip_bad_rows=True),
+            no_tokenizer,
+        )
 
 
 def test_cut_responses_are_counted(tmp_path, no_tokenizer):
@@ -202,31 +243,46 @@ def test_cut_responses_are_counted(tmp_path, no_tokenizer):
     path = write_jsonl(tmp_path / "long.jsonl", [long, ids_row(1), long])
     train, _ = load(settings(path, max_length=60), no_tokenizer)
     assert train[0].student.input_ids == list(range(60)) and train[0].cut_tokens == 40
-    assert (train.report.num_cut_responses, train.report.num_cut_tokens, train.report.max_tokens) == (2, 80, 60)
+    assert (
+        train.report.num_cut_responses,
+        train.report.num_cut_tokens,
+        train.report.max_tokens,
+    ) == (2, 80, 60)
 
 
 def test_text_without_a_tokenizer(tmp_path, no_tokenizer):
     path = write_jsonl(tmp_path / "text.jsonl", [ids_row(1), MIXED[0]])
     for num_proc in (1, 2):
-        with pytest.raises(DataError, match=r"text.jsonl:2 is text: .*no_tokenizer has no tokenizer files"):
+        with pytest.raises(
+            DataError, match=r"text.jsonl:2 is text: .*no_tokenizer has no tokenizer files"
+        ):
             load(settings(path, dataset_num_proc=num_proc), no_tokenizer)
 
 
 def test_text_without_a_chat_template(tmp_path):
     folder = write_sentencepiece_folder(tmp_path / "sp", byte_fallback=True, chat_template=None)
-    ids, text = write_jsonl(tmp_path / "ids.jsonl", [ids_row(1)]), write_jsonl(tmp_path / "text.jsonl", [MIXED[1]])
+    ids, text = (
+        write_jsonl(tmp_path / "ids.jsonl", [ids_row(1)]),
+        write_jsonl(tmp_path / "text.jsonl", [MIXED[1]]),
+    )
     assert len(load(settings(ids), folder)[0]) == 1
     with pytest.raises(
-        DataError, match="text.jsonl:1 is text: .*tokenizer without a chat template: add `chat_template`"
+        DataError,
+        match="text.jsonl:1 is text: .*tokenizer without a chat template: add `chat_template`",
     ):
         load(settings(text), folder)
 
 
 def test_a_broken_tokenizer_matters_to_text_only(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    ids, text = write_jsonl(tmp_path / "ids.jsonl", [ids_row(1)]), write_jsonl(tmp_path / "text.jsonl", [MIXED[1]])
+    ids, text = (
+        write_jsonl(tmp_path / "ids.jsonl", [ids_row(1)]),
+        write_jsonl(tmp_path / "text.jsonl", [MIXED[1]]),
+    )
     assert len(load(settings(ids), str(tmp_path))[0]) == 1
-    with pytest.raises(DataError, match="text.jsonl:1 is text: the tokenizer of .* does not load: "):
+    with pytest.raises(
+        DataError, match="text.jsonl:1 is text: the tokenizer of .* does not load: "
+    ):
         load(settings(text), str(tmp_path))
 
 
@@ -260,11 +316,17 @@ def test_parquet(tmp_path, folder):
     table = pyarrow.Table.from_pylist([{**columns, **row} for row in [*rows, {"instruction": "a"}]])
     pyarrow.parquet.write_table(table, path)
     jsonl, _ = load(settings(write_jsonl(tmp_path / "rows.jsonl", rows)), folder)
-    with pytest.raises(DataError, match="1 of 4 data rows.*\n  .*rows.parquet row 3: empty response"):
+    with pytest.raises(
+        DataError, match="1 of 4 data rows.*\n  .*rows.parquet row 3: empty response"
+    ):
         load(settings(path), folder)
     train, _ = load(settings(path, skip_bad_rows=True, dataset_num_proc=2), folder)
-    assert [sample.student for sample in samples(train)] == [sample.student for sample in samples(jsonl)]
-    assert [sample.teacher for sample in samples(train)] == [sample.teacher for sample in samples(jsonl)]
+    assert [sample.student for sample in samples(train)] == [
+        sample.student for sample in samples(jsonl)
+    ]
+    assert [sample.teacher for sample in samples(train)] == [
+        sample.teacher for sample in samples(jsonl)
+    ]
 
 
 def test_parquet_that_is_none(tmp_path, folder):
@@ -278,7 +340,9 @@ def test_folder_of_save_to_disk(tmp_path, no_tokenizer):
     rows = datasets.Dataset.from_list([ids_row(index) for index in (3, 4, 5)] + [ids_row(400)])
     single, several, odd = (str(tmp_path / name) for name in ("single", "several", "odd"))
     rows.save_to_disk(single)
-    datasets.DatasetDict({"test": rows.select([3]), "train": rows.select([2, 1])}).save_to_disk(several)
+    datasets.DatasetDict({"test": rows.select([3]), "train": rows.select([2, 1])}).save_to_disk(
+        several
+    )
     datasets.DatasetDict({"test": rows, "dev": rows}).save_to_disk(odd)
     files = sorted(os.listdir(single))
     with pytest.raises(DataError, match=r"single row 3: input_ids\[0\] is 400"):
@@ -303,7 +367,10 @@ def test_mixed_types_and_media_features_of_datasets(tmp_path, model):
     )
     table = datasets.concatenate_datasets([table, images], axis=1)
     table.save_to_disk(str(tmp_path / "mixed"))
-    with pytest.raises(DataError, match="1 of 3 data rows.*\n.*mixed row 1: the row has 0 image placeholders for 1 image"):
+    with pytest.raises(
+        DataError,
+        match="1 of 3 data rows.*\n.*mixed row 1: the row has 0 image placeholders for 1 image",
+    ):
         load(settings(str(tmp_path / "mixed")), model, vocab_size=640)
     train, _ = load(settings(str(tmp_path / "mixed"), skip_bad_rows=True), model, vocab_size=640)
     assert len(train) == 2 and train[0].student == train[1].student
@@ -318,9 +385,13 @@ def test_number_suffix(tmp_path, no_tokenizer):
     assert firsts(load(settings(path + "#20"), no_tokenizer)[0])[:10] == ten
     assert firsts(load(settings(path + "#10"), no_tokenizer, seed=1)[0]) != ten
     train, _ = load(settings(path + "#10"), no_tokenizer)
-    assert [train.location(index) for index in range(10)] == [f"{path}:{first + 1}" for first in ten]
+    assert [train.location(index) for index in range(10)] == [
+        f"{path}:{first + 1}" for first in ten
+    ]
     for asked in (0, 51):
-        with pytest.raises(DataError, match=f"many.jsonl#{asked} asks for {asked} rows and .*many.jsonl has 50"):
+        with pytest.raises(
+            DataError, match=f"many.jsonl#{asked} asks for {asked} rows and .*many.jsonl has 50"
+        ):
             load(settings(f"{path}#{asked}"), no_tokenizer)
     odd = write_jsonl(tmp_path / "name#3", [])
     with pytest.raises(DataError, match="name#3: unknown file type"):
@@ -335,9 +406,13 @@ def test_split(tmp_path, no_tokenizer):
     assert firsts(evaluation) != list(range(20)) and firsts(evaluation) != list(range(180, 200))
     again = load(settings(path, split_dataset_ratio=0.1), no_tokenizer)
     assert firsts(again[1]) == firsts(evaluation)
-    assert firsts(load(settings(path, split_dataset_ratio=0.1), no_tokenizer, seed=1)[1]) != firsts(evaluation)
+    assert firsts(load(settings(path, split_dataset_ratio=0.1), no_tokenizer, seed=1)[1]) != firsts(
+        evaluation
+    )
     assert len(load(settings(path, split_dataset_ratio=0.001), no_tokenizer)[1]) == 1
-    with pytest.raises(DataError, match="--split_dataset_ratio 0.5 of 1 rows leaves no row to train on"):
+    with pytest.raises(
+        DataError, match="--split_dataset_ratio 0.5 of 1 rows leaves no row to train on"
+    ):
         load(settings(path + "#1", split_dataset_ratio=0.5), no_tokenizer)
 
 
@@ -370,7 +445,9 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch, no_tokenizer, name, reason
 
 
 def test_an_unknown_name(monkeypatch, no_tokenizer):
-    """Nothing is asked of the network without the flag: a misspelt path is a path that does not exist."""
+    """Nothing is asked of the network without the flag: a misspelt path is a path that does not
+    exist.
+    """
     asked = []
 
     def load_dataset(name):
@@ -378,7 +455,9 @@ def test_an_unknown_name(monkeypatch, no_tokenizer):
         raise ConnectionError(f"no network for {name}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="somebody/nothing does not exist; .* add --download_datasets true"):
+    with pytest.raises(
+        DataError, match="somebody/nothing does not exist; .* add --download_datasets true"
+    ):
         load(settings("somebody/nothing#5"), no_tokenizer)
     assert not asked
     reason = "`datasets` could not load somebody/nothing .*ConnectionError: no network for somebody/nothing.; a"
@@ -393,7 +472,11 @@ def test_a_named_data_set(tmp_path, monkeypatch, no_tokenizer):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     train, _ = load(settings("named#1"), no_tokenizer)
-    assert len(train) == 1 and train[0].source == "named" and train.location(0) in ("named row 0", "named row 1")
+    assert (
+        len(train) == 1
+        and train[0].source == "named"
+        and train.location(0) in ("named row 0", "named row 1")
+    )
 
 
 def test_loading_leaves_progress_bars_as_they_were(tmp_path, no_tokenizer):

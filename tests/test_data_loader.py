@@ -1,4 +1,6 @@
-"""The order of batches: a pure function of seed and step, whatever the ranks, workers and the step it starts from."""
+"""The order of batches: a pure function of seed and step, whatever the ranks, workers and the step
+it starts from.
+"""
 
 from collections import Counter
 
@@ -17,7 +19,8 @@ from megatron_gkd.data.order import batch_indices, permutation
 
 
 class Rows:
-    """`num_rows` samples whose student prompt is their own index; every third has a teacher view."""
+    """`num_rows` samples whose student prompt is their own index; every third has a teacher view.
+    """
 
     def __init__(self, num_rows):
         self.num_rows = num_rows
@@ -32,7 +35,9 @@ class Rows:
         return Sample(student, teacher, teacher is not student, f"s{index % 2}", index, 0)
 
 
-def steps_of(dataset, *, size=2, accumulation=1, rank=0, ranks=1, seed=0, start=0, stop=6, workers=0):
+def steps_of(
+    dataset, *, size=2, accumulation=1, rank=0, ranks=1, seed=0, start=0, stop=6, workers=0
+):
     return step_loader(
         dataset,
         per_device_batch_size=size,
@@ -88,7 +93,8 @@ def test_a_batch_larger_than_the_data():
 
 
 @pytest.mark.parametrize(
-    "ranks, size, accumulation", [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2)]
+    "ranks, size, accumulation",
+    [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2)],
 )
 def test_the_global_batch_is_the_same_at_any_layout(ranks, size, accumulation):
     dataset = Rows(21)
@@ -97,7 +103,12 @@ def test_the_global_batch_is_the_same_at_any_layout(ranks, size, accumulation):
         for rank in range(ranks)
     ]
     for step in range(6):
-        gathered = [row for micro in range(accumulation) for rank in range(ranks) for row in parts[rank][step][micro]]
+        gathered = [
+            row
+            for micro in range(accumulation)
+            for rank in range(ranks)
+            for row in parts[rank][step][micro]
+        ]
         assert gathered == batch_indices(step, 8, 21, seed=0).tolist()
     assert all(len(part) == 6 and all(len(step) == accumulation for step in part) for part in parts)
 
@@ -123,14 +134,22 @@ def test_workers_give_the_same_batches():
     alone = list(steps_of(dataset, accumulation=2, stop=5))
     helped = list(steps_of(dataset, accumulation=2, stop=5, workers=2))
     assert rows_of(alone) == rows_of(helped)
-    for one, other in zip((b for step in alone for b in step), (b for step in helped for b in step)):
+    for one, other in zip(
+        (b for step in alone for b in step), (b for step in helped for b in step)
+    ):
         assert torch.equal(one.student.input_ids, other.student.input_ids) and torch.equal(
             one.student.labels, other.student.labels
         )
         assert torch.equal(one.teacher.input_ids, other.teacher.input_ids)
-        assert (one.teacher is one.student) == (other.teacher is other.student) == (not one.has_teacher_view)
+        assert (
+            (one.teacher is one.student)
+            == (other.teacher is other.student)
+            == (not one.has_teacher_view)
+        )
         assert one.sources == other.sources
-    evaluation = [[batch.rows for batch in evaluation_of(dataset, workers=workers)] for workers in (0, 2)]
+    evaluation = [
+        [batch.rows for batch in evaluation_of(dataset, workers=workers)] for workers in (0, 2)
+    ]
     assert evaluation[0] == evaluation[1]
 
 
@@ -145,9 +164,13 @@ def test_global_random_state_is_untouched(workers):
     assert (numpy.random.get_state()[1] == state).all()
 
 
-@pytest.mark.parametrize("num_rows, ranks, size", [(7, 2, 2), (8, 2, 2), (1, 4, 3), (9, 1, 4), (5, 3, 1)])
+@pytest.mark.parametrize(
+    "num_rows, ranks, size", [(7, 2, 2), (8, 2, 2), (1, 4, 3), (9, 1, 4), (5, 3, 1)]
+)
 def test_evaluation_covers_each_row_once(num_rows, ranks, size):
-    parts = [evaluation_of(Rows(num_rows), size=size, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [
+        evaluation_of(Rows(num_rows), size=size, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
     assert len({len(part) for part in parts}) == 1
     assert {len(batch.rows) for part in parts for batch in part} == {size}
     order = [row for micro in zip(*parts) for batch in micro for row in batch.rows]
@@ -160,7 +183,14 @@ def test_evaluation_covers_each_row_once(num_rows, ranks, size):
 
 @pytest.mark.parametrize(
     "num_rows, size, epochs, steps",
-    [(100, 8, 1, 13), (96, 8, 1, 12), (100, 8, 0.5, 7), (3, 8, 0.1, 1), (100, 8, 3, 38), (1000, 1, 0.3, 300)],
+    [
+        (100, 8, 1, 13),
+        (96, 8, 1, 12),
+        (100, 8, 0.5, 7),
+        (3, 8, 0.1, 1),
+        (100, 8, 3, 38),
+        (1000, 1, 0.3, 300),
+    ],
 )
 def test_number_of_steps(num_rows, size, epochs, steps):
     assert num_steps_of_epochs(num_rows, size, epochs) == steps

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_gkd.data.errors import RowError
 from megatron_gkd.data.rows import check_row
+from megatron_gkd.errors import RowError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 IDS = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -11,10 +11,19 @@ IDS = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
 
 def test_messages_pass_unchanged_and_null_columns_are_absent():
     row = check_row(
-        {"messages": [USER, ANSWER], "images": None, "teacher_prompt": None, "input_ids": None, "id": 7}, 10
+        {
+            "messages": [USER, ANSWER],
+            "images": None,
+            "teacher_prompt": None,
+            "input_ids": None,
+            "id": 7,
+        },
+        10,
     )
     assert row.messages == [USER, ANSWER]
-    assert (row.input_ids, row.labels, row.teacher_messages, row.teacher_input_ids, row.source) == (None,) * 5
+    assert (row.input_ids, row.labels, row.teacher_messages, row.teacher_input_ids, row.source) == (
+        None,
+    ) * 5
 
 
 def test_content_parts_become_one_string():
@@ -25,9 +34,15 @@ def test_content_parts_become_one_string():
 
 def test_alpaca_columns():
     row = check_row({"instruction": "add", "input": "1 2", "output": "3", "source": "math"}, 10)
-    assert row.messages == [{"role": "user", "content": "add\n1 2"}, {"role": "assistant", "content": "3"}]
+    assert row.messages == [
+        {"role": "user", "content": "add\n1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
     assert row.source == "math"
-    assert check_row({"instruction": "add", "input": "", "output": "3"}, 10).messages[0]["content"] == "add"
+    assert (
+        check_row({"instruction": "add", "input": "", "output": "3"}, 10).messages[0]["content"]
+        == "add"
+    )
     assert check_row({"instruction": "add", "output": "3"}, 10).messages[0]["content"] == "add"
 
 
@@ -49,7 +64,9 @@ def test_a_trained_first_token_has_nothing_that_predicts_it():
 
 
 def test_a_mask_over_the_cut_off_padding_is_fine():
-    row = check_row({"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}, 10)
+    row = check_row(
+        {"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}, 10
+    )
     assert row.input_ids == [1, 2]
 
 
@@ -59,10 +76,19 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ([1], "a row is a JSON object, this is a list"),
         ("text", "this is a string"),
         (None, "this is null"),
-        ({}, "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` (every column is empty)"),
+        (
+            {},
+            "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` (every column is empty)",
+        ),
         ({"conversations": [], "id": 3}, "(its columns: conversations, id)"),
-        ({"messages": [USER, ANSWER], **IDS}, "has messages and input_ids/labels: one of them must go"),
-        ({"messages": [USER, ANSWER], "instruction": "x", "output": "y"}, "has messages and instruction/output"),
+        (
+            {"messages": [USER, ANSWER], **IDS},
+            "has messages and input_ids/labels: one of them must go",
+        ),
+        (
+            {"messages": [USER, ANSWER], "instruction": "x", "output": "y"},
+            "has messages and instruction/output",
+        ),
         ({"messages": "hi"}, "messages must be a list of turns, got a string"),
         ({"messages": []}, "messages is empty"),
         ({"messages": ["hi"]}, "messages[0] must be an object with role and content, got a string"),
@@ -71,36 +97,71 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "messages[1].role 'robot' is unknown: system, user, assistant are the roles",
         ),
         ({"messages": [USER, {"content": "x"}]}, "messages[1].role None is unknown"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role ['user'] is unknown"),
+        (
+            {"messages": [{"role": ["user"], "content": "x"}]},
+            "messages[0].role ['user'] is unknown",
+        ),
         (
             {"messages": [{"role": "user", "content": 3}, ANSWER]},
             "messages[0].content must be a string, got an integer 3",
         ),
-        ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content must be a string, got null"),
-        ({"messages": [{"role": "user", "content": ["x"]}, ANSWER]}, "messages[0].content[0] must be an object"),
+        (
+            {"messages": [{"role": "user"}, ANSWER]},
+            "messages[0].content must be a string, got null",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}, ANSWER]},
+            "messages[0].content[0] must be an object",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]},
             "content[0].text must be a string, got null",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "movie", "movie": "a.mp4"}]}, ANSWER]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "movie", "movie": "a.mp4"}]},
+                    ANSWER,
+                ]
+            },
             "content[0] is of type 'movie': text, audio, image, video are the types",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "audio": "a.wav"}]}, ANSWER]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "x", "audio": "a.wav"}]},
+                    ANSWER,
+                ]
+            },
             "content[0] is text and holds audio: one part, one thing",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "path": "b"}]}, ANSWER]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": "a", "path": "b"}]},
+                    ANSWER,
+                ]
+            },
             "content[0] is of type image and holds more than `image`",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
+                ]
+            },
             "messages[1].content[0] is of type image: media stand in user and system turns only",
         ),
         (
             {
-                "messages": [{"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "image"}]}, ANSWER],
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "image": "a"}, {"type": "image"}],
+                    },
+                    ANSWER,
+                ],
                 "images": ["b"],
             },
             "messages hold images in some parts and not in others or in `images`: use one of them",
@@ -109,26 +170,59 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]},
             "messages[0].content is not valid Unicode: lone surrogate at character 0",
         ),
-        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "messages[1]: empty response"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1]: empty response"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " \n"}]},
+            "messages[1]: empty response",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "messages[1]: empty response",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": []}]},
             "messages[1] has tool_calls: a turn has role and content",
         ),
-        ({"messages": [USER]}, "messages end with a user turn: the last turn must be the assistant's response"),
+        (
+            {"messages": [USER]},
+            "messages end with a user turn: the last turn must be the assistant's response",
+        ),
         ({"messages": [ANSWER]}, "messages[0] is an assistant turn: nothing stands before it"),
         ({"instruction": "x"}, "empty response: output has no text"),
         ({"instruction": "x", "output": None}, "empty response"),
         ({"instruction": "x", "output": 3.5}, "output must be a string, got a float 3.5"),
-        ({"instruction": "x", "input": float("nan"), "output": "y"}, "input must be a string, got a float nan"),
-        ({"instruction": " ", "output": "y"}, "empty prompt: neither instruction nor input has text"),
+        (
+            {"instruction": "x", "input": float("nan"), "output": "y"},
+            "input must be a string, got a float nan",
+        ),
+        (
+            {"instruction": " ", "output": "y"},
+            "empty prompt: neither instruction nor input has text",
+        ),
         ({"output": "y"}, "empty prompt"),
-        ({"messages": [USER, ANSWER], "image": "a.png"}, "column `image` is not supported: name it `images`, a list"),
-        ({"messages": [USER, ANSWER], "images": [3]}, "images[0] must be a path, bytes or an array, got 3"),
-        ({"messages": [USER, ANSWER], "images": [[[[300, 0, 0]]]]}, "images[0] is not the pixels [height][width][3]"),
-        ({"messages": [USER, ANSWER], "audios": [{"array": [0.0]}]}, "audios[0] must have an array of samples and a"),
-        ({"messages": [USER, ANSWER], "teacher_audios": ["http://x/a.wav"]}, "media are files here, nothing is fetched"),
-        ({"messages": [USER, ANSWER], "use_audio_in_video": "yes"}, "use_audio_in_video must be true or false"),
+        (
+            {"messages": [USER, ANSWER], "image": "a.png"},
+            "column `image` is not supported: name it `images`, a list",
+        ),
+        (
+            {"messages": [USER, ANSWER], "images": [3]},
+            "images[0] must be a path, bytes or an array, got 3",
+        ),
+        (
+            {"messages": [USER, ANSWER], "images": [[[[300, 0, 0]]]]},
+            "images[0] is not the pixels [height][width][3]",
+        ),
+        (
+            {"messages": [USER, ANSWER], "audios": [{"array": [0.0]}]},
+            "audios[0] must have an array of samples and a",
+        ),
+        (
+            {"messages": [USER, ANSWER], "teacher_audios": ["http://x/a.wav"]},
+            "media are files here, nothing is fetched",
+        ),
+        (
+            {"messages": [USER, ANSWER], "use_audio_in_video": "yes"},
+            "use_audio_in_video must be true or false",
+        ),
         ({"messages": [USER, ANSWER], "tools": [{}]}, "column `tools` is not supported"),
         (
             {"messages": [USER, ANSWER], "system": "be kind"},
@@ -138,16 +232,43 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ({"input_ids": [1, 2]}, "`labels` is missing"),
         ({"labels": [1, 2]}, "`input_ids` is missing"),
         ({"input_ids": [], "labels": []}, "input_ids is empty"),
-        ({"input_ids": [1, True], "labels": [-100, 1]}, "input_ids[1] must be an integer, got a boolean True"),
-        ({"input_ids": [1, 2.0], "labels": [-100, 2]}, "input_ids[1] must be an integer, got a float 2.0"),
-        ({"input_ids": [[1, 2]], "labels": [[-100, 2]]}, "input_ids[0] must be an integer, got a list [1, 2]"),
-        ({"input_ids": [1, 10], "labels": [-100, 9]}, "input_ids[1] is 10, out of the vocabulary [0, 10)"),
-        ({"input_ids": [1, -1], "labels": [-100, 9]}, "input_ids[1] is -1, out of the vocabulary [0, 10)"),
-        ({"input_ids": [1, 10**40], "labels": [-100, 9]}, f"input_ids[1] is {10**40}, out of the vocabulary"),
-        ({"input_ids": [1, 2], "labels": [-100, -1]}, "labels[1] is -1, out of the vocabulary [0, 10) or -100"),
-        ({"input_ids": [1, 2], "labels": [-100, 10]}, "labels[1] is 10, out of the vocabulary [0, 10) or -100"),
+        (
+            {"input_ids": [1, True], "labels": [-100, 1]},
+            "input_ids[1] must be an integer, got a boolean True",
+        ),
+        (
+            {"input_ids": [1, 2.0], "labels": [-100, 2]},
+            "input_ids[1] must be an integer, got a float 2.0",
+        ),
+        (
+            {"input_ids": [[1, 2]], "labels": [[-100, 2]]},
+            "input_ids[0] must be an integer, got a list [1, 2]",
+        ),
+        (
+            {"input_ids": [1, 10], "labels": [-100, 9]},
+            "input_ids[1] is 10, out of the vocabulary [0, 10)",
+        ),
+        (
+            {"input_ids": [1, -1], "labels": [-100, 9]},
+            "input_ids[1] is -1, out of the vocabulary [0, 10)",
+        ),
+        (
+            {"input_ids": [1, 10**40], "labels": [-100, 9]},
+            f"input_ids[1] is {10**40}, out of the vocabulary",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [-100, -1]},
+            "labels[1] is -1, out of the vocabulary [0, 10) or -100",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [-100, 10]},
+            "labels[1] is 10, out of the vocabulary [0, 10) or -100",
+        ),
         ({"input_ids": [1, 2, 3], "labels": [-100, 2]}, "input_ids has 3 tokens and labels 2"),
-        ({"input_ids": [1, 2], "labels": [-100, -100]}, "empty response: no label after the first is other than -100"),
+        (
+            {"input_ids": [1, 2], "labels": [-100, -100]},
+            "empty response: no label after the first is other than -100",
+        ),
         ({"input_ids": [1, 2], "labels": [1, -100]}, "empty response"),
         (
             {"input_ids": [0, 1, 2], "labels": [-100, 1, 2], "attention_mask": [0, 1, 1]},
@@ -159,8 +280,14 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ),
         ({**IDS, "teacher_input_ids": []}, "teacher_input_ids is empty"),
         ({**IDS, "teacher_input_ids": [10]}, "teacher_input_ids[0] is 10, out of the vocabulary"),
-        ({**IDS, "teacher_input_ids": "1"}, "teacher_input_ids must be a list of integers, got a string"),
-        ({**IDS, "teacher_prompt": "x"}, "teacher_prompt replaces a user turn, and a tokenised row has none"),
+        (
+            {**IDS, "teacher_input_ids": "1"},
+            "teacher_input_ids must be a list of integers, got a string",
+        ),
+        (
+            {**IDS, "teacher_prompt": "x"},
+            "teacher_prompt replaces a user turn, and a tokenised row has none",
+        ),
         (
             {"input_ids": [1, 2], "labels": [1, 2], "teacher_input_ids": [3]},
             "labels[0] is trained: with a teacher view",
@@ -184,10 +311,22 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "teacher_messages[0].role 'x' is unknown",
         ),
         ({"teacher_messages": [USER, ANSWER]}, "has none of `messages`"),
-        ({"messages": [USER, ANSWER], "teacher_message": [USER, ANSWER]}, "column `teacher_message` is unknown: is it `teacher_messages`?"),
-        ({"messages": [USER, ANSWER], "teacher_audois": ["x.wav"]}, "column `teacher_audois` is unknown: is it `teacher_audios`?"),
-        ({"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, -100]}, "each trained label is the next token of input_ids"),
-        ({"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, 9]}, "these labels are shifted already"),
+        (
+            {"messages": [USER, ANSWER], "teacher_message": [USER, ANSWER]},
+            "column `teacher_message` is unknown: is it `teacher_messages`?",
+        ),
+        (
+            {"messages": [USER, ANSWER], "teacher_audois": ["x.wav"]},
+            "column `teacher_audois` is unknown: is it `teacher_audios`?",
+        ),
+        (
+            {"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, -100]},
+            "each trained label is the next token of input_ids",
+        ),
+        (
+            {"input_ids": [1, 2, 3, 4], "labels": [-100, 3, 4, 9]},
+            "these labels are shifted already",
+        ),
     ],
 )
 def test_bad_rows_name_the_reason(raw, reason):
@@ -197,46 +336,105 @@ def test_bad_rows_name_the_reason(raw, reason):
 
 
 def test_metadata_about_the_teachers_columns_is_left_alone():
-    names = ("teacher_prompt_id", "teacher_message_id", "teacher_image_ids", "teacher_images_n", "teacher_model", "teacher")
-    assert check_row({"messages": [USER, ANSWER], **dict.fromkeys(names, "x")}, 10).teacher_messages is None
+    names = (
+        "teacher_prompt_id",
+        "teacher_message_id",
+        "teacher_image_ids",
+        "teacher_images_n",
+        "teacher_model",
+        "teacher",
+    )
+    assert (
+        check_row({"messages": [USER, ANSWER], **dict.fromkeys(names, "x")}, 10).teacher_messages
+        is None
+    )
 
 
 def media_of(raw, folder="/data"):
     row = check_row(raw, 10, folder)
-    return row, {kind: [reference.path for reference in references] for kind, references in row.media.items()}
+    return row, {
+        kind: [reference.path for reference in references] for kind, references in row.media.items()
+    }
 
 
 def test_media_stand_in_parts_or_in_columns():
-    parts = [{"type": "audio", "audio": "a.wav"}, {"type": "text", "text": "and"}, {"type": "image", "url": "/b.png"}]
+    parts = [
+        {"type": "audio", "audio": "a.wav"},
+        {"type": "text", "text": "and"},
+        {"type": "image", "url": "/b.png"},
+    ]
     in_parts, media = media_of({"messages": [{"role": "user", "content": parts}, ANSWER]})
     assert media == {"audio": ["/data/a.wav"], "image": ["/b.png"], "video": []}
     columns = {"audios": ["a.wav"], "images": ["/b.png"]}
-    typed = [{"type": part["type"]} | ({"text": part["text"]} if "text" in part else {}) for part in parts]
+    typed = [
+        {"type": part["type"]} | ({"text": part["text"]} if "text" in part else {})
+        for part in parts
+    ]
     for content in (typed, "<audio>and<image>"):
-        row, same = media_of({"messages": [{"role": "user", "content": content}, ANSWER], **columns})
+        row, same = media_of(
+            {"messages": [{"role": "user", "content": content}, ANSWER], **columns}
+        )
         assert same == media and row.messages == in_parts.messages
-    assert in_parts.messages[0]["content"] == [{"type": "audio"}, {"type": "text", "text": "and"}, {"type": "image"}]
-    row, _ = media_of({"messages": [{"role": "user", "content": "<b> <video> <audio>"}, ANSWER], "audios": ["a.wav"]})
-    assert row.messages[0]["content"] == [{"type": "text", "text": "<b> <video> "}, {"type": "audio"}]
+    assert in_parts.messages[0]["content"] == [
+        {"type": "audio"},
+        {"type": "text", "text": "and"},
+        {"type": "image"},
+    ]
+    row, _ = media_of(
+        {
+            "messages": [{"role": "user", "content": "<b> <video> <audio>"}, ANSWER],
+            "audios": ["a.wav"],
+        }
+    )
+    assert row.messages[0]["content"] == [
+        {"type": "text", "text": "<b> <video> "},
+        {"type": "audio"},
+    ]
     row, _ = media_of({"messages": [{"role": "user", "content": "an <image> tag"}, ANSWER]})
     assert row.messages[0]["content"] == "an <image> tag" and not row.has_media
 
 
 def test_the_teachers_media():
     def teacher(**columns):
-        row, media = media_of({"messages": [{"role": "user", "content": "<audio>?"}, ANSWER], "audios": ["a"], **columns})
+        row, media = media_of(
+            {
+                "messages": [{"role": "user", "content": "<audio>?"}, ANSWER],
+                "audios": ["a"],
+                **columns,
+            }
+        )
         assert media["audio"] == ["/data/a"]
         own = row.teacher_media
-        return own and {kind: [reference.path for reference in references] for kind, references in own.items()}
+        return own and {
+            kind: [reference.path for reference in references] for kind, references in own.items()
+        }
 
     silent = [{"role": "user", "content": "it says so"}, ANSWER]
-    assert teacher() is None and teacher(teacher_prompt="<audio>!") is None and teacher(teacher_audios=["a"]) is None
-    assert teacher(teacher_audios=[], teacher_messages=silent) == {"audio": [], "image": [], "video": []}
+    assert (
+        teacher() is None
+        and teacher(teacher_prompt="<audio>!") is None
+        and teacher(teacher_audios=["a"]) is None
+    )
+    assert teacher(teacher_audios=[], teacher_messages=silent) == {
+        "audio": [],
+        "image": [],
+        "video": [],
+    }
     assert teacher(teacher_audios=["clean"]) == {"audio": ["/data/clean"], "image": [], "video": []}
-    assert teacher(teacher_images=["c"]) == {"audio": ["/data/a"], "image": ["/data/c"], "video": []}
-    # In columns, absent means the same as the student's; what stands in the student's turns belongs to those turns.
+    assert teacher(teacher_images=["c"]) == {
+        "audio": ["/data/a"],
+        "image": ["/data/c"],
+        "video": [],
+    }
+    # In columns, absent means the same as the student's; what stands in the student's turns belongs
+    # to those turns.
     assert teacher(teacher_messages=silent) is None
     heard = [{"role": "user", "content": [{"type": "audio", "audio": "a"}]}, ANSWER]
-    assert check_row({"messages": heard, "teacher_messages": silent}, 10).teacher_media["audio"] == []
+    assert (
+        check_row({"messages": heard, "teacher_messages": silent}, 10).teacher_media["audio"] == []
+    )
     own = [{"role": "user", "content": [{"type": "audio", "audio": "b"}]}, ANSWER]
-    assert check_row({"messages": heard, "teacher_messages": own}, 10).teacher_media["audio"][0].path == "b"
+    assert (
+        check_row({"messages": heard, "teacher_messages": own}, 10).teacher_media["audio"][0].path
+        == "b"
+    )

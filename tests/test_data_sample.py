@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_gkd.data.chat import load_chat_tokenizer
-from megatron_gkd.data.errors import RowError
-from megatron_gkd.data.media import MediaProcessor
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.data.sample import decode_sample, encode_row
+from megatron_gkd.errors import RowError
+from megatron_gkd.media.processor import MediaProcessor
 from tests.tiny_tokenizer import write_bpe_folder
 
 VOCAB = 400
@@ -43,7 +43,9 @@ def text_before_response(chat, view):
 
 
 def test_tokenised_row():
-    sample = sample_of({"input_ids": [7, 8, 9, 10, 11, 12], "labels": [-100, -100, 9, -100, 11, -100]})
+    sample = sample_of(
+        {"input_ids": [7, 8, 9, 10, 11, 12], "labels": [-100, -100, 9, -100, 11, -100]}
+    )
     assert sample.student.input_ids == [7, 8, 9, 10, 11]
     assert sample.student.labels == [-100, -100, 9, -100, 11]
     assert sample.student.response_start == 2
@@ -52,7 +54,11 @@ def test_tokenised_row():
 
 
 def test_tokenised_row_with_the_teachers_prompt():
-    raw = {"input_ids": [7, 8, 9, 10, 11], "labels": [-100, -100, 9, -100, 11], "teacher_input_ids": [1, 2, 3, 4]}
+    raw = {
+        "input_ids": [7, 8, 9, 10, 11],
+        "labels": [-100, -100, 9, -100, 11],
+        "teacher_input_ids": [1, 2, 3, 4],
+    }
     sample = sample_of(raw)
     assert sample.has_teacher_view
     assert sample.teacher.input_ids == [1, 2, 3, 4, 9, 10, 11]
@@ -65,39 +71,66 @@ def test_tokenised_row_with_the_teachers_prompt():
 def test_messages_train_every_assistant_turn(chat):
     sample = sample_of({"messages": TURNS}, chat)
     assert trained_text(chat, sample.student) == "is blue<|im_end|>is deep<|im_end|>"
-    assert text_before_response(chat, sample.student).endswith("the sea<|im_end|>\n<|im_start|>assistant\n")
+    assert text_before_response(chat, sample.student).endswith(
+        "the sea<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert sample.teacher is sample.student
 
 
 def test_teacher_messages_share_the_last_response(chat):
-    teacher = [{"role": "system", "content": "be deep"}, TURNS[0], {"role": "assistant", "content": "to be replaced"}]
+    teacher = [
+        {"role": "system", "content": "be deep"},
+        TURNS[0],
+        {"role": "assistant", "content": "to be replaced"},
+    ]
     sample = sample_of({"messages": TURNS, "teacher_messages": teacher}, chat)
     assert sample.has_teacher_view
-    assert trained_text(chat, sample.student) == trained_text(chat, sample.teacher) == "is deep<|im_end|>"
+    assert (
+        trained_text(chat, sample.student)
+        == trained_text(chat, sample.teacher)
+        == "is deep<|im_end|>"
+    )
     assert (
         text_before_response(chat, sample.teacher)
         == "<|im_start|>system\nbe deep<|im_end|>\n<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
     )
     start = sample.student.response_start
-    assert sample.teacher.input_ids[sample.teacher.response_start :] == sample.student.input_ids[start:]
-    assert chat.tokenizer.decode(sample.student.input_ids).count("is blue") == 1  # still read, no longer trained
+    assert (
+        sample.teacher.input_ids[sample.teacher.response_start :]
+        == sample.student.input_ids[start:]
+    )
+    assert (
+        chat.tokenizer.decode(sample.student.input_ids).count("is blue") == 1
+    )  # still read, no longer trained
 
 
 @pytest.mark.parametrize("placeholder", ["", None])
 def test_the_replaced_turn_may_be_empty(chat, placeholder):
-    teacher = [{"role": "system", "content": "s"}, TURNS[0], {"role": "assistant", "content": placeholder}]
+    teacher = [
+        {"role": "system", "content": "s"},
+        TURNS[0],
+        {"role": "assistant", "content": placeholder},
+    ]
     assert sample_of({"messages": TURNS[:2], "teacher_messages": teacher}, chat).has_teacher_view
 
 
 def test_teacher_prompt(chat):
     sample = sample_of(
-        {"instruction": "the sky", "output": "is blue", "teacher_prompt": "a long story about the sky"}, chat
+        {
+            "instruction": "the sky",
+            "output": "is blue",
+            "teacher_prompt": "a long story about the sky",
+        },
+        chat,
     )
     assert (
         text_before_response(chat, sample.teacher)
         == "<|im_start|>user\na long story about the sky<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert text_before_response(chat, sample.student) == "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text_before_response(chat, sample.student)
+        == "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert trained_text(chat, sample.teacher) == "is blue<|im_end|>"
 
 
@@ -105,7 +138,10 @@ def test_teacher_messages_for_a_tokenised_row(chat):
     raw = {"input_ids": [7, 8, 9], "labels": [-100, 8, 9], "teacher_messages": TURNS[:2]}
     sample = sample_of(raw, chat)
     assert sample.teacher.input_ids[-2:] == [8, 9]
-    assert text_before_response(chat, sample.teacher) == "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text_before_response(chat, sample.teacher)
+        == "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_teacher_input_ids_for_messages(chat):
@@ -115,8 +151,12 @@ def test_teacher_input_ids_for_messages(chat):
 
 
 def test_an_equal_teacher_view_is_none(chat):
-    assert not sample_of({"messages": TURNS[:2], "teacher_prompt": "the sky"}, chat).has_teacher_view
-    assert not sample_of({"input_ids": [7, 8], "labels": [-100, 8], "teacher_input_ids": [7]}).has_teacher_view
+    assert not sample_of(
+        {"messages": TURNS[:2], "teacher_prompt": "the sky"}, chat
+    ).has_teacher_view
+    assert not sample_of(
+        {"input_ids": [7, 8], "labels": [-100, 8], "teacher_input_ids": [7]}
+    ).has_teacher_view
 
 
 def test_responses_are_cut_at_their_end():
@@ -130,7 +170,11 @@ def test_responses_are_cut_at_their_end():
 
 
 def test_both_views_fit_after_the_cut():
-    raw = {"input_ids": list(range(10)), "labels": [-100] * 4 + [4, 5, -100, 7, 8, 9], "teacher_input_ids": [1] * 6}
+    raw = {
+        "input_ids": list(range(10)),
+        "labels": [-100] * 4 + [4, 5, -100, 7, 8, 9],
+        "teacher_input_ids": [1] * 6,
+    }
     sample = sample_of(raw, max_length=8)
     assert sample.teacher.input_ids == [1] * 6 + [4, 5]
     assert sample.student.input_ids == [0, 1, 2, 3, 4, 5]
@@ -142,18 +186,32 @@ def test_both_views_fit_after_the_cut():
     "teacher, max_length, reason",
     [
         (None, 4, "the prompt has 4 tokens and leaves no room for a response in --max_length 4"),
-        ([1] * 6, 6, "the teacher's prompt has 6 tokens and leaves no room for a response in --max_length 6"),
+        (
+            [1] * 6,
+            6,
+            "the teacher's prompt has 6 tokens and leaves no room for a response in --max_length 6",
+        ),
     ],
 )
 def test_a_prompt_that_does_not_fit(teacher, max_length, reason):
-    raw = {"input_ids": list(range(10)), "labels": [-100] * 4 + list(range(4, 10)), "teacher_input_ids": teacher}
+    raw = {
+        "input_ids": list(range(10)),
+        "labels": [-100] * 4 + list(range(4, 10)),
+        "teacher_input_ids": teacher,
+    }
     with pytest.raises(RowError, match=reason):
         sample_of(raw, max_length=max_length)
     assert len(sample_of(raw, max_length=max_length + 1).student.targets()) == 1
 
 
 def test_a_tokenizer_of_another_model(chat):
-    with pytest.raises(RowError, match=r"the tokenizer gives id \d+, out of the model's vocabulary \[0, 50\)"):
+    with pytest.raises(
+        RowError, match=r"the tokenizer gives id \d+, out of the model's vocabulary \[0, 50\)"
+    ):
         sample_of({"messages": TURNS}, chat, vocab_size=50)
     with pytest.raises(RowError, match="the tokenizer gives id"):
-        sample_of({"input_ids": [7, 8], "labels": [-100, 8], "teacher_messages": TURNS}, chat, vocab_size=50)
+        sample_of(
+            {"input_ids": [7, 8], "labels": [-100, 8], "teacher_messages": TURNS},
+            chat,
+            vocab_size=50,
+        )

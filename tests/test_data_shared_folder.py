@@ -1,4 +1,6 @@
-"""Data are prepared by one rank of a machine; the others map what it wrote, and hear what stopped it."""
+"""Data are prepared by one rank of a machine; the others map what it wrote, and hear what stopped
+it.
+"""
 
 import errno
 import json
@@ -14,7 +16,7 @@ import pytest
 
 from megatron_gkd.data import DataError, dataset, load_datasets
 from megatron_gkd.data.shared_folder import made_once
-from megatron_gkd.parallel import of_all_ranks
+from megatron_gkd.parallel import all_gather_objects
 from tests import ranks
 from tests.test_data_dataset import firsts, ids_row, load, settings, write_jsonl
 
@@ -32,10 +34,12 @@ def _load_on_machines(rank, world_size, data, model, temporary, ranks_of_a_machi
     machine.mkdir(exist_ok=True)
     tempfile.tempdir = str(machine)
     is_folder, opened, open_source = os.path.isdir, [], dataset.open_source
-    os.path.isdir = lambda path: is_folder(path) and ("machine-" not in str(path) or str(machine) in str(path))
+    os.path.isdir = lambda path: (
+        is_folder(path) and ("machine-" not in str(path) or str(machine) in str(path))
+    )
     dataset.open_source = lambda entry, *more: opened.append(entry) or open_source(entry, *more)
-    train, evaluation = load_datasets(data, model, 400, 0, of_all_ranks)
-    of_all_ranks(None)
+    train, evaluation = load_datasets(data, model, 400, 0, all_gather_objects)
+    all_gather_objects(None)
     found = [train[index] for index in range(len(train))]
     return found, firsts(evaluation), train.report, opened, os.listdir(machine)
 
@@ -45,7 +49,10 @@ def _load_on_machines(rank, world_size, data, model, temporary, ranks_of_a_machi
 def test_one_rank_of_a_machine_prepares(tmp_path, temporary, ranks_of_a_machine, num_proc):
     rows = [ids_row(index, teacher_input_ids=[index, 1]) for index in range(20)]
     paths = [write_jsonl(tmp_path / f"{part}.jsonl", rows[part::2]) for part in range(2)]
-    data, model = settings(*paths, split_dataset_ratio=0.25, dataset_num_proc=num_proc), str(tmp_path)
+    data, model = (
+        settings(*paths, split_dataset_ratio=0.25, dataset_num_proc=num_proc),
+        str(tmp_path),
+    )
     train, evaluation = load(data, model)
     expected = [train[index] for index in range(len(train))], firsts(evaluation), train.report
     for rank, (*found, opened, left) in enumerate(
@@ -59,13 +66,14 @@ def test_one_rank_of_a_machine_prepares(tmp_path, temporary, ranks_of_a_machine,
 def _load_or_error(rank, world_size, data, model, temporary):
     tempfile.tempdir = str(temporary)
     try:
-        load_datasets(data, model, 400, 0, of_all_ranks)
+        load_datasets(data, model, 400, 0, all_gather_objects)
     except DataError as error:
         return str(error)
 
 
 @pytest.mark.parametrize(
-    "row, why", [(b"{", "1 of 2 data rows .*rows.jsonl:2: not JSON"), (None, "rows.jsonl has no rows")]
+    "row, why",
+    [(b"{", "1 of 2 data rows .*rows.jsonl:2: not JSON"), (None, "rows.jsonl has no rows")],
 )
 def test_every_rank_hears_what_is_wrong(tmp_path, temporary, row, why):
     path = write_jsonl(tmp_path / "rows.jsonl", [] if row is None else [ids_row(1), row])
@@ -82,22 +90,35 @@ def test_a_full_disk_is_named(temporary, monkeypatch):
     def make(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DataError, match=rf"{temporary}/megatron_gkd-\w+: .*No space left.*TMPDIR=FOLDER names a larger"):
+    with pytest.raises(
+        DataError,
+        match=rf"{temporary}/megatron_gkd-\w+: .*No space left.*TMPDIR=FOLDER names a larger",
+    ):
         made_once(make, list)
     assert os.listdir(temporary) == []
 
 
 def test_what_was_made_may_be_anything():
-    """A maker's result comes back as JSON has it, and files it wrote can be mapped after the folder has gone."""
+    """A maker's result comes back as JSON has it, and files it wrote can be mapped after the folder
+    has gone.
+    """
 
     def make(folder):
         pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}), os.path.join(folder, "a"))
         return {"folder": folder, "number": 0.1}
 
     made, table = made_once(
-        make, lambda made: (made, pyarrow.parquet.read_table(os.path.join(made["folder"], "a"), memory_map=True))
+        make,
+        lambda made: (
+            made,
+            pyarrow.parquet.read_table(os.path.join(made["folder"], "a"), memory_map=True),
+        ),
     )
-    assert made["number"] == 0.1 and not os.path.exists(made["folder"]) and table["a"].to_pylist() == [1, 2]
+    assert (
+        made["number"] == 0.1
+        and not os.path.exists(made["folder"])
+        and table["a"].to_pylist() == [1, 2]
+    )
 
 
 def file_gather(folder, rank):
@@ -118,7 +139,9 @@ def file_gather(folder, rank):
 
 
 def _prepare_while_the_maker_dies(rank, folder, how):
-    """Rank 0 is killed while it prepares, a child of its own outlives it; rank 1 writes down what it hears."""
+    """Rank 0 is killed while it prepares, a child of its own outlives it; rank 1 writes down what
+    it hears.
+    """
     tempfile.tempdir = str(folder)
 
     def make(_):
@@ -135,11 +158,13 @@ def _prepare_while_the_maker_dies(rank, folder, how):
 
 
 @pytest.mark.parametrize(
-    "how, exit_code, left", [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 0)]
+    "how, exit_code, left",
+    [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 0)],
 )
 def test_a_maker_that_dies_keeps_nobody_waiting(tmp_path, how, exit_code, left):
     processes = [
-        ranks._context.Process(target=_prepare_while_the_maker_dies, args=(rank, tmp_path, how)) for rank in range(2)
+        ranks._context.Process(target=_prepare_while_the_maker_dies, args=(rank, tmp_path, how))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()
@@ -170,13 +195,18 @@ def test_a_folder_stays_until_all_have_read(tmp_path):
     """Also where its owner does not see the folders of those who read."""
     for rank in range(2):
         (tmp_path / f"of-{rank}").mkdir()
-    processes = [ranks._context.Process(target=_read_where_the_maker_does_not_see, args=(n, tmp_path)) for n in range(2)]
+    processes = [
+        ranks._context.Process(target=_read_where_the_maker_does_not_see, args=(n, tmp_path))
+        for n in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     first, second = [(tmp_path / f"read-{rank}").read_text() for rank in range(2)]
-    assert first == second and first.startswith(str(tmp_path / "of-0")) and not os.path.exists(first)
+    assert (
+        first == second and first.startswith(str(tmp_path / "of-0")) and not os.path.exists(first)
+    )
     assert os.listdir(tmp_path / "of-0") == os.listdir(tmp_path / "of-1") == []
 
 
@@ -199,7 +229,10 @@ def test_a_pools_own_error_does_not_hide_sigterm():
 
     with pytest.raises(SystemExit) as error:
         made_once(make, list)
-    assert error.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert (
+        error.value.code == 128 + signal.SIGTERM
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
 
 
 def test_a_disk_without_locks_is_named(temporary, monkeypatch):
@@ -208,6 +241,9 @@ def test_a_disk_without_locks_is_named(temporary, monkeypatch):
 
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr("megatron_gkd.data.shared_folder.fcntl.lockf", none)
-    with pytest.raises(DataError, match=f"{temporary}/.*/making cannot be locked .*TMPDIR=FOLDER names a local disk"):
+    with pytest.raises(
+        DataError,
+        match=f"{temporary}/.*/making cannot be locked .*TMPDIR=FOLDER names a local disk",
+    ):
         made_once(list, list)
     assert os.listdir(temporary) == []

@@ -1,5 +1,6 @@
-"""The demo: its parts that its own run does not judge (rows, the report's divergence, adapters that load badly), and the
-whole of it in a few steps."""
+"""The demo: its parts that its own run does not judge (rows, the report's divergence, adapters that
+load badly), and the whole of it in a few steps.
+"""
 
 import json
 import math
@@ -14,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGeneration
 
-from checkpoint_tools.make_tiny_model import build_folder
-from checkpoint_tools.tiny import toy_language
-from launch import demo_data, demo_report
+from demo import data as demo_data
+from demo import report as demo_report
+from demo.tiny import toy_language
+from demo.tiny.folder import build_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -36,20 +38,33 @@ def test_only_the_teacher_reads_the_system_prompt():
         {"role": "user", "content": "red cat moon"},
         {"role": "assistant", "content": "月 猫 红"},
     ]
-    assert row["teacher_messages"][0] == {"role": "system", "content": "Answer in Chinese, in reverse order."}
+    assert row["teacher_messages"][0] == {
+        "role": "system",
+        "content": "Answer in Chinese, in reverse order.",
+    }
     assert row["teacher_messages"][1:] == row["messages"]
 
 
 def test_files_are_seeded_and_disjoint(tmp_path, monkeypatch):
     for name in ("a", "b"):
-        arguments = ["demo_data", "--output", str(tmp_path / name), "--num_train", "40", "--num_heldout", "10"]
+        arguments = [
+            "demo_data",
+            "--output",
+            str(tmp_path / name),
+            "--num_train",
+            "40",
+            "--num_heldout",
+            "10",
+        ]
         monkeypatch.setattr("sys.argv", arguments)
         demo_data.main()
     for name, num_rows, held_out in (("train.jsonl", 40, False), ("heldout.jsonl", 10, True)):
         text = (tmp_path / "a" / name).read_text(encoding="utf-8")
         assert text == (tmp_path / "b" / name).read_text(encoding="utf-8")
         prompts = [json.loads(line)["messages"][0]["content"] for line in text.splitlines()]
-        assert len(prompts) == num_rows and {toy_language.is_held_out(prompt) for prompt in prompts} == {held_out}
+        assert len(prompts) == num_rows and {
+            toy_language.is_held_out(prompt) for prompt in prompts
+        } == {held_out}
 
 
 def test_mean_jsd():
@@ -60,12 +75,16 @@ def test_mean_jsd():
     other = logits.flip(0)
     student, teacher = torch.softmax(logits.double() / 2, -1), torch.softmax(other.double() / 2, -1)
     mixture = (student + teacher) / 2
-    expected = 0.5 * (student * (student / mixture).log() + teacher * (teacher / mixture).log()).sum(-1).mean()
+    expected = (
+        0.5
+        * (student * (student / mixture).log() + teacher * (teacher / mixture).log()).sum(-1).mean()
+    )
     assert demo_report.mean_jsd(logits, other, 2.0) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_score_reads_both_views(folder, tmp_path):
-    """Against the teacher's own logits the teacher's view scores perfectly, the student's does not."""
+    """Against the teacher's own logits the teacher's view scores perfectly, the student's does not.
+    """
     path = tmp_path / "heldout.jsonl"
     rows = [demo_data.row(prompt) for prompt in ("red cat moon", "sun fish tree wind snow")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -73,8 +92,12 @@ def test_score_reads_both_views(folder, tmp_path):
     held_out = demo_report.read_held_out(path, tokenizer)
     assert [len(response) for response in held_out.responses] == [4, 6]
     with torch.no_grad():
-        teacher_logits = demo_report.response_logits(base, held_out.teacher_prompts, held_out.responses)
-        alone = base(input_ids=torch.tensor([held_out.teacher_prompts[1] + held_out.responses[1]])).logits[0, -7:-1]
+        teacher_logits = demo_report.response_logits(
+            base, held_out.teacher_prompts, held_out.responses
+        )
+        alone = base(
+            input_ids=torch.tensor([held_out.teacher_prompts[1] + held_out.responses[1]])
+        ).logits[0, -7:-1]
         torch.testing.assert_close(teacher_logits[4:], alone, atol=1e-4, rtol=0)
         student = demo_report.score(base, tokenizer, held_out, teacher_logits, 1.0)
         held_out.student_prompts = held_out.teacher_prompts
@@ -86,7 +109,9 @@ def test_score_reads_both_views(folder, tmp_path):
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter")
-    config = LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=".*audio_tower.*", init_lora_weights=False)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], exclude_modules=".*audio_tower.*", init_lora_weights=False
+    )
     get_peft_model(load_base(folder), config).save_pretrained(path)
     return path
 
@@ -94,7 +119,9 @@ def adapter(folder, tmp_path_factory):
 def test_a_good_adapter_moves_the_logits(folder, adapter):
     ids = torch.arange(20)[None]
     model = demo_report.load_adapter(load_base(folder), adapter)
-    assert (model(input_ids=ids).logits - load_base(folder)(input_ids=ids).logits).abs().max() > 1e-2
+    assert (
+        model(input_ids=ids).logits - load_base(folder)(input_ids=ids).logits
+    ).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("damage", ["missing", "zero"])
@@ -107,27 +134,43 @@ def test_a_bad_adapter_is_an_error(folder, adapter, damage):
     else:
         save_file({**whole, name: torch.zeros_like(whole[name])}, path)
     try:
-        with pytest.raises((UserWarning, SystemExit), match="missing adapter keys|are zero once loaded"):
+        with pytest.raises(
+            (UserWarning, SystemExit), match="missing adapter keys|are zero once loaded"
+        ):
             demo_report.load_adapter(load_base(folder), adapter)
     finally:
         save_file(whole, path)
 
 
-@pytest.mark.skipif(Path(sys.prefix).resolve() != (REPOSITORY / ".venv").resolve(), reason="the demo makes and takes .venv")
+@pytest.mark.skipif(
+    Path(sys.prefix).resolve() != (REPOSITORY / ".venv").resolve(),
+    reason="the demo makes and takes .venv",
+)
 def test_the_whole_demo_in_a_few_steps(tmp_path):
-    """Data, training on two ranks, the table of transformers and peft, the comparison of logits. The model has learned
-    nothing, so that no answer obeys."""
+    """Data, training on two ranks, the table of transformers and peft, the comparison of logits.
+    The model has learned nothing, so that no answer obeys.
+    """
     build_folder(str(tmp_path / "model"))
     environment = os.environ | {"DEMO": str(tmp_path), "MIN_OBEYED": "0"}
     command = ["bash", str(REPOSITORY / "launch" / "demo.sh"), "--max_steps", "6"]
     with open(tmp_path / "log", "w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300).returncode
+        status = subprocess.run(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300
+        ).returncode
     said = (tmp_path / "log").read_text()
     assert status == 0, said
-    before, after = (json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[at])["jsd"] for at in (0, -1))
+    before, after = (
+        json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[at])["jsd"]
+        for at in (0, -1)
+    )
     assert after < before
     assert f"{'JSD to the teacher':24}{before:>12.4f}{after:>12.4f}" in said
-    table, _, logits = said.partition("Largest difference of a logit, Megatron (TP 2 PP 1 DP 1 EP 2)")
+    table, _, logits = said.partition(
+        "Largest difference of a logit, Megatron (TP 2 PP 1 DP 1 EP 2)"
+    )
     assert "JSD after: transformers + peft" in table and (tmp_path / "run" / "curves.png").is_file()
     assert "base + adapter, text" in logits and "MISMATCH" not in logits.upper()
-    assert said.splitlines()[-1].startswith("done in ") and f"adapter: {tmp_path / 'run' / 'checkpoint-6'}" in said
+    assert (
+        said.splitlines()[-1].startswith("done in ")
+        and f"adapter: {tmp_path / 'run' / 'checkpoint-6'}" in said
+    )

@@ -1,4 +1,6 @@
-"""The report on this machine: PyPI's apex is told from NVIDIA's, and what is printed is what is there."""
+"""The report on this machine: PyPI's apex is told from NVIDIA's, and what is printed is what is
+there.
+"""
 
 import os
 import subprocess
@@ -24,7 +26,8 @@ def make_package(folder, name, version, parts=()):
 
 
 @pytest.mark.parametrize(
-    "parts, usable, words", [(["multi_tensor_apply"], True, "0.1"), ([], False, "0.1: PyPI's apex, another project")]
+    "parts, usable, words",
+    [(["multi_tensor_apply"], True, "0.1"), ([], False, "0.1: PyPI's apex, another project")],
 )
 def test_the_two_projects_named_apex(tmp_path, monkeypatch, parts, usable, words):
     make_package(tmp_path, "apex", "0.1", parts)
@@ -44,9 +47,13 @@ def test_report(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "megatron_gkd.doctor"]
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    assert "are not installed" not in result.stderr  # megatron-core's notes; a CUDA torch may say something
+    assert (
+        "are not installed" not in result.stderr
+    )  # megatron-core's notes; a CUDA torch may say something
     lines = [line.strip() for line in result.stdout.splitlines()]
     assert "[x] torchcodec 0.17.0" in lines
     assert f"python {sys.version.split()[0]}" in lines

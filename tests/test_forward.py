@@ -1,4 +1,6 @@
-"""Teacher and student passes: what the toggle, dropout, recomputation and empty micro-batches may not change."""
+"""Teacher and student passes: what the toggle, dropout, recomputation and empty micro-batches may
+not change.
+"""
 
 import math
 
@@ -17,11 +19,18 @@ def flags(tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("forward")
     model = tiny_folder(**SMALL)
     adapter = write_adapter(root / "adapter", model, rank=3, alpha=5)
-    return dict(model=model, adapter=adapter, dataset=write_rows(root / "rows.jsonl", make_rows(8)), output_dir=root)
+    return dict(
+        model=model,
+        adapter=adapter,
+        dataset=write_rows(root / "rows.jsonl", make_rows(8)),
+        output_dir=root,
+    )
 
 
 def micro_batches(parts, parallel, sizes=(3, 0, 5), seed=0):
-    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a filler row."""
+    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a filler
+    row.
+    """
     from megatron_gkd.data import Sample, View, collate
 
     rows, batches = make_rows(sum(sizes), seed=seed), []
@@ -58,7 +67,10 @@ def _recompute(rank, world_size, argv):
     recomputing = build_parts(argv + ["--lora_dropout", "0.2", "--recompute", "full"], again=True)
     parallel = plain.parallel
     batches = micro_batches(plain, parallel, (3, 5))
-    first, second = pass_through(plain, parallel, batches), pass_through(recomputing, parallel, batches)
+    first, second = (
+        pass_through(plain, parallel, batches),
+        pass_through(recomputing, parallel, batches),
+    )
     other = pass_through(plain, parallel, batches, seed=8)
     assert any(gradient.any() for gradient in first[1])
     return (
@@ -70,7 +82,8 @@ def _recompute(rank, world_size, argv):
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_recompute_repeats_the_dropout(flags, world_size, tp, pp, ep):
-    """The same masks in the second forward: the same gradients, which another seed does not give."""
+    """The same masks in the second forward: the same gradients, which another seed does not give.
+    """
     for same_loss, error, other_error in run_ranks(
         _recompute, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):
@@ -84,19 +97,34 @@ def _teacher_memory(rank, world_size, argv):
     batches = micro_batches(parts, parts.parallel)
     kept = teacher_forward(parts.model, batches, parts.parallel)
     size = parts.model.config.hidden_size
-    expected = [(len(batch.teacher.response_rows), size) for batch in batches] if parts.parallel.is_last_stage else []
-    return expected, [(tuple(hidden.shape), hidden.untyped_storage().nbytes(), hidden.requires_grad) for hidden in kept]
+    expected = (
+        [(len(batch.teacher.response_rows), size) for batch in batches]
+        if parts.parallel.is_last_stage
+        else []
+    )
+    return expected, [
+        (tuple(hidden.shape), hidden.untyped_storage().nbytes(), hidden.requires_grad)
+        for hidden in kept
+    ]
 
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_of_the_teacher_only_the_response_rows_are_kept(flags, world_size, tp, pp, ep):
-    """No view of a whole sequence's hidden states, whose memory would stay with it, and no graph."""
-    for expected, kept in run_ranks(_teacher_memory, world_size, arguments(**flags, **layout_flags(tp, pp, ep))):
+    """No view of a whole sequence's hidden states, whose memory would stay with it, and no graph.
+    """
+    for expected, kept in run_ranks(
+        _teacher_memory, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
+    ):
         assert kept == [((rows, size), rows * size * 4, False) for rows, size in expected]
 
 
 def _modes(rank, world_size, argv):
-    from megatron_gkd.forward import TokenSums, student_forward, student_forward_backward, teacher_forward
+    from megatron_gkd.forward import (
+        TokenSums,
+        student_forward,
+        student_forward_backward,
+        teacher_forward,
+    )
     from megatron_gkd.lora.modules import lora_modules
 
     parts = build_parts(argv + ["--lora_dropout", "0.2"])
@@ -105,7 +133,9 @@ def _modes(rank, world_size, argv):
     modules = lora_modules(parts.model)
 
     def modes():
-        return {(module.enabled, module.training) for module in modules} | {("ddp", parts.ddp.training)}
+        return {(module.enabled, module.training) for module in modules} | {
+            ("ddp", parts.ddp.training)
+        }
 
     answers = [modes()]
     teacher = teacher_forward(parts.model, batches, parallel)
@@ -123,11 +153,16 @@ def _modes(rank, world_size, argv):
                 if parameter.requires_grad:
                     parameter.fill_(math.nan)
     without = teacher_forward(parts.model, batches, parallel)
-    broken = student_forward_backward(parts.ddp, batches, without, parts.loss, parallel).means(parallel)
+    broken = student_forward_backward(parts.ddp, batches, without, parts.loss, parallel).means(
+        parallel
+    )
     answers.append(modes())
     return (
         answers,
-        [torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(teacher, again, without, strict=True)],
+        [
+            torch.equal(x, y) and torch.equal(x, z)
+            for x, y, z in zip(teacher, again, without, strict=True)
+        ],
         any(x.requires_grad for x in teacher),
         evaluations[0] == evaluations[1],
         math.isnan(broken["loss"]),
@@ -136,8 +171,9 @@ def _modes(rank, world_size, argv):
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_teacher_is_the_base_bit_for_bit(flags, world_size, tp, pp, ep):
-    """NaN in every LoRA weight does not reach it; evaluation has no dropout; every pass leaves flags and modes as it
-    found them."""
+    """NaN in every LoRA weight does not reach it; evaluation has no dropout; every pass leaves
+    flags and modes as it found them.
+    """
     for answers, same_teacher, needs_grad, same_evaluation, broken in run_ranks(
         _modes, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):
@@ -161,8 +197,12 @@ def _empty(rank, world_size, argv):
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_micro_batches_do_not_matter(flags, world_size, tp, pp, ep):
-    """One batch, or ragged pieces of it and one without any response token: the same means and gradients."""
-    for whole, pieces, error, nothing in run_ranks(_empty, world_size, arguments(**flags, **layout_flags(tp, pp, ep))):
+    """One batch, or ragged pieces of it and one without any response token: the same means and
+    gradients.
+    """
+    for whole, pieces, error, nothing in run_ranks(
+        _empty, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
+    ):
         assert error < 1e-4 and whole.keys() == pieces.keys()
         for name, value in whole.items():
             assert pieces[name] == pytest.approx(value, rel=1e-5), name
@@ -176,7 +216,10 @@ def _on_policy(rank, world_size, argv):
     batches = micro_batches(parts, parts.parallel, (3, 5))
     written = [replace(batch, on_policy=True) for batch in batches]
     without = replace(parts.loss, sft_alpha=0.0)
-    results = [pass_through(parts, parts.parallel, batches), pass_through(parts, parts.parallel, written)]
+    results = [
+        pass_through(parts, parts.parallel, batches),
+        pass_through(parts, parts.parallel, written),
+    ]
     results.append(pass_through(parts, parts.parallel, batches, settings=without))
     same = all(torch.equal(x, y) for x, y in zip(results[1][1], results[2][1]))
     return [means for means, _, _ in results], same
@@ -184,5 +227,8 @@ def _on_policy(rank, world_size, argv):
 
 def test_no_sft_on_written_text(flags):
     (((data, written, without), same_gradients),) = run_ranks(_on_policy, 1, arguments(**flags))
-    assert data["loss"] == pytest.approx(0.5 * data["jsd"] + 0.5 * data["sft_loss"], rel=1e-6) and data["sft_loss"] > 1
+    assert (
+        data["loss"] == pytest.approx(0.5 * data["jsd"] + 0.5 * data["sft_loss"], rel=1e-6)
+        and data["sft_loss"] > 1
+    )
     assert written == without and written["loss"] == written["jsd"] and same_gradients

@@ -1,4 +1,6 @@
-"""The launch scripts, run for real on CPU ranks with a small model: one step each, and impossible layouts refused."""
+"""The launch scripts, run for real on CPU ranks with a small model: one step each, and impossible
+layouts refused.
+"""
 
 import json
 import math
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
-from checkpoint_tools.make_tiny_model import build_folder
+from demo.tiny.folder import build_folder
 
 REPOSITORY = Path(__file__).parents[1]
 # What makes the flagship's settings small: the layout and the rest of each script stay as they are.
@@ -25,9 +27,13 @@ SMALL += "--split_dataset_ratio 0 --dataloader_num_workers 0 --dataset_num_proc 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Variables that point the scripts at a small model and tokenised rows whose teacher sees another prompt."""
+    """Variables that point the scripts at a small model and tokenised rows whose teacher sees
+    another prompt.
+    """
     folder = tmp_path_factory.mktemp("launch")
-    model = build_folder(str(folder / "model"), num_hidden_layers=2, hidden_size=64, head_dim=16, vocab_size=1024)
+    model = build_folder(
+        str(folder / "model"), num_hidden_layers=2, hidden_size=64, head_dim=16, vocab_size=1024
+    )
     rng = random.Random(0)
 
     def tokens(count):
@@ -38,7 +44,12 @@ def environment(tmp_path_factory):
             prompt, response = tokens(rng.randrange(3, 9)), tokens(rng.randrange(3, 9))
             row = {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
             file.write(json.dumps(row | {"teacher_input_ids": tokens(12)}) + "\n")
-    variables = {"MODEL": model, "DATASET": str(folder / "rows.jsonl"), "DEVICE": "cpu", "PYTHON": sys.executable}
+    variables = {
+        "MODEL": model,
+        "DATASET": str(folder / "rows.jsonl"),
+        "DEVICE": "cpu",
+        "PYTHON": sys.executable,
+    }
     return os.environ | variables | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -46,7 +57,9 @@ def launch(script, environment, *flags):
     command = ["bash", str(REPOSITORY / "launch" / script), *SMALL, *flags]
     log = Path(environment["OUTPUT"] + ".log")
     with open(log, "w") as file:  # a file, not a pipe: an orphan would keep a pipe open
-        status = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=300).returncode
+        status = subprocess.run(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=300
+        ).returncode
     return status, log.read_text()
 
 
@@ -95,7 +108,12 @@ def test_slurm_and_two_nodes(environment, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "NPROC_PER_NODE": "1"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "NPROC_PER_NODE": "1",
+    }
     slurm |= {"SLURM_SUBMIT_DIR": str(REPOSITORY), "MASTER_PORT": str(port), "EXPERT_PARALLEL": "2"}
     slurm |= {"PATH": f"{tmp_path / 'bin'}:{environment['PATH']}", "OUTPUT": str(tmp_path / "out")}
     status, log = launch("slurm.sh", environment | slurm, "--tensor_model_parallel_size", "1")
@@ -109,26 +127,50 @@ def test_slurm_and_two_nodes(environment, tmp_path):
     "script, variables, flags, numbers",
     [
         ("qwen3_omni_30b_8gpu.sh", {"NPROC_PER_NODE": "6"}, [], ["6 ranks", "= 8 ranks"]),
-        ("qwen3_omni_30b_8gpu_tp4.sh", {"NPROC_PER_NODE": "4"}, [], ["expert_model_parallel_size 8", "4 ranks"]),
-        ("multi_node.sh", {"EXPERT_PARALLEL": "16"}, [], ["expert_model_parallel_size 16", "8 experts"]),
+        (
+            "qwen3_omni_30b_8gpu_tp4.sh",
+            {"NPROC_PER_NODE": "4"},
+            [],
+            ["expert_model_parallel_size 8", "4 ranks"],
+        ),
+        (
+            "multi_node.sh",
+            {"EXPERT_PARALLEL": "16"},
+            [],
+            ["expert_model_parallel_size 16", "8 experts"],
+        ),
         ("qwen3_omni_30b_8gpu.sh", {}, ["--lora_rnk", "4"], ["--lora_rnk", "--lora_rank"]),
     ],
 )
-def test_impossible_runs_are_refused_before_they_start(script, variables, flags, numbers, environment, tmp_path):
-    nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OUTPUT": str(tmp_path / "out")}
+def test_impossible_runs_are_refused_before_they_start(
+    script, variables, flags, numbers, environment, tmp_path
+):
+    nodes = {
+        "NNODES": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "OUTPUT": str(tmp_path / "out"),
+    }
     status, log = launch(script, environment | nodes | variables, *flags)
     assert status == 2, log
     assert all(number in log for number in numbers), log
     assert "Traceback" not in log and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"])
+@pytest.mark.parametrize(
+    "script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"]
+)
 def test_torchrun_gives_a_stopped_run_time_to_save(script, environment, tmp_path):
     """Less than the two minutes of launch/slurm.sh, more than torchrun's 30 seconds."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\necho "$2 waits $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"\n')
     stub.chmod(0o755)
-    nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OUTPUT": str(tmp_path / "out")}
+    nodes = {
+        "NNODES": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "OUTPUT": str(tmp_path / "out"),
+    }
     status, log = launch(script, environment | nodes | {"PYTHON": str(stub)})
     assert status == 0 and log.splitlines()[-1] == "torch.distributed.run waits 110 s"
     assert "--signal=TERM@120" in (REPOSITORY / "launch" / "slurm.sh").read_text()
@@ -142,22 +184,28 @@ def test_torchrun_reads_that_time(monkeypatch):
     assert config.shutdown_timeout == 110
 
 
-@pytest.mark.parametrize("script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"])
+@pytest.mark.parametrize(
+    "script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"]
+)
 def test_missing_variables_are_named(script, environment, tmp_path):
-    variables = {name: value for name, value in environment.items() if name not in ("MODEL", "MASTER_ADDR")}
+    variables = {
+        name: value for name, value in environment.items() if name not in ("MODEL", "MASTER_ADDR")
+    }
     status, log = launch(script, variables | {"OUTPUT": str(tmp_path / "out")})
     assert status == 1 and ("MODEL" in log or "MASTER_ADDR" in log), log
 
 
 def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
-    """With stubs for all that it calls: every step is in the report, the exit status is that of the worst."""
+    """With stubs for all that it calls: every step is in the report, the exit status is that of the
+    worst.
+    """
     for folder in ("launch", "docs", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/gpu_checks.sh", tmp_path / "launch")
     stubs = tmp_path / ".venv/bin"
     scripts = {
         "launch/setup_env.sh": "",
-        "launch/demo.sh": "echo the demo ran",
+        "demo/run.sh": "echo the demo ran",
         ".venv/bin/activate": f"PATH={stubs}:$PATH",
         ".venv/bin/python": 'echo "python $*"; case "$*" in *pytest*) exit 3;; esac',
         ".venv/bin/nvidia-smi": "echo a GPU",
@@ -172,7 +220,11 @@ def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
     report = (tmp_path / "docs/gpu.md").read_text()
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "gpu_checks: failed: Tests"
     assert report.count("Failed with status") == 1 and "Failed with status 3" in report
-    assert "the demo ran" in report and "python -m benchmarks.loss --device cuda" in report and "sanitizer" in report
+    assert (
+        "the demo ran" in report
+        and "python -m benchmarks.loss --device cuda" in report
+        and "sanitizer" in report
+    )
 
 
 # --- setting up with extras that are compiled --------------------------------------------------------------------------
@@ -180,7 +232,9 @@ def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose .venv is there and holds a torch for CUDA 13 (a stub that repeats what pip is asked for)."""
+    """A checkout whose .venv is there and holds a torch for CUDA 13 (a stub that repeats what pip
+    is asked for).
+    """
     python = """case "$*" in
         *'"cuda" if'*) echo cuda ;;
         *split*) echo 13 ;;
@@ -188,7 +242,11 @@ def checkout(tmp_path):
         *"-m pip"*) echo "$* CPATH=${CPATH:-}" ;;
         *) echo 3.11.7 ;;
     esac"""
-    stubs = {".venv/bin/python": python, "bin/nvidia-smi": "echo a GPU", "cuda/bin/nvcc": "echo release $CUDA, V$CUDA.88"}
+    stubs = {
+        ".venv/bin/python": python,
+        "bin/nvidia-smi": "echo a GPU",
+        "cuda/bin/nvcc": "echo release $CUDA, V$CUDA.88",
+    }
     for name, text in stubs.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -200,7 +258,10 @@ def checkout(tmp_path):
 
 
 def set_up(checkout, **environment):
-    settings = os.environ | {"PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "CUDA_HOME": str(checkout / "cuda")}
+    settings = os.environ | {
+        "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
+        "CUDA_HOME": str(checkout / "cuda"),
+    }
     settings = {name: value for name, value in settings.items() if name != "CPATH"} | environment
     command = ["bash", str(checkout / "launch/setup_env.sh")]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
@@ -218,14 +279,21 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(checkout
 
 def test_a_toolkit_of_another_cuda_is_refused(checkout):
     status, out, err = set_up(checkout, EXTRAS="gpu", CUDA="12.8")
-    assert status == 1 and f"compiled for CUDA 13, as torch in .venv is; {checkout}/cuda/bin/nvcc is of CUDA 12" in err
+    assert (
+        status == 1
+        and f"compiled for CUDA 13, as torch in .venv is; {checkout}/cuda/bin/nvcc is of CUDA 12"
+        in err
+    )
     assert "-m pip" not in out
 
 
 def test_extras_for_a_gpu_need_one(checkout):
     (checkout / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     status, out, err = set_up(checkout, EXTRAS="test,flash", CUDA="13.0")
-    assert (status, out) == (1, "") and "EXTRAS=test,flash is for a GPU, and nvidia-smi sees none" in err
+    assert (status, out) == (
+        1,
+        "",
+    ) and "EXTRAS=test,flash is for a GPU, and nvidia-smi sees none" in err
 
 
 def test_a_borrowed_torch_is_not_linked(checkout):

@@ -1,4 +1,5 @@
-"""LoRA against peft at every parallel layout, the toggle, dropout, how adapters start, what the run says about them.
+"""LoRA against peft at every parallel layout, the toggle, dropout, how adapters start, what the run
+says about them.
 
 Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
 """
@@ -11,17 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint_tools.thinker import decoder
 from megatron_gkd import cpu, parallel
+from megatron_gkd.build import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import lora_enabled
 from megatron_gkd.lora.adapter import adapter_pieces, applied
 from megatron_gkd.lora.apply import banner, count_parameters
 from megatron_gkd.lora.modules import LoraGrouped, LoraModule, lora_modules
 from megatron_gkd.lora.targets import resolve_targets
-from megatron_gkd.model.config import ModelShape, read_model_shape
+from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear
-from megatron_gkd.parts import resolve
+from megatron_gkd.verify.reference import decoder
 from tests.adapters import (
     ALL,
     ATTENTION,
@@ -35,7 +36,18 @@ from tests.adapters import (
     with_zero_experts,
     write_adapter,
 )
-from tests.lora_runs import FOLDERS, VOCAB_SIZE, add_lora, build, gather, in_reducer, initialize, make_optimizer, run_schedule, share
+from tests.lora_runs import (
+    FOLDERS,
+    VOCAB_SIZE,
+    add_lora,
+    build,
+    gather,
+    in_reducer,
+    initialize,
+    make_optimizer,
+    run_schedule,
+    share,
+)
 from tests.ranks import run_ranks
 
 CASES = {  # folder, targets, rank, alpha
@@ -51,27 +63,32 @@ CASES = {  # folder, targets, rank, alpha
 DROPOUT = 0.3
 
 
-def gradients_of(model, shape, place):
-    """(tensor name, slice of it, gradient) of every LoRA parameter on this rank, copies of replicated ones included."""
+def gradients_of(model, model_args, place):
+    """(tensor name, slice of it, gradient) of every LoRA parameter on this rank, copies of
+    replicated ones included.
+    """
     return [
-        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone()) for piece in adapter_pieces(model, shape, place)
+        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_pieces(model, model_args, place)
     ]
 
 
 def lora_at_layout(rank, world_size, tp, pp, ep, runs):
-    """For each (folder, adapter, options): logits, gradients, gradient norm, and whether LoRA off equals the base bit for bit."""
+    """For each (folder, adapter, options): logits, gradients, gradient norm, and whether LoRA off
+    equals the base bit for bit.
+    """
     place = initialize(tp, pp, ep)
     batches = share(make_batches(VOCAB_SIZE), place)
     results = []
     for folder, adapter, options in runs:
-        shape, model = build(place, folder, **options)
+        model_args, model = build(place, folder, **options)
         base = run_schedule(place, in_reducer(model), batches, backward=False)
-        add_lora(place, shape, model, adapter)
+        add_lora(place, model_args, model, adapter)
         ddp = in_reducer(model)
         optimizer = make_optimizer(ddp)
         optimizer.zero_grad()
         logits = run_schedule(place, ddp, batches)
-        gradients = gradients_of(model, shape, place)
+        gradients = gradients_of(model, model_args, place)
         update = optimizer.step(0.05, 0.0)
         trained = run_schedule(place, ddp, batches, backward=False)
         off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
@@ -80,7 +97,9 @@ def lora_at_layout(rank, world_size, tp, pp, ep, runs):
                 logits=logits,
                 gradients=gradients,
                 grad_norm=update.grad_norm,
-                dtypes={parameter.dtype for parameter in model.parameters() if parameter.requires_grad},
+                dtypes={
+                    parameter.dtype for parameter in model.parameters() if parameter.requires_grad
+                },
                 off_is_base=[torch.equal(*pair) for pair in zip(off, base)],
                 moved=[(new - old).abs().max().item() for new, old in zip(trained, logits)],
                 numbers=list(range(max(2, place.dp_size)))[place.dp_rank :: place.dp_size],
@@ -90,9 +109,11 @@ def lora_at_layout(rank, world_size, tp, pp, ep, runs):
 
 
 class Reference:
-    """One case through peft: logits of each micro-batch and gradients of their summed losses, computed when first asked for."""
+    """One case through peft: logits of each micro-batch and gradients of their summed losses,
+    computed when first asked for.
+    """
 
-    def __init__(self, folder: str, adapter: str, shape, rank: int):
+    def __init__(self, folder: str, adapter: str, model_args, rank: int):
         model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
         assert not missing
         self.logits, self.gradients, self.num_tokens = [], [], []
@@ -100,13 +121,16 @@ class Reference:
             logits = model(input_ids=batch.input_ids).logits
             (logits * batch.cotangent(VOCAB_SIZE)).sum().backward()
             self.logits.append(logits.detach())
-            self.gradients.append(peft_gradients(model, shape, rank))
+            self.gradients.append(peft_gradients(model, model_args, rank))
             self.num_tokens.append(int(batch.real.sum()))
             model.zero_grad(set_to_none=True)
 
     def mean_gradients(self, num_batches: int) -> dict[str, torch.Tensor]:
         total = sum(self.num_tokens[:num_batches])
-        return {name: sum(of[name] for of in self.gradients[:num_batches]) / total for name in self.gradients[0]}
+        return {
+            name: sum(of[name] for of in self.gradients[:num_batches]) / total
+            for name in self.gradients[0]
+        }
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +139,14 @@ def cases(tiny_folder, tmp_path_factory):
     made = {}
     for name, (kind, targets, rank, alpha) in CASES.items():
         folder = tiny_folder(**FOLDERS[kind])
-        shape = read_model_shape(folder)
-        tensors, written = with_zero_experts(random_adapter(shape, rank, targets), shape, rank, targets)
-        adapter = write_adapter(tmp_path_factory.mktemp("adapter"), tensors, rank=rank, alpha=alpha, targets=written)
-        made[name] = (folder, adapter, targets, Reference(folder, adapter, shape, rank))
+        model_args = read_model_args(folder)
+        tensors, written = with_zero_experts(
+            random_adapter(model_args, rank, targets), model_args, rank, targets
+        )
+        adapter = write_adapter(
+            tmp_path_factory.mktemp("adapter"), tensors, rank=rank, alpha=alpha, targets=written
+        )
+        made[name] = (folder, adapter, targets, Reference(folder, adapter, model_args, rank))
     return made
 
 
@@ -130,7 +158,9 @@ def check_logits(result, reference, tolerance=1e-4):
 
 
 def check_gradients(results, expected, targets, tolerance=1e-4):
-    """Every rank's gradients, copies of replicated weights included, and every element of every tensor seen."""
+    """Every rank's gradients, copies of replicated weights included, and every element of every
+    tensor seen.
+    """
     expected = {name: value for name, value in expected.items() if name.split(".")[-3] in targets}
     largest = {}
     for name, value in expected.items():
@@ -142,7 +172,9 @@ def check_gradients(results, expected, targets, tolerance=1e-4):
         for name, index, value in result.gradients:
             limit = tolerance * largest[tuple(name.split(".")[-3:])]
             difference = (value - expected[name][index]).abs().max().item()
-            assert difference < limit, f"rank {rank}: gradient of {name} differs by {difference}, allowed {limit}"
+            assert difference < limit, (
+                f"rank {rank}: gradient of {name} differs by {difference}, allowed {limit}"
+            )
             seen[name][index] = True
     assert all(flags.all() for flags in seen.values())
     norm = torch.stack([value.norm() for value in expected.values()]).norm().item()
@@ -165,9 +197,13 @@ LAYOUTS = [  # world size, TP, PP, EP; DP is the rest
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_logits_and_gradients_equal_peft(cases, world_size, tp, pp, ep):
-    """Every set of linears, plus full recompute of the first; and LoRA off is the base bit for bit, also after a step of training."""
+    """Every set of linears, plus full recompute of the first; and LoRA off is the base bit for bit,
+    also after a step of training.
+    """
     names = [*cases, "all, rank 4"]
-    runs = [(*cases[name][:2], {"recompute": number == len(cases)}) for number, name in enumerate(names)]
+    runs = [
+        (*cases[name][:2], {"recompute": number == len(cases)}) for number, name in enumerate(names)
+    ]
     by_rank = run_ranks(lora_at_layout, world_size, tp, pp, ep, runs)
     for number, name in enumerate(names):
         _, _, targets, reference = cases[name]
@@ -175,16 +211,24 @@ def test_logits_and_gradients_equal_peft(cases, world_size, tp, pp, ep):
         for result in results:
             check_logits(result, reference)
             assert all(result.off_is_base), f"{name}: LoRA off is not the base"
-            assert all(difference > 1e-2 for difference in result.moved), f"{name}: a step of training does not show"
+            assert all(difference > 1e-2 for difference in result.moved), (
+                f"{name}: a step of training does not show"
+            )
             assert result.dtypes == {torch.float32}
-        assert {number for result in results if result.logits for number in result.numbers} == set(range(max(2, world_size // tp // pp)))
+        assert {number for result in results if result.logits for number in result.numbers} == set(
+            range(max(2, world_size // tp // pp))
+        )
         check_gradients(results, reference.mean_gradients(max(2, world_size // tp // pp)), targets)
 
 
-@pytest.mark.parametrize("dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.995), ("float16", 0.01, 0.9999)])
+@pytest.mark.parametrize(
+    "dtype, logits_limit, cosine_limit", [("bfloat16", 0.05, 0.995), ("float16", 0.01, 0.9999)]
+)
 def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, cosine_limit):
-    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's dtype allows, off is still the base.
-    A token that rounding sends to another expert can weigh much in one gradient: the limit is for the median of the cases."""
+    """LoRA weights and gradients stay fp32, results follow peft's in fp32 as closely as the base's
+    dtype allows, off is still the base. A token that rounding sends to another expert can weigh
+    much in one gradient: the limit is for the median of the cases.
+    """
     runs = [(folder, adapter, {"dtype": dtype}) for folder, adapter, _, _ in cases.values()]
     by_rank, cosines = run_ranks(lora_at_layout, 2, 2, 1, 2, runs), []
     for number, (_, _, _, reference) in enumerate(cases.values()):
@@ -194,36 +238,53 @@ def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, co
             assert all(value.dtype == torch.float32 for _, _, value in result.gradients)
             for batch, value in zip(result.numbers, result.logits):
                 real, wanted = make_batches(VOCAB_SIZE)[batch].real, reference.logits[batch]
-                error = ((value[..., :VOCAB_SIZE] - wanted).norm(dim=-1) / wanted.norm(dim=-1))[real].median().item()
+                error = (
+                    ((value[..., :VOCAB_SIZE] - wanted).norm(dim=-1) / wanted.norm(dim=-1))[real]
+                    .median()
+                    .item()
+                )
                 assert error < logits_limit, f"relative error {error}"
             ours += [value.flatten() for _, _, value in result.gradients]
             theirs += [expected[name][index].flatten() for name, index, _ in result.gradients]
-        cosines.append(torch.nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0).item())
+        cosines.append(
+            torch.nn.functional.cosine_similarity(torch.cat(ours), torch.cat(theirs), dim=0).item()
+        )
     assert median(cosines) > cosine_limit and min(cosines) > 0.95, f"cosines {cosines}"
 
 
 def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
-    """Gradients without recompute, then with it while LoRA is switched between forward and backward: on/off, off/on. Dropout is on."""
+    """Gradients without recompute, then with it while LoRA is switched between forward and
+    backward: on/off, off/on. Dropout is on.
+    """
     place = initialize(tp, pp, ep)
     results = []
-    for recompute, on_in_forward, on_in_backward in ((False, True, True), (True, True, False), (True, False, True)):
-        shape, model = build(place, folder, adapter, recompute=recompute, dropout=DROPOUT)
+    for recompute, on_in_forward, on_in_backward in (
+        (False, True, True),
+        (True, True, False),
+        (True, False, True),
+    ):
+        model_args, model = build(place, folder, adapter, recompute=recompute, dropout=DROPOUT)
         ddp = in_reducer(model).train()
         ddp.zero_grad_buffer()
         parallel.seed_step(42, 0, place)
         batches = make_batches(VOCAB_SIZE)[:3]
-        run_schedule(place, ddp, batches, on_in_forward=on_in_forward, on_in_backward=on_in_backward)
+        run_schedule(
+            place, ddp, batches, on_in_forward=on_in_forward, on_in_backward=on_in_backward
+        )
         assert all(module.enabled for module in lora_modules(model)), "the flags must be back"
-        results.append([value for _, _, value in gradients_of(model, shape, place)])
+        results.append([value for _, _, value in gradients_of(model, model_args, place)])
     return results
 
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (2, 1, 2, 1), (2, 2, 1, 2)])
 def test_recompute_sees_the_flag_of_the_forward_pass(cases, world_size, tp, pp, ep):
-    """Backward may run after the toggle's context has ended, or inside the teacher's: gradients are those of what the forward pass did, dropout
-    masks included."""
+    """Backward may run after the toggle's context has ended, or inside the teacher's: gradients are
+    those of what the forward pass did, dropout masks included.
+    """
     folder, adapter, _, _ = cases["all, rank 4"]
-    for plain, student, teacher in run_ranks(gradients_with_toggles, world_size, tp, pp, ep, folder, adapter):
+    for plain, student, teacher in run_ranks(
+        gradients_with_toggles, world_size, tp, pp, ep, folder, adapter
+    ):
         for expected, recomputed, of_base in zip(plain, student, teacher):
             assert expected.abs().max() > 0
             torch.testing.assert_close(recomputed, expected, rtol=1e-5, atol=1e-7)
@@ -231,8 +292,10 @@ def test_recompute_sees_the_flag_of_the_forward_pass(cases, world_size, tp, pp, 
 
 
 def test_toggle_nests_and_comes_back_after_an_exception():
-    model = torch.nn.ModuleList(LoraModule(torch.nn.Identity(), rank=2, alpha=4, dropout=0.0) for _ in range(3))
-    flags = lambda: [module.enabled for module in model]  # noqa: E731
+    model = torch.nn.ModuleList(
+        LoraModule(torch.nn.Identity(), rank=2, alpha=4, dropout=0.0) for _ in range(3)
+    )
+    flags = lambda: [module.enabled for module in model]
     model[1].enabled = False
     with pytest.raises(KeyError, match="a step went wrong"):
         with lora_enabled(model, False):
@@ -250,13 +313,27 @@ def equal_on_all(values, group):
 
 
 def check_copies(place, model, get):
-    """Bit-equal copies of get(parameter): replicated weights over TP, attention's over DP, experts' over their own data-parallel group."""
+    """Bit-equal copies of get(parameter): replicated weights over TP, attention's over DP, experts'
+    over their own data-parallel group.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    experts = [get(parameter) for parameter in trainable if not getattr(parameter, "allreduce", True)]
+    experts = [
+        get(parameter) for parameter in trainable if not getattr(parameter, "allreduce", True)
+    ]
     attention = [get(parameter) for parameter in trainable if getattr(parameter, "allreduce", True)]
-    replicated = [get(parameter) for parameter in trainable if not getattr(parameter, "tensor_model_parallel", False)]
-    assert len(replicated) == 4 * len(model.decoder.layers)  # W_down of q, k, v and W_up of o in each layer
-    assert equal_on_all(replicated, place.groups.tp) and equal_on_all(attention, place.groups.dp) and equal_on_all(experts, place.groups.expt_dp)
+    replicated = [
+        get(parameter)
+        for parameter in trainable
+        if not getattr(parameter, "tensor_model_parallel", False)
+    ]
+    assert len(replicated) == 4 * len(
+        model.decoder.layers
+    )  # W_down of q, k, v and W_up of o in each layer
+    assert (
+        equal_on_all(replicated, place.groups.tp)
+        and equal_on_all(attention, place.groups.dp)
+        and equal_on_all(experts, place.groups.expt_dp)
+    )
 
 
 def train_with_dropout(rank, world_size, tp, pp, ep, folder):
@@ -264,7 +341,9 @@ def train_with_dropout(rank, world_size, tp, pp, ep, folder):
     _, model = build(place, folder, rank=3, alpha=6, targets=ALL, seed=0, dropout=DROPOUT)
     ddp, batches = in_reducer(model), share(make_batches(VOCAB_SIZE), place)
     base = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
-    start = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    start = [
+        parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad
+    ]
     optimizer = make_optimizer(ddp.train())
     for step in range(20):
         parallel.seed_step(42, step, place)
@@ -274,7 +353,9 @@ def train_with_dropout(rank, world_size, tp, pp, ep, folder):
         assert optimizer.step(1e-2, 0.0).applied
         check_copies(place, model, lambda parameter: parameter.data)
     now = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all((after - before).abs().max() > 1e-3 for before, after in zip(start, now)), "a weight was never trained"
+    assert all((after - before).abs().max() > 1e-3 for before, after in zip(start, now)), (
+        "a weight was never trained"
+    )
     off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
     assert all(torch.equal(*pair) for pair in zip(off, base)), "LoRA off is no longer the base"
 
@@ -292,21 +373,35 @@ def test_copies_stay_bit_equal_over_20_steps_with_dropout(tiny_folder, world_siz
 
 
 def dropout_masks(rank, world_size, folder):
-    """At TP 2, DP 2: masks of the first layer's linears, and what dropout does to one linear and in evaluation."""
+    """At TP 2, DP 2: masks of the first layer's linears, and what dropout does to one linear and in
+    evaluation.
+    """
     place = initialize(2, 1, 2)
-    shape, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=DROPOUT)
+    model_args, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=DROPOUT)
     for parameter in model.parameters():
         if parameter.requires_grad:  # W_up too; equal on all ranks, which does not matter here
             parameter.data.normal_(generator=torch.Generator().manual_seed(9), std=0.1)
     layer = model.decoder.layers[0]
-    linears = dict(qkv=layer.self_attention.linear_qkv, o=layer.self_attention.linear_proj, down=layer.mlp.experts.down)
+    linears = dict(
+        qkv=layer.self_attention.linear_qkv,
+        o=layer.self_attention.linear_proj,
+        down=layer.mlp.experts.down,
+    )
     model.train()
     masks = []
     for step in (0, 0, 1):
         parallel.seed_step(42, step, place)
-        masks.append({name: linear.drop(torch.ones(64, 64), generator_of(name)) for name, linear in linears.items()})
+        masks.append(
+            {
+                name: linear.drop(torch.ones(64, 64), generator_of(name))
+                for name, linear in linears.items()
+            }
+        )
 
-    x, rows = torch.randn(8, shape.moe_intermediate_size), ExpertRows.of(torch.tensor([1, 2, 3, 2]), "cpu")
+    x, rows = (
+        torch.randn(8, model_args.moe_intermediate_size),
+        ExpertRows.of(torch.tensor([1, 2, 3, 2]), "cpu"),
+    )
     with torch.no_grad():
         model.eval()
         evaluated = linears["down"](x, rows)
@@ -321,8 +416,14 @@ def dropout_masks(rank, world_size, folder):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(0.05)
-        evaluations.append(run_schedule(place, in_reducer(model.eval()), make_batches(VOCAB_SIZE)[:1], backward=False)[0])
-    return SimpleNamespace(masks=masks, averaged=(average - base, evaluated - base), evaluations=evaluations)
+        evaluations.append(
+            run_schedule(
+                place, in_reducer(model.eval()), make_batches(VOCAB_SIZE)[:1], backward=False
+            )[0]
+        )
+    return SimpleNamespace(
+        masks=masks, averaged=(average - base, evaluated - base), evaluations=evaluations
+    )
 
 
 def generator_of(name):
@@ -330,15 +431,20 @@ def generator_of(name):
 
 
 def test_dropout(tiny_folder):
-    """Masks: seeded by the step, different on sequence shards, feature shards, experts and data-parallel ranks; scaled so that the mean is kept;
-    none in evaluation."""
+    """Masks: seeded by the step, different on sequence shards, feature shards, experts and
+    data-parallel ranks; scaled so that the mean is kept; none in evaluation.
+    """
     results = run_ranks(dropout_masks, 4, tiny_folder(**FOLDERS["4 KV heads"]))
     for name in ("qkv", "o", "down"):
-        first, again, next_step = ([result.masks[step][name] for result in results] for step in range(3))
+        first, again, next_step = (
+            [result.masks[step][name] for result in results] for step in range(3)
+        )
         for rank in range(4):
             assert torch.equal(first[rank], again[rank])
             others = [next_step[rank], *(first[other] for other in range(4) if other != rank)]
-            assert not any(torch.equal(first[rank], other) for other in others), f"{name}: rank {rank} shares a mask"
+            assert not any(torch.equal(first[rank], other) for other in others), (
+                f"{name}: rank {rank} shares a mask"
+            )
         values = torch.stack(first)
         kept = values != 0
         torch.testing.assert_close(values[kept], torch.full_like(values[kept], 1 / (1 - DROPOUT)))
@@ -351,10 +457,22 @@ def test_dropout(tiny_folder):
 
 def test_parameter_count_of_the_real_model():
     """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
-    shape = ModelShape(
-        prefix="thinker.", num_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
-        num_experts_per_tok=8, norm_topk_prob=True, moe_intermediate_size=768, vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6,
-        mrope_section=(24, 20, 20), tie_word_embeddings=False,
+    model_args = ModelArgs(
+        prefix="thinker.",
+        num_layers=48,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        moe_intermediate_size=768,
+        vocab_size=152064,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        mrope_section=(24, 20, 20),
+        tie_word_embeddings=False,
     )
     attention = (2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048)
     experts = 128 * 3 * (2048 + 768)
@@ -362,20 +480,30 @@ def test_parameter_count_of_the_real_model():
     layer = 2048 * (4096 + 512 + 512) + 4096 * 2048 + router + norms + 128 * 3 * 2048 * 768
     base = 48 * layer + 2 * 152064 * 2048 + 2048
     assert base == 30_532_646_912
-    assert count_parameters(shape, 8, ALL) == (48 * 8 * (attention + experts), base + 48 * 8 * (attention + experts))
-    assert count_parameters(shape, 16, ATTENTION) == (48 * 16 * attention, base + 48 * 16 * attention)
-    assert count_parameters(shape, 1, ["k_proj", "down_proj"])[0] == 48 * (2560 + 128 * 2816)
+    assert count_parameters(model_args, 8, ALL) == (
+        48 * 8 * (attention + experts),
+        base + 48 * 8 * (attention + experts),
+    )
+    assert count_parameters(model_args, 16, ATTENTION) == (
+        48 * 16 * attention,
+        base + 48 * 16 * attention,
+    )
+    assert count_parameters(model_args, 1, ["k_proj", "down_proj"])[0] == 48 * (2560 + 128 * 2816)
 
 
 def test_parameter_count_is_what_trains(cases):
     """The count of the banner against the elements of the adapter that peft loads."""
     folder, adapter, targets, _ = cases["k and experts, rank 1"]
-    shape = read_model_shape(folder)
-    expected = sum(d_in + d_out for d_in, d_out in linear_sizes(shape, targets).values())
+    model_args = read_model_args(folder)
+    expected = sum(d_in + d_out for d_in, d_out in linear_sizes(model_args, targets).values())
     model = load_thinker(folder)
-    base = sum(value.numel() for part in (decoder(model), model.lm_head) for value in part.parameters())
-    assert count_parameters(shape, 1, targets) == (expected, base + expected)
-    assert expected == sum(value.numel() for value in random_adapter(shape, 1, targets).values())
+    base = sum(
+        value.numel() for part in (decoder(model), model.lm_head) for value in part.parameters()
+    )
+    assert count_parameters(model_args, 1, targets) == (expected, base + expected)
+    assert expected == sum(
+        value.numel() for value in random_adapter(model_args, 1, targets).values()
+    )
 
 
 def test_banner():
@@ -388,35 +516,53 @@ def test_banner():
 
 
 def test_a_model_without_lora_is_refused():
-    with pytest.raises(ValueError, match="requires the model to have LoRA adapters.*--lora_target_modules.*--adapter DIR"):
+    with pytest.raises(
+        ValueError,
+        match="requires the model to have LoRA adapters.*--lora_target_modules.*--adapter DIR",
+    ):
         applied(torch.nn.Linear(2, 2))
 
 
 def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
-    config = parse_config(["--model", "m", "--dataset", "d", "--lora_target_modules", "q_proj,lm_head"])
-    shape = read_model_shape(tiny_folder(**FOLDERS["4 KV heads"]))
+    config = parse_config(
+        ["--model", "m", "--dataset", "d", "--lora_target_modules", "q_proj,lm_head"]
+    )
+    model_args = read_model_args(tiny_folder(**FOLDERS["4 KV heads"]))
     place = SimpleNamespace(device=torch.device("cpu"), pp_size=1)
-    assert resolve(config, shape, place)[0].lora.lora_target_modules == ["q_proj", "lm_head"]
-    with pytest.raises(ValueError, match="q_proj,lm_head: the lm_head of this model is its embedding .* leave lm_head out"):
-        resolve(config, replace(shape, tie_word_embeddings=True), place)
+    assert resolve(config, model_args, place)[0].lora.lora_target_modules == ["q_proj", "lm_head"]
+    with pytest.raises(
+        ValueError,
+        match="q_proj,lm_head: the lm_head of this model is its embedding .* leave lm_head out",
+    ):
+        resolve(config, replace(model_args, tie_word_embeddings=True), place)
     alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1"):
-        resolve(alone, shape, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
+    with pytest.raises(
+        ValueError,
+        match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1",
+    ):
+        resolve(alone, model_args, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
 
 
 def test_names_of_linears():
     assert resolve_targets(["ALL"]) == resolve_targets(["all-linear"]) == ALL
     assert resolve_targets(["up_proj", "q_proj", "up_proj"]) == ["q_proj", "up_proj"]
-    assert resolve_targets(["lm_head", "q_proj"]) == ["q_proj", "lm_head"] and "lm_head" not in resolve_targets(["ALL"])
+    assert resolve_targets(["lm_head", "q_proj"]) == [
+        "q_proj",
+        "lm_head",
+    ] and "lm_head" not in resolve_targets(["ALL"])
     assert resolve_targets(["lm_head"]) == ["lm_head"]
-    with pytest.raises(ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"):
+    with pytest.raises(
+        ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"
+    ):
         resolve_targets(["q_proj", "qkv_proj"])
     with pytest.raises(ValueError, match=r"\(nothing\)"):
         resolve_targets([])
 
 
 class GarbageForEmptyGroups(torch.autograd.Function):
-    """grouped_mm as some GPUs compute it: the weight gradient of a group without rows is uninitialised memory."""
+    """grouped_mm as some GPUs compute it: the weight gradient of a group without rows is
+    uninitialised memory.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, offs):
@@ -439,15 +585,27 @@ REAL_GROUPED_MM = torch.nn.functional.grouped_mm
 
 def gradients_with_empty_experts(rank, world_size):
     cpu.enable()
-    linear = LoraGrouped(GroupedLinear(4, 8, 16, torch.float32), ["down_proj"], ["down_proj"], rank=8, alpha=8, dropout=0.0)
+    linear = LoraGrouped(
+        GroupedLinear(4, 8, 16, torch.float32),
+        ["down_proj"],
+        ["down_proj"],
+        rank=8,
+        alpha=8,
+        dropout=0.0,
+    )
     parameters = [linear.down["down_proj"], linear.up["down_proj"]]
     for parameter in (linear.base.weight, *parameters):
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     linear.base.requires_grad_(False)
-    x, rows = torch.randn(6, 8, requires_grad=True), ExpertRows.of(torch.tensor([0, 4, 0, 2]), "cpu")
+    x, rows = (
+        torch.randn(6, 8, requires_grad=True),
+        ExpertRows.of(torch.tensor([0, 4, 0, 2]), "cpu"),
+    )
     loss = linear(x, rows).square().sum()
     expected = torch.autograd.grad(loss, [x, *parameters])
-    torch.nn.functional.grouped_mm = lambda x, weight, *, offs: GarbageForEmptyGroups.apply(x, weight, offs)
+    torch.nn.functional.grouped_mm = lambda x, weight, *, offs: GarbageForEmptyGroups.apply(
+        x, weight, offs
+    )
     return expected, torch.autograd.grad(linear(x, rows).square().sum(), [x, *parameters])
 
 

@@ -1,5 +1,5 @@
-"""--lora_towers: LoRA on the towers' attention and MLP equals peft's in value and gradient, is saved, loaded, merged
-and resumed; without the flag none lands there.
+"""--lora_towers: LoRA on the towers' attention and MLP equals peft's in value and gradient, is
+saved, loaded, merged and resumed; without the flag none lands there.
 """
 
 import json
@@ -10,28 +10,35 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import thinker as thinker_versions
 from checkpoint_tools.lower_rank import LowerRankConfig, lower
-from checkpoint_tools.make_tiny_model import build_folder
 from checkpoint_tools.merge_lora import MergeLoraConfig, convert
+from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.adapter import THINKER, adapter_pieces, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.model.config import read_model_shape
-from megatron_gkd.model.positions import MediaTokenIds
-from megatron_gkd.model.towers import StepMedia, build_towers
+from megatron_gkd.media.positions import MediaTokenIds
+from megatron_gkd.media.towers import StepMedia, build_towers
+from megatron_gkd.model.args import read_model_args
+from megatron_gkd.verify import reference as thinker_versions
 from tests.adapters import load_peft, load_thinker, load_whole, random_adapter
 from tests.lora_runs import build, in_reducer, initialize, make_optimizer
 from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
-from tests.test_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
+from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
 
 RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
-AUDIO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+AUDIO = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "fc1",
+    "fc2",
+)
 VISUAL = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
 LAYOUTS = [
     pytest.param((1, 1, 1, True), id="single-recompute"),
@@ -43,7 +50,13 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    sizes = dict(num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=VOCAB_SIZE)
+    sizes = dict(
+        num_hidden_layers=4,
+        hidden_size=64,
+        head_dim=16,
+        moe_intermediate_size=32,
+        vocab_size=VOCAB_SIZE,
+    )
     return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
 
 
@@ -66,17 +79,29 @@ def tower_linears(model) -> dict[str, torch.nn.Linear]:
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
     """LoRA on attention of the decoder and on both towers, as a PEFT folder."""
-    tensors = random_adapter(read_model_shape(folder), RANK, TARGETS)
+    tensors = random_adapter(read_model_args(folder), RANK, TARGETS)
     generator, names = torch.Generator().manual_seed(6), []
     for name, linear in tower_linears(load_thinker(folder)).items():
         names.append(name)
         down = torch.randn(RANK, linear.in_features, generator=generator) / linear.in_features**0.5
         tensors[f"{THINKER}{name}.lora_A.weight"] = down
-        tensors[f"{THINKER}{name}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=generator) * 0.3
+        tensors[f"{THINKER}{name}.lora_B.weight"] = (
+            torch.randn(linear.out_features, RANK, generator=generator) * 0.3
+        )
     path = tmp_path_factory.mktemp("adapter")
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
-    config |= {"bias": "none", "target_modules": TARGETS + names, "exclude_modules": ".*(talker|code2wav).*"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+    }
+    config |= {
+        "bias": "none",
+        "target_modules": TARGETS + names,
+        "exclude_modules": ".*(talker|code2wav).*",
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)
 
@@ -104,19 +129,33 @@ def reference(folder, adapter):
         losses.append(divergence(*responses, temperature=TEMPERATURE, kind="jsd", beta=0.5))
     loss = torch.cat(losses).mean()
     loss.backward()
-    gradients = {peft_name(name): parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+    gradients = {
+        peft_name(name): parameter.grad
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
     assert len(gradients) == 2 * (4 * len(TARGETS) + 2 * len(AUDIO) + 3 * len(VISUAL))
     return SimpleNamespace(logits=logits, loss=loss.item(), gradients=gradients)
 
 
 def make_model(place, folder, *, adapter=None, recompute=False, dropout=0.0):
     """(shape, decoder with towers and LoRA on both)."""
-    shape, model = build(place, folder, recompute=recompute)
-    model.towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
-    apply_lora(model, shape, place, rank=RANK, alpha=ALPHA, dropout=dropout, targets=TARGETS, seed=0, towers=True)
+    model_args, model = build(place, folder, recompute=recompute)
+    model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
+    apply_lora(
+        model,
+        model_args,
+        place,
+        rank=RANK,
+        alpha=ALPHA,
+        dropout=dropout,
+        targets=TARGETS,
+        seed=0,
+        towers=True,
+    )
     if adapter is not None:
-        load_adapter(model, shape, place, PeftAdapter(adapter, shape))
-    return shape, model
+        load_adapter(model, model_args, place, PeftAdapter(adapter, model_args))
+    return model_args, model
 
 
 def my_batches(place, folder, tp):
@@ -127,43 +166,43 @@ def my_batches(place, folder, tp):
     return batches[place.dp_rank :: place.dp_size]
 
 
-def logits_of(place, shape, model, batches):
+def logits_of(place, model_args, model, batches):
     """{row: (student's, teacher's)}."""
-    media, found = StepMedia(model.towers, batches), {}
+    media, found = StepMedia(model.towers, [batch.media for batch in batches]), {}
     for index, batch in enumerate(batches):
         sides = []
         for side in ("student", "teacher"):
             with lora_enabled(model, side == "student"):
                 features = media[index] if model.towers is not None else None
-                sides.append(view_logits(model, shape, place, getattr(batch, side), features))
+                sides.append(view_logits(model, model_args, place, getattr(batch, side), features))
         found |= {row: pair for row, pair in zip(batch.rows, zip(*sides))}
     return found
 
 
 def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
     place = initialize(tp, pp, 1)
-    shape, model = make_model(place, folder, adapter=adapter, recompute=recompute)
+    model_args, model = make_model(place, folder, adapter=adapter, recompute=recompute)
     batches = my_batches(place, folder, tp)
     with torch.no_grad():
-        logits = logits_of(place, shape, model, batches)
+        logits = logits_of(place, model_args, model, batches)
     ddp = in_reducer(model)
     ddp.train()
     optimizer = make_optimizer(ddp)
     optimizer.zero_grad()
-    media = StepMedia(model.towers, batches)
+    media = StepMedia(model.towers, [batch.media for batch in batches])
     teacher = teacher_forward(model, batches, place, media)
     sums = student_forward_backward(ddp, batches, teacher, SETTINGS, place, media)
     means = sums.means(place)
     gradients = [
         (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-        for piece in adapter_pieces(model, shape, place)
+        for piece in adapter_pieces(model, model_args, place)
     ]
     norm = optimizer.step(0.01, means["loss"]).grad_norm
     saved = save_checkpoint(
         output,
         1,
         model=model,
-        shape=shape,
+        model_args=model_args,
         parallel=place,
         alpha=ALPHA,
         dropout=0.0,
@@ -172,8 +211,10 @@ def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
         state={},
     )
     with torch.no_grad():
-        after = logits_of(place, shape, model, batches)
-    return SimpleNamespace(logits=logits, means=means, gradients=gradients, norm=norm, saved=saved, after=after)
+        after = logits_of(place, model_args, model, batches)
+    return SimpleNamespace(
+        logits=logits, means=means, gradients=gradients, norm=norm, saved=saved, after=after
+    )
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +254,9 @@ def test_logits_and_gradients_equal_peft(runs, reference, layout):
 
 
 def test_saved_adapter_is_pefts(folder, runs):
-    """After a step at TP 2, PP 2: peft loads it on the whole model, with the same logits; all layouts save the same."""
+    """After a step at TP 2, PP 2: peft loads it on the whole model, with the same logits; all
+    layouts save the same.
+    """
     results = runs((4, 2, 2, True))
     model, missing = load_peft(load_whole(folder), results[0].saved)
     assert not missing
@@ -233,12 +276,14 @@ def test_saved_adapter_is_pefts(folder, runs):
 def resume(rank, world_size, folder, saved, tp):
     """Logits, and the moments of one tower's matrix, after a resume."""
     place = initialize(tp, 1, 1)
-    shape, model = make_model(place, folder)
+    model_args, model = make_model(place, folder)
     ddp = in_reducer(model)
     optimizer = make_optimizer(ddp)
-    load_checkpoint(Path(saved), model=model, shape=shape, parallel=place, optimizer=optimizer)
+    load_checkpoint(
+        Path(saved), model=model, model_args=model_args, parallel=place, optimizer=optimizer
+    )
     with torch.no_grad():
-        logits = logits_of(place, shape, model, my_batches(place, folder, tp))
+        logits = logits_of(place, model_args, model, my_batches(place, folder, tp))
     module = tower_loras(model)["visual.blocks.1.attn.qkv"]
     return logits, optimizer.moments()[module.up["qkv"]]["exp_avg"].clone()
 
@@ -255,25 +300,36 @@ def modes(rank, world_size, folder, adapter):
     """Off and a fresh start are the base bit for bit; dropout needs training mode; counts."""
     place = initialize(1, 1, 1)
     _, fresh = make_model(place, folder)
-    shape, model = make_model(place, folder, adapter=adapter, dropout=DROPOUT)
+    model_args, model = make_model(place, folder, adapter=adapter, dropout=DROPOUT)
     batch = my_batches(place, folder, 1)[0]
-    base = build_towers(folder, shape, place, torch.float32, audio=True, visual=True).encode(batch).embeddings
+    base = (
+        build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
+        .encode(batch.media)
+        .embeddings
+    )
     with torch.no_grad():
         with lora_enabled(model, False):
-            off = StepMedia(model.towers, [batch])[0].embeddings
+            off = StepMedia(model.towers, [batch.media])[0].embeddings
         model.eval()
-        still = [StepMedia(model.towers, [batch])[0].embeddings for _ in range(2)]
+        still = [StepMedia(model.towers, [batch.media])[0].embeddings for _ in range(2)]
         model.train()
-        dropped = [StepMedia(model.towers, [batch])[0].embeddings for _ in range(2)]
+        dropped = [StepMedia(model.towers, [batch.media])[0].embeddings for _ in range(2)]
     of_towers = sum(a * b for a, b in tower_tensors(model).values())
     tower_sizes = sum(p.numel() for p in model.towers.parameters() if not p.requires_grad)
-    alone, both = count_parameters(shape, RANK, TARGETS), count_parameters(shape, RANK, TARGETS, model)
+    alone, both = (
+        count_parameters(model_args, RANK, TARGETS),
+        count_parameters(model_args, RANK, TARGETS, model),
+    )
     return (
-        torch.equal(base, off) and torch.equal(base, fresh.towers.encode(batch).embeddings),
+        torch.equal(base, off) and torch.equal(base, fresh.towers.encode(batch.media).embeddings),
         torch.equal(*still) and not torch.equal(still[0], base),
         torch.equal(*dropped),
         both == (alone[0] + of_towers, alone[1] + of_towers + tower_sizes) and of_towers > 0,
-        [name for name, module in model.towers.named_modules() if module.training and not hasattr(module, "base")],
+        [
+            name
+            for name, module in model.towers.named_modules()
+            if module.training and not hasattr(module, "base")
+        ],
     )
 
 
@@ -284,15 +340,35 @@ def test_toggle_dropout_and_counts(folder, adapter):
 
 def test_merge_and_lower_rank(folder, adapter, tmp_path):
     """W + scale B A in the towers' tensors too, and a lower rank keeps their LoRA."""
-    convert(MergeLoraConfig(hf_model=folder, adapter=[adapter], output=str(tmp_path / "merged"), num_workers=1))
-    tensors, name = load_file(Path(adapter, "adapter_model.safetensors")), "audio_tower.layers.1.self_attn.out_proj"
-    base, merged = (load_file(Path(where, "model.safetensors")) for where in (folder, tmp_path / "merged"))
-    update = tensors[f"{THINKER}{name}.lora_B.weight"] @ tensors[f"{THINKER}{name}.lora_A.weight"] * ALPHA / RANK
-    assert torch.allclose(merged[f"thinker.{name}.weight"], base[f"thinker.{name}.weight"] + update, atol=1e-5)
+    convert(
+        MergeLoraConfig(
+            hf_model=folder, adapter=[adapter], output=str(tmp_path / "merged"), num_workers=1
+        )
+    )
+    tensors, name = (
+        load_file(Path(adapter, "adapter_model.safetensors")),
+        "audio_tower.layers.1.self_attn.out_proj",
+    )
+    base, merged = (
+        load_file(Path(where, "model.safetensors")) for where in (folder, tmp_path / "merged")
+    )
+    update = (
+        tensors[f"{THINKER}{name}.lora_B.weight"]
+        @ tensors[f"{THINKER}{name}.lora_A.weight"]
+        * ALPHA
+        / RANK
+    )
+    assert torch.allclose(
+        merged[f"thinker.{name}.weight"], base[f"thinker.{name}.weight"] + update, atol=1e-5
+    )
     assert torch.equal(merged[f"thinker.{name}.bias"], base[f"thinker.{name}.bias"])
-    lower(LowerRankConfig(hf_model=folder, adapter=adapter, output=str(tmp_path / "lower"), lora_rank=1))
-    shape = read_model_shape(folder)
-    lowered, whole = PeftAdapter(tmp_path / "lower", shape), PeftAdapter(adapter, shape)
+    lower(
+        LowerRankConfig(
+            hf_model=folder, adapter=adapter, output=str(tmp_path / "lower"), lora_rank=1
+        )
+    )
+    model_args = read_model_args(folder)
+    lowered, whole = PeftAdapter(tmp_path / "lower", model_args), PeftAdapter(adapter, model_args)
     assert lowered.rank == 1 and lowered.towers == whole.towers
     assert len(whole.towers) == 2 * len(AUDIO) + 3 * len(VISUAL)
     _, missing = load_peft(load_thinker(folder), str(tmp_path / "lower"))
@@ -300,15 +376,19 @@ def test_merge_and_lower_rank(folder, adapter, tmp_path):
 
 
 def parts_of(rank, world_size, argv, kinds):
+    from megatron_gkd.build import build as build_parts
     from megatron_gkd.config import parse_config
-    from megatron_gkd.parts import build as build_parts
 
     config, place = parse_config(argv), initialize(1, 1, 1)
     try:
-        parts = build_parts(config, read_model_shape(config.model.model), place, **kinds)
+        parts = build_parts(config, read_model_args(config.model.model), place, **kinds)
     except ValueError as error:
         return str(error)
-    return [name for name, p in parts.model.named_parameters() if p.requires_grad and name.startswith("towers.")]
+    return [
+        name
+        for name, p in parts.model.named_parameters()
+        if p.requires_grad and name.startswith("towers.")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -321,8 +401,21 @@ def parts_of(rank, world_size, argv, kinds):
     ],
 )
 def test_only_on_purpose(folder, adapter, tmp_path, flags, kinds, expected):
-    argv = ["--model", folder, "--dataset", "unused.jsonl", "--device", "cpu", "--torch_dtype", "float32"]
-    argv += ["--output_dir", str(tmp_path), *(adapter if word == "ADAPTER" else word for word in flags)]
+    argv = [
+        "--model",
+        folder,
+        "--dataset",
+        "unused.jsonl",
+        "--device",
+        "cpu",
+        "--torch_dtype",
+        "float32",
+    ]
+    argv += [
+        "--output_dir",
+        str(tmp_path),
+        *(adapter if word == "ADAPTER" else word for word in flags),
+    ]
     (found,) = run_ranks(parts_of, 1, argv, kinds)
     assert found == expected if expected == [] else expected in found
 
@@ -333,4 +426,4 @@ def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
     with pytest.raises(ValueError, match="misses tensor .*visual.blocks.0.attn.qkv.lora_A.weight"):
-        PeftAdapter(tmp_path, read_model_shape(folder))
+        PeftAdapter(tmp_path, read_model_args(folder))

@@ -1,4 +1,6 @@
-"""The loss on one rank: values and gradients against the dense float64 reference and TRL, exactness, memory, errors."""
+"""The loss on one rank: values and gradients against the dense float64 reference and TRL,
+exactness, memory, errors.
+"""
 
 import itertools
 import math
@@ -27,9 +29,16 @@ KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gap, value_tolerance", [(1e-3, 2e-3), (1e-2, 2e-4), (1.0, 2e-6), (10.0, 2e-6)])
+@pytest.mark.parametrize(
+    "gap, value_tolerance", [(1e-3, 2e-3), (1e-2, 2e-4), (1.0, 2e-6), (10.0, 2e-6)]
+)
 def test_logits_jsd_equals_reference(kind, gap, value_tolerance):
-    for temperature, beta, sft_alpha in [(0.5, 0.3, 0.0), (1.0, 0.5, 0.25), (2.0, 0.7, 0.0), (4.0, 0.5, 0.5)]:
+    for temperature, beta, sft_alpha in [
+        (0.5, 0.3, 0.0),
+        (1.0, 0.5, 0.25),
+        (2.0, 0.7, 0.0),
+        (4.0, 0.5, 0.5),
+    ]:
         student, teacher = logit_pair(7, 1003, gap)
         labels = labels_for(7, 1003)
         student.requires_grad_()
@@ -50,29 +59,42 @@ def test_logits_jsd_equals_reference(kind, gap, value_tolerance):
         assert torch.equal(output.top1_agreement, expected["top1_agreement"].float())
         assert torch.equal(output.token_correct, expected["token_correct"].float())
         gradient = student_gradient(output.loss, student)
-        # where both softmaxes have collapsed (gap 10, T 0.5) the jsd's gradient is a difference of nearly equal numbers
+        # where both softmaxes have collapsed (gap 10, T 0.5) the jsd's gradient is a difference of
+        # nearly equal numbers
         tolerance = 1e-4 if gap == 10.0 else 2e-6
-        assert relative_error(gradient, student_gradient(expected["loss"], exact_student)) < tolerance
+        assert (
+            relative_error(gradient, student_gradient(expected["loss"], exact_student)) < tolerance
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_clip_equals_reference(kind):
-    """Entries above the clip count as the clip and give no gradient; a clip that nothing reaches changes no bit."""
+    """Entries above the clip count as the clip and give no gradient; a clip that nothing reaches
+    changes no bit.
+    """
     student, teacher = logit_pair(7, 401, 1.5)
     student.requires_grad_()
     largest = logits_jsd(student, teacher, divergence=kind, beta=0.3, clip=100.0)
     unclipped = logits_jsd(student, teacher, divergence=kind, beta=0.3)
     assert torch.equal(largest.loss, unclipped.loss)
-    assert torch.equal(student_gradient(largest.loss, student), student_gradient(unclipped.loss, student))
+    assert torch.equal(
+        student_gradient(largest.loss, student), student_gradient(unclipped.loss, student)
+    )
     for clip in (1e-3, 1e-4):
         output = logits_jsd(student, teacher, divergence=kind, beta=0.3, temperature=2.0, clip=clip)
         exact_student = student.detach().double().requires_grad_()
         expected = reference_results(exact_student, teacher, None, 0.0, 0.3, 2.0, kind, clip)
         assert relative_error(output.loss, expected["loss"]) < 5e-6
         assert relative_error(output.kl_forward, expected["kl_forward"]) < 5e-6
-        assert (expected["jsd"] < reference_results(exact_student, teacher, None, 0.0, 0.3, 2.0, kind)["jsd"]).any()
         assert (
-            relative_error(student_gradient(output.loss, student), student_gradient(expected["loss"], exact_student))
+            expected["jsd"]
+            < reference_results(exact_student, teacher, None, 0.0, 0.3, 2.0, kind)["jsd"]
+        ).any()
+        assert (
+            relative_error(
+                student_gradient(output.loss, student),
+                student_gradient(expected["loss"], exact_student),
+            )
             < 5e-6
         )
 
@@ -85,7 +107,10 @@ def test_real_vocabulary(kind):
     exact_student = student.detach().double().requires_grad_()
     expected = reference_results(exact_student, teacher, None, 0.0, 0.3, 2.0, kind)["loss"]
     assert relative_error(loss, expected) < 1e-5
-    assert relative_error(student_gradient(loss, student), student_gradient(expected, exact_student)) < 2e-6
+    assert (
+        relative_error(student_gradient(loss, student), student_gradient(expected, exact_student))
+        < 2e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -94,7 +119,9 @@ def test_equal_logits_give_exactly_nothing(dtype, temperature):
     for kind in KINDS:
         student, _ = logit_pair(5, 20011, 0.0, dtype=dtype)
         student.requires_grad_()
-        output = logits_jsd(student, student.detach().clone(), divergence=kind, temperature=temperature, beta=0.3)
+        output = logits_jsd(
+            student, student.detach().clone(), divergence=kind, temperature=temperature, beta=0.3
+        )
         for name in ("loss", "kl_forward", "kl_reverse"):
             assert torch.count_nonzero(getattr(output, name)) == 0, (name, kind)
         assert output.top1_agreement.eq(1).all()
@@ -125,7 +152,10 @@ def test_far_apart_logits_stay_finite(kind):
         expected = reference_results(exact_student, teacher, None, 0.0, 0.3, temperature, kind)
         # float32 logits near 1e4 are 1e-3 apart
         torch.testing.assert_close(output.loss, expected["loss"].float(), rtol=1e-6, atol=1e-2)
-        gradient, exact = student_gradient(output.loss, student), student_gradient(expected["loss"], exact_student)
+        gradient, exact = (
+            student_gradient(output.loss, student),
+            student_gradient(expected["loss"], exact_student),
+        )
         assert gradient.isfinite().all()
         assert (gradient.double() - exact).norm() < 1e-5 * max(exact.norm().item(), 1.0)
 
@@ -147,12 +177,18 @@ def test_equals_trl(our_beta, kind, trl_beta, temperature):
     student.requires_grad_()
     upstream = upstream_for(6).double()
     per_entry = GKDTrainer.generalized_jsd_loss(
-        student.unsqueeze(0), teacher.unsqueeze(0), beta=trl_beta, temperature=temperature, reduction="none"
+        student.unsqueeze(0),
+        teacher.unsqueeze(0),
+        beta=trl_beta,
+        temperature=temperature,
+        reduction="none",
     )
     expected = per_entry.sum(-1).squeeze(0)
     expected_gradient = torch.autograd.grad(expected, student, upstream)[0]
     ours = student.detach().float().requires_grad_()
-    loss = vocab_parallel_jsd(ours, teacher.float(), beta=our_beta, temperature=temperature, divergence=kind)
+    loss = vocab_parallel_jsd(
+        ours, teacher.float(), beta=our_beta, temperature=temperature, divergence=kind
+    )
     assert relative_error(loss, expected) < 2e-6
     assert relative_error(student_gradient(loss, ours), expected_gradient) < 2e-6
 
@@ -179,11 +215,16 @@ def test_a_tie_goes_to_the_lowest_column():
 
 
 @pytest.mark.parametrize(
-    "dtype, kept", [(torch.bfloat16, {"student", "teacher"}), (torch.float32, {"student", "gradient"})]
+    "dtype, kept",
+    [(torch.bfloat16, {"student", "teacher"}), (torch.float32, {"student", "gradient"})],
 )
 def test_what_is_kept_for_backward(dtype, kept):
-    """Of the logits' size: 16-bit logits themselves; of float32 logits the student's and the gradient's memory."""
-    student, teacher = (logits.requires_grad_() for logits in logit_pair(64, 1024, 1.0, dtype=dtype))
+    """Of the logits' size: 16-bit logits themselves; of float32 logits the student's and the
+    gradient's memory.
+    """
+    student, teacher = (
+        logits.requires_grad_() for logits in logit_pair(64, 1024, 1.0, dtype=dtype)
+    )
     saved = []
 
     def record(tensor):
@@ -191,9 +232,15 @@ def test_what_is_kept_for_backward(dtype, kept):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        output = logits_jsd(student, teacher, labels=labels_for(64, 1024), sft_alpha=0.5, temperature=2.0)
+        output = logits_jsd(
+            student, teacher, labels=labels_for(64, 1024), sft_alpha=0.5, temperature=2.0
+        )
     gradient = torch.autograd.grad(output.loss.sum(), student)[0]
-    names = {student.data_ptr(): "student", teacher.data_ptr(): "teacher", gradient.data_ptr(): "gradient"}
+    names = {
+        student.data_ptr(): "student",
+        teacher.data_ptr(): "teacher",
+        gradient.data_ptr(): "gradient",
+    }
     assert {names[tensor.data_ptr()] for tensor in saved if tensor.numel() >= 1024} == kept
     assert gradient.dtype == dtype
 
@@ -206,7 +253,9 @@ def test_a_second_backward_is_refused_where_the_gradient_took_its_input():
         torch.autograd.grad(loss.sum(), student)
 
 
-@pytest.mark.parametrize("function", [vocab_parallel_jsd, lambda *inputs: linear_jsd(*inputs, torch.eye(10)).loss])
+@pytest.mark.parametrize(
+    "function", [vocab_parallel_jsd, lambda *inputs: linear_jsd(*inputs, torch.eye(10)).loss]
+)
 def test_a_gradient_of_the_gradient_is_refused(function):
     """It would leave out how the gradient depends on the logits, and be wrong without a word."""
     student, teacher = logit_pair(3, 10, 1.0)
@@ -243,19 +292,29 @@ def test_a_trainable_head_takes_the_logits_path():
     hidden, teacher_hidden, weight = hidden_pair(5, 12, 301, 0.3)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = vocab_parallel_jsd(hidden @ weight.t(), (teacher_hidden @ weight.t()).detach(), temperature=2.0)
+    loss = vocab_parallel_jsd(
+        hidden @ weight.t(), (teacher_hidden @ weight.t()).detach(), temperature=2.0
+    )
     gradients = torch.autograd.grad(loss, (hidden, weight), upstream_for(5))
-    exact_hidden, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    exact_hidden, exact_weight = (
+        tensor.detach().double().requires_grad_() for tensor in (hidden, weight)
+    )
     teacher_logits = (teacher_hidden.double() @ exact_weight.t()).detach()
-    expected = reference_results(exact_hidden @ exact_weight.t(), teacher_logits, temperature=2.0)["loss"]
-    expected_gradients = torch.autograd.grad(expected, (exact_hidden, exact_weight), upstream_for(5).double())
+    expected = reference_results(exact_hidden @ exact_weight.t(), teacher_logits, temperature=2.0)[
+        "loss"
+    ]
+    expected_gradients = torch.autograd.grad(
+        expected, (exact_hidden, exact_weight), upstream_for(5).double()
+    )
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert relative_error(gradient, expected_gradient) < 5e-6
 
 
 def test_no_rows():
     student = torch.zeros(0, 8, requires_grad=True)
-    output = logits_jsd(student, torch.zeros(0, 8), labels=torch.zeros(0, dtype=torch.int64), sft_alpha=0.5)
+    output = logits_jsd(
+        student, torch.zeros(0, 8), labels=torch.zeros(0, dtype=torch.int64), sft_alpha=0.5
+    )
     assert all(field.shape == (0,) for field in output)
     output.loss.sum().backward()
     assert student.grad.shape == (0, 8)
@@ -282,7 +341,10 @@ def test_forward_only_mode_gives_the_same_values():
         ({"vocab_size": 9}, r"vocab_size must lie in 1 .. 8 .*, got 9"),
         ({"sft_alpha": 0.5}, "there are no labels"),
         ({"sft_alpha": 1.5}, r"sft_alpha must lie in \[0, 1\], got 1.5"),
-        ({"labels": torch.tensor([1, 8])}, "label 8 is not -100 and not below the vocabulary size 8"),
+        (
+            {"labels": torch.tensor([1, 8])},
+            "label 8 is not -100 and not below the vocabulary size 8",
+        ),
         ({"labels": torch.tensor([1])}, "each of the 2 rows"),
     ],
 )
@@ -294,7 +356,10 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_settings_are_checked_without_rows_too():
-    for change, message in [({"divergence": "kl"}, "must be one of"), ({"temperature": -1.0}, "temperature must be")]:
+    for change, message in [
+        ({"divergence": "kl"}, "must be one of"),
+        ({"temperature": -1.0}, "temperature must be"),
+    ]:
         with pytest.raises(ValueError, match=message):
             linear_jsd(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(8, 3), **change)
         with pytest.raises(ValueError, match=message):
@@ -306,7 +371,9 @@ def test_shapes_are_checked():
         vocab_parallel_jsd(torch.zeros(2, 8), torch.zeros(2, 7))
     with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(1, 3\)"):
         linear_jsd(torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(8, 3))
-    with pytest.raises(ValueError, match=r"weight must be \[V/TP, 3\] like the hidden states, got \(8, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"weight must be \[V/TP, 3\] like the hidden states, got \(8, 4\)"
+    ):
         linear_jsd(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(8, 4))
     with pytest.raises(ValueError, match="freeze it, or use logits_jsd"):
         linear_jsd(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(8, 3, requires_grad=True))
@@ -340,13 +407,17 @@ def test_linear_jsd_of_equal_hidden_states_is_exactly_nothing(dtype):
     for kind, rows in itertools.product(KINDS, (1, 5, 64)):
         student, _, weight = hidden_pair(rows, 40, 5003, 0.0, dtype=dtype)
         student.requires_grad_()
-        output = linear_jsd(student, student.detach().clone(), weight, divergence=kind, temperature=2.0)
+        output = linear_jsd(
+            student, student.detach().clone(), weight, divergence=kind, temperature=2.0
+        )
         assert torch.count_nonzero(output.loss) == 0
         assert torch.count_nonzero(student_gradient(output.loss, student)) == 0
 
 
 def test_young_lora_signal_survives_a_bfloat16_model():
-    """Logits 0.01 apart: rounded to bfloat16 they have lost the direction of the gradient, linear_jsd keeps it."""
+    """Logits 0.01 apart: rounded to bfloat16 they have lost the direction of the gradient,
+    linear_jsd keeps it.
+    """
     student, teacher, weight = hidden_pair(16, 32, 2000, 0.005)
     weight = weight.bfloat16()
     student.requires_grad_()
@@ -367,12 +438,16 @@ def test_chunks_do_not_matter():
     labels = labels_for(37, 1003)
     student.requires_grad_()
     outputs = [
-        linear_jsd(student, teacher, weight, labels=labels, sft_alpha=0.3, temperature=2.0, chunk_rows=rows)
+        linear_jsd(
+            student, teacher, weight, labels=labels, sft_alpha=0.3, temperature=2.0, chunk_rows=rows
+        )
         for rows in (None, 37, 36, 5, 1, 1000)
     ]
     gradients = [student_gradient(output.loss, student) for output in outputs]
     for output, gradient in zip(outputs[1:], gradients[1:]):
-        torch.testing.assert_close(torch.stack(output), torch.stack(outputs[0]), rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(
+            torch.stack(output), torch.stack(outputs[0]), rtol=2e-5, atol=2e-6
+        )
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-7)
 
 
@@ -382,7 +457,9 @@ def test_chunks_are_nearly_equal_and_fit():
         rows = _chunk_rows(num_rows, 151_936, torch.device("cpu"))
         chunks = -(-num_rows // rows)
         assert rows * 151_936 * 8 <= CHUNK_BYTES["cpu"]
-        assert chunks == -(-num_rows * 151_936 * 8 // CHUNK_BYTES["cpu"])  # no more chunks than the limit asks for
+        assert chunks == -(
+            -num_rows * 151_936 * 8 // CHUNK_BYTES["cpu"]
+        )  # no more chunks than the limit asks for
         assert rows * chunks - num_rows < chunks
     rows = _chunk_rows(4096, 151_936, torch.device("cuda"))
     assert rows % 128 == 0 and rows * 151_936 * 8 <= CHUNK_BYTES["cuda"] and 4096 / rows > 2.5
@@ -391,19 +468,25 @@ def test_chunks_are_nearly_equal_and_fit():
 
 
 def memory_by_rows(rank, world_size):
-    """{rows: least of two peaks above inputs and outputs}, in a process in which nothing else has been allocated."""
+    """{rows: least of two peaks above inputs and outputs}, in a process in which nothing else has
+    been allocated.
+    """
     CHUNK_BYTES["cpu"] = 2**24
     meter, extra = Meter("cpu"), {}
     for num_rows in (1024, 8192):
         student, teacher, weight = hidden_pair(num_rows, 32, 4096, 0.3)
         student.requires_grad_()
-        runs = [lambda: torch.autograd.grad(linear_jsd(student, teacher, weight).loss.sum(), student)] * 3
+        runs = [
+            lambda: torch.autograd.grad(linear_jsd(student, teacher, weight).loss.sum(), student)
+        ] * 3
         extra[num_rows] = min([meter(run)[1] for run in runs][1:]) - student.nbytes
     return extra
 
 
 def test_memory_does_not_grow_with_the_rows():
-    """Above inputs and outputs: the chunk's logits and the passes' scratch, whatever N. All logits would be 256 MiB."""
+    """Above inputs and outputs: the chunk's logits and the passes' scratch, whatever N. All logits
+    would be 256 MiB.
+    """
     [extra] = run_ranks(memory_by_rows, 1)
     assert extra[1024] < 2**26 and extra[8192] < extra[1024] + 2**23, extra
 
@@ -438,7 +521,9 @@ def test_linear_jsd_keeps_one_row_of_hidden_size_a_token():
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         output = linear_jsd(student, teacher, weight, chunk_rows=8)
     assert [tuple(tensor.shape) for tensor in saved] == [(64, 16)]
-    twice = [torch.autograd.grad(output.loss.sum(), student, retain_graph=True)[0] for _ in range(2)]
+    twice = [
+        torch.autograd.grad(output.loss.sum(), student, retain_graph=True)[0] for _ in range(2)
+    ]
     assert torch.equal(*twice)
 
 
@@ -447,7 +532,8 @@ def test_forward_only_mode_leaves_the_gradient_out(monkeypatch):
     student.requires_grad_()
     trained = linear_jsd(student, teacher, weight)
     monkeypatch.setattr(
-        "megatron_gkd.loss.linear._chunk_hidden_gradient", lambda *_: pytest.fail("a third GEMM was made")
+        "megatron_gkd.loss.linear._chunk_hidden_gradient",
+        lambda *_: pytest.fail("a third GEMM was made"),
     )
     with torch.no_grad():
         alone = linear_jsd(student, teacher, weight)
@@ -457,7 +543,9 @@ def test_forward_only_mode_leaves_the_gradient_out(monkeypatch):
 
 def test_linear_jsd_of_no_rows():
     student = torch.zeros(0, 4, requires_grad=True)
-    output = linear_jsd(student, torch.zeros(0, 4), torch.zeros(8, 4), labels=torch.zeros(0, dtype=torch.int64))
+    output = linear_jsd(
+        student, torch.zeros(0, 4), torch.zeros(8, 4), labels=torch.zeros(0, dtype=torch.int64)
+    )
     assert all(field.shape == (0,) for field in output)
     output.loss.sum().backward()
     assert student.grad.shape == (0, 4)

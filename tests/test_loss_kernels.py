@@ -1,7 +1,7 @@
 """The Triton kernels through the loss functions, against the dense float64 reference.
 
-Where there is no CUDA, Triton's interpreter runs the same kernels. It must be switched on before triton is first
-imported, hence the one process of its own that computes all cases.
+Where there is no CUDA, Triton's interpreter runs the same kernels. It must be switched on before
+triton is first imported, hence the one process of its own that computes all cases.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import kernel_instructions
-from megatron_gkd.loss import blocked
+from megatron_gkd.loss import torch_kernels as blocked
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -30,7 +30,15 @@ KINDS = ("jsd", "forward_kl", "reverse_kl")
 LOGIT_CASES = {
     "one row": (1, 1003, 0, 4096, torch.float32, 1.0, dict(beta=0.3)),
     "one column": (3, 1, 0, 4096, torch.float32, 1.0, dict()),
-    "several blocks": (5, 1003, 21, 256, torch.float32, 1.0, dict(beta=0.3, temperature=2.0, sft_alpha=0.25)),
+    "several blocks": (
+        5,
+        1003,
+        21,
+        256,
+        torch.float32,
+        1.0,
+        dict(beta=0.3, temperature=2.0, sft_alpha=0.25),
+    ),
     "float16": (4, 401, 7, 4096, torch.float16, 1.0, dict(temperature=0.5, beta=0.7)),
     "bfloat16": (4, 1271, 9, 512, torch.bfloat16, 1.0, dict(temperature=4.0, sft_alpha=0.5)),
     "near": (3, 1271, 0, 1024, torch.float32, 1e-3, dict(beta=0.7)),
@@ -42,7 +50,14 @@ LOGIT_CASES = {
 }
 # name: rows, hidden size, vocabulary, largest block, dtype, settings
 LINEAR_CASES = {
-    f"{num_rows} x {hidden_size} x {vocab_size} {dtype}": (num_rows, hidden_size, vocab_size, block, dtype, settings)
+    f"{num_rows} x {hidden_size} x {vocab_size} {dtype}": (
+        num_rows,
+        hidden_size,
+        vocab_size,
+        block,
+        dtype,
+        settings,
+    )
     for num_rows, hidden_size, vocab_size, block, settings in [
         (1, 16, 401, 4096, dict(temperature=2.0)),
         (37, 24, 1003, 512, dict(beta=0.3, temperature=2.0, sft_alpha=0.25)),
@@ -53,7 +68,11 @@ LINEAR_CASES = {
 LINEAR_RUNS = [
     (name, kind)
     for name, (*_, dtype, _) in LINEAR_CASES.items()
-    for kind in {torch.float32: KINDS, torch.bfloat16: ("jsd", "reverse_kl"), torch.float16: ("jsd",)}[dtype]
+    for kind in {
+        torch.float32: KINDS,
+        torch.bfloat16: ("jsd", "reverse_kl"),
+        torch.float16: ("jsd",),
+    }[dtype]
 ]
 # rank of 401 columns, of which the first so many are no padding
 PASS_CASES = [(0, 401), (2, 401), (1, 37), (3, 0)]
@@ -67,14 +86,19 @@ def run_logits_case(kernels, kind, case):
     num_rows, vocab_size, padding, kernels.BLOCK, dtype, gap, settings = case
     student, teacher = logit_pair(num_rows, vocab_size, gap, dtype=dtype)
     device = "cuda" if CUDA else "cpu"
-    student, teacher = padded(student, padding).to(device).requires_grad_(), padded(teacher, padding).to(device)
+    student, teacher = (
+        padded(student, padding).to(device).requires_grad_(),
+        padded(teacher, padding).to(device),
+    )
     from megatron_gkd.loss import logits_jsd
 
     labels = labels_for(num_rows, vocab_size).to(device)
-    output = logits_jsd(student, teacher, labels=labels, divergence=kind, vocab_size=vocab_size, **settings)
-    return {name: value.detach().cpu() for name, value in output._asdict().items()}, gradient_on_cpu(
-        output.loss, student
+    output = logits_jsd(
+        student, teacher, labels=labels, divergence=kind, vocab_size=vocab_size, **settings
     )
+    return {
+        name: value.detach().cpu() for name, value in output._asdict().items()
+    }, gradient_on_cpu(output.loss, student)
 
 
 def gradient_on_cpu(loss, inputs):
@@ -87,32 +111,45 @@ def run_linear_case(kernels, kind, case):
     num_rows, hidden_size, vocab_size, kernels.BLOCK, dtype, settings = case
     device = "cuda" if CUDA else "cpu"
     student, teacher, weight = (
-        tensor.to(device) for tensor in hidden_pair(num_rows, hidden_size, vocab_size, 0.2, dtype=dtype)
+        tensor.to(device)
+        for tensor in hidden_pair(num_rows, hidden_size, vocab_size, 0.2, dtype=dtype)
     )
     student.requires_grad_()
     labels = labels_for(num_rows, vocab_size).to(device)
-    output = linear_jsd(student, teacher, weight, labels=labels, divergence=kind, chunk_rows=16, **settings)
-    return {name: value.detach().cpu() for name, value in output._asdict().items()}, gradient_on_cpu(
-        output.loss, student
+    output = linear_jsd(
+        student, teacher, weight, labels=labels, divergence=kind, chunk_rows=16, **settings
     )
+    return {
+        name: value.detach().cpu() for name, value in output._asdict().items()
+    }, gradient_on_cpu(output.loss, student)
 
 
 def run_pass(passes, rank, num_columns, device):
-    """The three passes of one module on a rank's own columns, of which the last ones are padding."""
+    """The three passes of one module on a rank's own columns, of which the last ones are padding.
+    """
     from megatron_gkd.loss.divergence import Divergence, GradientFactors, row_scalars
 
     first_column, temperature = rank * 401, 2.0
     student, teacher = (logits.to(device) for logits in logit_pair(6, 401, 1.0, seed=rank))
-    columns = torch.tensor([first_column + 3, 5, first_column + 399, -100, first_column, 2000], device=device)
+    columns = torch.tensor(
+        [first_column + 3, 5, first_column + 399, -100, first_column, 2000], device=device
+    )
     labels = torch.stack([columns, columns + 1], 1)[:, 0]  # not contiguous
     sides = [
         passes.statistics(logits, num_columns, temperature, first_column, labels, True)
         for logits in (student, teacher)
     ]
-    whole = [side._replace(mass=side.mass + 2.0, unit_mass=side.unit_mass + 3.0) for side in sides]  # of other ranks
-    rows, divergence = row_scalars(*whole, temperature), Divergence(beta=0.3, temperature=temperature)
+    whole = [
+        side._replace(mass=side.mass + 2.0, unit_mass=side.unit_mass + 3.0) for side in sides
+    ]  # of other ranks
+    rows, divergence = (
+        row_scalars(*whole, temperature),
+        Divergence(beta=0.3, temperature=temperature),
+    )
     entries = torch.empty_like(student) if torch.float32 in passes.KEEPS_ENTRIES_OF else None
-    sums = passes.compare(student, teacher, num_columns, rows, divergence, True, entries_out=entries)
+    sums = passes.compare(
+        student, teacher, num_columns, rows, divergence, True, entries_out=entries
+    )
     factor = torch.linspace(-1.0, 2.0, 6, device=device).unsqueeze(1)
     factors = GradientFactors(factor, factor * 0.1, 1.0 - factor, labels - first_column)
     gradient = torch.full_like(student, 50.0)
@@ -122,18 +159,27 @@ def run_pass(passes, rank, num_columns, device):
 
 
 def run_far_rows():
-    """Gradient and loss of rows that lie further apart than 32 bits count, and of the same rows side by side."""
+    """Gradient and loss of rows that lie further apart than 32 bits count, and of the same rows
+    side by side.
+    """
     from megatron_gkd.loss import logits_jsd
 
-    device, stride = "cuda" if CUDA else "cpu", 2**30 + 16  # the last of three rows starts beyond 2^31
+    device, stride = (
+        "cuda" if CUDA else "cpu",
+        2**30 + 16,
+    )  # the last of three rows starts beyond 2^31
     close = [logits.to(device) for logits in logit_pair(3, 40, 1.0, dtype=torch.bfloat16)]
     far = []
     for logits in close:
-        memory = torch.empty(2 * stride + 40, dtype=torch.bfloat16, device=device)  # a page is made where it is written
+        memory = torch.empty(
+            2 * stride + 40, dtype=torch.bfloat16, device=device
+        )  # a page is made where it is written
         far.append(torch.as_strided(memory, (3, 40), (stride, 1)).copy_(logits))
     results = []
     for student, teacher in (close, far):
-        output = logits_jsd(student.requires_grad_(), teacher, labels=labels_for(3, 40).to(device), sft_alpha=0.2)
+        output = logits_jsd(
+            student.requires_grad_(), teacher, labels=labels_for(3, 40).to(device), sft_alpha=0.2
+        )
         results.append((output.loss.detach().cpu(), gradient_on_cpu(output.loss, student)))
     return results
 
@@ -141,7 +187,8 @@ def run_far_rows():
 def run_cases(connection):
     """In the process of its own: every case with the kernels in place of the torch passes."""
     try:
-        from megatron_gkd.loss import kernels, linear, logits
+        from megatron_gkd.loss import linear, logits
+        from megatron_gkd.loss import triton_kernels as kernels
         from megatron_gkd.loss.divergence import passes_for
 
         linear.passes_for = logits.passes_for = lambda device: kernels
@@ -195,7 +242,9 @@ def test_kernels_equal_reference(computed, name, kind):
     num_rows, vocab_size, padding, _, dtype, gap, settings = LOGIT_CASES[name]
     student, teacher = logit_pair(num_rows, vocab_size, gap, dtype=dtype)
     exact_student = student.double().requires_grad_()
-    expected = reference_results(exact_student, teacher, labels_for(num_rows, vocab_size), divergence=kind, **settings)
+    expected = reference_results(
+        exact_student, teacher, labels_for(num_rows, vocab_size), divergence=kind, **settings
+    )
     expected_gradient = student_gradient(expected["loss"], exact_student)
     output, gradient = computed[name, kind]
     check_fields(output, expected, 1e-4 if name == "far" else 1e-5)
@@ -203,7 +252,9 @@ def test_kernels_equal_reference(computed, name, kind):
     # the interpreter truncates to bfloat16 where the device rounds
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     difference = (gradient[:, :vocab_size].double() - expected_gradient).norm()
-    assert difference <= (2e-5 + rounding) * expected_gradient.norm() + (1e-5 if name == "far" else 0.0)
+    assert difference <= (2e-5 + rounding) * expected_gradient.norm() + (
+        1e-5 if name == "far" else 0.0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +262,9 @@ def test_kernels_keep_the_gradient_of_nearly_equal_logits(computed, kind):
     num_rows, vocab_size, _, _, _, gap, settings = LOGIT_CASES["near"]
     student, teacher = logit_pair(num_rows, vocab_size, gap)
     exact_student = student.double().requires_grad_()
-    expected = reference_results(exact_student, teacher, labels_for(num_rows, vocab_size), divergence=kind, **settings)
+    expected = reference_results(
+        exact_student, teacher, labels_for(num_rows, vocab_size), divergence=kind, **settings
+    )
     output, gradient = computed["near", kind]
     check_fields(output, expected, 2e-3)
     assert relative_error(gradient, student_gradient(expected["loss"], exact_student)) < 2e-6
@@ -234,22 +287,31 @@ def test_linear_jsd_with_kernels(computed, name, kind):
     )
     output, gradient = computed[name, kind]
     check_fields(output, expected, 2e-5)
-    # at the end the hidden states' gradient is rounded to their dtype, on CUDA the logits' to bfloat16 before
+    # at the end the hidden states' gradient is rounded to their dtype, on CUDA the logits' to
+    # bfloat16 before
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * (2 if CUDA else 1)
     assert gradient.dtype == dtype and relative_error(gradient, expected_gradient) < 5e-6 + rounding
 
 
 @pytest.mark.parametrize("rank, num_columns", PASS_CASES)
 def test_kernels_equal_the_torch_passes_on_a_rank(computed, rank, num_columns):
-    """Columns that start at first_column, ranks that own some columns or none, labels that are not contiguous."""
-    for found, expected in zip(computed["passes", rank, num_columns], run_pass(blocked, rank, num_columns, "cpu")):
+    """Columns that start at first_column, ranks that own some columns or none, labels that are not
+    contiguous.
+    """
+    for found, expected in zip(
+        computed["passes", rank, num_columns], run_pass(blocked, rank, num_columns, "cpu")
+    ):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert relative_error(found, expected) < 2e-6
 
 
 def test_offsets_have_64_bits(computed):
     (loss, gradient), (far_loss, far_gradient) = computed["far"]
-    assert torch.equal(loss, far_loss) and torch.equal(gradient, far_gradient) and gradient.isfinite().all()
+    assert (
+        torch.equal(loss, far_loss)
+        and torch.equal(gradient, far_gradient)
+        and gradient.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -260,4 +322,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(dtype):
 
 
 def test_triton_is_chosen_on_cuda_only(computed):
-    assert computed["chosen"] == ["megatron_gkd.loss.blocked", "megatron_gkd.loss.kernels"]
+    assert computed["chosen"] == [
+        "megatron_gkd.loss.torch_kernels",
+        "megatron_gkd.loss.triton_kernels",
+    ]

@@ -1,4 +1,6 @@
-"""The loss on 2, 4 and 8 ranks: values and gradients against the dense float64 reference, collectives counted."""
+"""The loss on 2, 4 and 8 ranks: values and gradients against the dense float64 reference,
+collectives counted.
+"""
 
 from collections import Counter
 
@@ -18,7 +20,8 @@ from tests.reference_loss import (
     student_gradient,
 )
 
-# rows, vocabulary, gap of the logits, settings; the vocabulary is padded to what the ranks divide, or further
+# rows, vocabulary, gap of the logits, settings; the vocabulary is padded to what the ranks divide,
+# or further
 LOGIT_CASES = [
     (7, 1003, 1.0, dict(divergence="jsd", beta=0.3, temperature=1.0, sft_alpha=0.25)),
     (7, 1003, 0.01, dict(divergence="jsd", beta=0.7, temperature=0.5, sft_alpha=0.0)),
@@ -55,7 +58,14 @@ def own_columns(rank, world_size, full, dim):
 
 def count_collectives(calls):
     """Wrap torch.distributed's collectives so that `calls` counts them by name."""
-    for name in ("all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all_single"):
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "reduce",
+        "broadcast",
+        "all_to_all_single",
+    ):
         original = getattr(dist, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
@@ -66,15 +76,25 @@ def count_collectives(calls):
 
 
 def logits_rank(rank, world_size):
-    """Per case: the output's fields, this rank's gradient, collectives in forward and in backward."""
+    """Per case: the output's fields, this rank's gradient, collectives in forward and in backward.
+    """
     calls, results = Counter(), []
     count_collectives(calls)
     for num_rows, vocab_size, gap, settings in LOGIT_CASES:
-        student, teacher = (own_columns(rank, world_size, full, 1) for full in logit_pair(num_rows, vocab_size, gap))
+        student, teacher = (
+            own_columns(rank, world_size, full, 1) for full in logit_pair(num_rows, vocab_size, gap)
+        )
         labels = labels_for(num_rows, vocab_size)
         student.requires_grad_()
         calls.clear()
-        output = logits_jsd(student, teacher, labels=labels, group=dist.group.WORLD, vocab_size=vocab_size, **settings)
+        output = logits_jsd(
+            student,
+            teacher,
+            labels=labels,
+            group=dist.group.WORLD,
+            vocab_size=vocab_size,
+            **settings,
+        )
         forward = dict(calls)
         calls.clear()
         gradient = student_gradient(output.loss, student)
@@ -92,7 +112,9 @@ def test_logits_jsd_on_ranks(world_size):
     for number, (num_rows, vocab_size, gap, settings) in enumerate(LOGIT_CASES):
         student, teacher = logit_pair(num_rows, vocab_size, gap)
         exact_student = student.double().requires_grad_()
-        expected = reference_results(exact_student, teacher, labels_for(num_rows, vocab_size), **settings)
+        expected = reference_results(
+            exact_student, teacher, labels_for(num_rows, vocab_size), **settings
+        )
         expected_gradient = student_gradient(expected["loss"], exact_student)
         outputs, gradients, forward, backward = zip(*(cases[number] for cases, _ in ranks))
         assert set(map(str, forward)) == {"{'all_gather': 1, 'all_reduce': 1}"}
@@ -122,7 +144,9 @@ def linear_rank(rank, world_size, reduce_hidden_grad):
     calls, results = Counter(), []
     count_collectives(calls)
     for num_rows, vocab_size, dtype, settings in LINEAR_CASES:
-        student, teacher, full_weight = hidden_pair(num_rows, HIDDEN_SIZE, vocab_size, 0.2, dtype=dtype)
+        student, teacher, full_weight = hidden_pair(
+            num_rows, HIDDEN_SIZE, vocab_size, 0.2, dtype=dtype
+        )
         weight = own_columns(rank, world_size, full_weight, 0)
         labels = labels_for(num_rows, vocab_size)
         student.requires_grad_()
@@ -144,11 +168,15 @@ def linear_rank(rank, world_size, reduce_hidden_grad):
         results.append(([field.detach() for field in output], gradient, forward, dict(calls)))
     calls.clear()
     empty = torch.zeros(0, 4, requires_grad=True)
-    linear_jsd(empty, empty.detach(), torch.zeros(3, 4), group=dist.group.WORLD).loss.sum().backward()
+    linear_jsd(
+        empty, empty.detach(), torch.zeros(3, 4), group=dist.group.WORLD
+    ).loss.sum().backward()
     return results, dict(calls)
 
 
-@pytest.mark.parametrize("world_size, reduce_hidden_grad", [(2, True), (2, False), (4, True), (8, True)])
+@pytest.mark.parametrize(
+    "world_size, reduce_hidden_grad", [(2, True), (2, False), (4, True), (8, True)]
+)
 def test_linear_jsd_on_ranks(world_size, reduce_hidden_grad):
     ranks = run_ranks(linear_rank, world_size, reduce_hidden_grad)
     assert all(calls_without_rows == {} for _, calls_without_rows in ranks)
@@ -169,12 +197,17 @@ def test_linear_jsd_on_ranks(world_size, reduce_hidden_grad):
             assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
             assert relative_error(gradients[0], expected_gradient) < 5e-6 + rounding
         else:
-            assert relative_error(sum(gradient.double() for gradient in gradients), expected_gradient) < 5e-6 + rounding
+            assert (
+                relative_error(sum(gradient.double() for gradient in gradients), expected_gradient)
+                < 5e-6 + rounding
+            )
 
 
 def tie_rank(rank, world_size):
     student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
-    student[0, 1] = 4.0  # the same largest logit on every rank: the lowest column, 1, is the student's choice
+    student[0, 1] = (
+        4.0  # the same largest logit on every rank: the lowest column, 1, is the student's choice
+    )
     if rank == 0:
         teacher[0, 1] = 4.0
     if rank == world_size - 1:  # the largest logit of the second row is this rank's alone
@@ -192,8 +225,12 @@ def test_ties_across_ranks_go_to_the_lowest_column():
 def equal_rank(rank, world_size):
     student, _ = logit_pair(5, 4001, 0.0)
     student = own_columns(rank, world_size, student, 1).requires_grad_()
-    output = logits_jsd(student, student.detach().clone(), temperature=2.0, group=dist.group.WORLD, vocab_size=4001)
-    return torch.count_nonzero(output.loss).item(), torch.count_nonzero(student_gradient(output.loss, student)).item()
+    output = logits_jsd(
+        student, student.detach().clone(), temperature=2.0, group=dist.group.WORLD, vocab_size=4001
+    )
+    return torch.count_nonzero(output.loss).item(), torch.count_nonzero(
+        student_gradient(output.loss, student)
+    ).item()
 
 
 def test_equal_logits_give_exactly_nothing_on_ranks():

@@ -1,4 +1,6 @@
-"""The small model folder: hub names and shapes, what transformers loads, a lossless tokenizer, the toy language."""
+"""The small model folder: hub names and shapes, what transformers loads, a lossless tokenizer, the
+toy language.
+"""
 
 import json
 import random
@@ -20,9 +22,9 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 
-from checkpoint_tools.make_tiny_model import build_folder
-from checkpoint_tools.thinker import decoder
-from checkpoint_tools.tiny import toy_language, training
+from demo.tiny import toy_language, training
+from demo.tiny.folder import build_folder
+from megatron_gkd.verify.reference import decoder
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +71,27 @@ def test_config_is_spelled_as_on_the_hub(folder):
     ]
     assert text["rope_scaling"]["mrope_section"] == [6, 5, 5] and text["rope_theta"] == 1000000.0
     loaded = AutoConfig.from_pretrained(folder).thinker_config.text_config
-    assert loaded.rope_parameters["mrope_section"] == [6, 5, 5] and loaded.rope_parameters["rope_theta"] == 1000000.0
+    assert (
+        loaded.rope_parameters["mrope_section"] == [6, 5, 5]
+        and loaded.rope_parameters["rope_theta"] == 1000000.0
+    )
     assert (loaded.num_key_value_heads, loaded.head_dim, loaded.num_experts_per_tok) == (4, 32, 2)
 
 
 @pytest.mark.parametrize(
-    "model_class", [Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration]
+    "model_class",
+    [Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration],
 )
 def test_transformers_loads_every_tensor(folder, model_class):
     model, report = model_class.from_pretrained(folder, output_loading_info=True)
-    other_parts = ("talker.", "code2wav.") if model_class is Qwen3OmniMoeThinkerForConditionalGeneration else ()
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(other_parts)]  # until 5.20 they are listed
+    other_parts = (
+        ("talker.", "code2wav.")
+        if model_class is Qwen3OmniMoeThinkerForConditionalGeneration
+        else ()
+    )
+    unexpected = [
+        key for key in report["unexpected_keys"] if not key.startswith(other_parts)
+    ]  # until 5.20 they are listed
     assert not report["missing_keys"] and not unexpected and not report["mismatched_keys"]
     thinker = getattr(model, "thinker", model)
     gate_up = decoder(thinker).layers[1].mlp.experts.gate_up_proj
@@ -90,19 +102,32 @@ def test_transformers_loads_every_tensor(folder, model_class):
 
 
 def test_automodel_picks_the_whole_model(folder):
-    assert type(AutoModelForMultimodalLM.from_pretrained(folder)) is Qwen3OmniMoeForConditionalGeneration
+    assert (
+        type(AutoModelForMultimodalLM.from_pretrained(folder))
+        is Qwen3OmniMoeForConditionalGeneration
+    )
 
 
 def test_thinker_alone_tied_sharded_bfloat16(tmp_path):
-    sizes = dict(num_hidden_layers=1, vocab_size=515, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    options = dict(tie_word_embeddings=True, thinker_only=True, torch_dtype="bfloat16", max_shard_size="500KB")
+    sizes = dict(
+        num_hidden_layers=1,
+        vocab_size=515,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    options = dict(
+        tie_word_embeddings=True, thinker_only=True, torch_dtype="bfloat16", max_shard_size="500KB"
+    )
     folder = build_folder(str(tmp_path / "thinker"), **sizes, **options)
     tensors = read_tensors(folder)
     assert "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     index = json.loads(Path(folder, "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors) and len(set(index["weight_map"].values())) > 1
-    model, report = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, report = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.lm_head.weight is decoder(model).embed_tokens.weight
     assert len(AutoTokenizer.from_pretrained(folder)) <= 515
@@ -141,7 +166,10 @@ def test_token_ids_agree_with_the_config(folder):
         text: [token] for text, token in expected.items()
     }
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
-    assert (tokenizer.audio_token_id, tokenizer.image_token_id) == (thinker.audio_token_id, thinker.image_token_id)
+    assert (tokenizer.audio_token_id, tokenizer.image_token_id) == (
+        thinker.audio_token_id,
+        thinker.image_token_id,
+    )
 
 
 def test_chat_template(folder):
@@ -151,20 +179,28 @@ def test_chat_template(folder):
         {"type": "image", "image": "b.png"},
         {"type": "text", "text": "red cat"},
     ]
-    prompt = [{"role": "system", "content": "Answer in Chinese."}, {"role": "user", "content": parts}]
-    whole = tokenizer.apply_chat_template(prompt + [{"role": "assistant", "content": "红 猫"}], tokenize=False)
+    prompt = [
+        {"role": "system", "content": "Answer in Chinese."},
+        {"role": "user", "content": parts},
+    ]
+    whole = tokenizer.apply_chat_template(
+        prompt + [{"role": "assistant", "content": "红 猫"}], tokenize=False
+    )
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     media = "<|audio_start|><|audio_pad|><|audio_end|><|vision_start|><|image_pad|><|vision_end|>"
     system, user = "Answer in Chinese.", f"{media}red cat"
     assert (
-        start == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        start
+        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert whole == start + "红 猫<|im_end|>\n"
 
 
 def test_audio_files_are_understood(folder):
     extractor = AutoFeatureExtractor.from_pretrained(folder)
-    features = extractor([0.0] * 16000, sampling_rate=16000, padding=True, return_tensors="pt")["input_features"]
+    features = extractor([0.0] * 16000, sampling_rate=16000, padding=True, return_tensors="pt")[
+        "input_features"
+    ]
     assert features.shape == (1, 128, 100)
     thinker = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder)
     mask = torch.ones(1, 100, dtype=torch.long)
@@ -172,7 +208,9 @@ def test_audio_files_are_understood(folder):
 
 
 def test_image_files_are_understood(folder):
-    """AutoProcessor needs torchvision for its video part; the PIL image processor and the vision tower do not."""
+    """AutoProcessor needs torchvision for its video part; the PIL image processor and the vision
+    tower do not.
+    """
     processor = AutoImageProcessor.from_pretrained(folder)
     inputs = processor(images=Image.new("RGB", (96, 64), (200, 30, 30)), return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]]
@@ -183,11 +221,15 @@ def test_image_files_are_understood(folder):
 
 def test_same_seed_same_bytes(folder, tmp_path):
     again = build_folder(str(tmp_path / "again"))
-    assert sorted(path.name for path in Path(again).iterdir()) == sorted(path.name for path in Path(folder).iterdir())
+    assert sorted(path.name for path in Path(again).iterdir()) == sorted(
+        path.name for path in Path(folder).iterdir()
+    )
     for path in Path(again).iterdir():
         assert path.read_bytes() == Path(folder, path.name).read_bytes(), path.name
     other = read_tensors(build_folder(str(tmp_path / "other"), seed=1))
-    assert not torch.equal(other["thinker.lm_head.weight"], read_tensors(folder)["thinker.lm_head.weight"])
+    assert not torch.equal(
+        other["thinker.lm_head.weight"], read_tensors(folder)["thinker.lm_head.weight"]
+    )
 
 
 def test_refuses_a_folder_with_files_and_impossible_sizes(tmp_path):
@@ -219,12 +261,17 @@ def test_toy_language():
     assert toy_language.answer("red cat moon", "chinese") == "红 猫 月"
     assert toy_language.answer("red cat moon", "chinese_reverse") == "月 猫 红"
     draws = [
-        toy_language.sample_prompt(random.Random(seed), held_out) for seed in range(50) for held_out in (True, False)
+        toy_language.sample_prompt(random.Random(seed), held_out)
+        for seed in range(50)
+        for held_out in (True, False)
     ]
     assert not set(draws[::2]) & set(draws[1::2])
     roles = [message["role"] for message in toy_language.conversation("red cat moon", "reverse")]
     assert roles == ["system", "user", "assistant"]
-    assert [message["role"] for message in toy_language.conversation("red cat moon")] == ["user", "assistant"]
+    assert [message["role"] for message in toy_language.conversation("red cat moon")] == [
+        "user",
+        "assistant",
+    ]
 
 
 def test_training_teaches_the_decoder_and_leaves_the_towers(folder, tmp_path, capsys):
@@ -232,14 +279,22 @@ def test_training_teaches_the_decoder_and_leaves_the_towers(folder, tmp_path, ca
     assert "held-out prompts answered right: repeat" in capsys.readouterr().out
     before, after = read_tensors(folder), read_tensors(taught)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith(("thinker.model.", "thinker.lm_head."))}
+    assert changed == {
+        name for name in before if name.startswith(("thinker.model.", "thinker.lm_head."))
+    }
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = tokenizer.apply_chat_template(toy_language.conversation("sun fish tree", "chinese"), tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        toy_language.conversation("sun fish tree", "chinese"), tokenize=False
+    )
     ids = torch.tensor([tokenizer(chat)["input_ids"]])
     losses = []
     for path in (folder, taught):
-        logits = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(path)(input_ids=ids).logits
-        losses.append(torch.nn.functional.cross_entropy(logits[0, -6:-2], ids[0, -5:-1]).item())  # 3 words and the end
+        logits = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(path)(
+            input_ids=ids
+        ).logits
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[0, -6:-2], ids[0, -5:-1]).item()
+        )  # 3 words and the end
     assert losses[0] > 6.0 and losses[1] < losses[0] - 2.0
 
 

@@ -1,4 +1,6 @@
-"""The run folder's files: lines that round-trip, truncation on resume, TensorBoard, run.json, the progress line."""
+"""The run folder's files: lines that round-trip, truncation on resume, TensorBoard, run.json, the
+progress line.
+"""
 
 import io
 import json
@@ -10,7 +12,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gkd import metrics
-from megatron_gkd.metrics import MetricsWriter, package_versions, peak_memory_bytes, write_atomically, write_run_json
+from megatron_gkd.metrics import (
+    MetricsWriter,
+    package_versions,
+    peak_memory_bytes,
+    write_atomically,
+    write_run_json,
+)
 from tests.ranks import run_ranks
 
 
@@ -21,7 +29,14 @@ def read(path):
 def run(folder, steps, start_step=0, **options):
     writer = MetricsWriter(str(folder), total_steps=10, start_step=start_step, **options)
     for step in steps:
-        writer.log_train({"step": step, "loss": 1 / (3 * step), "on_policy": step % 2 == 0, "num_tokens": 7 * step})
+        writer.log_train(
+            {
+                "step": step,
+                "loss": 1 / (3 * step),
+                "on_policy": step % 2 == 0,
+                "num_tokens": 7 * step,
+            }
+        )
         if step % 2 == 0:
             writer.log_eval({"step": step, "jsd": 0.1 / step})
     writer.close()
@@ -29,7 +44,13 @@ def run(folder, steps, start_step=0, **options):
 
 def test_lines_round_trip_and_are_flushed_at_once(tmp_path):
     writer = MetricsWriter(str(tmp_path), total_steps=3, tensorboard=False)
-    values = {"step": 1, "loss": 0.1 + 0.2, "grad_norm": 1e-300, "on_policy": True, "num_tokens": 2**40}
+    values = {
+        "step": 1,
+        "loss": 0.1 + 0.2,
+        "grad_norm": 1e-300,
+        "on_policy": True,
+        "num_tokens": 2**40,
+    }
     writer.log_train(values)
     assert read(tmp_path / "metrics.jsonl") == [values]
     writer.log_train({"step": 2, "loss": math.nan, "grad_norm": math.inf})
@@ -58,9 +79,13 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path, capsys):
     assert [line["step"] for line in read(tmp_path / "metrics.2.jsonl")] == [1, 2, 3]
     assert [line["step"] for line in read(tmp_path / "metrics.1.jsonl")] == [1, 2, 3, 4]
     assert [line["step"] for line in read(tmp_path / "eval.1.jsonl")] == [2, 4]
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("An earlier run")]
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("An earlier run")
+    ]
     assert len(said) == 2
-    assert said[0].endswith(f"its metrics are now {tmp_path / 'metrics.1.jsonl'} and {tmp_path / 'eval.1.jsonl'}")
+    assert said[0].endswith(
+        f"its metrics are now {tmp_path / 'metrics.1.jsonl'} and {tmp_path / 'eval.1.jsonl'}"
+    )
 
 
 def test_a_foreign_line_in_the_middle_is_an_error_that_names_it(tmp_path):
@@ -82,7 +107,9 @@ def test_tensorboard_scalars_without_the_steps_that_were_undone(tmp_path):
     board.Reload()
     losses = board.Scalars("train/loss")
     assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in losses] == pytest.approx([1 / (3 * step) for step in range(1, 7)])
+    assert [event.value for event in losses] == pytest.approx(
+        [1 / (3 * step) for step in range(1, 7)]
+    )
     assert [event.step for event in board.Scalars("eval/jsd")] == [2, 4, 6]
 
 
@@ -91,7 +118,13 @@ def test_one_line_a_logged_step_where_there_is_no_terminal(tmp_path, capsys, mon
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     writer = MetricsWriter(str(tmp_path), total_steps=50, start_step=10, tensorboard=False)
     writer.log_train(
-        {"step": 20, "loss": 0.25, "learning_rate": 1e-5, "tokens_per_second": 1234.4, "peak_memory_gib": 3.14159}
+        {
+            "step": 20,
+            "loss": 0.25,
+            "learning_rate": 1e-5,
+            "tokens_per_second": 1234.4,
+            "peak_memory_gib": 3.14159,
+        }
     )
     writer.log_eval({"step": 20, "jsd": 0.125, "token_accuracy": None})
     writer.close()

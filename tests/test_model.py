@@ -1,7 +1,8 @@
-"""The decoder against transformers: logits, gradients of the input embeddings, at every layout, precision, recompute.
+"""The decoder against transformers: logits, gradients of the input embeddings, at every layout,
+precision, recompute.
 
-B rows, S positions, V vocabulary, H hidden size. Ranks are gloo processes (tests/ranks.py); the reference runs in this
-process.
+B rows, S positions, V vocabulary, H hidden size. Ranks are gloo processes (tests/ranks.py); the
+reference runs in this process.
 """
 
 from dataclasses import dataclass
@@ -11,21 +12,36 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import (
+    Qwen3OmniMoeForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
-from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextRotaryEmbedding
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeThinkerTextRotaryEmbedding,
+)
 
 from megatron_gkd import parallel
+from megatron_gkd.formats.loading import load_weights
+from megatron_gkd.model.args import DTYPES, read_model_args
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
-from megatron_gkd.model.config import DTYPES, read_model_shape
 from megatron_gkd.model.decoder import build_decoder, core_attention
-from megatron_gkd.model.experts import GroupedLinear, TransformerEngineGroupedLinear, grouped_linear, grouped_product
-from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
-from megatron_gkd.model.weights import load_weights
+from megatron_gkd.model.experts import (
+    GroupedLinear,
+    TransformerEngineGroupedLinear,
+    grouped_linear,
+    grouped_product,
+)
+from megatron_gkd.model.layers import InterleavedRotaryEmbedding
 from tests.ranks import run_ranks
 
 SIZES = dict(
-    num_hidden_layers=2, hidden_size=64, num_attention_heads=8, head_dim=16, num_experts=8, moe_intermediate_size=32
+    num_hidden_layers=2,
+    hidden_size=64,
+    num_attention_heads=8,
+    head_dim=16,
+    num_experts=8,
+    moe_intermediate_size=32,
 )
 FOLDERS = {
     "whole": dict(SIZES, num_hidden_layers=4, vocab_size=503, text_config={"rms_norm_eps": 1e-5}),
@@ -65,14 +81,21 @@ class MicroBatch:
     def cotangent(self, vocab_size: int) -> torch.Tensor:
         """[B, S, V]: the gradient of the loss at the logits, zero on padding."""
         generator = torch.Generator().manual_seed(5)
-        return torch.randn(*self.input_ids.shape, vocab_size, generator=generator) * self.real[..., None]
+        return (
+            torch.randn(*self.input_ids.shape, vocab_size, generator=generator)
+            * self.real[..., None]
+        )
 
 
 def make_batches(vocab_size: int) -> list[MicroBatch]:
-    """Ragged micro-batches of several widths; the first has text positions, the others three different planes."""
+    """Ragged micro-batches of several widths; the first has text positions, the others three
+    different planes.
+    """
     generator = torch.Generator().manual_seed(1)
     batches = []
-    for index, (width, lengths) in enumerate(((24, (24, 9, 17)), (16, (5, 16)), (8, (8, 1, 3)), (32, (30, 7)))):
+    for index, (width, lengths) in enumerate(
+        ((24, (24, 9, 17)), (16, (5, 16)), (8, (8, 1, 3)), (32, (30, 7)))
+    ):
         rows = len(lengths)
         text = torch.arange(width).expand(3, rows, width)
         planes = torch.cumsum(torch.randint(0, 3, (3, rows, width), generator=generator), dim=-1)
@@ -82,18 +105,30 @@ def make_batches(vocab_size: int) -> list[MicroBatch]:
 
 
 def reference(folder: str, batches: list[MicroBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """transformers' logits [B, S, V] and gradients of the input embeddings [B, S, H] for each micro-batch, fp32."""
-    whole = read_model_shape(folder).prefix != ""
-    model_class = Qwen3OmniMoeForConditionalGeneration if whole else Qwen3OmniMoeThinkerForConditionalGeneration
-    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    """transformers' logits [B, S, V] and gradients of the input embeddings [B, S, H] for each
+    micro-batch, fp32.
+    """
+    whole = read_model_args(folder).prefix != ""
+    model_class = (
+        Qwen3OmniMoeForConditionalGeneration
+        if whole
+        else Qwen3OmniMoeThinkerForConditionalGeneration
+    )
+    model = model_class.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     thinker = model.thinker if whole else model
     results = []
     for batch in batches:
         embeddings = thinker.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
         logits = thinker(
-            inputs_embeds=embeddings, attention_mask=batch.real.long(), position_ids=batch.position_ids
+            inputs_embeds=embeddings,
+            attention_mask=batch.real.long(),
+            position_ids=batch.position_ids,
         ).logits
-        (gradient,) = torch.autograd.grad((logits * batch.cotangent(logits.shape[-1])).sum(), embeddings)
+        (gradient,) = torch.autograd.grad(
+            (logits * batch.cotangent(logits.shape[-1])).sum(), embeddings
+        )
         results.append((logits.detach(), gradient))
     return results
 
@@ -104,25 +139,39 @@ def gather(tensor: torch.Tensor, group, dim: int) -> torch.Tensor:
     return torch.cat(parts, dim)
 
 
-def run_decoder(place, folder, batches, dtype="float32", attn_impl="sdpa", recompute=False, backward=True):
-    """(logits, gradients of the input embeddings), lists over this rank's micro-batches, by megatron-core's schedule.
+def run_decoder(
+    place, folder, batches, dtype="float32", attn_impl="sdpa", recompute=False, backward=True
+):
+    """(logits, gradients of the input embeddings), lists over this rank's micro-batches, by
+    megatron-core's schedule.
 
-    Logits are there on the last pipeline stage, gradients on the first; whole tensors, gathered over the TP group.
+    Logits are there on the last pipeline stage, gradients on the first; whole tensors, gathered
+    over the TP group.
     """
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, place, DTYPES[dtype], attn_impl=attn_impl, recompute=recompute)
-    load_weights(model, shape, place, folder)
+    model_args = read_model_args(folder)
+    model = build_decoder(
+        model_args, place, DTYPES[dtype], attn_impl=attn_impl, recompute=recompute
+    )
+    load_weights(model, model_args, place, folder)
     logits, embeddings = [], []
     if place.is_first_stage:
-        model.embedding.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
+        model.embedding.register_forward_hook(
+            lambda module, inputs, output: embeddings.append(output)
+        )
 
     def loss_of(hidden, batch):
-        tp, vocab = place.groups.tp, shape.vocab_size
+        tp, vocab = place.groups.tp, model_args.vocab_size
         if place.tp_size > 1:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
-        local = (hidden.float() @ model.output_layer.weight.float().T).transpose(0, 1)  # [B, S, V_padded / TP]
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=tp
+            )
+        local = (hidden.float() @ model.output_layer.weight.float().T).transpose(
+            0, 1
+        )  # [B, S, V_padded / TP]
         columns = slice(place.tp_rank * local.shape[-1], (place.tp_rank + 1) * local.shape[-1])
-        cotangent = torch.nn.functional.pad(batch.cotangent(vocab), (0, shape.padded_vocab_size(place.tp_size) - vocab))
+        cotangent = torch.nn.functional.pad(
+            batch.cotangent(vocab), (0, model_args.padded_vocab_size(place.tp_size) - vocab)
+        )
         logits.append(gather(local.detach(), tp, -1))
         return (local * cotangent[..., columns]).sum(), torch.ones((), dtype=torch.int), {}
 
@@ -140,7 +189,11 @@ def run_decoder(place, folder, batches, dtype="float32", attn_impl="sdpa", recom
         micro_batch_size=batches[0].input_ids.shape[0],
         forward_only=not backward,
     )
-    gradients = [gather(output.grad, place.groups.tp, 0).transpose(0, 1) for output in embeddings] if backward else []
+    gradients = (
+        [gather(output.grad, place.groups.tp, 0).transpose(0, 1) for output in embeddings]
+        if backward
+        else []
+    )
     return logits, gradients
 
 
@@ -150,7 +203,9 @@ def share(batches, dp_rank, dp_size):
 
 
 def decoder_at_layout(rank, world_size, tp, pp, ep, runs):
-    """For each (folder, batches, options) of `runs`: this rank's logits, gradients and its micro-batches' numbers."""
+    """For each (folder, batches, options) of `runs`: this rank's logits, gradients and its
+    micro-batches' numbers.
+    """
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
@@ -159,8 +214,12 @@ def decoder_at_layout(rank, world_size, tp, pp, ep, runs):
     )
     results = []
     for folder, batches, options in runs:
-        logits, gradients = run_decoder(place, folder, share(batches, place.dp_rank, place.dp_size), **options)
-        results.append((logits, gradients, share(range(len(batches)), place.dp_rank, place.dp_size)))
+        logits, gradients = run_decoder(
+            place, folder, share(batches, place.dp_rank, place.dp_size), **options
+        )
+        results.append(
+            (logits, gradients, share(range(len(batches)), place.dp_rank, place.dp_size))
+        )
     return results
 
 
@@ -180,19 +239,28 @@ def worst_difference(actual, expected, real):
 
 
 def check(results, index, batches, references, tolerance=1e-4):
-    """Compare run `index` of every rank with the reference on real positions; return the micro-batches seen."""
+    """Compare run `index` of every rank with the reference on real positions; return the
+    micro-batches seen.
+    """
     seen_logits, seen_gradients = set(), set()
     for rank, result in enumerate(results):
         logits, gradients, numbers = result[index]
         for number, value in zip(numbers, logits):
             expected, real = references[number][0], batches[number].real
-            assert value[..., expected.shape[-1] :].abs().max() == 0, "padded vocabulary rows must be zero"
+            assert value[..., expected.shape[-1] :].abs().max() == 0, (
+                "padded vocabulary rows must be zero"
+            )
             difference = worst_difference(value[..., : expected.shape[-1]], expected, real)
-            assert difference < tolerance, f"rank {rank}, micro-batch {number}: logits differ by {difference}"
+            assert difference < tolerance, (
+                f"rank {rank}, micro-batch {number}: logits differ by {difference}"
+            )
             seen_logits.add(number)
         for number, value in zip(numbers, gradients):
             expected = references[number][1]
-            difference = worst_difference(value, expected, batches[number].real) / expected.abs().max().item()
+            difference = (
+                worst_difference(value, expected, batches[number].real)
+                / expected.abs().max().item()
+            )
             assert difference < tolerance, (
                 f"rank {rank}, micro-batch {number}: gradients differ by {difference} of the largest"
             )
@@ -217,9 +285,16 @@ LAYOUTS = [  # world size, TP, PP, EP; DP is the rest
 def test_logits_and_gradients_equal_transformers(cases, world_size, tp, pp, ep):
     """Every folder at every layout, plus full recompute of the first."""
     names = list(cases) + ["whole"]
-    runs = [(cases[name][0], cases[name][1], {"recompute": number == len(cases)}) for number, name in enumerate(names)]
+    runs = [
+        (cases[name][0], cases[name][1], {"recompute": number == len(cases)})
+        for number, name in enumerate(names)
+    ]
     results = run_ranks(decoder_at_layout, world_size, tp, pp, ep, runs)
-    expected = set(share(range(4), 0, 1)) if world_size == tp * pp else set(range(max(2, world_size // (tp * pp))))
+    expected = (
+        set(share(range(4), 0, 1))
+        if world_size == tp * pp
+        else set(range(max(2, world_size // (tp * pp))))
+    )
     for index, name in enumerate(names):
         seen = check(results, index, *cases[name][1:])
         assert seen == (expected, expected)
@@ -229,16 +304,18 @@ def variants_on_one_rank(rank, world_size, folder, batches, variants):
     """Logits of the first micro-batch for each (dtype, attention implementation)."""
     place = parallel.initialize(torch.device("cpu"))
     return [
-        run_decoder(place, folder, batches[:1], dtype=dtype, attn_impl=attn_impl)[0][0] for dtype, attn_impl in variants
+        run_decoder(place, folder, batches[:1], dtype=dtype, attn_impl=attn_impl)[0][0]
+        for dtype, attn_impl in variants
     ]
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_precisions_and_attention_implementations(cases, name):
-    """eager equals sdpa; bf16 and fp16 (odd expert sizes included) are as near to fp32 as their mantissas allow.
+    """eager equals sdpa; bf16 and fp16 (odd expert sizes included) are as near to fp32 as their
+    mantissas allow.
 
-    The first quartile over positions: where rounding changes a choice of experts, the logits there and later differ by
-    more (transformers' do too).
+    The first quartile over positions: where rounding changes a choice of experts, the logits there
+    and later differ by more (transformers' do too).
     """
     folder, batches, references = cases[name]
     limits = {
@@ -258,7 +335,9 @@ def test_precisions_and_attention_implementations(cases, name):
 
 
 def test_ranks_whose_experts_get_no_token(tiny_folder):
-    """One-token micro-batches on 4 ranks (the filler rows of an evaluation): two experts get all, most ranks none."""
+    """One-token micro-batches on 4 ranks (the filler rows of an evaluation): two experts get all,
+    most ranks none.
+    """
     folder = tiny_folder(**FOLDERS["whole"])
     position = torch.zeros(3, 1, 1, dtype=torch.int64)
     batches = [MicroBatch(torch.tensor([[7]]), position, torch.tensor([1]))] * 4
@@ -267,18 +346,23 @@ def test_ranks_whose_experts_get_no_token(tiny_folder):
 
 
 def gradient_of_given_embeddings(rank, world_size, folder):
-    """Gradients of a `decoder_input` that does not ask for one, without and with recompute; none under no_grad."""
+    """Gradients of a `decoder_input` that does not ask for one, without and with recompute; none
+    under no_grad.
+    """
     place = parallel.initialize(torch.device("cpu"))
-    shape = read_model_shape(folder)
+    model_args = read_model_args(folder)
     ids, positions = torch.zeros(2, 8, dtype=torch.int64), torch.arange(8).expand(3, 2, 8)
     gradients = []
     for recompute in (False, True):
-        model = build_decoder(shape, place, torch.float32, recompute=recompute)
-        load_weights(model, shape, place, folder)
-        embeddings = torch.randn(8, 2, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+        model = build_decoder(model_args, place, torch.float32, recompute=recompute)
+        load_weights(model, model_args, place, folder)
+        embeddings = torch.randn(
+            8, 2, model_args.hidden_size, generator=torch.Generator().manual_seed(0)
+        )
         with torch.no_grad():
             assert (
-                not model(ids, positions, None, decoder_input=embeddings).requires_grad and not embeddings.requires_grad
+                not model(ids, positions, None, decoder_input=embeddings).requires_grad
+                and not embeddings.requires_grad
             )
         hidden = model(ids, positions, None, decoder_input=embeddings)
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
@@ -288,28 +372,43 @@ def gradient_of_given_embeddings(rank, world_size, folder):
 
 
 def test_recompute_reaches_embeddings_from_elsewhere(tiny_folder):
-    """Media embeddings will come in as `decoder_input`: recomputation must not cut the backward pass there."""
-    ((plain, recomputed),) = run_ranks(gradient_of_given_embeddings, 1, tiny_folder(**FOLDERS["whole"]))
+    """Media embeddings will come in as `decoder_input`: recomputation must not cut the backward
+    pass there.
+    """
+    ((plain, recomputed),) = run_ranks(
+        gradient_of_given_embeddings, 1, tiny_folder(**FOLDERS["whole"])
+    )
     assert plain.abs().max() > 0.1
     torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
 @pytest.mark.parametrize("num_inputs, num_outputs", [(64, 32), (50, 20), (51, 3)])
 @pytest.mark.parametrize("ends", [(0, 2, 2, 7), (0, 0, 0, 0)], ids=["7 rows", "no row"])
 def test_grouped_product(dtype, tolerance, num_inputs, num_outputs, ends):
-    """Value and both gradients against one product per expert, for sizes that grouped_mm does not take as they are."""
+    """Value and both gradients against one product per expert, for sizes that grouped_mm does not
+    take as they are.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ends[-1], num_inputs, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(4, num_outputs, num_inputs, generator=generator) / num_inputs**0.5).to(dtype).requires_grad_()
+    weight = (
+        (torch.randn(4, num_outputs, num_inputs, generator=generator) / num_inputs**0.5)
+        .to(dtype)
+        .requires_grad_()
+    )
     cotangent = torch.randn(ends[-1], num_outputs, generator=generator).to(dtype)
     starts = (0,) + ends[:-1]
-    expected = torch.cat([x[first:last] @ weight[expert].T for expert, (first, last) in enumerate(zip(starts, ends))])
+    expected = torch.cat(
+        [x[first:last] @ weight[expert].T for expert, (first, last) in enumerate(zip(starts, ends))]
+    )
     actual = grouped_product(x, weight, torch.tensor(ends, dtype=torch.int32))
     assert actual.shape == (ends[-1], num_outputs)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     for value, wanted in zip(
-        torch.autograd.grad(actual, (x, weight), cotangent), torch.autograd.grad(expected, (x, weight), cotangent)
+        torch.autograd.grad(actual, (x, weight), cotangent),
+        torch.autograd.grad(expected, (x, weight), cotangent),
     ):
         torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
 
@@ -324,7 +423,9 @@ def attention_inputs(num_queries=5, num_keys=5):
 
 @pytest.mark.parametrize("num_queries", [1, 5])
 def test_attention_masks(num_queries):
-    """eager equals sdpa under an explicit mask; None is causal, or everything for one query; nothing becomes NaN."""
+    """eager equals sdpa under an explicit mask; None is causal, or everything for one query;
+    nothing becomes NaN.
+    """
     config = SimpleNamespace(kv_channels=8)
     sdpa, eager = (kind(config, 1, None) for kind in (SdpaAttention, EagerAttention))
     query, key, value = attention_inputs(num_queries)
@@ -349,7 +450,9 @@ def test_attention_refuses_what_it_cannot_do():
 
 
 def test_impl_names():
-    """`auto` and the flash names fall back to torch's own kernels where Transformer Engine cannot run; `te` must not."""
+    """`auto` and the flash names fall back to torch's own kernels where Transformer Engine cannot
+    run; `te` must not.
+    """
     for name in ("auto", "grouped_mm"):
         assert grouped_linear(name, torch.device("cpu")) is GroupedLinear
     with pytest.raises(ValueError, match="--experts_impl te needs Transformer Engine"):
@@ -366,8 +469,16 @@ def test_impl_names():
 @pytest.mark.parametrize(
     "sizes, layout, message",
     [
-        ({}, dict(pp_size=3), "num_hidden_layers 4 is not divisible by pipeline_model_parallel_size 3"),
-        ({}, dict(tp_size=16), "num_attention_heads 8 is not divisible by tensor_model_parallel_size 16"),
+        (
+            {},
+            dict(pp_size=3),
+            "num_hidden_layers 4 is not divisible by pipeline_model_parallel_size 3",
+        ),
+        (
+            {},
+            dict(tp_size=16),
+            "num_attention_heads 8 is not divisible by tensor_model_parallel_size 16",
+        ),
         ({}, dict(ep_size=3), "num_experts 8 is not divisible by expert_model_parallel_size 3"),
         (
             dict(num_attention_heads=12, num_key_value_heads=6),
@@ -377,20 +488,27 @@ def test_impl_names():
     ],
 )
 def test_impossible_layouts_name_both_numbers(tiny_folder, sizes, layout, message):
-    shape = read_model_shape(tiny_folder(**{**FOLDERS["whole"], **sizes}))
+    model_args = read_model_args(tiny_folder(**{**FOLDERS["whole"], **sizes}))
     place = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "ep_size": 1, **layout})
     with pytest.raises(ValueError, match=message):
-        build_decoder(shape, place, torch.float32)
+        build_decoder(model_args, place, torch.float32)
 
 
 @pytest.mark.parametrize("sections", [[3, 3, 2], [24, 20, 20], [2, 2, 2], None], ids=str)
 def test_rotary_angles_equal_transformers(sections):
-    """Sections that sum to the channels, to more, to less, and none: media turn as they do there."""
-    rope = {"rope_type": "default", "rope_theta": 1e4} | ({} if sections is None else {"mrope_section": sections})
-    config = Qwen3OmniMoeTextConfig(hidden_size=32, num_attention_heads=2, head_dim=16, rope_parameters=rope)
+    """Sections that sum to the channels, to more, to less, and none: media turn as they do there.
+    """
+    rope = {"rope_type": "default", "rope_theta": 1e4} | (
+        {} if sections is None else {"mrope_section": sections}
+    )
+    config = Qwen3OmniMoeTextConfig(
+        hidden_size=32, num_attention_heads=2, head_dim=16, rope_parameters=rope
+    )
     positions = torch.randint(0, 99, (3, 2, 7), generator=torch.Generator().manual_seed(0)).float()
     cos, sin = Qwen3OmniMoeThinkerTextRotaryEmbedding(config)(torch.zeros(1), positions)
-    angles = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])[:, :, 0].transpose(0, 1)
+    angles = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])[
+        :, :, 0
+    ].transpose(0, 1)
     torch.testing.assert_close(angles.cos(), cos)
     torch.testing.assert_close(angles.sin(), sin)
 
@@ -402,9 +520,19 @@ def test_transformer_engine_is_taken_where_it_can_run(monkeypatch, name):
 
     gpu = torch.device("cuda")
     for module in ("decoder", "experts"):
-        monkeypatch.setattr(f"megatron_gkd.model.{module}.transformer_engine_usable", lambda device: device.type == "cuda")
-    assert core_attention(name, gpu) is core_attention("flash_attention_2", gpu) is TEDotProductAttention
+        monkeypatch.setattr(
+            f"megatron_gkd.model.{module}.transformer_engine_usable",
+            lambda device: device.type == "cuda",
+        )
+    assert (
+        core_attention(name, gpu)
+        is core_attention("flash_attention_2", gpu)
+        is TEDotProductAttention
+    )
     assert grouped_linear(name, gpu) is TransformerEngineGroupedLinear
-    assert (core_attention("sdpa", gpu), core_attention("eager", gpu)) == (SdpaAttention, EagerAttention)
+    assert (core_attention("sdpa", gpu), core_attention("eager", gpu)) == (
+        SdpaAttention,
+        EagerAttention,
+    )
     assert grouped_linear("grouped_mm", gpu) is GroupedLinear
     assert core_attention("auto", torch.device("cpu")) is SdpaAttention

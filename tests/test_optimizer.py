@@ -1,5 +1,6 @@
-"""The learning rate's exact values; AdamW's guard against bad steps; its state; loss scaling. The update itself is in
-test_step_parity.py."""
+"""The learning rate's exact values; AdamW's guard against bad steps; its state; loss scaling. The
+update itself is in test_step_parity.py.
+"""
 
 import math
 
@@ -27,13 +28,18 @@ def argv(tiny_folder, tmp_path_factory):
 
 
 def rates(total, kind, warmup_ratio):
-    return [learning_rate(step, total, peak=8.0, warmup_ratio=warmup_ratio, kind=kind) for step in range(1, total + 1)]
+    return [
+        learning_rate(step, total, peak=8.0, warmup_ratio=warmup_ratio, kind=kind)
+        for step in range(1, total + 1)
+    ]
 
 
 def test_learning_rates():
     assert rates(6, "linear", 0.3) == pytest.approx([4, 8, 8, 6, 4, 2])
     assert rates(6, "constant", 0.3) == pytest.approx([4, 8, 8, 8, 8, 8])
-    assert rates(6, "cosine", 0.3) == pytest.approx([4, 8] + [4 * (1 + math.cos(math.pi * x / 4)) for x in range(4)])
+    assert rates(6, "cosine", 0.3) == pytest.approx(
+        [4, 8] + [4 * (1 + math.cos(math.pi * x / 4)) for x in range(4)]
+    )
     assert rates(4, "linear", 0) == pytest.approx([8, 6, 4, 2])
     assert rates(4, "cosine", 1) == pytest.approx([2, 4, 6, 8])
     assert rates(1, "cosine", 0.05) == [8]  # one step is at the peak, whatever the warm-up
@@ -50,7 +56,11 @@ def fill_gradients(parts, scale: float) -> None:
 def state_of(parts) -> list[torch.Tensor]:
     found = []
     for parameter, moments in parts.optimizer.moments().items():
-        found += [parameter.detach().clone(), moments["exp_avg"].clone(), moments["exp_avg_sq"].clone()]
+        found += [
+            parameter.detach().clone(),
+            moments["exp_avg"].clone(),
+            moments["exp_avg_sq"].clone(),
+        ]
     return found
 
 
@@ -62,13 +72,24 @@ def _guard(rank, world_size, argv):
     parts = build_parts(argv)
     optimizer, answers = parts.optimizer, []
     first = next(iter(optimizer.moments()))
-    for loss, value in [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)]:
+    for loss, value in [
+        (math.nan, 1.0),
+        (math.inf, 1.0),
+        (1.0, math.nan),
+        (1.0, math.inf),
+        (1.0, -math.inf),
+    ]:
         before = state_of(parts)
         fill_gradients(parts, 1.0)
         first.main_grad.view(-1)[3] = value
         update = optimizer.step(0.1, loss)
         answers.append(
-            (update.applied, update.overflowed, all(is_same(before, state_of(parts))), optimizer.num_updates)
+            (
+                update.applied,
+                update.overflowed,
+                all(is_same(before, state_of(parts))),
+                optimizer.num_updates,
+            )
         )
     fill_gradients(parts, 1.0)
     update = optimizer.step(0.1, 1.0)
@@ -82,8 +103,9 @@ def test_nothing_moves_in_a_bad_step(argv):
 
 
 def _against_torch(rank, world_size, argv):
-    """Three updates after a look at the moments, and torch's; the third through a fresh optimizer with the moments
-    copied over."""
+    """Three updates after a look at the moments, and torch's; the third through a fresh optimizer
+    with the moments copied over.
+    """
     parts, other = build_parts(argv), build_parts(argv, again=True)
     ours = list(parts.optimizer.moments())
     theirs = [parameter.detach().clone().requires_grad_() for parameter in ours]
@@ -91,7 +113,9 @@ def _against_torch(rank, world_size, argv):
     errors = []
     for step, (rate, scale) in enumerate([(0.1, 1.0), (0.2, 1e-3), (0.3, 1.0)]):
         if step == 2:
-            copies = zip(parts.optimizer.moments().items(), other.optimizer.moments().items(), strict=True)
+            copies = zip(
+                parts.optimizer.moments().items(), other.optimizer.moments().items(), strict=True
+            )
             for (source, moments), (target, target_moments) in copies:
                 target.data.copy_(source)
                 for name in moments:
@@ -148,10 +172,15 @@ def _scaling(rank, world_size, argv):
 
 
 def test_loss_scaling(argv):
-    """An overflow halves the scale and is no bad step, as long as there is something to halve; NaN in the loss is
-    one."""
+    """An overflow halves the scale and is no bad step, as long as there is something to halve; NaN
+    in the loss is one.
+    """
     ((loss, norms, difference, history, resumed, lowest, dtypes),) = run_ranks(_scaling, 1, argv)
     assert loss == 3 and norms[0] == pytest.approx(norms[1], rel=1e-5) and difference < 1e-5
     assert history == [(False, True, 0.5), (False, False, 0.25), (True, False, 0.25)]
-    assert resumed == {"scale": 2.0**14, "growth_tracker": 1, "hysteresis_tracker": resumed["hysteresis_tracker"]}
+    assert resumed == {
+        "scale": 2.0**14,
+        "growth_tracker": 1,
+        "hysteresis_tracker": resumed["hysteresis_tracker"],
+    }
     assert lowest == (False, False) and dtypes == {torch.float32}

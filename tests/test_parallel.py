@@ -28,14 +28,18 @@ def place_at_layout(rank, world_size, tp, pp, ep):
 
 
 def test_groups_and_ranks():
-    """TP2 PP2 DP2 EP4: experts are spread over the TP and DP ranks of a stage, tensor ranks are neighbours."""
+    """TP2 PP2 DP2 EP4: experts are spread over the TP and DP ranks of a stage, tensor ranks are
+    neighbours.
+    """
     results = run_ranks(place_at_layout, 8, 2, 2, 4)
     for rank, (members, sizes, ranks, (first, last, last_rank), own) in enumerate(results):
         assert sizes == (2, 2, 2, 4) and own == (rank, 8)
         stage = rank // 4
         assert ranks == (rank % 2, stage, rank // 2 % 2, rank % 4)
         assert members["tp"] == [rank - rank % 2, rank - rank % 2 + 1]
-        assert members["ep"] == list(range(4 * stage, 4 * stage + 4)) and members["expt_dp"] == [rank]
+        assert members["ep"] == list(range(4 * stage, 4 * stage + 4)) and members["expt_dp"] == [
+            rank
+        ]
         assert members["pp"] == [rank % 4, rank % 4 + 4] and members["dp"] == [
             4 * stage + rank % 2,
             4 * stage + rank % 2 + 2,
@@ -86,12 +90,17 @@ def refusals(rank, world_size, layouts):
 def test_impossible_worlds_name_both_numbers():
     messages = run_ranks(refusals, 4, [(3, 1, 1), (4, 2, 1), (1, 2, 4)])[0]
     assert (
-        "world size 4 is not divisible by tensor_model_parallel_size 3 x pipeline_model_parallel_size 1" in messages[0]
+        "world size 4 is not divisible by tensor_model_parallel_size 3 x pipeline_model_parallel_size 1"
+        in messages[0]
     )
     assert (
-        "world size 4 is not divisible by tensor_model_parallel_size 4 x pipeline_model_parallel_size 2" in messages[1]
+        "world size 4 is not divisible by tensor_model_parallel_size 4 x pipeline_model_parallel_size 2"
+        in messages[1]
     )
-    assert "the 2 ranks of a pipeline stage are not divisible by expert_model_parallel_size 4" in messages[2]
+    assert (
+        "the 2 ranks of a pipeline stage are not divisible by expert_model_parallel_size 4"
+        in messages[2]
+    )
 
 
 def test_device(monkeypatch):
@@ -101,13 +110,19 @@ def test_device(monkeypatch):
         parallel.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert parallel.resolve_device("auto") == parallel.resolve_device("cuda") == torch.device("cuda", 3)
+    assert (
+        parallel.resolve_device("auto")
+        == parallel.resolve_device("cuda")
+        == torch.device("cuda", 3)
+    )
     assert parallel.resolve_device("cpu") == torch.device("cpu")
 
 
 def draws(rank, world_size, tp, ep, seeds_and_steps):
     """(default, tensor-parallel, expert) numbers drawn after seeding each (seed, step)."""
-    place = parallel.initialize(torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep)
+    place = parallel.initialize(
+        torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
+    )
     results = []
     for seed, step in seeds_and_steps:
         parallel.seed_step(seed, step, place)
@@ -120,11 +135,15 @@ def draws(rank, world_size, tp, ep, seeds_and_steps):
 
 
 def test_random_state_is_a_function_of_the_step():
-    """TP2 DP2 EP4: TP ranks share the default generator only, DP ranks nothing; a step gives the same numbers again."""
+    """TP2 DP2 EP4: TP ranks share the default generator only, DP ranks nothing; a step gives the
+    same numbers again.
+    """
     results = run_ranks(draws, 4, 2, 4, [(42, 0), (42, 1), (42, 0), (43, 0)])
     for rank, (first, second, again, other_seed) in enumerate(results):
         assert first == again
-        assert all(a != b for a, b in zip(first, second)) and all(a != b for a, b in zip(first, other_seed))
+        assert all(a != b for a, b in zip(first, second)) and all(
+            a != b for a, b in zip(first, other_seed)
+        )
         neighbour, replica = results[rank ^ 1][0], results[rank ^ 2][0]
         assert (
             (first[0], first[3]) == (neighbour[0], neighbour[3])

@@ -1,7 +1,8 @@
-"""Text written by the training model: equal to transformers token by token, the same at every parallel layout.
+"""Text written by the training model: equal to transformers token by token, the same at every
+parallel layout.
 
-One run of ranks a layout writes the same prompts greedily, with repetition rewarded, and sampled; a single process of
-transformers and a single rank of ours are the references.
+One run of ranks a layout writes the same prompts greedily, with repetition rewarded, and sampled; a
+single process of transformers and a single rank of ours are the references.
 """
 
 import json
@@ -12,15 +13,15 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from checkpoint_tools.make_tiny_model import build_folder
+from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
+from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, peft_config
 from megatron_gkd.lora.targets import HEAD, LINEARS
-from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.model.weights import load_weights
 from megatron_gkd.rollout.generate import generate
 from tests.ranks import run_ranks
 
@@ -29,7 +30,9 @@ LENGTHS = (9, 1, 17, 4, 12)
 MAX_NEW_TOKENS = 6
 SETTINGS = {
     "greedy": dict(temperature=0.0),
-    "repetition": dict(temperature=0.0, repetition_penalty=0.6),  # below 1 rewards: what was written comes again
+    "repetition": dict(
+        temperature=0.0, repetition_penalty=0.6
+    ),  # below 1 rewards: what was written comes again
     "top-k, top-p": dict(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1),
     "top-p": dict(temperature=1.3, top_p=0.8),
 }
@@ -49,14 +52,24 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    sizes = dict(num_hidden_layers=2, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=VOCAB_SIZE)
-    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), thinker_only=True, **sizes)
+    sizes = dict(
+        num_hidden_layers=2,
+        hidden_size=64,
+        head_dim=16,
+        moe_intermediate_size=32,
+        vocab_size=VOCAB_SIZE,
+    )
+    return build_folder(
+        str(tmp_path_factory.mktemp("model") / "thinker"), thinker_only=True, **sizes
+    )
 
 
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [
+        torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS
+    ]
 
 
 def load(folder, world_size, tp, pp, ep, **options):
@@ -67,18 +80,25 @@ def load(folder, world_size, tp, pp, ep, **options):
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
     )
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, parallel, torch.float32, **options)
-    load_weights(model, shape, parallel, folder)
-    return model, shape, parallel
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32, **options)
+    load_weights(model, model_args, parallel, folder)
+    return model, model_args, parallel
 
 
-def write(model, shape, parallel, prompts, **settings):
+def write(model, model_args, parallel, prompts, **settings):
     """The texts of this rank's share of `prompts` (every dp_size-th), by row number."""
     rows = range(len(prompts))[parallel.dp_rank :: parallel.dp_size]
     defaults = dict(max_new_tokens=MAX_NEW_TOKENS, eos_token_ids=[], pad_token_id=0, seed=3)
     mine = [prompts[row] for row in rows]
-    return dict(zip(rows, generate(model, shape, parallel, mine, row_ids=list(rows), **{**defaults, **settings})))
+    return dict(
+        zip(
+            rows,
+            generate(
+                model, model_args, parallel, mine, row_ids=list(rows), **{**defaults, **settings}
+            ),
+        )
+    )
 
 
 def write_all(rank, world_size, folder, layout, prompts):
@@ -93,12 +113,16 @@ def single_rank(folder, prompts):
 
 @pytest.fixture(scope="module")
 def thinker(folder):
-    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 def transformers_greedy(model, prompts, **settings):
     texts = {}
-    for row, prompt in enumerate(prompts):  # one by one: transformers' penalty would count padding as text
+    for row, prompt in enumerate(
+        prompts
+    ):  # one by one: transformers' penalty would count padding as text
         ids = model.generate(
             input_ids=torch.tensor([prompt]),
             do_sample=False,
@@ -113,7 +137,9 @@ def transformers_greedy(model, prompts, **settings):
 
 @pytest.mark.parametrize("name", ["greedy", "repetition"])
 def test_greedy_text_equals_transformers(thinker, prompts, single_rank, name):
-    expected = transformers_greedy(thinker, prompts, repetition_penalty=SETTINGS[name].get("repetition_penalty", 1.0))
+    expected = transformers_greedy(
+        thinker, prompts, repetition_penalty=SETTINGS[name].get("repetition_penalty", 1.0)
+    )
     assert single_rank[name] == expected
 
 
@@ -136,48 +162,63 @@ def test_same_text_at_every_layout(folder, prompts, single_rank, layout):
 
 
 def write_with_adapter(rank, world_size, folder, layout, prompts, adapter_folder, dropout):
-    model, shape, parallel = load(folder, *layout)
-    adapter = PeftAdapter(adapter_folder, shape)
-    options = dict(rank=adapter.rank, alpha=adapter.alpha, dropout=dropout, targets=adapter.targets, seed=0)
-    apply_lora(model, shape, parallel, **options)
-    load_adapter(model, shape, parallel, adapter)
+    model, model_args, parallel = load(folder, *layout)
+    adapter = PeftAdapter(adapter_folder, model_args)
+    options = dict(
+        rank=adapter.rank, alpha=adapter.alpha, dropout=dropout, targets=adapter.targets, seed=0
+    )
+    apply_lora(model, model_args, parallel, **options)
+    load_adapter(model, model_args, parallel, adapter)
     texts = []
     for enabled in (True, False):
         with lora_enabled(model, enabled):
-            texts.append(write(model, shape, parallel, prompts, temperature=0.0))
+            texts.append(write(model, model_args, parallel, prompts, temperature=0.0))
     return texts
 
 
 @pytest.fixture(scope="module")
 def adapter_folder(folder, tmp_path_factory):
-    """A PEFT adapter with LoRA everywhere, on the lm_head too, far enough from zero to change the text."""
-    shape = read_model_shape(folder)
+    """A PEFT adapter with LoRA everywhere, on the lm_head too, far enough from zero to change the
+    text.
+    """
+    model_args = read_model_args(folder)
     generator = torch.Generator().manual_seed(2)
     tensors = {
         name: 0.2 * torch.randn(size, generator=generator)
-        for name, size in adapter_tensors(shape, 3, [*LINEARS, HEAD]).items()
+        for name, size in adapter_tensors(model_args, 3, [*LINEARS, HEAD]).items()
     }
     path = tmp_path_factory.mktemp("adapter")
     save_file(
-        {name.replace(".thinker.", "."): value for name, value in tensors.items()}, path / "adapter_model.safetensors"
+        {name.replace(".thinker.", "."): value for name, value in tensors.items()},
+        path / "adapter_model.safetensors",
     )
-    config = peft_config(rank=3, alpha=5.0, dropout=0.0, targets=[*LINEARS, HEAD], base_model=folder)
+    config = peft_config(
+        rank=3, alpha=5.0, dropout=0.0, targets=[*LINEARS, HEAD], base_model=folder
+    )
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def peft_text(folder, prompts, adapter_folder):
-    student = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    student = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    )
     return transformers_greedy(PeftModel.from_pretrained(student, adapter_folder).eval(), prompts)
 
 
 @pytest.mark.parametrize(
-    "layout", [(1, 1, 1, 1), (2, 2, 1, 2), (4, 1, 2, 2), (8, 8, 1, 8)], ids=["single", "TP2-EP2", "PP2-EP2", "TP8-EP8"]
+    "layout",
+    [(1, 1, 1, 1), (2, 2, 1, 2), (4, 1, 2, 2), (8, 8, 1, 8)],
+    ids=["single", "TP2-EP2", "PP2-EP2", "TP8-EP8"],
 )
-def test_lora_on_and_off_equal_peft(folder, prompts, adapter_folder, peft_text, single_rank, layout):
+def test_lora_on_and_off_equal_peft(
+    folder, prompts, adapter_folder, peft_text, single_rank, layout
+):
     """LoRA dropout is 0.5 here: generation must not apply it."""
-    student, teacher = run_by_row(write_with_adapter, layout, folder, layout, prompts, adapter_folder, 0.5)
+    student, teacher = run_by_row(
+        write_with_adapter, layout, folder, layout, prompts, adapter_folder, 0.5
+    )
     assert student == peft_text
     assert teacher == single_rank["greedy"] != peft_text
 
@@ -186,22 +227,31 @@ def run_by_row(fn, layout, *args):
     """Run on ranks that each return a list of {row: text}; join the ranks."""
     results = run_ranks(fn, layout[0], *args)
     return [
-        {row: text for result in results for row, text in result[index].items()} for index in range(len(results[0]))
+        {row: text for result in results for row, text in result[index].items()}
+        for index in range(len(results[0]))
     ]
 
 
 def write_until_stopped(rank, world_size, folder, layout, prompts, stop_ids):
     parts, calls = load(folder, *layout), []
     text = write(
-        *parts, prompts, temperature=0.0, eos_token_ids=stop_ids, progress=lambda *counts: calls.append(counts)
+        *parts,
+        prompts,
+        temperature=0.0,
+        eos_token_ids=stop_ids,
+        progress=lambda *counts: calls.append(counts),
     )
     return [text], calls
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 1, 1, 2)], ids=["single", "EP2-DP2"])
-def test_text_ends_with_the_first_stop_id_and_writing_with_the_last_row(folder, prompts, single_rank, layout):
+def test_text_ends_with_the_first_stop_id_and_writing_with_the_last_row(
+    folder, prompts, single_rank, layout
+):
     whole = single_rank["greedy"]
-    stop_ids = [whole[row][1 + row % 2] for row in whole]  # every row stops after at most three tokens
+    stop_ids = [
+        whole[row][1 + row % 2] for row in whole
+    ]  # every row stops after at most three tokens
     results = run_ranks(write_until_stopped, layout[0], folder, layout, prompts, stop_ids)
     texts = {row: text for result, _ in results for row, text in result[0].items()}
     for row, text in texts.items():
@@ -214,8 +264,8 @@ def test_text_ends_with_the_first_stop_id_and_writing_with_the_last_row(folder, 
 
 
 def first_tokens(rank, world_size, folder, layout, prompt, num_rows, settings):
-    model, shape, parallel = load(folder, *layout)
-    texts = write(model, shape, parallel, [prompt] * num_rows, max_new_tokens=1, **settings)
+    model, model_args, parallel = load(folder, *layout)
+    texts = write(model, model_args, parallel, [prompt] * num_rows, max_new_tokens=1, **settings)
     return [texts]
 
 
@@ -225,15 +275,21 @@ def test_first_tokens_follow_the_softmax_of_transformers(folder, prompts, thinke
     top = scores.topk(20)
     probabilities = top.values.softmax(dim=0)
     kept = probabilities.cumsum(dim=0) - probabilities < 0.9
-    expected = dict(zip(top.indices[kept].tolist(), (probabilities[kept] / probabilities[kept].sum()).tolist()))
+    expected = dict(
+        zip(top.indices[kept].tolist(), (probabilities[kept] / probabilities[kept].sum()).tolist())
+    )
     assert 3 < len(expected) < 20
 
     layout = (2, 2, 1, 2)
     (texts,) = run_by_row(first_tokens, layout, folder, layout, prompts[3], num_rows, settings)
-    counts = torch.bincount(torch.tensor([text[0] for text in texts.values()]), minlength=VOCAB_SIZE)
+    counts = torch.bincount(
+        torch.tensor([text[0] for text in texts.values()]), minlength=VOCAB_SIZE
+    )
     assert counts.sum() == num_rows
     assert set(counts.nonzero().flatten().tolist()) <= set(expected)
-    distance = sum(abs(counts[token].item() / num_rows - share) for token, share in expected.items()) / 2
+    distance = (
+        sum(abs(counts[token].item() / num_rows - share) for token, share in expected.items()) / 2
+    )
     noise = (
         sum((share * (1 - share) / num_rows) ** 0.5 for share in expected.values()) / 2
     )  # bounds the mean of the distance
@@ -241,18 +297,29 @@ def test_first_tokens_follow_the_softmax_of_transformers(folder, prompts, thinke
 
 
 def flags(model):
-    names = ("training", "sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    names = (
+        "training",
+        "sequence_parallel",
+        "scatter_to_sequence_parallel",
+        "reduce_scatter_embeddings",
+    )
     owners = [model.config, *model.modules()]
     return [
-        (type(owner).__name__, name, getattr(owner, name)) for owner in owners for name in names if hasattr(owner, name)
+        (type(owner).__name__, name, getattr(owner, name))
+        for owner in owners
+        for name in names
+        if hasattr(owner, name)
     ]
 
 
 def write_and_interrupt(rank, world_size, folder, layout, prompts):
-    model, shape, parallel = load(folder, *layout)
+    model, model_args, parallel = load(folder, *layout)
     model.train()
     model.decoder.layers[0].eval()  # flags are restored one by one, not set to one value
-    before, attention = flags(model), [layer.self_attention.core_attention for layer in model.decoder.layers]
+    before, attention = (
+        flags(model),
+        [layer.self_attention.core_attention for layer in model.decoder.layers],
+    )
 
     def interrupt(written, total):
         cuts = parallel.tp_size > 1 and written == 1  # the prompts, over the tensor-parallel ranks
@@ -263,14 +330,16 @@ def write_and_interrupt(rank, world_size, folder, layout, prompts):
             raise KeyboardInterrupt
 
     try:
-        write(model, shape, parallel, prompts, progress=interrupt)
+        write(model, model_args, parallel, prompts, progress=interrupt)
         raise AssertionError("the interrupt got lost")
     except KeyboardInterrupt:
         pass
     assert flags(model) == before and torch.is_grad_enabled()
-    assert any(value for _, name, value in before if name == "sequence_parallel") == (parallel.tp_size > 1)
+    assert any(value for _, name, value in before if name == "sequence_parallel") == (
+        parallel.tp_size > 1
+    )
     assert [layer.self_attention.core_attention for layer in model.decoder.layers] == attention
-    return [write(model, shape, parallel, prompts, temperature=0.0)]
+    return [write(model, model_args, parallel, prompts, temperature=0.0)]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 2, 1, 1)], ids=["single", "TP2"])
@@ -284,17 +353,22 @@ class ForeignAttention(torch.nn.Module):
 
 
 def write_with_foreign_attention(rank, world_size, folder, layout, prompts):
-    model, shape, parallel = load(folder, *layout)
+    model, model_args, parallel = load(folder, *layout)
     for layer in model.decoder.layers:
         layer.self_attention.core_attention = ForeignAttention()
-    texts = write(model, shape, parallel, prompts, temperature=0.0)
-    assert all(isinstance(layer.self_attention.core_attention, ForeignAttention) for layer in model.decoder.layers)
+    texts = write(model, model_args, parallel, prompts, temperature=0.0)
+    assert all(
+        isinstance(layer.self_attention.core_attention, ForeignAttention)
+        for layer in model.decoder.layers
+    )
     return [texts]
 
 
 def test_attention_that_reads_no_mask_is_replaced_while_writing(folder, prompts, single_rank):
     layout = (1, 1, 1, 1)
-    assert run_by_row(write_with_foreign_attention, layout, folder, layout, prompts) == [single_rank["greedy"]]
+    assert run_by_row(write_with_foreign_attention, layout, folder, layout, prompts) == [
+        single_rank["greedy"]
+    ]
 
 
 def write_nothing(rank, world_size, folder, layout):
@@ -307,20 +381,29 @@ def test_no_prompts_at_all(folder, layout):
 
 
 def write_with_broken_weights(rank, world_size, folder, layout, prompts):
-    model, shape, parallel = load(folder, *layout)
-    if parallel.is_first_stage:  # one token's embedding has overflowed; only the row that holds it is hit
+    model, model_args, parallel = load(folder, *layout)
+    if (
+        parallel.is_first_stage
+    ):  # one token's embedding has overflowed; only the row that holds it is hit
         model.embedding.word_embeddings.weight.data[7] = float("inf")
     try:
-        return str(write(model, shape, parallel, prompts))
+        return str(write(model, model_args, parallel, prompts))
     except FloatingPointError as error:
         return str(error)
 
 
 def test_logits_that_are_not_finite_stop_all_ranks_with_the_row(folder):
     layout = (4, 1, 2, 2)
-    messages = run_ranks(write_with_broken_weights, 4, folder, layout, [[1, 2], [3, 4], [5, 6], [8, 7, 9]])
+    messages = run_ranks(
+        write_with_broken_weights, 4, folder, layout, [[1, 2], [3, 4], [5, 6], [8, 7, 9]]
+    )
     assert all("logits of token 1 are not finite" in message for message in messages)
-    assert sorted("row 3 (prompt 1 of 2)" in message for message in messages) == [False, False, True, True]
+    assert sorted("row 3 (prompt 1 of 2)" in message for message in messages) == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def error_of(rank, world_size, folder, prompts, settings):
@@ -346,11 +429,13 @@ def test_wrong_arguments_are_named(folder, prompts, settings, message):
 
 def rows_of_experts(rank, world_size, folder, layout, prompts):
     """How many rows this rank's experts of the first layer got, for each token written."""
-    model, shape, parallel = load(folder, *layout)
+    model, model_args, parallel = load(folder, *layout)
     counts = []
-    model.decoder.layers[0].mlp.experts.register_forward_pre_hook(lambda experts, inputs: counts.append(len(inputs[0])))
-    write(model, shape, parallel, prompts, max_new_tokens=2)
-    return counts, shape.num_experts_per_tok
+    model.decoder.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda experts, inputs: counts.append(len(inputs[0]))
+    )
+    write(model, model_args, parallel, prompts, max_new_tokens=2)
+    return counts, model_args.num_experts_per_tok
 
 
 def test_prompts_are_cut_over_the_tensor_parallel_ranks(folder, prompts):

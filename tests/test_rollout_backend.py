@@ -1,4 +1,6 @@
-"""MegatronRollout: micro-batches in, micro-batches with new responses out; and the folder's stop ids."""
+"""MegatronRollout: micro-batches in, micro-batches with new responses out; and the folder's stop
+ids.
+"""
 
 import json
 import shutil
@@ -10,19 +12,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from checkpoint_tools.make_tiny_model import build_folder
+from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.data.batch import collate, with_responses
-from megatron_gkd.data.chat import load_chat_tokenizer
+from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
 from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.modules import lora_modules
-from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.model.weights import load_weights
 from megatron_gkd.rollout.backend import MegatronRollout
 from megatron_gkd.rollout.generate import generate
-from megatron_gkd.rollout.stop_tokens import read_stop_token_ids
 from tests.ranks import run_ranks
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
@@ -38,15 +39,22 @@ def folder(tmp_path_factory):
 
 
 def make_batches(rows, pad_to_multiple_of):
-    """Micro-batches of two rows; the last one is filled up. The teacher's prompts are the student's, reversed, after
-    two more tokens."""
+    """Micro-batches of two rows; the last one is filled up. The teacher's prompts are the
+    student's, reversed, after two more tokens.
+    """
     samples = []
     for row in rows:
         prompt, response = STUDENT_PROMPTS[row], [90 + row, 91]
-        views = [View(ids + response, [-100] * len(ids) + response, len(ids)) for ids in (prompt, teacher_prompt(row))]
+        views = [
+            View(ids + response, [-100] * len(ids) + response, len(ids))
+            for ids in (prompt, teacher_prompt(row))
+        ]
         samples.append(Sample(*views, has_teacher_view=True, source="toy", row=row, cut_tokens=3))
     samples += [None] * (-len(samples) % 2)
-    return [collate(samples[first : first + 2], 0, pad_to_multiple_of) for first in range(0, len(samples), 2)]
+    return [
+        collate(samples[first : first + 2], 0, pad_to_multiple_of)
+        for first in range(0, len(samples), 2)
+    ]
 
 
 def teacher_prompt(row):
@@ -54,26 +62,40 @@ def teacher_prompt(row):
 
 
 def respond(rank, world_size, folder, tp, pp, ep, steps):
-    """Student, then teacher as the writer: {(step, row): (student's prompt, teacher's prompt, response)}, and the text
-    of `generate` for the writer's prompts at step 0."""
+    """Student, then teacher as the writer: {(step, row): (student's prompt, teacher's prompt,
+    response)}, and the text of `generate` for the writer's prompts at step 0.
+    """
     parallel = parallel_module.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
     )
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, parallel, torch.float32)
-    load_weights(model, shape, parallel, folder)
-    apply_lora(model, shape, parallel, rank=2, alpha=8.0, dropout=0.5, targets=["o_proj", "gate_proj"], seed=0)
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32)
+    load_weights(model, model_args, parallel, folder)
+    apply_lora(
+        model,
+        model_args,
+        parallel,
+        rank=2,
+        alpha=8.0,
+        dropout=0.5,
+        targets=["o_proj", "gate_proj"],
+        seed=0,
+    )
     for module in lora_modules(model):
         for up in module.up.values():
             torch.nn.init.constant_(up, 0.1)
-    rows = [row for row in range(len(STUDENT_PROMPTS)) if row // 2 % parallel.dp_size == parallel.dp_rank]
+    rows = [
+        row
+        for row in range(len(STUDENT_PROMPTS))
+        if row // 2 % parallel.dp_size == parallel.dp_rank
+    ]
     results = []
     for teacher_writes in (False, True):
         backend = MegatronRollout(
-            shape,
+            model_args,
             parallel,
             eos_token_ids=[5],
             pad_token_id=0,
@@ -93,9 +115,13 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         assert all(module.enabled for module in lora_modules(model))
         texts = {key: text for key, text in texts.items() if key[1] >= 0}
         prompts = [teacher_prompt(row) if teacher_writes else STUDENT_PROMPTS[row] for row in rows]
-        settings = dict(max_new_tokens=MAX_COMPLETION_LENGTH, eos_token_ids=[5], pad_token_id=0, **SAMPLING)
+        settings = dict(
+            max_new_tokens=MAX_COMPLETION_LENGTH, eos_token_ids=[5], pad_token_id=0, **SAMPLING
+        )
         with lora_enabled(model, not teacher_writes):
-            direct = generate(model, shape, parallel, prompts, row_ids=list(rows), seed=4 << 32, **settings)
+            direct = generate(
+                model, model_args, parallel, prompts, row_ids=list(rows), seed=4 << 32, **settings
+            )
         results.append((texts, dict(zip(rows, direct))))
     return results
 
@@ -103,7 +129,9 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
 def check_batch(old, new, multiple):
     assert new.on_policy and not old.on_policy
     assert (new.rows, new.sources) == (old.rows, old.sources)
-    assert new.student.input_ids.shape[1] % multiple == new.teacher.input_ids.shape[1] % multiple == 0
+    assert (
+        new.student.input_ids.shape[1] % multiple == new.teacher.input_ids.shape[1] % multiple == 0
+    )
     assert torch.equal(new.student.targets, new.teacher.targets)
     for index, row in enumerate(new.rows):
         if row < 0:
@@ -159,18 +187,30 @@ def test_same_responses_at_every_layout(folder, reference, layout):
 
 
 def respond_to_one_row(rank, world_size, folder, num_times):
-    """The responses to a global batch that is the same row again and again, in micro-batches of two, by place."""
+    """The responses to a global batch that is the same row again and again, in micro-batches of
+    two, by place.
+    """
     parallel = parallel_module.initialize(torch.device("cpu"))
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, parallel, torch.float32)
-    load_weights(model, shape, parallel, folder)
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32)
+    load_weights(model, model_args, parallel, folder)
     settings = dict(max_completion_length=MAX_COMPLETION_LENGTH, **SAMPLING)
-    backend = MegatronRollout(shape, parallel, eos_token_ids=[], pad_token_id=0, pad_to_multiple_of=1, seed=4, **settings)
+    backend = MegatronRollout(
+        model_args,
+        parallel,
+        eos_token_ids=[],
+        pad_token_id=0,
+        pad_to_multiple_of=1,
+        seed=4,
+        **settings,
+    )
     places = [place for place in range(num_times) if place // 2 % world_size == rank]
     batches = make_batches([3] * len(places), 1)
     batches = backend.respond(model, batches, 0)
     assert all(batch.rows == [3, 3] for batch in batches)
-    return dict(zip(places, (split_row(batch, index)[2] for batch in batches for index in range(2))))
+    return dict(
+        zip(places, (split_row(batch, index)[2] for batch in batches for index in range(2)))
+    )
 
 
 def test_a_row_that_comes_twice_is_answered_twice(folder):
@@ -184,7 +224,10 @@ def test_a_response_that_ends_by_itself_is_not_truncated():
     settings = dict(pad_token_id=0, pad_to_multiple_of=1, seed=0, max_completion_length=3)
     backend = MegatronRollout(None, None, eos_token_ids=[5, 6], **settings)
     batches = make_batches([0, 1, 2], 1)
-    responses = [[[9, 8, 7], [9, 8, 6]], [[9, 5], []]]  # cut, ended with its last token, ended before; a filler row
+    responses = [
+        [[9, 8, 7], [9, 8, 6]],
+        [[9, 5], []],
+    ]  # cut, ended with its last token, ended before; a filler row
     batches = [with_responses(batch, texts, 0, 1) for batch, texts in zip(batches, responses)]
     assert backend.num_truncated(batches) == 1
     assert replace(backend, eos_token_ids=[]).num_truncated(batches) == 2
@@ -196,11 +239,19 @@ def write_json(folder, name, content):
 
 @pytest.mark.parametrize("byte_fallback", [None, False, True])
 def test_stop_ids_hold_what_closes_a_turn_in_the_data(tmp_path, byte_fallback):
-    """In any folder that says nothing of its own: what the data train as the last token of a response ends one."""
-    write = write_bpe_folder if byte_fallback is None else partial(write_sentencepiece_folder, byte_fallback=byte_fallback)
+    """In any folder that says nothing of its own: what the data train as the last token of a
+    response ends one.
+    """
+    write = (
+        write_bpe_folder
+        if byte_fallback is None
+        else partial(write_sentencepiece_folder, byte_fallback=byte_fallback)
+    )
     folder = write(tmp_path)
     chat = load_chat_tokenizer(str(folder))
-    ids, _ = chat.encode([{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}])
+    ids, _ = chat.encode(
+        [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}]
+    )
     found = read_stop_token_ids(folder)
     assert ids[-1] in found and set(found) - {ids[-1]} <= {chat.tokenizer.eos_token_id}
 
@@ -214,7 +265,9 @@ def test_a_full_stop_ends_no_response(tmp_path, token, closes):
     tokenizer.add_tokens(["."])
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    assert read_stop_token_ids(folder) == ([tokenizer.convert_tokens_to_ids(token)] if closes else [])
+    assert read_stop_token_ids(folder) == (
+        [tokenizer.convert_tokens_to_ids(token)] if closes else []
+    )
 
 
 def test_a_tokenizer_that_does_not_load_names_none(tmp_path):
@@ -243,7 +296,10 @@ def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder,
     assert read_stop_token_ids(tmp_path) == [12]
     write_json(tmp_path, "generation_config.json", {"eos_token_id": [12, 3]})
     assert read_stop_token_ids(tmp_path) == [3, 12]
-    for content, reason in (([], "must hold an object"), ({"eos_token_id": True}, "eos_token_id is True")):
+    for content, reason in (
+        ([], "must hold an object"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+    ):
         write_json(tmp_path, "generation_config.json", content)
         with pytest.raises(ValueError, match=f"generation_config.json: {reason}"):
             read_stop_token_ids(tmp_path)

@@ -1,11 +1,13 @@
-"""On-policy text of rows with audio, images and video: equal to transformers' generate, token by token."""
+"""On-policy text of rows with audio, images and video: equal to transformers' generate, token by
+token.
+"""
 
 import pytest
 import torch
 
-from checkpoint_tools.make_tiny_model import build_folder
-from megatron_gkd.model.positions import MediaTokenIds
-from megatron_gkd.model.towers import StepMedia, build_towers
+from demo.tiny.folder import build_folder
+from megatron_gkd.media.positions import MediaTokenIds
+from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.rollout.backend import MegatronRollout
 from tests.adapters import load_thinker
 from tests.lora_runs import build, initialize
@@ -23,24 +25,32 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    sizes = dict(num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=VOCAB_SIZE)
+    sizes = dict(
+        num_hidden_layers=4,
+        hidden_size=64,
+        head_dim=16,
+        moe_intermediate_size=32,
+        vocab_size=VOCAB_SIZE,
+    )
     return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
 
 
 def write(rank, world_size, folder, tp, pp, ep):
-    """{side: {row: text}} of this rank's micro-batches. LoRA is there, W_up at zero: it changes nothing."""
+    """{side: {row: text}} of this rank's micro-batches. LoRA is there, W_up at zero: it changes
+    nothing.
+    """
     place = initialize(tp, pp, ep)
     rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
     for of_batch in rows:
         batches.append(make_batch([*of_batch], tp, first))
         first += len(of_batch)
     batches = batches[place.dp_rank :: place.dp_size]
-    shape, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
-    towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
+    model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
+    towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     texts = {}
     for side in SIDES:
         rollout = MegatronRollout(
-            shape,
+            model_args,
             place,
             eos_token_ids=[],
             pad_token_id=0,
@@ -52,9 +62,16 @@ def write(rank, world_size, folder, tp, pp, ep):
             teacher_writes=side == "teacher",
         )
         texts[side] = {}
-        for old, new in zip(batches, rollout.respond(model, batches, 0, StepMedia(towers, batches))):
+        for old, new in zip(
+            batches,
+            rollout.respond(
+                model, batches, 0, StepMedia(towers, [batch.media for batch in batches])
+            ),
+        ):
             view = getattr(new, side)
-            spans = zip(view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist())
+            spans = zip(
+                view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist()
+            )
             texts[side] |= {row: ids[start:end] for row, (ids, start, end) in zip(old.rows, spans)}
     return texts
 
@@ -62,10 +79,14 @@ def write(rank, world_size, folder, tp, pp, ep):
 @pytest.fixture(scope="module")
 def expected(folder):
     model, texts = load_thinker(folder), {side: {} for side in SIDES}
-    for number, row in enumerate(row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch):
+    for number, row in enumerate(
+        row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch
+    ):
         for side in SIDES:
             inputs = row.inputs(side, with_response=False)
-            settings = dict(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0)
+            settings = dict(
+                do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0
+            )
             ids = model.generate(**inputs, **settings)
             texts[side][number] = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return texts

@@ -1,11 +1,17 @@
-"""The filters against transformers' own, the noise against its distribution, the draw against the softmax; on
-vocabulary shards."""
+"""The filters against transformers' own, the noise against its distribution, the draw against the
+softmax; on vocabulary shards.
+"""
 
 import math
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megatron_gkd.rollout.sampling import Sampler, Sampling
 from tests.ranks import run_ranks
@@ -42,7 +48,9 @@ def make_sampler(sampling, rank=0, world_size=1, *, num_rows=5, row_ids=None, se
 
 def shard(logits, rank, world_size):
     """This rank's columns; the padded ones hold a value that would win every draw."""
-    padded = torch.cat((logits, torch.full((logits.shape[0], PADDED_SIZE - VOCAB_SIZE), 99.0)), dim=1)
+    padded = torch.cat(
+        (logits, torch.full((logits.shape[0], PADDED_SIZE - VOCAB_SIZE), 99.0)), dim=1
+    )
     return padded.chunk(world_size, dim=1)[rank]
 
 
@@ -81,7 +89,9 @@ def test_filtered_scores_equal_transformers(world_size):
 
 
 def chi_square_excess(counts, probabilities):
-    """Pearson's statistic minus its mean, in standard deviations; outcomes expected fewer than 5 times are pooled."""
+    """Pearson's statistic minus its mean, in standard deviations; outcomes expected fewer than 5
+    times are pooled.
+    """
     expected = probabilities.double() * counts.sum()
     rare = expected < 5
     expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
@@ -89,7 +99,9 @@ def chi_square_excess(counts, probabilities):
     used = expected > 0
     assert not counts[~used].any()  # never drawn what has no probability
     degrees = int(used.sum()) - 1
-    return float((((counts - expected)[used] ** 2 / expected[used]).sum() - degrees) / math.sqrt(2 * degrees))
+    return float(
+        (((counts - expected)[used] ** 2 / expected[used]).sum() - degrees) / math.sqrt(2 * degrees)
+    )
 
 
 def test_the_statistic_sees_a_slightly_wrong_softmax():
@@ -100,20 +112,28 @@ def test_the_statistic_sees_a_slightly_wrong_softmax():
 
 
 def draw_many(rank, world_size, logits, sampling, num_draws, seed):
-    sampler = make_sampler(sampling, rank, world_size, row_ids=torch.arange(num_draws // 4), seed=seed)
+    sampler = make_sampler(
+        sampling, rank, world_size, row_ids=torch.arange(num_draws // 4), seed=seed
+    )
     local = shard(logits, rank, world_size).expand(num_draws // 4, -1)
     return torch.cat([sampler.draw(local, step) for step in range(4)])
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=1.5, top_k=30, top_p=0.9), Sampling(top_p=0.5)], ids=str
+    "sampling",
+    [Sampling(), Sampling(temperature=1.5, top_k=30, top_p=0.9), Sampling(top_p=0.5)],
+    ids=str,
 )
 def test_draws_follow_the_softmax_at_any_sharding(sampling):
     torch.manual_seed(1)
     logits = 2 * torch.randn(1, VOCAB_SIZE)
     draws = draw_many(0, 1, logits, sampling, NUM_DRAWS, 7)
     counts = torch.bincount(draws, minlength=VOCAB_SIZE)
-    probabilities = make_sampler(sampling, num_rows=1).filtered(shard(logits, 0, 1)).softmax(dim=1)[0, :VOCAB_SIZE]
+    probabilities = (
+        make_sampler(sampling, num_rows=1)
+        .filtered(shard(logits, 0, 1))
+        .softmax(dim=1)[0, :VOCAB_SIZE]
+    )
     assert chi_square_excess(counts, probabilities) < 4
     for sharded in run_ranks(draw_many, 4, logits, sampling, NUM_DRAWS, 7):
         assert torch.equal(sharded, draws)
@@ -129,7 +149,10 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours():
     assert distance < 2 / math.sqrt(size)  # Kolmogorov-Smirnov: P(larger) is below 0.001
     centred = noise - noise.mean()
     for axis in range(3):
-        first, second = centred.narrow(axis, 0, noise.shape[axis] - 1), centred.narrow(axis, 1, noise.shape[axis] - 1)
+        first, second = (
+            centred.narrow(axis, 0, noise.shape[axis] - 1),
+            centred.narrow(axis, 1, noise.shape[axis] - 1),
+        )
         correlation = (first * second).mean() / centred.var()
         assert abs(correlation) < 4 / math.sqrt(size), axis
 
@@ -140,12 +163,17 @@ def test_noise_depends_on_seed_row_step_and_column_alone():
     part.columns = whole.columns[100:200]
     assert torch.equal(whole.noise(4)[1:, 100:200], part.noise(4))
     assert not torch.equal(whole.noise(4), whole.noise(5))
-    assert not torch.equal(whole.noise(4), make_sampler(Sampling(), row_ids=torch.tensor([3, 8]), seed=6).noise(4))
+    assert not torch.equal(
+        whole.noise(4), make_sampler(Sampling(), row_ids=torch.tensor([3, 8]), seed=6).noise(4)
+    )
 
 
 def draw_special_rows(rank, world_size, logits):
     settings = (Sampling(temperature=0), Sampling(top_k=2, top_p=0.99), Sampling(top_p=0.9))
-    return [make_sampler(sampling, rank, world_size).draw(shard(logits, rank, world_size), 0) for sampling in settings]
+    return [
+        make_sampler(sampling, rank, world_size).draw(shard(logits, rank, world_size), 0)
+        for sampling in settings
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

@@ -1,4 +1,6 @@
-"""Media rows from the command line: one step, evaluation, sampling and resuming, against one process of transformers."""
+"""Media rows from the command line: one step, evaluation, sampling and resuming, against one
+process of transformers.
+"""
 
 import pytest
 
@@ -6,11 +8,22 @@ from tests.media_rows import write_rows
 from tests.reference_step import reference_step, write_adapter
 from tests.train_runs import arguments, layout_flags, read_lines, run_training, stable
 
-COMPARED = ("loss", "jsd", "sft_loss", "grad_norm", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher")
+COMPARED = (
+    "loss",
+    "jsd",
+    "sft_loss",
+    "grad_norm",
+    "kl_forward",
+    "kl_reverse",
+    "entropy_student",
+    "entropy_teacher",
+)
 GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")
 NUM_ROWS = 8
 # Two decoder layers read deepstack features: both are on the first of two stages.
-SIZES = dict(num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=1024)
+SIZES = dict(
+    num_hidden_layers=4, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=1024
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +33,10 @@ def run(tiny_folder, tmp_path_factory):
     adapter = write_adapter(root / "adapter", model, rank=3, alpha=5.0)
     path, rows = write_rows(root, model)
     expected = reference_step(model, adapter, rows, sft_alpha=0.3)
-    expected["by"] = {"by_source": by(model, adapter, rows, "source"), "by_media": by(model, adapter, rows, "media_pair")}
+    expected["by"] = {
+        "by_source": by(model, adapter, rows, "source"),
+        "by_media": by(model, adapter, rows, "media_pair"),
+    }
     return dict(model=model, adapter=adapter, dataset=path, expected=expected)
 
 
@@ -34,9 +50,14 @@ def by(model, adapter, rows, column) -> dict[str, dict[str, float]]:
 
 
 def flags(run, output, *, dp=1, accumulation=1, **more):
-    sizes = dict(per_device_train_batch_size=NUM_ROWS // dp // accumulation, gradient_accumulation_steps=accumulation)
+    sizes = dict(
+        per_device_train_batch_size=NUM_ROWS // dp // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
     given = {name: run[name] for name in ("model", "adapter", "dataset")}
-    return arguments(output_dir=output, sft_alpha=0.3, **given, **(dict(max_steps=1) | sizes | more))
+    return arguments(
+        output_dir=output, sft_alpha=0.3, **given, **(dict(max_steps=1) | sizes | more)
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +72,10 @@ def flags(run, output, *, dp=1, accumulation=1, **more):
 )
 def test_step_parity(run, tmp_path, world_size, tp, pp, ep, accumulation, more):
     dp = world_size // tp // pp
-    run_training(world_size, flags(run, tmp_path, dp=dp, accumulation=accumulation, **layout_flags(tp, pp, ep), **more))
+    run_training(
+        world_size,
+        flags(run, tmp_path, dp=dp, accumulation=accumulation, **layout_flags(tp, pp, ep), **more),
+    )
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     for name in COMPARED:
         assert line[name] == pytest.approx(run["expected"][name], rel=1e-4), name
@@ -62,25 +86,41 @@ def test_step_parity(run, tmp_path, world_size, tp, pp, ep, accumulation, more):
         assert line[key].keys() == expected[key].keys()
         for name, means in expected[key].items():
             for metric, value in means.items():
-                assert line[key][name][metric] == pytest.approx(value, rel=1e-4), (key, name, metric)
+                assert line[key][name][metric] == pytest.approx(value, rel=1e-4), (
+                    key,
+                    name,
+                    metric,
+                )
 
 
 def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
-    """Two on-policy steps whose students hear and see, and evaluation after each; the same text, so the same numbers."""
+    """Two on-policy steps whose students hear and see, and evaluation after each; the same text, so
+    the same numbers.
+    """
     lines = {}
     for world_size, tp, pp, ep in ((1, 1, 1, 1), (2, 2, 1, 2), (4, 2, 2, 1), (2, 1, 1, 2)):
-        more = dict(lmbda=1, max_completion_length=6, max_steps=2, eval_steps=1, val_dataset=run["dataset"])
+        more = dict(
+            lmbda=1, max_completion_length=6, max_steps=2, eval_steps=1, val_dataset=run["dataset"]
+        )
         more |= dict(learning_rate=1e-3, per_device_eval_batch_size=3)
         dp, output = world_size // tp // pp, tmp_path / f"{world_size}-{tp}-{pp}"
-        run_training(world_size, flags(run, output, dp=dp, accumulation=2, **layout_flags(tp, pp, ep), **more))
+        run_training(
+            world_size,
+            flags(run, output, dp=dp, accumulation=2, **layout_flags(tp, pp, ep), **more),
+        )
         evaluations = read_lines(output / "eval.jsonl")
-        for name in COMPARED[:3] + COMPARED[4:]:  # before any training: what the reference says of all rows
+        for name in (
+            COMPARED[:3] + COMPARED[4:]
+        ):  # before any training: what the reference says of all rows
             if name != "loss":
                 assert evaluations[0][name] == pytest.approx(run["expected"][name], rel=1e-4), name
         assert evaluations[0]["by_source"].keys() == run["expected"]["by"]["by_source"].keys()
         lines[world_size, tp, pp] = read_lines(output / "metrics.jsonl") + evaluations
     first, *others = lines.values()
-    assert all(line["on_policy"] for line in first[:2]) and first[0]["num_tokens"] != run["expected"]["num_tokens"]
+    assert (
+        all(line["on_policy"] for line in first[:2])
+        and first[0]["num_tokens"] != run["expected"]["num_tokens"]
+    )
     for other in others:
         for mine, its in zip(first, other, strict=True):
             assert mine["num_tokens"] == its["num_tokens"]
@@ -89,16 +129,35 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
 
 
 def test_resuming_gives_the_same_bits(run, tmp_path):
-    more = dict(max_steps=4, save_steps=2, lmbda=0.5, max_completion_length=5, lora_dropout=0.1, learning_rate=1e-3)
+    more = dict(
+        max_steps=4,
+        save_steps=2,
+        lmbda=0.5,
+        max_completion_length=5,
+        lora_dropout=0.1,
+        learning_rate=1e-3,
+    )
     more |= dict(media_cache=tmp_path / "cache", save_total_limit=3, **layout_flags(tp=2, ep=2))
     run_training(
         2,
         flags(run, tmp_path / "whole", accumulation=2, **more),
         flags(run, tmp_path / "parts", accumulation=2, **more),
-        flags(run, tmp_path / "parts", accumulation=2, **more, resume_from_checkpoint=tmp_path / "parts" / "checkpoint-2"),
+        flags(
+            run,
+            tmp_path / "parts",
+            accumulation=2,
+            **more,
+            resume_from_checkpoint=tmp_path / "parts" / "checkpoint-2",
+        ),
     )
-    whole, parts = (stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
-    assert whole == parts and len(whole) == 4 and {line["on_policy"] for line in whole} == {True, False}
+    whole, parts = (
+        stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts")
+    )
+    assert (
+        whole == parts
+        and len(whole) == 4
+        and {line["on_policy"] for line in whole} == {True, False}
+    )
 
 
 def test_layouts_that_cannot_hold_deepstack_are_refused(run, tmp_path):

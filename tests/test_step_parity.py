@@ -1,8 +1,8 @@
-"""One step of the command line against one process of `transformers` (reference_step.py), at every kind of parallel
-layout.
+"""One step of the command line against one process of `transformers` (reference_step.py), at every
+kind of parallel layout.
 
-A case is a model, an adapter, rows and flags; each layout runs several cases on the same ranks. The numbers of
-metrics.jsonl are compared.
+A case is a model, an adapter, rows and flags; each layout runs several cases on the same ranks. The
+numbers of metrics.jsonl are compared.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from checkpoint_tools.thinker import decoder, load_peft
+from megatron_gkd.verify.reference import decoder, load_peft
 from tests.reference_step import (
     ATTENTION,
     EXPERTS,
@@ -27,17 +27,41 @@ from tests.reference_step import (
     reference_training,
     write_adapter,
 )
-from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, write_rows
+from tests.train_runs import (
+    SMALL,
+    arguments,
+    layout_flags,
+    make_rows,
+    read_lines,
+    run_training,
+    write_rows,
+)
 
 NUM_ROWS = 16
-COMPARED = ("loss", "jsd", "sft_loss", "grad_norm", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher")
-COUNTED = ("num_tokens", "top1_agreement", "token_accuracy")
-# Another decoder: tied head, no renormalisation of the routing weights, two key/value heads, a vocabulary that is no
-# multiple of anything.
-OTHER = dict(
-    num_hidden_layers=4, num_experts=16, num_experts_per_tok=4, num_key_value_heads=2, vocab_size=769, thinker_only=True
+COMPARED = (
+    "loss",
+    "jsd",
+    "sft_loss",
+    "grad_norm",
+    "kl_forward",
+    "kl_reverse",
+    "entropy_student",
+    "entropy_teacher",
 )
-OTHER |= dict(hidden_size=64, head_dim=16, moe_intermediate_size=24, tie_word_embeddings=True, seed=3)
+COUNTED = ("num_tokens", "top1_agreement", "token_accuracy")
+# Another decoder: tied head, no renormalisation of the routing weights, two key/value heads, a
+# vocabulary that is no multiple of anything.
+OTHER = dict(
+    num_hidden_layers=4,
+    num_experts=16,
+    num_experts_per_tok=4,
+    num_key_value_heads=2,
+    vocab_size=769,
+    thinker_only=True,
+)
+OTHER |= dict(
+    hidden_size=64, head_dim=16, moe_intermediate_size=24, tie_word_embeddings=True, seed=3
+)
 
 # name: (model, adapter, rows, settings of the reference, flags of the run)
 CASES = {
@@ -56,7 +80,13 @@ CASES = {
         dict(beta=0.9, temperature=1.0),
         dict(beta=0.1, beta_convention="paper", temperature=1),
     ),
-    "paper 0": ("small", "all", "teacher", dict(kind="forward_kl"), dict(beta=0, beta_convention="paper")),
+    "paper 0": (
+        "small",
+        "all",
+        "teacher",
+        dict(kind="forward_kl"),
+        dict(beta=0, beta_convention="paper"),
+    ),
     "paper 1": (
         "small",
         "experts",
@@ -79,15 +109,33 @@ CASES = {
         dict(divergence="reverse_kl", temperature=1, sft_alpha=0.5),
     ),
     "clip": ("small", "all", "teacher", dict(clip=1e-3), dict(divergence_clip=1e-3)),
-    "recompute": ("small", "all", "mixed", dict(sft_alpha=0.3), dict(recompute="full", sft_alpha=0.3)),
+    "recompute": (
+        "small",
+        "all",
+        "mixed",
+        dict(sft_alpha=0.3),
+        dict(recompute="full", sft_alpha=0.3),
+    ),
     "eager": ("small", "all", "teacher", {}, dict(attn_impl="eager")),
-    "lm_head": ("small", "head", "mixed", dict(sft_alpha=0.2, clip=1e-3), dict(sft_alpha=0.2, divergence_clip=1e-3)),
+    "lm_head": (
+        "small",
+        "head",
+        "mixed",
+        dict(sft_alpha=0.2, clip=1e-3),
+        dict(sft_alpha=0.2, divergence_clip=1e-3),
+    ),
     "one layer": ("small", "one layer", "mixed", dict(sft_alpha=0.3), dict(sft_alpha=0.3)),
     "a lower rank": ("small", "a lower rank", "teacher", {}, {}),
     "lm_head alone": ("small", "only head", "teacher", {}, {}),
     "only sft": ("small", "all", "plain", dict(sft_alpha=1.0), dict(sft_alpha=1)),
     "other": ("other", "all", "mixed", dict(sft_alpha=0.2), dict(sft_alpha=0.2)),
-    "other recompute": ("other", "experts", "teacher", dict(temperature=1.0), dict(recompute="full", temperature=1)),
+    "other recompute": (
+        "other",
+        "experts",
+        "teacher",
+        dict(temperature=1.0),
+        dict(recompute="full", temperature=1),
+    ),
 }
 TARGETS = {
     "all": ATTENTION + EXPERTS,
@@ -97,15 +145,27 @@ TARGETS = {
     "head": (*ATTENTION, "lm_head"),
     "only head": ("lm_head",),
 }
-RANKS = {"all": (3, 5.0), "attention": (4, 8.0), "experts": (5, 2.0), "some": (1, 1.0), "head": (3, 4.0), "only head": (2, 3.0)}
+RANKS = {
+    "all": (3, 5.0),
+    "attention": (4, 8.0),
+    "experts": (5, 2.0),
+    "some": (1, 1.0),
+    "head": (3, 4.0),
+    "only head": (2, 3.0),
+}
 
 
 def cut_adapter(adapter: str, folder: Path, cut, **settings) -> str:
-    """The adapter with `cut(name, tensor)` in place of its tensors (None leaves one out) and more settings."""
+    """The adapter with `cut(name, tensor)` in place of its tensors (None leaves one out) and more
+    settings.
+    """
     folder.mkdir()
     config = json.loads(Path(adapter, "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
-    tensors = {name: cut(name, tensor) for name, tensor in load_file(Path(adapter, "adapter_model.safetensors")).items()}
+    tensors = {
+        name: cut(name, tensor)
+        for name, tensor in load_file(Path(adapter, "adapter_model.safetensors")).items()
+    }
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return str(folder)
@@ -119,7 +179,9 @@ def rank_two(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def answered(folder: str, row: dict) -> dict:
-    """The row without a teacher view and with five tokens of the base model's own choice as its response."""
+    """The row without a teacher view and with five tokens of the base model's own choice as its
+    response.
+    """
     model, prompt = load_model(folder), row["input_ids"][: row["labels"].count(-100)]
     ids = list(prompt)
     with torch.no_grad():
@@ -132,23 +194,41 @@ def answered(folder: str, row: dict) -> dict:
 def folders(tiny_folder, tmp_path_factory):
     """Model, adapter and row files of the cases by name, and a place for runs."""
     root = tmp_path_factory.mktemp("parity")
-    models = {"small": tiny_folder(**SMALL), "other": tiny_folder(text_config=dict(norm_topk_prob=False), **OTHER)}
-    rows = {"teacher": make_rows(NUM_ROWS), "plain": make_rows(NUM_ROWS, with_teacher=False, seed=1)}
-    rows["mixed"] = [answered(models["small"], row) if i % 4 == 1 else row for i, row in enumerate(rows["teacher"])]
+    models = {
+        "small": tiny_folder(**SMALL),
+        "other": tiny_folder(text_config=dict(norm_topk_prob=False), **OTHER),
+    }
+    rows = {
+        "teacher": make_rows(NUM_ROWS),
+        "plain": make_rows(NUM_ROWS, with_teacher=False, seed=1),
+    }
+    rows["mixed"] = [
+        answered(models["small"], row) if i % 4 == 1 else row
+        for i, row in enumerate(rows["teacher"])
+    ]
     adapters = {
         (model, name): write_adapter(
-            root / f"{model}-{name}", folder, rank=RANKS[name][0], alpha=RANKS[name][1], targets=targets
+            root / f"{model}-{name}",
+            folder,
+            rank=RANKS[name][0],
+            alpha=RANKS[name][1],
+            targets=targets,
         )
         for model, folder in models.items()
         for name, targets in TARGETS.items()
     }
     whole, rank, alpha = adapters["small", "all"], *RANKS["all"]
     adapters["small", "one layer"] = cut_adapter(
-        whole, root / "one layer", lambda name, tensor: tensor if ".layers.1." in name else None, layers_to_transform=[1]
+        whole,
+        root / "one layer",
+        lambda name, tensor: tensor if ".layers.1." in name else None,
+        layers_to_transform=[1],
     )
     pattern = r"layers\.1\.self_attn\.v_proj"
     settings = dict(rank_pattern={pattern: 2}, alpha_pattern={pattern: 2 * alpha / rank})
-    adapters["small", "a lower rank"] = cut_adapter(whole, root / "a lower rank", rank_two, **settings)
+    adapters["small", "a lower rank"] = cut_adapter(
+        whole, root / "a lower rank", rank_two, **settings
+    )
     files = {name: write_rows(root / f"{name}.jsonl", content) for name, content in rows.items()}
     return dict(root=root, models=models, rows=rows, adapters=adapters, files=files, expected={})
 
@@ -158,13 +238,18 @@ def expected(folders, name: str) -> dict:
     if name not in folders["expected"]:
         model, adapter, rows, settings, _ = CASES[name]
         values = reference_step(
-            folders["models"][model], folders["adapters"][model, adapter], folders["rows"][rows], **settings
+            folders["models"][model],
+            folders["adapters"][model, adapter],
+            folders["rows"][rows],
+            **settings,
         )
         folders["expected"][name] = values
     return folders["expected"][name]
 
 
-def case_arguments(folders, name: str, output: Path, *, dp: int = 1, accumulation: int = 1, **flags) -> list[str]:
+def case_arguments(
+    folders, name: str, output: Path, *, dp: int = 1, accumulation: int = 1, **flags
+) -> list[str]:
     """Flags of a case such that one step takes all NUM_ROWS rows."""
     model, adapter, rows, _, own = CASES[name]
     return arguments(
@@ -190,10 +275,15 @@ def check(folders, name: str, output: Path, relative: float = 1e-4) -> None:
     assert line["skipped_steps"] == 0 and line["on_policy"] is False
 
 
-def run_cases(folders, tmp_path, names, world_size: int, tp: int, pp: int, ep: int, accumulation: int) -> None:
+def run_cases(
+    folders, tmp_path, names, world_size: int, tp: int, pp: int, ep: int, accumulation: int
+) -> None:
     dp = world_size // tp // pp
     flags = layout_flags(tp, pp, ep)
-    runs = [case_arguments(folders, name, tmp_path / name, dp=dp, accumulation=accumulation, **flags) for name in names]
+    runs = [
+        case_arguments(folders, name, tmp_path / name, dp=dp, accumulation=accumulation, **flags)
+        for name in names
+    ]
     run_training(world_size, *runs)
     for name in names:
         check(folders, name, tmp_path / name)
@@ -205,7 +295,9 @@ def test_reference_adapter_is_peft(folders):
     folder, adapter = folders["models"]["small"], folders["adapters"]["small", "all"]
     base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model = load_peft(base, adapter).eval()
-    assert all(value.any() for name, value in decoder(base).named_parameters() if ".lora_B." in name)
+    assert all(
+        value.any() for name, value in decoder(base).named_parameters() if ".lora_B." in name
+    )
     reference = load_model(folder)
     tensors, scale = read_adapter(adapter)
     ids = folders["rows"]["teacher"][2]["input_ids"]
@@ -220,14 +312,36 @@ def test_reference_adapter_is_peft(folders):
 
 def test_one_rank_all_cases(folders, tmp_path):
     run_cases(folders, tmp_path, list(CASES), 1, 1, 1, 1, accumulation=2)
-    assert 0 < expected(folders, "guide")["top1_agreement"] < 1 and 0 < expected(folders, "guide")["token_accuracy"] < 1
-    assert expected(folders, "clip")["jsd"] < 0.9 * expected(folders, "plain")["jsd"]  # entries were clipped
+    assert (
+        0 < expected(folders, "guide")["top1_agreement"] < 1
+        and 0 < expected(folders, "guide")["token_accuracy"] < 1
+    )
+    assert (
+        expected(folders, "clip")["jsd"] < 0.9 * expected(folders, "plain")["jsd"]
+    )  # entries were clipped
 
 
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep, accumulation, names",
     [
-        (2, 2, 1, 1, 1, ["guide", "paper", "forward", "only sft", "other", "lm_head", "lm_head alone", "one layer", "a lower rank"]),
+        (
+            2,
+            2,
+            1,
+            1,
+            1,
+            [
+                "guide",
+                "paper",
+                "forward",
+                "only sft",
+                "other",
+                "lm_head",
+                "lm_head alone",
+                "one layer",
+                "a lower rank",
+            ],
+        ),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
         (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
@@ -245,7 +359,9 @@ def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names)
     "tp, pp, ep, accumulation, names",
     [
         pytest.param(8, 1, 8, 2, ["guide", "paper", "recompute", "other"], marks=pytest.mark.smoke),
-        pytest.param(2, 2, 4, 2, ["guide", "recompute", "forward", "other"], marks=pytest.mark.smoke),
+        pytest.param(
+            2, 2, 4, 2, ["guide", "recompute", "forward", "other"], marks=pytest.mark.smoke
+        ),
         (4, 1, 8, 2, ["guide", "paper 1", "other recompute"]),
         (1, 1, 8, 2, ["guide", "recompute"]),
         (2, 4, 1, 4, ["other", "other recompute"]),
@@ -277,7 +393,9 @@ def test_torchrun(folders, tmp_path):
 
 
 def test_bfloat16_base(folders, tiny_folder, tmp_path):
-    """bf16 rounds activations, not the loss: a few per cent. The reference has the same bf16 weights in float64."""
+    """bf16 rounds activations, not the loss: a few per cent. The reference has the same bf16
+    weights in float64.
+    """
     folder = tiny_folder(torch_dtype="bfloat16", **SMALL)
     adapter = folders["adapters"]["small", "all"]
     reference = reference_step(folder, adapter, folders["rows"]["mixed"])
@@ -302,16 +420,29 @@ def test_bfloat16_base(folders, tiny_folder, tmp_path):
         assert line["num_tokens"] == reference["num_tokens"]
 
 
-EPSILON = 1e-6  # with AdamW's usual 1e-8 an entry whose gradients almost cancel moves by their rounding
+EPSILON = (
+    1e-6  # with AdamW's usual 1e-8 an entry whose gradients almost cancel moves by their rounding
+)
 
 
 @lru_cache
-def four_steps(model: str, adapter: str, rows: str, max_grad_norm: float) -> tuple[dict, list[float], list[float]]:
-    """The reference's adapter, gradient norms and learning rates of `test_adapter_after_four_steps`."""
+def four_steps(
+    model: str, adapter: str, rows: str, max_grad_norm: float
+) -> tuple[dict, list[float], list[float]]:
+    """The reference's adapter, gradient norms and learning rates of
+    `test_adapter_after_four_steps`.
+    """
     rates = [0.01, 0.01, 0.0075, 0.0025]  # one step of warm-up, then half a cosine over three
     batches = [[json.loads(line) for line in Path(rows).read_text().splitlines()]] * 4
     tensors, norms = reference_training(
-        model, adapter, batches, rates, max_grad_norm=max_grad_norm, weight_decay=0.1, epsilon=EPSILON, sft_alpha=0.3
+        model,
+        adapter,
+        batches,
+        rates,
+        max_grad_norm=max_grad_norm,
+        weight_decay=0.1,
+        epsilon=EPSILON,
+        sft_alpha=0.3,
     )
     return tensors, norms, rates
 
@@ -321,9 +452,14 @@ def four_steps(model: str, adapter: str, rows: str, max_grad_norm: float) -> tup
     [(1, 1, 1, 1, 1e9), (2, 2, 1, 2, 0.3), (4, 2, 2, 2, 0.3), (4, 2, 1, 4, 1e9), (8, 8, 1, 8, 0.3)],
 )
 def test_adapter_after_four_steps(folders, tmp_path, world_size, tp, pp, ep, max_grad_norm):
-    """Clipping, AdamW and the learning rate: the saved adapter is torch's, from the reference's gradients. Every step
-    takes all rows."""
-    model, adapter, rows = folders["models"]["small"], folders["adapters"]["small", "all"], folders["files"]["mixed"]
+    """Clipping, AdamW and the learning rate: the saved adapter is torch's, from the reference's
+    gradients. Every step takes all rows.
+    """
+    model, adapter, rows = (
+        folders["models"]["small"],
+        folders["adapters"]["small", "all"],
+        folders["files"]["mixed"],
+    )
     argv = arguments(
         model=model,
         adapter=adapter,
@@ -344,9 +480,12 @@ def test_adapter_after_four_steps(folders, tmp_path, world_size, tp, pp, ep, max
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-12)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
-    assert all((norm > max_grad_norm) == (max_grad_norm < 1) for norm in norms)  # clipped always, or never
+    assert all(
+        (norm > max_grad_norm) == (max_grad_norm < 1) for norm in norms
+    )  # clipped always, or never
     start, saved = (
-        load_file(Path(folder, "adapter_model.safetensors")) for folder in (adapter, tmp_path / "checkpoint-4")
+        load_file(Path(folder, "adapter_model.safetensors"))
+        for folder in (adapter, tmp_path / "checkpoint-4")
     )
     assert saved.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
-"""Runs of the command line: what they write, what they refuse, on-policy steps, bad steps, and what stays equal on all
-ranks."""
+"""Runs of the command line: what they write, what they refuse, on-policy steps, bad steps, and what
+stays equal on all ranks.
+"""
 
 import contextlib
 import hashlib
@@ -13,13 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools.thinker import decoder
 from megatron_gkd import flags, parallel, train
 from megatron_gkd.lora.targets import LINEARS
 from megatron_gkd.train import draw, main
+from megatron_gkd.verify.reference import decoder
 from tests.ranks import run_ranks
 from tests.reference_step import load_model, read_adapter, reference_step, write_adapter
-from tests.train_runs import SMALL, arguments, layout_flags, make_rows, read_lines, run_training, stable, write_rows
+from tests.train_runs import (
+    SMALL,
+    arguments,
+    layout_flags,
+    make_rows,
+    read_lines,
+    run_training,
+    stable,
+    write_rows,
+)
 
 TIMES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time", "step_time")
 METRICS = {
@@ -43,7 +53,14 @@ METRICS |= {
     "token_accuracy",
     "skipped_steps",
 }
-METRICS |= {"response_length", "cut_tokens", "truncated_responses", "peak_memory_gib", "tokens_per_second", *TIMES}
+METRICS |= {
+    "response_length",
+    "cut_tokens",
+    "truncated_responses",
+    "peak_memory_gib",
+    "tokens_per_second",
+    *TIMES,
+}
 GREEDY = dict(rollout_temperature=0, repetition_penalty=1, max_completion_length=6)
 
 
@@ -66,7 +83,11 @@ def data(tiny_folder, tmp_path_factory):
 def flags_of_run(data, output: Path, **flags) -> list[str]:
     """Steps of all 8 rows on one rank, fresh LoRA."""
     settings = dict(
-        model=data["model"], dataset=data["dataset"], output_dir=output, per_device_train_batch_size=8, max_steps=3
+        model=data["model"],
+        dataset=data["dataset"],
+        output_dir=output,
+        per_device_train_batch_size=8,
+        max_steps=3,
     )
     return arguments(**(settings | flags))
 
@@ -79,18 +100,34 @@ def error_of_run(world_size: int, argv: list[str]) -> str:
 
 
 def test_run_folder(data, tmp_path):
-    """Names of metrics, run.json, eval.jsonl before the first step, in between and at the end; the lines that
-    --logging_steps asks for."""
-    flags = dict(val_dataset=data["val_dataset"], eval_steps=3, logging_steps=2, save_steps=100, tensorboard=True)
-    flags |= dict(max_steps=None, num_train_epochs=6.9, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    """Names of metrics, run.json, eval.jsonl before the first step, in between and at the end; the
+    lines that --logging_steps asks for.
+    """
+    flags = dict(
+        val_dataset=data["val_dataset"],
+        eval_steps=3,
+        logging_steps=2,
+        save_steps=100,
+        tensorboard=True,
+    )
+    flags |= dict(
+        max_steps=None,
+        num_train_epochs=6.9,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
     said = run_training(2, flags_of_run(data, tmp_path, **flags))
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 7]
     assert all(set(line) == METRICS for line in lines)
-    assert all(sum(line[name] for name in TIMES[:-1]) == pytest.approx(line["step_time"]) for line in lines)
+    assert all(
+        sum(line[name] for name in TIMES[:-1]) == pytest.approx(line["step_time"]) for line in lines
+    )
     assert [line["epoch"] for line in lines] == [line["step"] for line in lines]
     tokens = sum(len(row["labels"]) - row["labels"].count(-100) for row in data["rows"])
-    assert {line["num_tokens"] for line in lines} == {tokens} and lines[0]["response_length"] == tokens / 8
+    assert {line["num_tokens"] for line in lines} == {tokens} and lines[0][
+        "response_length"
+    ] == tokens / 8
     evaluations = read_lines(tmp_path / "eval.jsonl")
     assert [line["step"] for line in evaluations] == [0, 3, 6, 7]
     assert {
@@ -108,12 +145,22 @@ def test_run_folder(data, tmp_path):
     assert run["layout"] == {"world_size": 2, "tp": 1, "pp": 1, "dp": 2, "ep": 1}
     saved = load_file(tmp_path / "checkpoint-7" / "adapter_model.safetensors")
     thinker = load_model(data["model"]).model
-    base = sum(weight.numel() for part in (decoder(thinker), thinker.lm_head) for weight in part.parameters())
+    base = sum(
+        weight.numel()
+        for part in (decoder(thinker), thinker.lm_head)
+        for weight in part.parameters()
+    )
     trainable = sum(tensor.numel() for tensor in saved.values())
     assert run["parameters"] == {"trainable": trainable, "total": base + trainable}
-    assert run["config"]["train"]["max_steps"] == 7 and {"torch", "megatron-core"} <= set(run["versions"])
+    assert run["config"]["train"]["max_steps"] == 7 and {"torch", "megatron-core"} <= set(
+        run["versions"]
+    )
     lora = run["config"]["lora"]
-    assert (lora["lora_rank"], lora["lora_alpha"], lora["lora_target_modules"]) == (8, 16.0, list(LINEARS))
+    assert (lora["lora_rank"], lora["lora_alpha"], lora["lora_target_modules"]) == (
+        8,
+        16.0,
+        list(LINEARS),
+    )
     assert "Settings:" in said and "lora_rank=8 lora_alpha=16.0 " in said and "max_steps=7" in said
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -131,7 +178,9 @@ def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
         max_steps=1,
         lora_dropout=0.3,
     )
-    flags |= dict(per_device_train_batch_size=2, learning_rate=0, sft_alpha=0.2) | layout_flags(tp, pp, ep)
+    flags |= dict(per_device_train_batch_size=2, learning_rate=0, sft_alpha=0.2) | layout_flags(
+        tp, pp, ep
+    )
     run_training(world_size, flags_of_run(data, tmp_path, **flags))
     expected = reference_step(data["model"], data["adapter"], data["evaluation"], sft_alpha=0.2)
     for line in read_lines(tmp_path / "eval.jsonl"):
@@ -150,9 +199,19 @@ def test_on_policy_steps(data, tmp_path):
     """lmbda as a number and as a schedule; cross-entropy is for the data set's own responses."""
     cases = {"never": "0", "always": "1", "half": "0.5", "schedule": "0:0,3:1,5:0.5"}
     flags = dict(
-        max_steps=8, sft_alpha=0.5, max_completion_length=4, per_device_train_batch_size=2, lora_dropout=0.1
+        max_steps=8,
+        sft_alpha=0.5,
+        max_completion_length=4,
+        per_device_train_batch_size=2,
+        lora_dropout=0.1,
     ) | layout_flags(tp=2, ep=2)
-    run_training(2, *[flags_of_run(data, tmp_path / name, lmbda=lmbda, **flags) for name, lmbda in cases.items()])
+    run_training(
+        2,
+        *[
+            flags_of_run(data, tmp_path / name, lmbda=lmbda, **flags)
+            for name, lmbda in cases.items()
+        ],
+    )
     drawn = [draw(42, step) < 0.5 for step in range(8)]
     assert len(set(drawn)) == 2
     expected = {
@@ -172,7 +231,9 @@ def test_on_policy_steps(data, tmp_path):
             if line["on_policy"]:
                 assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
             else:
-                assert line["loss"] == pytest.approx(0.5 * line["jsd"] + 0.5 * line["sft_loss"], rel=1e-6)
+                assert line["loss"] == pytest.approx(
+                    0.5 * line["jsd"] + 0.5 * line["sft_loss"], rel=1e-6
+                )
 
 
 def written_rows(data, teacher_writes: bool) -> list[dict]:
@@ -183,21 +244,31 @@ def written_rows(data, teacher_writes: bool) -> list[dict]:
     with torch.no_grad():
         weights = None if teacher_writes else model.with_lora(adapter, scale)
         for row in data["rows"]:
-            prompt = row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != -100)]
+            prompt = row["input_ids"][
+                : next(i for i, label in enumerate(row["labels"]) if label != -100)
+            ]
             text = list(row["teacher_input_ids"] if teacher_writes else prompt)
             response = []
             while len(response) < GREEDY["max_completion_length"] and not set(response) & set(
                 stops if isinstance(stops, list) else [stops]
             ):
                 response.append(int(model.logits(text + response, weights)[-1].argmax()))
-            rows.append(row | {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+            rows.append(
+                row | {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+            )
     return rows
 
 
-@pytest.mark.parametrize("writer, flags", [("student", dict(lmbda=1)), ("teacher", dict(lmbda=0, seq_kd=True))])
+@pytest.mark.parametrize(
+    "writer, flags", [("student", dict(lmbda=1)), ("teacher", dict(lmbda=0, seq_kd=True))]
+)
 def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
-    """Greedy on-policy steps, and --seq_kd: the numbers are those of rows whose responses the reference model wrote."""
-    expected = reference_step(data["model"], data["adapter"], written_rows(data, writer == "teacher"))
+    """Greedy on-policy steps, and --seq_kd: the numbers are those of rows whose responses the
+    reference model wrote.
+    """
+    expected = reference_step(
+        data["model"], data["adapter"], written_rows(data, writer == "teacher")
+    )
     for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 2, 1, 4), (4, 2, 2, 2)]:
         own = (
             flags
@@ -206,7 +277,8 @@ def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
             | dict(per_device_train_batch_size=8 * tp * pp // world_size, sft_alpha=0.4)
         )
         run_training(
-            world_size, flags_of_run(data, tmp_path / f"{tp}{pp}", adapter=data["adapter"], max_steps=1, **own)
+            world_size,
+            flags_of_run(data, tmp_path / f"{tp}{pp}", adapter=data["adapter"], max_steps=1, **own),
         )
         (line,) = read_lines(tmp_path / f"{tp}{pp}" / "metrics.jsonl")
         assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
@@ -218,15 +290,32 @@ def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
 
 
 def test_nothing_to_learn_is_refused(data, tmp_path):
-    """Same view, no cross-entropy that counts: LoRA would never move. With --allow_zero_signal it runs, and indeed
-    nothing moves."""
-    for flags in [{}, dict(sft_alpha=0.5, lmbda=1), dict(sft_alpha=0.5, seq_kd=True, lmbda=0.3), dict(sft_alpha=0.5, lmbda="0:1,99:0")]:
+    """Same view, no cross-entropy that counts: LoRA would never move. With --allow_zero_signal it
+    runs, and indeed nothing moves.
+    """
+    for flags in [
+        {},
+        dict(sft_alpha=0.5, lmbda=1),
+        dict(sft_alpha=0.5, seq_kd=True, lmbda=0.3),
+        dict(sft_alpha=0.5, lmbda="0:1,99:0"),
+    ]:
         message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], **flags))
-        assert "nothing to learn" in message and "teacher_messages" in message and "--allow_zero_signal" in message
-    message = error_of_run(1, flags_of_run(data, tmp_path, dataset=data["plain"], adapter=data["adapter"]))
-    assert f"from the LoRA of {data['adapter']} back to the base model" in message and "fresh LoRA" not in message
+        assert (
+            "nothing to learn" in message
+            and "teacher_messages" in message
+            and "--allow_zero_signal" in message
+        )
+    message = error_of_run(
+        1, flags_of_run(data, tmp_path, dataset=data["plain"], adapter=data["adapter"])
+    )
+    assert (
+        f"from the LoRA of {data['adapter']} back to the base model" in message
+        and "fresh LoRA" not in message
+    )
     assert not (tmp_path / "metrics.jsonl").exists()
-    run_training(1, flags_of_run(data, tmp_path / "sft", dataset=data["plain"], sft_alpha=0.5, max_steps=1))
+    run_training(
+        1, flags_of_run(data, tmp_path / "sft", dataset=data["plain"], sft_alpha=0.5, max_steps=1)
+    )
     assert read_lines(tmp_path / "sft" / "metrics.jsonl")[0]["grad_norm"] > 0
 
     for dtype, layout in [("float32", layout_flags()), ("bfloat16", layout_flags(tp=2, ep=2))]:
@@ -239,7 +328,9 @@ def test_nothing_to_learn_is_refused(data, tmp_path):
             learning_rate=0.1,
         )
         flags |= dict(torch_dtype=dtype, lmbda=0.5, max_completion_length=3) | layout
-        run_training(layout["tensor_model_parallel_size"], flags_of_run(data, tmp_path / dtype, **flags))
+        run_training(
+            layout["tensor_model_parallel_size"], flags_of_run(data, tmp_path / dtype, **flags)
+        )
         for line in read_lines(tmp_path / dtype / "metrics.jsonl"):
             assert (
                 line["loss"] == line["jsd"] == line["grad_norm"] == 0
@@ -247,7 +338,8 @@ def test_nothing_to_learn_is_refused(data, tmp_path):
                 and line["skipped_steps"] == 0
             )
         first, last = (
-            load_file(tmp_path / dtype / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 3)
+            load_file(tmp_path / dtype / f"checkpoint-{step}" / "adapter_model.safetensors")
+            for step in (1, 3)
         )
         assert all(torch.equal(first[name], last[name]) for name in first)
         assert not any(last[name].any() for name in last if ".lora_B." in name)
@@ -283,21 +375,31 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--model", "m", "--dataset", "d", "--device", "cpu"])
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "megatron_gkd: error (rank 9): rows.jsonl is not on this node\n"
+    assert (
+        capsys.readouterr().err == "megatron_gkd: error (rank 9): rows.jsonl is not on this node\n"
+    )
 
 
 def hashes(parts) -> tuple[dict, dict]:
-    """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters by name."""
+    """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
+    by name.
+    """
     from megatron_gkd.lora.adapter import adapter_pieces
 
     def digest(tensor):
-        return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
 
     trained = {
         (piece.name, str(piece.index)): digest(piece.target)
-        for piece in adapter_pieces(parts.model, parts.shape, parts.parallel)
+        for piece in adapter_pieces(parts.model, parts.model_args, parts.parallel)
     }
-    return trained, {name: digest(value) for name, value in parts.model.named_parameters() if not value.requires_grad}
+    return trained, {
+        name: digest(value)
+        for name, value in parts.model.named_parameters()
+        if not value.requires_grad
+    }
 
 
 def _watched(rank, world_size, argv):
@@ -307,8 +409,8 @@ def _watched(rank, world_size, argv):
     parallel.destroy = lambda: None
     build, kept = train.build, {}
 
-    def build_and_keep(config, shape, layout, **towers):
-        kept["parts"] = build(config, shape, layout, **towers)
+    def build_and_keep(config, model_args, layout, **towers):
+        kept["parts"] = build(config, model_args, layout, **towers)
         kept["parts"].parallel = layout
         kept["before"] = hashes(kept["parts"])
         return kept["parts"]
@@ -323,16 +425,26 @@ def _watched(rank, world_size, argv):
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep", [pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke), (8, 4, 1, 8), (4, 2, 2, 1)]
+    "world_size, tp, pp, ep",
+    [pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke), (8, 4, 1, 8), (4, 2, 2, 1)],
 )
 def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep):
-    """Twenty steps with dropout and on-policy text: every copy of an adapter weight has the same bits on all ranks that
-    hold one; no frozen weight has changed."""
+    """Twenty steps with dropout and on-policy text: every copy of an adapter weight has the same
+    bits on all ranks that hold one; no frozen weight has changed.
+    """
     flags = dict(
-        max_steps=20, lora_dropout=0.2, learning_rate=0.01, torch_dtype="bfloat16", lmbda=0.2, max_completion_length=4
+        max_steps=20,
+        lora_dropout=0.2,
+        learning_rate=0.01,
+        torch_dtype="bfloat16",
+        lmbda=0.2,
+        max_completion_length=4,
     )
     flags |= dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=100, logging_steps=20
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_steps=100,
+        logging_steps=20,
     ) | layout_flags(tp, pp, ep)
     results = run_ranks(_watched, world_size, flags_of_run(data, tmp_path, **flags))
     after, copies = {}, 0
@@ -346,8 +458,10 @@ def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, 
 
 
 def _poisoned(rank, world_size, argv, where, steps):
-    """In these steps NaN enters the last replica's loss, or Inf a gradient of the last rank alone, before the reduction
-    or ("memory") after it; returns the steps that left this rank's LoRA as it was."""
+    """In these steps NaN enters the last replica's loss, or Inf a gradient of the last rank alone,
+    before the reduction or ("memory") after it; returns the steps that left this rank's LoRA as it
+    was.
+    """
     from megatron_gkd import forward, optimizer, parallel, train
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
@@ -361,9 +475,9 @@ def _poisoned(rank, world_size, argv, where, steps):
 
     def put_inf(model, name):
         if number[0] in steps and rank == world_size - 1:
-            next(p for n, p in model.named_parameters() if p.requires_grad and name in n).main_grad.view(-1)[0] = (
-                math.inf
-            )
+            next(
+                p for n, p in model.named_parameters() if p.requires_grad and name in n
+            ).main_grad.view(-1)[0] = math.inf
 
     def add_nan(sums, output, batch):
         add(sums, output, batch)
@@ -386,21 +500,36 @@ def _poisoned(rank, world_size, argv, where, steps):
         return result
 
     number[0] = 1
-    forward.TokenSums.add, forward.finalize_model_grads, optimizer.Optimizer.step = add_nan, finalize_poisoned, watch
+    forward.TokenSums.add, forward.finalize_model_grads, optimizer.Optimizer.step = (
+        add_nan,
+        finalize_poisoned,
+        watch,
+    )
     train.main(argv)
     return stayed
 
 
 @pytest.mark.parametrize("where", ["loss", "linear_qkv", "experts", "memory"])
 def test_bad_steps_are_skipped(data, tmp_path, where):
-    """On all ranks, counted, logged as null whatever --logging_steps; good steps in between begin the count anew."""
+    """On all ranks, counted, logged as null whatever --logging_steps; good steps in between begin
+    the count anew.
+    """
     flags = dict(
-        max_steps=6, max_bad_steps=2, logging_steps=100, per_device_train_batch_size=2, learning_rate=0.01
+        max_steps=6,
+        max_bad_steps=2,
+        logging_steps=100,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
     ) | layout_flags(tp=2, ep=2)
     results = run_ranks(_poisoned, 4, flags_of_run(data, tmp_path, **flags), where, [2, 4])
     assert results == [[2, 4]] * 4
     lines = read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line["skipped_steps"]) for line in lines] == [(1, 0), (2, 1), (4, 2), (6, 2)]
+    assert [(line["step"], line["skipped_steps"]) for line in lines] == [
+        (1, 0),
+        (2, 1),
+        (4, 2),
+        (6, 2),
+    ]
     if where != "memory":  # else rank 0, which writes, has only good numbers
         assert [line["loss" if where == "loss" else "grad_norm"] for line in lines].count(None) == 2
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
@@ -409,15 +538,30 @@ def test_bad_steps_are_skipped(data, tmp_path, where):
 
 @pytest.mark.parametrize("lmbda", [0, 1])
 def test_too_many_bad_steps(data, tmp_path, lmbda):
-    """An adapter that overflows, in training or while it writes: every step is bad, and the run ends with what to try."""
+    """An adapter that overflows, in training or while it writes: every step is bad, and the run
+    ends with what to try.
+    """
     adapter = tmp_path / "adapter"
     shutil.copytree(data["adapter"], adapter)
     path = adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1e30 for name, tensor in load_file(path).items()}, path)
     message = error_of_run(
-        2, flags_of_run(data, tmp_path, adapter=adapter, max_bad_steps=3, max_steps=20, lmbda=lmbda, **layout_flags(tp=2))
+        2,
+        flags_of_run(
+            data,
+            tmp_path,
+            adapter=adapter,
+            max_bad_steps=3,
+            max_steps=20,
+            lmbda=lmbda,
+            **layout_flags(tp=2),
+        ),
     )
-    assert "3 steps in a row" in message and "--max_bad_steps 3" in message and "There is no checkpoint yet" in message
+    assert (
+        "3 steps in a row" in message
+        and "--max_bad_steps 3" in message
+        and "There is no checkpoint yet" in message
+    )
     assert "No step was good: look for NaN and Inf in the weights" in message
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3] and lines[0]["loss"] is None
@@ -425,16 +569,26 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
 
 
 def test_bad_steps_push_no_checkpoint_out(data, tmp_path):
-    """One update that ruins the weights and is saved, and every step after it is bad: what was saved before it stays, is
-    named, and trains on."""
-    flags = dict(save_steps=1, save_total_limit=1, warmup_ratio=0, lr_scheduler_type="constant", max_bad_steps=3)
+    """One update that ruins the weights and is saved, and every step after it is bad: what was
+    saved before it stays, is named, and trains on.
+    """
+    flags = dict(
+        save_steps=1,
+        save_total_limit=1,
+        warmup_ratio=0,
+        lr_scheduler_type="constant",
+        max_bad_steps=3,
+    )
     run_training(1, flags_of_run(data, tmp_path, max_steps=2, learning_rate=0.001, **flags))
     ruinous = flags | dict(max_steps=30, learning_rate=1e19, resume_from_checkpoint="latest")
     message = error_of_run(1, flags_of_run(data, tmp_path, **ruinous))
     last_good = len(read_lines(tmp_path / "metrics.jsonl")) - 3
     sound, ruined = (tmp_path / f"checkpoint-{step}" for step in (last_good - 1, last_good))
     assert sorted(tmp_path.glob("checkpoint-*")) == [sound, ruined]
-    assert f"{ruined} was written right after the last good step" in message and f"{sound} is from before" in message
+    assert (
+        f"{ruined} was written right after the last good step" in message
+        and f"{sound} is from before" in message
+    )
     assert "Try a lower --learning_rate" in message
     on = flags | dict(max_steps=last_good + 2, learning_rate=0.001, resume_from_checkpoint=sound)
     run_training(1, flags_of_run(data, tmp_path, **on))
@@ -464,9 +618,15 @@ def _writes_badly(rank, world_size, argv, steps):
 
 def test_a_rank_that_writes_badly_skips_the_step_of_all(data, tmp_path):
     """Replicas write apart from each other: the good one must not wait for the other for ever."""
-    flags = dict(max_steps=4, max_bad_steps=2, per_device_train_batch_size=4, logging_steps=100, lmbda=1)
-    said = run_ranks(_writes_badly, 2, flags_of_run(data, tmp_path, max_completion_length=3, **flags), [0, 2])
-    assert "Step 1 is skipped: rollout: not finite for row 7" in said[0] and "skipped" not in said[1]
+    flags = dict(
+        max_steps=4, max_bad_steps=2, per_device_train_batch_size=4, logging_steps=100, lmbda=1
+    )
+    said = run_ranks(
+        _writes_badly, 2, flags_of_run(data, tmp_path, max_completion_length=3, **flags), [0, 2]
+    )
+    assert (
+        "Step 1 is skipped: rollout: not finite for row 7" in said[0] and "skipped" not in said[1]
+    )
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["skipped_steps"], line["num_tokens"] > 0) for line in lines] == [
         (1, 1, False),
@@ -474,27 +634,44 @@ def test_a_rank_that_writes_badly_skips_the_step_of_all(data, tmp_path):
         (4, 2, True),
     ]
     assert all(set(line) == METRICS for line in lines)
-    assert [line["loss"] is None for line in lines] == [line["student_time"] == 0 for line in lines] == [True, True, False]
+    assert (
+        [line["loss"] is None for line in lines]
+        == [line["student_time"] == 0 for line in lines]
+        == [True, True, False]
+    )
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert (state["num_updates"], state["skipped_steps"], state["bad_in_a_row"]) == (2, 2, 0)
 
 
 @pytest.mark.smoke
 def test_float16(data, tmp_path):
-    """Trains to what float32 trains to; an overflow is skipped and lowers the scale but is no bad step; the scale comes
-    back on resume."""
+    """Trains to what float32 trains to; an overflow is skipped and lowers the scale but is no bad
+    step; the scale comes back on resume.
+    """
     flags = dict(
-        adapter=data["adapter"], max_steps=4, save_steps=2, save_total_limit=9, learning_rate=0.001, warmup_ratio=0
+        adapter=data["adapter"],
+        max_steps=4,
+        save_steps=2,
+        save_total_limit=9,
+        learning_rate=0.001,
+        warmup_ratio=0,
     ) | layout_flags(tp=2, ep=2)
     half = flags | dict(torch_dtype="float16", max_bad_steps=1)
     run_ranks(_poisoned, 2, flags_of_run(data, tmp_path / "half", **half), "experts", [1])
     run_training(2, flags_of_run(data, tmp_path / "full", **flags))
-    lines, expected = read_lines(tmp_path / "half" / "metrics.jsonl"), read_lines(tmp_path / "full" / "metrics.jsonl")
+    lines, expected = (
+        read_lines(tmp_path / "half" / "metrics.jsonl"),
+        read_lines(tmp_path / "full" / "metrics.jsonl"),
+    )
     assert [line["skipped_steps"] for line in lines] == [1] * 4
     assert lines[1]["loss"] == pytest.approx(expected[0]["loss"], rel=0.01)
     assert lines[1]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=0.02)
     state = json.loads((tmp_path / "half" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert (state["loss_scale"]["scale"], state["num_updates"], state["bad_in_a_row"]) == (2.0**15, 1, 0)
+    assert (state["loss_scale"]["scale"], state["num_updates"], state["bad_in_a_row"]) == (
+        2.0**15,
+        1,
+        0,
+    )
     shutil.copytree(tmp_path / "half", tmp_path / "resumed")
     resume = half | dict(resume_from_checkpoint=tmp_path / "half" / "checkpoint-2")
     run_training(2, flags_of_run(data, tmp_path / "resumed", **resume))
@@ -509,9 +686,18 @@ def test_float16(data, tmp_path):
 def test_recompute_trains_the_same(data, tmp_path):
     """With dropout and accumulation, at PP and TP: the same losses and gradient norms."""
     flags = dict(
-        lora_dropout=0.2, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=0.003
+        lora_dropout=0.2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=0.003,
     ) | layout_flags(tp=2, pp=2, ep=2)
-    run_training(4, *[flags_of_run(data, tmp_path / name, recompute=name, **flags) for name in ("none", "full")])
+    run_training(
+        4,
+        *[
+            flags_of_run(data, tmp_path / name, recompute=name, **flags)
+            for name in ("none", "full")
+        ],
+    )
     plain, recomputed = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("none", "full"))
     for line, expected in zip(recomputed, plain, strict=True):
         for key in ("loss", "grad_norm", "num_tokens"):
@@ -533,17 +719,37 @@ def test_data_order_is_the_same_at_any_data_parallel_size(data, tmp_path):
 
 
 def train_deterministically(rank, world_size, argv):
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel  # the process group is the harness's to leave
+    parallel.destroy = (
+        parallel.parallel_state.destroy_model_parallel
+    )  # the process group is the harness's to leave
     main(argv)
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 def test_deterministic_kernels_train_the_same(data, tmp_path):
-    """Other kernels under the same numbers; that they give the same bits twice on a GPU is for tests/test_gpu.py."""
-    flags = dict(model=data["model"], dataset=data["dataset"], max_steps=2, learning_rate=0.01, lmbda=0.5, **layout_flags(2, 1, 2))
+    """Other kernels under the same numbers; that they give the same bits twice on a GPU is for
+    tests/test_gpu.py.
+    """
+    flags = dict(
+        model=data["model"],
+        dataset=data["dataset"],
+        max_steps=2,
+        learning_rate=0.01,
+        lmbda=0.5,
+        **layout_flags(2, 1, 2),
+    )
     run_training(2, arguments(output_dir=tmp_path / "usual", **flags))
-    modes = run_ranks(train_deterministically, 2, arguments(output_dir=tmp_path / "same", deterministic=True, **flags))
+    modes = run_ranks(
+        train_deterministically,
+        2,
+        arguments(output_dir=tmp_path / "same", deterministic=True, **flags),
+    )
     assert modes == [(True, True)] * 2
-    usual, same = (stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("usual", "same"))
+    usual, same = (
+        stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("usual", "same")
+    )
     for line, other in zip(usual, same, strict=True):
         assert other == pytest.approx(line, rel=1e-4, abs=1e-6)

@@ -1,4 +1,6 @@
-"""`verify`: equal models pass at any layout, every mutation of a checkpoint or an adapter is caught and named."""
+"""`verify`: equal models pass at any layout, every mutation of a checkpoint or an adapter is caught
+and named.
+"""
 
 import contextlib
 import io
@@ -22,16 +24,16 @@ from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from checkpoint_tools.verify import VerifyConfig, expected_of_transformers, verify, verify_tensors
-from checkpoint_tools.verify_logits import Trace, first_parting, layer_errors, megatron_trace
 from megatron_gkd import parallel
+from megatron_gkd.formats.byte_range import memory
+from megatron_gkd.formats.loading import load_weights
+from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.lora.peft_folder import save_tensors
-from megatron_gkd.model.byte_range import memory
-from megatron_gkd.model.config import read_model_shape
+from megatron_gkd.media.towers import build_towers
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.model.torch_dist import TorchDist
-from megatron_gkd.model.towers import build_towers
-from megatron_gkd.model.weights import load_weights
 from megatron_gkd.parallel import parallel_state
+from megatron_gkd.verify.logits import Trace, first_parting, layer_errors, megatron_trace
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
@@ -54,8 +56,10 @@ def checkpoint(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
-    tensors = random_adapter(read_model_shape(folder), 4, ALL)
-    return write_adapter(tmp_path_factory.mktemp("verify") / "adapter", tensors, rank=4, alpha=6, targets=ALL)
+    tensors = random_adapter(read_model_args(folder), 4, ALL)
+    return write_adapter(
+        tmp_path_factory.mktemp("verify") / "adapter", tensors, rank=4, alpha=6, targets=ALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def run_verify(rank, world_size, configs):
     return results
 
 
-@pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (4, 2, 2, 2)], ids=["one rank", "TP2 PP2 EP2"])
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep", [(1, 1, 1, 1), (4, 2, 2, 2)], ids=["one rank", "TP2 PP2 EP2"]
+)
 def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, pp, ep):
     config = VerifyConfig(
         str(folder),
@@ -92,14 +98,23 @@ def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, 
     results = run_ranks(run_verify, world_size, [config])
     assert all(passed for [(passed, _)] in results)
     lines = results[0][0][1].splitlines()
-    assert [line.split("  ")[1] for line in lines if line.endswith("ok") and line.startswith("  ")] == [
+    assert [
+        line.split("  ")[1] for line in lines if line.endswith("ok") and line.startswith("  ")
+    ] == [
         f"{model}, {row}"
         for model in ("base", "adapter off", "base + adapter", "merged")
         for row in ("text", "audio", "image")
     ]
     assert "tensors, bit by bit: ok" in lines[0]
     kinds = {line.split()[0]: line for line in lines if "tensors, largest difference" in line}
-    assert {"self_attn.q_proj", "mlp.experts.up_proj", "mlp.gate", "embed_tokens", "norm", "lm_head"} < kinds.keys()
+    assert {
+        "self_attn.q_proj",
+        "mlp.experts.up_proj",
+        "mlp.gate",
+        "embed_tokens",
+        "norm",
+        "lm_head",
+    } < kinds.keys()
     assert {"talker", "code2wav", "visual", "audio_tower"} < kinds.keys()
     assert kinds["mlp.experts.up_proj"].endswith("16 tensors, largest difference 0.0e+00")
     assert any("adapter, its records: no records to compare with" in line for line in lines)
@@ -117,7 +132,11 @@ def rewrite(checkpoint, key, index, change):
     for chunk in stored._chunks_at(key, index):
         first, num_rows = chunk.offsets[len(index)], chunk.sizes[len(index)]
         with open(stored.folder / chunk.file, "r+b") as file:
-            os.pwrite(file.fileno(), memory(values[first : first + num_rows].contiguous()), stored._payload(key, chunk))
+            os.pwrite(
+                file.fileno(),
+                memory(values[first : first + num_rows].contiguous()),
+                stored._payload(key, chunk),
+            )
 
 
 def swap_experts(checkpoint):
@@ -130,7 +149,12 @@ def swap_experts(checkpoint):
 
 def swap_query_and_key(checkpoint):
     """The group's first query head and its key: rows 0:8 and 16:24."""
-    rewrite(checkpoint, f"{ATTENTION}linear_qkv.weight", (2,), lambda w: torch.cat([w[16:24], w[8:16], w[:8], w[24:]]))
+    rewrite(
+        checkpoint,
+        f"{ATTENTION}linear_qkv.weight",
+        (2,),
+        lambda w: torch.cat([w[16:24], w[8:16], w[:8], w[24:]]),
+    )
 
 
 def swap_gate_and_up(checkpoint):
@@ -158,7 +182,12 @@ def shift_tower(checkpoint):
 
 
 def fill_padding(checkpoint):
-    rewrite(checkpoint, "embedding.word_embeddings.weight", (), lambda w: torch.cat([w[:503], w[503:] + 1]))
+    rewrite(
+        checkpoint,
+        "embedding.word_embeddings.weight",
+        (),
+        lambda w: torch.cat([w[:503], w[503:] + 1]),
+    )
 
 
 MUTATIONS = {
@@ -170,15 +199,27 @@ MUTATIONS = {
         ["layers.2.self_attn.q_proj.weight: differs from row 0", "2.self_attn.k_proj"],
         "first at layer 2:",
     ),
-    swap_gate_and_up: (["layers.0.mlp.experts.2.gate_proj", "layers.0.mlp.experts.2.up_proj"], "first at layer 0:"),
+    swap_gate_and_up: (
+        ["layers.0.mlp.experts.2.gate_proj", "layers.0.mlp.experts.2.up_proj"],
+        "first at layer 0:",
+    ),
     shift_norm: (
         ["layers.1.post_attention_layernorm.weight: differs from row 0 on, by up to 1.0e-03"],
         "first at layer 1:",
     ),
     flip_one_bit: (["layers.0.self_attn.o_proj.weight: differs from row 5"], None),
-    shift_padded_rows: (["lm_head.weight: differs from row 0"], "all layers agree: the final norm or the lm_head"),
-    shift_tower: (["thinker.visual.merger.ln_q.weight: differs from row 0"], "first at the embedding or a tower:"),
-    fill_padding: (["embedding.word_embeddings.weight: the rows from 503 on, which pad the vocabulary"], None),
+    shift_padded_rows: (
+        ["lm_head.weight: differs from row 0"],
+        "all layers agree: the final norm or the lm_head",
+    ),
+    shift_tower: (
+        ["thinker.visual.merger.ln_q.weight: differs from row 0"],
+        "first at the embedding or a tower:",
+    ),
+    fill_padding: (
+        ["embedding.word_embeddings.weight: the rows from 503 on, which pad the vocabulary"],
+        None,
+    ),
 }
 
 
@@ -195,7 +236,9 @@ def mutated(folder, checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_mutations_are_caught(mutated, mutate):
-    """By the tensor that differs, and where it changes what is computed, by the first layer that parts."""
+    """By the tensor that differs, and where it changes what is computed, by the first layer that
+    parts.
+    """
     passed, printed = mutated[mutate]
     names, layer = MUTATIONS[mutate]
     assert not passed
@@ -213,7 +256,11 @@ def test_a_dropped_layer_is_caught(folder, tmp_path, capsys):
     config["thinker_config"]["text_config"]["num_hidden_layers"] = 3
     (short / "config.json").write_text(json.dumps(config))
     tensors = load_file(short / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("thinker.model.layers.3.")}
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("thinker.model.layers.3.")
+    }
     save_file(kept, short / "model.safetensors", metadata={"format": "pt"})
     hf_to_megatron(HfToMegatronConfig(str(short), str(tmp_path / "checkpoint"), num_workers=1))
     config = VerifyConfig(str(folder), checkpoint=str(tmp_path / "checkpoint"), device="cpu")
@@ -227,8 +274,10 @@ def test_a_dropped_layer_is_caught(folder, tmp_path, capsys):
 
 
 def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
-    """By the merged folder; by what was written down when the weights were: beside a training run's checkpoint, in the
-    file of the weights (all that --save_only_model leaves), in the manifest of an exported adapter."""
+    """By the merged folder; by what was written down when the weights were: beside a training run's
+    checkpoint, in the file of the weights (all that --save_only_model leaves), in the manifest of
+    an exported adapter.
+    """
     wrong = Path(shutil.copytree(adapter, tmp_path / "wrong"))
     change_config(wrong, lora_alpha=7)
     for name, passes in ((adapter, True), (str(wrong), False)):
@@ -237,9 +286,13 @@ def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
     assert "self_attn.q_proj.weight: differs" in printed and "no records to compare with" in printed
 
     run = Path(shutil.copytree(adapter, tmp_path / "checkpoint-1"))
-    (run / "trainer_state.json").write_text(json.dumps({"lora": {"rank": 4, "alpha": 6.0, "targets": ALL}}))
+    (run / "trainer_state.json").write_text(
+        json.dumps({"lora": {"rank": 4, "alpha": 6.0, "targets": ALL}})
+    )
     only_model = Path(shutil.copytree(adapter, tmp_path / "checkpoint-2"))
-    tensors = {name: t.clone() for name, t in load_file(only_model / "adapter_model.safetensors").items()}
+    tensors = {
+        name: t.clone() for name, t in load_file(only_model / "adapter_model.safetensors").items()
+    }
     save_tensors(tensors, only_model, rank=4, alpha=6.0, targets=ALL)
     megatron_to_hf(MegatronToHfConfig(adapter, str(tmp_path / "exported"), export="adapter"))
     for path, message in (
@@ -254,7 +307,10 @@ def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
     change_config(only_model, lora_alpha=6, r=8, target_modules=["q_proj"])
     assert not verify_tensors(VerifyConfig(str(folder), adapter=str(only_model)))
     printed = capsys.readouterr().out
-    assert "r is 8, trained with 4" in printed and "targets is ['q_proj'], trained with ['q_proj', 'k_proj'" in printed
+    assert (
+        "r is 8, trained with 4" in printed
+        and "targets is ['q_proj'], trained with ['q_proj', 'k_proj'" in printed
+    )
 
 
 def change_config(folder, **settings):
@@ -273,7 +329,10 @@ def test_quick_compares_manifests(folder, checkpoint, tmp_path, capsys):
     (copy / "conversion_manifest.json").write_text(json.dumps(manifest))
     assert not verify_tensors(config)
     printed = capsys.readouterr().out
-    assert "thinker.model.norm.weight: differs in shape" in printed and "config.json: not the file" in printed
+    assert (
+        "thinker.model.norm.weight: differs in shape" in printed
+        and "config.json: not the file" in printed
+    )
     (copy / "conversion_manifest.json").unlink()
     assert not verify_tensors(config)
     assert "--quick compares manifests, leave it out" in capsys.readouterr().out
@@ -300,8 +359,14 @@ def test_quick_looks_at_the_checkpoints_files(folder, checkpoint, tmp_path, caps
     [
         (dict(merged="DIR"), "--merged is compared with --hf_model and --adapter"),
         (dict(quick=True), "--quick: there is nothing to compare"),
-        (dict(quick=True, adapter="DIR", merged="DIR"), "--merged needs the tensors, and --quick reads none"),
-        (dict(quick=True, checkpoint="DIR", tensor_tolerance=1e-3), "--tensor_tolerance needs the tensors"),
+        (
+            dict(quick=True, adapter="DIR", merged="DIR"),
+            "--merged needs the tensors, and --quick reads none",
+        ),
+        (
+            dict(quick=True, checkpoint="DIR", tensor_tolerance=1e-3),
+            "--tensor_tolerance needs the tensors",
+        ),
         (dict(tensor_tolerance=-1.0), "--tensor_tolerance -1.0: must be 0 or more"),
     ],
 )
@@ -311,24 +376,40 @@ def test_flags_that_are_refused(flags, message):
 
 
 def test_quick_with_nothing_but_an_adapter_without_records(folder, adapter):
-    with pytest.raises(ValueError, match="--quick: there is nothing to compare, the adapter has no records"):
+    with pytest.raises(
+        ValueError, match="--quick: there is nothing to compare, the adapter has no records"
+    ):
         verify(VerifyConfig(str(folder), adapter=adapter, quick=True))
 
 
 def test_values_to_a_tolerance(folder, tmp_path, capsys):
-    """A bf16 copy of an fp32 model passes to a tolerance, with the largest difference of every kind; bit by bit not."""
+    """A bf16 copy of an fp32 model passes to a tolerance, with the largest difference of every
+    kind; bit by bit not.
+    """
     copy = Path(shutil.copytree(folder, tmp_path / "bf16"))
     tensors = load_file(copy / "model.safetensors")
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
     hf_to_megatron(HfToMegatronConfig(str(copy), str(tmp_path / "checkpoint"), num_workers=1))
-    largest = max((rounded[name].float() - tensor).abs().max().item() for name, tensor in tensors.items())
-    config = VerifyConfig(str(folder), checkpoint=str(tmp_path / "checkpoint"), tensor_tolerance=largest)
+    largest = max(
+        (rounded[name].float() - tensor).abs().max().item() for name, tensor in tensors.items()
+    )
+    config = VerifyConfig(
+        str(folder), checkpoint=str(tmp_path / "checkpoint"), tensor_tolerance=largest
+    )
     assert verify_tensors(config)
     printed = capsys.readouterr().out
     assert f"tensors, to {largest:g}: ok" in printed
-    head = (rounded["thinker.lm_head.weight"].float() - tensors["thinker.lm_head.weight"]).abs().max().item()
-    assert any(line.split() == ["lm_head", "1", *f"tensors, largest difference {head:.1e}".split()] for line in printed.splitlines())
+    head = (
+        (rounded["thinker.lm_head.weight"].float() - tensors["thinker.lm_head.weight"])
+        .abs()
+        .max()
+        .item()
+    )
+    assert any(
+        line.split() == ["lm_head", "1", *f"tensors, largest difference {head:.1e}".split()]
+        for line in printed.splitlines()
+    )
     config.tensor_tolerance = 0.9 * largest
     assert not verify_tensors(config)
     assert f"on, by up to {largest:.1e}" in capsys.readouterr().out
@@ -339,36 +420,54 @@ def test_values_to_a_tolerance(folder, tmp_path, capsys):
 
 def test_a_nan_passes_no_tolerance(folder, checkpoint, tmp_path, capsys):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    rewrite(copy, "decoder.final_layernorm.weight", (), lambda w: w.index_fill(0, torch.tensor([5]), float("nan")))
+    rewrite(
+        copy,
+        "decoder.final_layernorm.weight",
+        (),
+        lambda w: w.index_fill(0, torch.tensor([5]), float("nan")),
+    )
     assert not verify_tensors(VerifyConfig(str(folder), checkpoint=str(copy), tensor_tolerance=1e9))
-    assert "thinker.model.norm.weight: differs from row 5 on, by up to inf" in capsys.readouterr().out
+    assert (
+        "thinker.model.norm.weight: differs from row 5 on, by up to inf" in capsys.readouterr().out
+    )
 
 
 # --- the rows and the layers ------------------------------------------------------------------------------------------
 
 
 def without_media(rank, world_size, folder):
-    """Row -> the largest difference of a logit with its media, with media that are silent or black, and without what the
-    vision tower adds to the first layers."""
+    """Row -> the largest difference of a logit with its media, with media that are silent or black,
+    and without what the vision tower adds to the first layers.
+    """
     place = parallel.initialize(torch.device("cpu"))
-    shape = read_model_shape(folder)
-    model = build_decoder(shape, place, torch.float32).eval()
-    load_weights(model, shape, place, folder)
-    model.towers = build_towers(folder, shape, place, torch.float32, audio=True, visual=True)
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, place, torch.float32).eval()
+    load_weights(model, model_args, place, folder)
+    model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     encode, found = model.towers.encode, {}
     for expected in expected_of_transformers(VerifyConfig(str(folder))):
         rows, differences = expected.rows, []
-        media = rows.media and replace(rows.media, audio=rows.media.audio * 0, pixels=rows.media.pixels * 0)
-        for shown, with_deepstack in ((rows, True), (replace(rows, media=media), True), (rows, False)):
-            model.towers.encode = encode if with_deepstack else lambda batch: replace(encode(batch), deepstack=None)
-            ours = megatron_trace(model, shape, place, shown, expected.positions).logits
+        media = rows.media and replace(
+            rows.media, audio=rows.media.audio * 0, pixels=rows.media.pixels * 0
+        )
+        for shown, with_deepstack in (
+            (rows, True),
+            (replace(rows, media=media), True),
+            (rows, False),
+        ):
+            model.towers.encode = (
+                encode if with_deepstack else lambda batch: replace(encode(batch), deepstack=None)
+            )
+            ours = megatron_trace(model, model_args, place, shown, expected.positions).logits
             differences.append((ours - expected.trace.logits).abs()[rows.real].max().item())
         found[rows.name] = differences
     return found
 
 
 def test_media_take_part(folder):
-    """Audio and image rows pass only with what the towers make of these very media, a picture also with deepstack."""
+    """Audio and image rows pass only with what the towers make of these very media, a picture also
+    with deepstack.
+    """
     [found] = run_ranks(without_media, 1, folder)
     assert found.keys() == {"text", "audio", "image"}
     assert all(differences[0] < 1e-4 for differences in found.values())
@@ -379,11 +478,20 @@ def test_media_take_part(folder):
 @pytest.mark.parametrize(
     "errors, said",
     [
-        ([0.0, 1e-7, 2e-7, 3e-3, 4e-3], "first at layer 2: a token is off by 3.0e-03 of its RMS, before it 2.0e-07"),
+        (
+            [0.0, 1e-7, 2e-7, 3e-3, 4e-3],
+            "first at layer 2: a token is off by 3.0e-03 of its RMS, before it 2.0e-07",
+        ),
         ([2e-2, 2e-2, 2e-2], "first at the embedding or a tower: a token is off by 2.0e-02"),
         ([0.0, 1e-7, math.inf, math.inf], "first at layer 1: a token is off by inf"),
-        ([0.0, 4e-6, 3e-5, 6e-5], "no layer stands out: the largest jump is at layer 0, from 0.0e+00 to 4.0e-06"),
-        ([0.0, 1e-7, 8e-7, 9e-7], "all layers agree: the final norm or the lm_head (the largest jump is at layer 1, from"),
+        (
+            [0.0, 4e-6, 3e-5, 6e-5],
+            "no layer stands out: the largest jump is at layer 0, from 0.0e+00 to 4.0e-06",
+        ),
+        (
+            [0.0, 1e-7, 8e-7, 9e-7],
+            "all layers agree: the final norm or the lm_head (the largest jump is at layer 1, from",
+        ),
     ],
 )
 def test_the_layer_that_parts(errors, said):
@@ -396,7 +504,9 @@ def test_one_token_of_many_that_parts_is_enough():
     wrong = hidden.clone()
     wrong[0, 70] *= 1.01
     real = torch.ones(1, 100, dtype=torch.bool)
-    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[1] == pytest.approx(0.01, rel=1e-4)
+    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[
+        1
+    ] == pytest.approx(0.01, rel=1e-4)
     real[0, 70] = False
     assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[1] == 0
 
@@ -406,9 +516,17 @@ def test_the_command_line(folder, checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     swap_gate_and_up(copy)
     command = [sys.executable, "-m", "checkpoint_tools.verify", "--hf_model", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
+    }
     runs = {
-        flags: subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        flags: subprocess.Popen(
+            [*command, *flags],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for flags in (("--checkpoint", str(checkpoint)), ("--checkpoint", str(copy)))
     }
     (equal, _), (mutated, _) = (run.communicate() for run in runs.values())

@@ -1,4 +1,6 @@
-"""Tokenizer folders for the data tests: a byte-level BPE, and SentencePiece models, each with a chat template."""
+"""Tokenizer folders for the data tests: a byte-level BPE, and SentencePiece models, each with a
+chat template.
+"""
 
 import json
 import os
@@ -11,7 +13,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Thinking as Qwen3 renders it: the last assistant turn gets a thinking block, earlier ones lose theirs.
+# Thinking as Qwen3 renders it: the last assistant turn gets a thinking block, earlier ones lose
+# theirs.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}"
@@ -31,7 +34,9 @@ CORPUS = [
 
 
 def write_bpe_folder(folder, chat_template=CHATML, vocab_size=400):
-    """A folder with a byte-level BPE tokenizer (about `vocab_size` ids) and the template; returns its path."""
+    """A folder with a byte-level BPE tokenizer (about `vocab_size` ids) and the template; returns
+    its path.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,22 +48,27 @@ def write_bpe_folder(folder, chat_template=CHATML, vocab_size=400):
     )
     tokenizer.train_from_iterator(CORPUS + ["a\n\nb\n\n\nc"] * 20, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=chat_template,
     )
     fast.save_pretrained(folder)
     return str(folder)
 
 
 def write_sentencepiece_folder(folder, *, byte_fallback, chat_template=CHATML, **config):
-    """A folder with nothing but a SentencePiece `tokenizer.model` and a tokenizer_config.json of `config`; returns
-    its path.
+    """A folder with nothing but a SentencePiece `tokenizer.model` and a tokenizer_config.json of
+    `config`; returns its path.
     """
     os.makedirs(folder, exist_ok=True)
     corpus = os.path.join(folder, "corpus.txt")
     with open(corpus, "w", encoding="utf-8") as file:
         file.write("\n".join(CORPUS))
     kind = (
-        dict(model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity")
+        dict(
+            model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity"
+        )
         if byte_fallback
         else dict(model_type="unigram", vocab_size=120, hard_vocab_limit=False)
     )

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tests.ranks import run_ranks
 
-SMALL = dict(num_hidden_layers=2, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=503)
+SMALL = dict(
+    num_hidden_layers=2, hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=503
+)
 """Of `tiny_folder`: 8 heads, 4 key/value heads, 8 experts; 503 is a prime."""
 
 
@@ -33,7 +35,10 @@ def make_rows(
         row = {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
         if index % 3 == 2:
             gap, more = ids(1, 4), ids(1, 4)
-            row = {"input_ids": row["input_ids"] + gap + more, "labels": row["labels"] + [-100] * len(gap) + more}
+            row = {
+                "input_ids": row["input_ids"] + gap + more,
+                "labels": row["labels"] + [-100] * len(gap) + more,
+            }
         if with_teacher:
             row["teacher_input_ids"] = ids(3, 2 * max_prompt)
         rows.append(row)
@@ -46,22 +51,39 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 def arguments(**flags) -> list[str]:
-    """`--flag value` pairs over defaults that suit a test: fp32 on CPU, no dropout, no on-policy steps, every step
-    logged."""
-    defaults = dict(torch_dtype="float32", device="cpu", lora_dropout=0, lmbda=0, logging_steps=1, tensorboard=False)
+    """`--flag value` pairs over defaults that suit a test: fp32 on CPU, no dropout, no on-policy
+    steps, every step logged.
+    """
+    defaults = dict(
+        torch_dtype="float32",
+        device="cpu",
+        lora_dropout=0,
+        lmbda=0,
+        logging_steps=1,
+        tensorboard=False,
+    )
     return [
-        word for name, value in (defaults | flags).items() if value is not None for word in (f"--{name}", str(value))
+        word
+        for name, value in (defaults | flags).items()
+        if value is not None
+        for word in (f"--{name}", str(value))
     ]
 
 
 def layout_flags(tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, int]:
-    return dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+    return dict(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
 
 
 def _train(rank: int, world_size: int, argument_lists: list[list[str]]) -> str:
     from megatron_gkd import parallel, train
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel  # the process group is the harness's to leave
+    parallel.destroy = (
+        parallel.parallel_state.destroy_model_parallel
+    )  # the process group is the harness's to leave
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
@@ -73,7 +95,8 @@ def _train(rank: int, world_size: int, argument_lists: list[list[str]]) -> str:
 
 
 def run_training(world_size: int, *argument_lists: list[str]) -> str:
-    """`megatron_gkd.train` once for each list of flags, on the same `world_size` gloo ranks: what rank 0 said.
+    """`megatron_gkd.train` once for each list of flags, on the same `world_size` gloo ranks: what
+    rank 0 said.
 
     RuntimeError where a run exits with an error.
     """
@@ -97,14 +120,15 @@ def stable(lines: list[dict]) -> list[dict]:
 
 
 def build_parts(argv: list[str], *, again: bool = False):
-    """Inside a rank: the parts of a run with these flags (`parts.build`) and, as `.parallel`, the layout; `again`: in
-    the same groups."""
+    """Inside a rank: the parts of a run with these flags (`parts.build`) and, as `.parallel`, the
+    layout; `again`: in the same groups.
+    """
     import torch
 
     from megatron_gkd import parallel as layout
+    from megatron_gkd.build import build
     from megatron_gkd.config import parse_config
-    from megatron_gkd.model.config import read_model_shape
-    from megatron_gkd.parts import build
+    from megatron_gkd.model.args import read_model_args
 
     config = parse_config(argv)
     if again:
@@ -117,6 +141,6 @@ def build_parts(argv: list[str], *, again: bool = False):
         expert_model_parallel_size=sizes.expert_model_parallel_size,
     )
     layout.seed_step(0, 0, parallel)
-    parts = build(config, read_model_shape(config.model.model), parallel)
+    parts = build(config, read_model_args(config.model.model), parallel)
     parts.parallel = parallel
     return parts

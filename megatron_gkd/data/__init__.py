@@ -1,12 +1,12 @@
-"""Rows of a data set -> `Sample` (student's and teacher's view) -> padded `Batch`, in an order that depends on seed
-and step alone.
+"""Rows of a data set -> `Sample` (student's and teacher's view) -> padded `Batch`, in an order that
+depends on seed and step alone.
 """
 
 from megatron_gkd.data.batch import Batch, BatchView, collate, with_responses
 from megatron_gkd.data.dataset import DataReport, SampleDataset, load_datasets
-from megatron_gkd.data.errors import BadRow, DataError
 from megatron_gkd.data.loader import eval_loader, num_steps_of_epochs, step_loader
 from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.errors import BadRow, DataError
 
 __all__ = [
     "BadRow",

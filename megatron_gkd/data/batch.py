@@ -1,57 +1,16 @@
-"""Samples -> padded tensors. Shapes: B rows, S positions (padded), N response rows (positions that predict a trained
-token), M media tokens (positions whose embedding a tower makes).
+"""Samples -> padded tensors. Shapes: B rows, S positions (padded), N response rows (positions that
+predict a trained token), M media tokens (positions whose embedding a tower makes).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.medium import Medium
 from megatron_gkd.data.rows import IGNORED_LABEL
 from megatron_gkd.data.sample import Sample, View
-
-
-@dataclass
-class Media:
-    """The media of a micro-batch, each once, whichever of its rows and views show it. Their tokens are counted through:
-    those of the audios, then those of the images and videos.
-    """
-
-    audio: Tensor
-    """float32 [num_mel_bins, F]: the frames of all audios side by side"""
-    audio_lengths: Tensor
-    """int64 [A]: frames of each"""
-    audio_tokens: Tensor
-    """int64 [A]: tokens of each"""
-    pixels: Tensor
-    """float32 [P, numbers of a patch]: the patches of all images and videos one below the other"""
-    grid_thw: Tensor
-    """int64 [V, 3]: patches of each in time, height and width"""
-    visual_tokens: Tensor
-    """int64 [V]: tokens of each"""
-
-    @classmethod
-    def of(cls, media: Sequence[Medium]) -> Optional["Media"]:
-        """None where there is none. Audios come first."""
-        audios = [medium for medium in media if medium.kind == "audio"]
-        visuals = [medium for medium in media if medium.kind != "audio"]
-        if not media:
-            return None
-        assert list(media) == audios + visuals, "audios come first"
-        return cls(
-            torch.cat([medium.features for medium in audios], dim=1) if audios else torch.empty(0, 0),
-            torch.tensor([medium.features.shape[1] for medium in audios], dtype=torch.int64),
-            torch.tensor([medium.num_tokens for medium in audios], dtype=torch.int64),
-            torch.cat([medium.features for medium in visuals]) if visuals else torch.empty(0, 0),
-            torch.tensor([medium.grid_thw for medium in visuals], dtype=torch.int64).reshape(-1, 3),
-            torch.tensor([medium.num_tokens for medium in visuals], dtype=torch.int64),
-        )
-
-    def to(self, device: Union[str, torch.device]) -> "Media":
-        return Media(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+from megatron_gkd.media.medium import Media
 
 
 @dataclass
@@ -67,7 +26,8 @@ class BatchView:
     prompt_lengths: Tensor
     """[B], tokens before the (last) response"""
     position_ids: Tensor
-    """float32 [3, B, S]: temporal, height and width planes of the rotary positions, equal for text"""
+    """float32 [3, B, S]: temporal, height and width planes of the rotary positions, equal for text
+    """
     media_rows: Tensor
     """[M]: b * S + s of every media token"""
     media_tokens: Tensor
@@ -86,13 +46,15 @@ class BatchView:
         shifted = self.labels[:, 1:]
         return shifted[shifted != IGNORED_LABEL]
 
-    def to(self, device: Union[str, torch.device]) -> "BatchView":
+    def to(self, device: str | torch.device) -> "BatchView":
         return BatchView(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass
 class Batch:
-    """One micro-batch of one data-parallel rank. Without any teacher view `teacher` is the same object as `student`."""
+    """One micro-batch of one data-parallel rank. Without any teacher view `teacher` is the same
+    object as `student`.
+    """
 
     student: BatchView
     teacher: BatchView
@@ -105,9 +67,9 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     """Index of each row in the data set; -1 for a filler row (one pad token, nothing trained)."""
     cut_tokens: int = 0
-    media: Optional[Media] = None
+    media: Media | None = None
 
-    def to(self, device: Union[str, torch.device]) -> "Batch":
+    def to(self, device: str | torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
         student = self.student.to(device)
         return replace(
@@ -119,11 +81,16 @@ class Batch:
 
 
 def pad_views(
-    views: Sequence[View], pad_token_id: int, pad_to_multiple_of: int, first_token: Sequence[dict[int, int]]
+    views: Sequence[View],
+    pad_token_id: int,
+    pad_to_multiple_of: int,
+    first_token: Sequence[dict[int, int]],
 ) -> BatchView:
-    """Pad on the right to the longest view, rounded up to a multiple of `pad_to_multiple_of` positions.
+    """Pad on the right to the longest view, rounded up to a multiple of `pad_to_multiple_of`
+    positions.
 
-    first_token: for each view's sample, its media -> the number of the medium's first token in the batch's `Media`.
+    first_token: for each view's sample, its media -> the number of the medium's first token in the
+    batch's `Media`.
     """
     longest = max(len(view.input_ids) for view in views)
     size = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
@@ -164,7 +131,9 @@ def _make_batch(
     if all(mine is other for mine, other in zip(students, teachers)):
         return Batch(student, student, **rest)
     teacher = pad_views(teachers, pad_token_id, pad_to_multiple_of, first_token)
-    assert torch.equal(student.targets, teacher.targets), "the views of student and teacher train different tokens"
+    assert torch.equal(student.targets, teacher.targets), (
+        "the views of student and teacher train different tokens"
+    )
     return Batch(student, teacher, **rest)
 
 
@@ -172,8 +141,10 @@ def _filler(pad_token_id: int) -> View:
     return View([pad_token_id], [IGNORED_LABEL], 1)
 
 
-def _collect_media(samples: Sequence[Optional[Sample]]) -> tuple[Optional[Media], list[dict[int, int]]]:
-    """All media, audios first, and for each sample: its medium -> the number of the medium's first token."""
+def _collect_media(samples: Sequence[Sample | None]) -> tuple[Media | None, list[dict[int, int]]]:
+    """All media, audios first, and for each sample: its medium -> the number of the medium's first
+    token.
+    """
     found = [
         (medium, row, index)
         for row, sample in enumerate(samples)
@@ -185,11 +156,30 @@ def _collect_media(samples: Sequence[Optional[Sample]]) -> tuple[Optional[Media]
     for medium, row, index in found:
         first_token[row][index] = total
         total += medium.num_tokens
-    return Media.of([medium for medium, _, _ in found]), first_token
+    audios = [(row, index) for medium, row, index in found if medium.kind == "audio"]
+    row_lengths = [_longest_audio(samples[row], index) for row, index in audios]
+    return Media.of([medium for medium, _, _ in found], row_lengths), first_token
 
 
-def collate(samples: Sequence[Optional[Sample]], pad_token_id: int, pad_to_multiple_of: int) -> Batch:
-    """Samples (None = filler row) -> Batch. The multiple is the tensor-parallel size under sequence parallelism."""
+def _longest_audio(sample: Sample, index: int) -> int:
+    """Frames of the longest audio beside audio `index` of the sample: in the student's view where
+    that shows it, else in the teacher's; its own where neither does.
+    """
+    own = sample.media[index].features.shape[1]
+    for view in (sample.student, sample.teacher):
+        shown = {place.medium for place in view.media}
+        if index in shown:
+            audios = [
+                sample.media[number] for number in shown if sample.media[number].kind == "audio"
+            ]
+            return max(medium.features.shape[1] for medium in audios)
+    return own
+
+
+def collate(samples: Sequence[Sample | None], pad_token_id: int, pad_to_multiple_of: int) -> Batch:
+    """Samples (None = filler row) -> Batch. The multiple is the tensor-parallel size under sequence
+    parallelism.
+    """
     filler = _filler(pad_token_id)
     media, first_token = _collect_media(samples)
     return _make_batch(
@@ -210,11 +200,11 @@ def collate(samples: Sequence[Optional[Sample]], pad_token_id: int, pad_to_multi
 def with_responses(
     batch: Batch, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> Batch:
-    """The batch with new responses (CPU or GPU batch in, same device out): both views keep their prompts and media,
-    every response token is trained.
+    """The batch with new responses (CPU or GPU batch in, same device out): both views keep their
+    prompts and media, every response token is trained.
 
-    A response holds at least one id (the end-of-text token counts); a filler row's stays empty. Raises ValueError
-    otherwise.
+    A response holds at least one id (the end-of-text token counts); a filler row's stays empty.
+    Raises ValueError otherwise.
     """
     if len(responses) != len(batch.rows):
         raise ValueError(f"{len(responses)} responses for a batch of {len(batch.rows)} rows")
@@ -228,22 +218,29 @@ def with_responses(
     teacher = student
     if batch.teacher is not batch.student:
         teacher = _respond(batch.teacher, responses, pad_token_id, pad_to_multiple_of)
-        assert torch.equal(student.targets, teacher.targets), "the views of student and teacher train different tokens"
+        assert torch.equal(student.targets, teacher.targets), (
+            "the views of student and teacher train different tokens"
+        )
     return replace(batch, student=student, teacher=teacher, on_policy=True, cut_tokens=0)
 
 
 def _respond(
     view: BatchView, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> BatchView:
-    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones."""
+    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones.
+    """
     views = []
     for index, (length, response) in enumerate(zip(view.prompt_lengths.tolist(), responses)):
         prompt = view.input_ids[index, :length].tolist()
-        following = view.position_ids[:, index, length - 1 : length].cpu() + torch.arange(1, len(response) + 1)
+        following = view.position_ids[:, index, length - 1 : length].cpu() + torch.arange(
+            1, len(response) + 1
+        )
         position_ids = torch.cat([view.position_ids[:, index, :length].cpu(), following], dim=1)
         labels = [IGNORED_LABEL] * length + list(response)
         views.append(View(prompt + list(response), labels, length, position_ids))
     written = pad_views(views, pad_token_id, pad_to_multiple_of, [{}] * len(views))
     old_size, new_size = view.input_ids.shape[1], written.input_ids.shape[1]
     rows = view.media_rows // old_size * new_size + view.media_rows % old_size
-    return replace(written, media_rows=rows, media_tokens=view.media_tokens).to(view.input_ids.device)
+    return replace(written, media_rows=rows, media_tokens=view.media_tokens).to(
+        view.input_ids.device
+    )

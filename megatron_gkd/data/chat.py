@@ -1,16 +1,17 @@
-"""The folder's tokenizer and chat template: a conversation -> token ids and the spans of its assistant turns.
+"""The folder's tokenizer and chat template: a conversation -> token ids and the spans of its
+assistant turns.
 
-A span is the content of an assistant turn and the token that closes it (`<|im_end|>` in ChatML). Templates are
-programs, so the spans come from what a template does and not from what it is supposed to look like: each turn is
-rendered as a prompt (`add_generation_prompt`) and once more with a marker in the place of its content. Both must
-agree with the text of the whole conversation, which is what the model sees; a template that does not keep to this is
-refused with the reason.
+A span is the content of an assistant turn and the token that closes it (`<|im_end|>` in ChatML).
+Templates are programs, so the spans come from what a template does and not from what it is supposed
+to look like: each turn is rendered as a prompt (`add_generation_prompt`) and once more with a
+marker in the place of its content. Both must agree with the text of the whole conversation, which
+is what the model sees; a template that does not keep to this is refused with the reason.
 """
 
 import json
 import os
 import re
-from typing import Optional
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import (
@@ -18,8 +19,8 @@ from transformers.models.auto.tokenization_auto import (
     tokenizer_class_from_name,
 )
 
-from megatron_gkd.data.errors import DataError, RowError, shown
 from megatron_gkd.data.rows import Messages
+from megatron_gkd.errors import DataError, RowError, shown
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
@@ -29,7 +30,9 @@ Span = tuple[int, int]
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template. `pad_token_id` is its pad token's, or its end-of-text token's, or 0."""
+    """A tokenizer with its chat template. `pad_token_id` is its pad token's, or its end-of-text
+    token's, or 0.
+    """
 
     def __init__(self, tokenizer, folder: str):
         self.tokenizer = tokenizer
@@ -39,10 +42,11 @@ class ChatTokenizer:
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def encode(self, messages: Messages) -> tuple[list[int], list[Span]]:
-        """Ids of a conversation that ends with an assistant turn, up to the token that closes it, and each assistant
-        turn's span in them.
+        """Ids of a conversation that ends with an assistant turn, up to the token that closes it,
+        and each assistant turn's span in them.
 
-        Raises RowError where the template refuses the conversation or does not render it turn by turn.
+        Raises RowError where the template refuses the conversation or does not render it turn by
+        turn.
         """
         ids, positions = self._tokenise(*self._cut(messages))
         spans = list(zip(positions[::2], positions[1::2]))
@@ -57,19 +61,27 @@ class ChatTokenizer:
         text, cuts = self._cut(messages)
         return self._tokenise(text, cuts[:-1])[0]
 
-    def closing_id(self) -> Optional[int]:
-        """The token that closes an assistant turn, if it is a special one or looks like it (SentencePiece does not mark
-        `<|im_end|>`); None where a word or a full stop does, or the template takes no short conversation."""
+    def closing_id(self) -> int | None:
+        """The token that closes an assistant turn, if it is a special one or looks like it
+        (SentencePiece does not mark `<|im_end|>`); None where a word or a full stop does, or the
+        template takes no short conversation.
+        """
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
         try:
             last = self.encode(turns)[0][-1]
         except RowError:
             return None
         token = self.tokenizer.added_tokens_decoder.get(last)
-        return last if token is not None and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content)) else None
+        return (
+            last
+            if token is not None and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content))
+            else None
+        )
 
     def _cut(self, messages: Messages) -> tuple[str, list[int]]:
-        """The whole conversation as text, and where in it each assistant turn's span starts and ends."""
+        """The whole conversation as text, and where in it each assistant turn's span starts and
+        ends.
+        """
         text = self._render(messages)
         assistants = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
         return text, [cut for index in assistants for cut in self._locate(messages, index, text)]
@@ -79,11 +91,17 @@ class ChatTokenizer:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # a template is a program: besides jinja's own errors it may raise any other
-            raise RowError(f"the chat template of {self.folder} refuses the conversation: {error}") from error
+        except (
+            Exception
+        ) as error:  # a template is a program: besides jinja's own errors it may raise any other
+            raise RowError(
+                f"the chat template of {self.folder} refuses the conversation: {error}"
+            ) from error
 
     def _locate(self, messages: Messages, index: int, text: str) -> Span:
-        """Characters [start, end) of `text`, the whole conversation, that are trained for turn `index`."""
+        """Characters [start, end) of `text`, the whole conversation, that are trained for turn
+        `index`.
+        """
         prompt = self._render(messages[:index], add_generation_prompt=True)
         marked = list(messages)
         marked[index] = {"role": "assistant", "content": _MARKER}
@@ -109,12 +127,15 @@ class ChatTokenizer:
                 f"the chat template of {self.folder} renders what follows assistant turn {index} depending on its "
                 "content"
             )
-        # What the template itself writes before the content (an empty thinking block) belongs to the prompt.
+        # What the template itself writes before the content (an empty thinking block) belongs to
+        # the prompt.
         start = len(before) if text.startswith(before) else len(prompt)
         return start, len(text) - len(after) + len(closing)
 
     def _closing(self, after: str) -> str:
-        """The closing token and the space before it, out of the text after a turn's content; "" if there is none."""
+        """The closing token and the space before it, out of the text after a turn's content; "" if
+        there is none.
+        """
         bare = after.lstrip()
         space = after[: len(after) - len(bare)]
         for token in self._added_tokens:
@@ -128,9 +149,9 @@ class ChatTokenizer:
     def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         """Ids of text[:cuts[-1]] and the token position of each cut.
 
-        The ids are those of the whole text wherever a token ends at the cut. Where one would reach across (a newline
-        of the prompt and one of the response are one token), the text is tokenised in two parts: at generation time
-        the prompt stands alone, too.
+        The ids are those of the whole text wherever a token ends at the cut. Where one would reach
+        across (a newline of the prompt and one of the response are one token), the text is
+        tokenised in two parts: at generation time the prompt stands alone, too.
         """
         done, part, part_start, last_cut, positions = [], [], 0, 0, []
         for cut in cuts:
@@ -146,12 +167,12 @@ class ChatTokenizer:
 
 
 def load_tokenizer(folder: str):
-    """The tokenizer of a model folder from its own files (no network, no remote code), with the chat template of its
-    processor if it has none of its own; None if there are no tokenizer files.
+    """The tokenizer of a model folder from its own files (no network, no remote code), with the
+    chat template of its processor if it has none of its own; None if there are no tokenizer files.
 
-    A folder whose only vocabulary is a SentencePiece `tokenizer.model` is read by the class that its
-    tokenizer_config.json names if that class reads such files, and else by the generic one: by the model's type alone
-    transformers would take Qwen's byte-level tokenizer and drop every space.
+    A folder whose only vocabulary is a SentencePiece `tokenizer.model` is read by the class that
+    its tokenizer_config.json names if that class reads such files, and else by the generic one: by
+    the model's type alone transformers would take Qwen's byte-level tokenizer and drop every space.
     """
     present = [name for name in VOCABULARY_FILES if os.path.isfile(os.path.join(folder, name))]
     if not present:
@@ -168,7 +189,7 @@ def load_tokenizer(folder: str):
     return tokenizer
 
 
-def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
+def load_chat_tokenizer(folder: str) -> ChatTokenizer | None:
     """`load_tokenizer` for conversations. Raises DataError if there is no chat template."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -182,10 +203,63 @@ def load_chat_tokenizer(folder: str) -> Optional[ChatTokenizer]:
     return ChatTokenizer(tokenizer, folder)
 
 
-def _processor_template(folder: str) -> Optional[str]:
+def _processor_template(folder: str) -> str | None:
     """The template that multimodal folders keep for their processor."""
     path = os.path.join(folder, "chat_template.json")
     if not os.path.isfile(path):
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file).get("chat_template")
+
+
+def read_stop_token_ids(folder: str | Path) -> list[int]:
+    """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the
+    tokenizer's eos token and the special token that closes an assistant turn in its chat template.
+
+    An empty list where none of them names one (a folder of weights without a tokenizer that loads):
+    responses then have their full length. Raises ValueError naming the file whose eos_token_id is
+    not an id or a list of ids.
+    """
+    folder = Path(folder)
+    for name, places in (
+        ("generation_config.json", [()]),
+        (
+            "config.json",
+            [(), ("thinker_config",), ("thinker_config", "text_config"), ("text_config",)],
+        ),
+    ):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: must hold an object, is a {type(content).__name__}")
+        for place in places:
+            section = content
+            for key in place:
+                section = section.get(key) or {}
+            if section.get("eos_token_id") is not None:
+                return _as_ids(section["eos_token_id"], path)
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except Exception:  # of any type; rows of ids do without it, and text has been refused
+        return []
+    if tokenizer is None:
+        return []
+    found = [
+        tokenizer.eos_token_id,
+        ChatTokenizer(tokenizer, str(folder)).closing_id() if tokenizer.chat_template else None,
+    ]
+    return sorted({token for token in found if token is not None})
+
+
+def _as_ids(value, path: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(
+            f"{path}: eos_token_id is {value!r}; expected a token id or a list of them"
+        )
+    return sorted(set(ids))

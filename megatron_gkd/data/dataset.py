@@ -1,5 +1,5 @@
-"""The whole way from `--dataset` to samples: open, check and tokenise every row (in processes), list the bad ones,
-split off evaluation.
+"""The whole way from `--dataset` to samples: open, check and tokenise every row (in processes),
+list the bad ones, split off evaluation.
 """
 
 import os
@@ -7,19 +7,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import datasets
 from pyarrow import compute
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
-from megatron_gkd.data.errors import BadRow, DataError, RowError, bad_rows_error
-from megatron_gkd.data.media import MediaProcessor
 from megatron_gkd.data.order import SPLIT, permutation
 from megatron_gkd.data.rows import IGNORED_LABEL, check_row
 from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row, media_pair
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
+from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
+from megatron_gkd.media.processor import MediaProcessor
 
 _IDS = datasets.List(datasets.Value("int32"))
 _REFERENCE = {
@@ -37,7 +37,9 @@ _FEATURES = datasets.Features(
         "teacher_prompt": _IDS,  # null: no teacher view
         "cut_tokens": datasets.Value("int32"),
         "media": datasets.List(_REFERENCE),
-        "kinds": datasets.List(datasets.Value("string")),  # of `media`, beside what may be gigabytes
+        "kinds": datasets.List(
+            datasets.Value("string")
+        ),  # of `media`, beside what may be gigabytes
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": datasets.Value("bool"),
@@ -61,7 +63,7 @@ class DataSettings(Protocol):
     dataset_num_proc: int
     skip_bad_rows: bool
     check_data: bool
-    media_cache: Optional[str]
+    media_cache: str | None
 
 
 @dataclass
@@ -76,7 +78,9 @@ class DataReport:
     num_response_tokens: int
     sources: dict[str, int]
     media: dict[str, int] = field(default_factory=dict)
-    """Rows by what the two sides perceive: `audio > text` is a student that hears and a teacher that reads."""
+    """Rows by what the two sides perceive: `audio > text` is a student that hears and a teacher
+    that reads.
+    """
     num_media: dict[str, int] = field(default_factory=dict)
     """Media of each kind, each counted once in a row"""
     skipped: list[BadRow] = field(default_factory=list)
@@ -91,7 +95,9 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for the console."""
-        kinds = ", ".join(f"{number} {kind}{'s' * (number > 1)}" for kind, number in self.num_media.items())
+        kinds = ", ".join(
+            f"{number} {kind}{'s' * (number > 1)}" for kind, number in self.num_media.items()
+        )
         pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
         media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
         return (
@@ -103,10 +109,12 @@ class DataReport:
 
 
 class SampleDataset:
-    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the counts. The rows are a
-    mapped file that has no name any more: forks share it, it does not pickle.
+    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the
+    counts. The rows are a mapped file that has no name any more: forks share it, it does not
+    pickle.
 
-    skip_bad_rows: what a loader does with a row whose media turn out to be unreadable when it is reached.
+    skip_bad_rows: what a loader does with a row whose media turn out to be unreadable when it is
+    reached.
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class SampleDataset:
         rows: datasets.Dataset,
         pad_token_id: int,
         processor: MediaProcessor,
-        skipped: Optional[list[BadRow]] = None,
+        skipped: list[BadRow] | None = None,
         skip_bad_rows: bool = False,
     ):
         self._rows = rows
@@ -127,7 +135,9 @@ class SampleDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads the row's media. Raises DataError with the row's file and line where one cannot be read."""
+        """Reads the row's media. Raises DataError with the row's file and line where one cannot be
+        read.
+        """
         row = self._rows[index]
         encoded = Encoded(*(row[name] for name in Encoded._fields))
         try:
@@ -162,13 +172,17 @@ def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
 
 
 def _media_report(rows: datasets.Dataset) -> dict[str, dict[str, int]]:
-    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves are not touched."""
+    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
+    are not touched.
+    """
     table = rows.select_columns(["kinds", "student_media", "teacher_media"]).with_format("arrow")[:]
     if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
         return {}
     kinds = table["kinds"].to_pylist()
     seen = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
-    pairs = Counter(media_pair([of[i] for i in mine], [of[i] for i in others]) for of, mine, others in seen)
+    pairs = Counter(
+        media_pair([of[i] for i in mine], [of[i] for i in others]) for of, mine, others in seen
+    )
     return {"media": dict(pairs), "num_media": dict(Counter(kind for of in kinds for kind in of))}
 
 
@@ -178,7 +192,7 @@ class _Encoder:
     def __init__(
         self,
         source: Source,
-        chat: Optional[ChatTokenizer],
+        chat: ChatTokenizer | None,
         chat_problem: str,
         max_length: int,
         vocab_size: int,
@@ -201,17 +215,32 @@ class _Encoder:
         try:
             checked = check_row(self.source.parse(row), self.vocab_size, self.source.folder)
             encoded = encode_row(
-                checked, get_chat, self.max_length, self.vocab_size, self.processor, read_media=self.read_media
+                checked,
+                get_chat,
+                self.max_length,
+                self.vocab_size,
+                self.processor,
+                read_media=self.read_media,
             )
             source = self.source.name if checked.source is None else checked.source
         except RowError as error:
-            reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote lone surrogates
+            reason = (
+                str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+            )  # it may quote lone surrogates
         kinds = [reference["kind"] for reference in encoded.media]
-        return {**encoded._asdict(), "kinds": kinds, "source": source, "location": location, "reason": reason}
+        return {
+            **encoded._asdict(),
+            "kinds": kinds,
+            "source": source,
+            "location": location,
+            "reason": reason,
+        }
 
 
 def _encode(source: Source, num_proc: int, encoder: _Encoder, path: str) -> list[str]:
-    """Every row through `encoder`, into arrow files called like `path`; their names. On a terminal rank 0 shows a bar."""
+    """Every row through `encoder`, into arrow files called like `path`; their names. On a terminal
+    rank 0 shows a bar.
+    """
     shows = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
     had_bars = not datasets.are_progress_bars_disabled()
     if had_bars and not shows:
@@ -237,15 +266,21 @@ def _encode(source: Source, num_proc: int, encoder: _Encoder, path: str) -> list
 
 
 def load_datasets(
-    data: DataSettings, model_dir: str, vocab_size: int, seed: int, gather: Callable[[Any], list] = alone
-) -> tuple[SampleDataset, Optional[SampleDataset]]:
-    """Read, check and tokenise everything; (train, evaluation or None). A pure function of the files and the other
-    arguments. gather: a value of each rank -> all of them, where several ranks call it: those that see the same folder
-    of temporary files (TMPDIR) leave the work to one of them, and map its result.
+    data: DataSettings,
+    model_dir: str,
+    vocab_size: int,
+    seed: int,
+    gather: Callable[[Any], list] = alone,
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """Read, check and tokenise everything; (train, evaluation or None). A pure function of the
+    files and the other arguments. gather: a value of each rank -> all of them, where several ranks
+    call it: those that see the same folder of temporary files (TMPDIR) leave the work to one of
+    them, and map its result.
 
-    Evaluation is `val_dataset`, or a seeded `split_dataset_ratio` of the training rows (at least one). Raises
-    DataError, before anything else has started, that lists bad rows with file, line and reason (unless
-    `skip_bad_rows`), or says what cannot be opened. Collectives: two of `gather`.
+    Evaluation is `val_dataset`, or a seeded `split_dataset_ratio` of the training rows (at least
+    one). Raises DataError, before anything else has started, that lists bad rows with file, line
+    and reason (unless `skip_bad_rows`), or says what cannot be opened. Collectives: two of
+    `gather`.
     """
     if data.val_dataset and data.split_dataset_ratio:
         raise DataError(
@@ -259,15 +294,26 @@ def load_datasets(
 
     def make(folder: str) -> list[list[str]]:
         """For each entry of `dataset`, then of `val_dataset`, the files with its rows."""
-        sources = [open_source(entry, seed, data.download_datasets) for entry in [*data.dataset, *data.val_dataset]]
+        sources = [
+            open_source(entry, seed, data.download_datasets)
+            for entry in [*data.dataset, *data.val_dataset]
+        ]
         settings = (chat, chat_problem, data.max_length, vocab_size, processor, data.check_data)
         return [
-            _encode(source, data.dataset_num_proc, _Encoder(source, *settings), os.path.join(folder, f"{number}.arrow"))
+            _encode(
+                source,
+                data.dataset_num_proc,
+                _Encoder(source, *settings),
+                os.path.join(folder, f"{number}.arrow"),
+            )
             for number, source in enumerate(sources)
         ]
 
     def read(made: list[list[str]]) -> list[datasets.Dataset]:
-        return [datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, files))) for files in made]
+        return [
+            datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, files)))
+            for files in made
+        ]
 
     parts = made_once(make, read, gather)
     train_rows, train_bad = _separate(parts[: len(data.dataset)])
@@ -275,9 +321,14 @@ def load_datasets(
     if (train_bad or eval_bad) and not data.skip_bad_rows:
         num_rows = len(train_rows) + len(train_bad) + len(eval_rows or []) + len(eval_bad)
         raise bad_rows_error(train_bad + eval_bad, num_rows)
-    for flag, rows, bad in (("--dataset", train_rows, train_bad), ("--val_dataset", eval_rows, eval_bad)):
+    for flag, rows, bad in (
+        ("--dataset", train_rows, train_bad),
+        ("--val_dataset", eval_rows, eval_bad),
+    ):
         if rows is not None and not len(rows):
-            raise DataError(f"{flag}: all {len(bad)} rows are bad, the first is {bad[0].location}: {bad[0].reason}")
+            raise DataError(
+                f"{flag}: all {len(bad)} rows are bad, the first is {bad[0].location}: {bad[0].reason}"
+            )
     if data.split_dataset_ratio:
         train_rows, eval_rows = _split(train_rows, data.split_dataset_ratio, seed)
     pad_token_id = chat.pad_token_id if chat is not None else 0
@@ -287,9 +338,9 @@ def load_datasets(
     return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
 
 
-def _try_tokenizer(model_dir: str) -> tuple[Optional[ChatTokenizer], str]:
-    """The tokenizer, or None and why there is none: rows of ids do not need it, the first row of text raises the
-    reason.
+def _try_tokenizer(model_dir: str) -> tuple[ChatTokenizer | None, str]:
+    """The tokenizer, or None and why there is none: rows of ids do not need it, the first row of
+    text raises the reason.
     """
     try:
         chat = load_chat_tokenizer(model_dir)
@@ -298,7 +349,10 @@ def _try_tokenizer(model_dir: str) -> tuple[Optional[ChatTokenizer], str]:
     except Exception as error:  # the files are anyone's, and so are the errors
         return None, f"the tokenizer of {model_dir} does not load: {type(error).__name__}: {error}"
     names = ", ".join(VOCABULARY_FILES)
-    return chat, f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and labels"
+    return (
+        chat,
+        f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and labels",
+    )
 
 
 def _separate(parts: list[datasets.Dataset]) -> tuple[datasets.Dataset, list[BadRow]]:
@@ -309,15 +363,24 @@ def _separate(parts: list[datasets.Dataset]) -> tuple[datasets.Dataset, list[Bad
     if not bad:
         return rows, []
     bad_rows = [
-        BadRow(row["location"], row["reason"]) for row in rows.select(bad).select_columns(["location", "reason"])
+        BadRow(row["location"], row["reason"])
+        for row in rows.select(bad).select_columns(["location", "reason"])
     ]
     return rows.select([index for index, reason in enumerate(reasons) if reason is None]), bad_rows
 
 
-def _split(rows: datasets.Dataset, ratio: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(train, evaluation): a seeded share of the rows, at least one on each side, both in their old order."""
+def _split(
+    rows: datasets.Dataset, ratio: float, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(train, evaluation): a seeded share of the rows, at least one on each side, both in their old
+    order.
+    """
     num_eval = max(1, int(len(rows) * ratio))
     if num_eval >= len(rows):
-        raise DataError(f"--split_dataset_ratio {ratio} of {len(rows)} rows leaves no row to train on")
+        raise DataError(
+            f"--split_dataset_ratio {ratio} of {len(rows)} rows leaves no row to train on"
+        )
     chosen = permutation(len(rows), seed, SPLIT)
-    return rows.select(sorted(chosen[num_eval:].tolist())), rows.select(sorted(chosen[:num_eval].tolist()))
+    return rows.select(sorted(chosen[num_eval:].tolist())), rows.select(
+        sorted(chosen[:num_eval].tolist())
+    )

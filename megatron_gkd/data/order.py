@@ -4,19 +4,22 @@ from functools import lru_cache
 
 import numpy
 
-# What a permutation is for; each purpose has its own stream, so that changing one does not move another.
+# What a permutation is for; each purpose has its own stream, so that changing one does not move
+# another.
 SUBSET, SPLIT, EPOCH = 1, 2, 3
 
 
 def permutation(num_rows: int, seed: int, *stream: int) -> numpy.ndarray:
-    """A permutation of range(num_rows), int64, as a pure function of its arguments (no global random state)."""
+    """A permutation of range(num_rows), int64, as a pure function of its arguments (no global
+    random state).
+    """
     bits = numpy.random.MT19937(numpy.random.SeedSequence((seed, *stream)))
     return numpy.random.RandomState(bits).permutation(num_rows)
 
 
 def batch_indices(step: int, global_batch_size: int, num_rows: int, seed: int) -> numpy.ndarray:
-    """Row indices of the global batch of `step` (in samples): a slice of the endless stream of seeded epoch
-    permutations.
+    """Row indices of the global batch of `step` (in samples): a slice of the endless stream of
+    seeded epoch permutations.
     """
     first = step * global_batch_size
     stream = numpy.arange(first, first + global_batch_size)

@@ -1,25 +1,30 @@
-"""A raw row (a JSON object or a table's row) -> a checked `Row`. No tokenizer here: types, roles, ids and which
-columns belong together.
+"""A raw row (a JSON object or a table's row) -> a checked `Row`. No tokenizer here: types, roles,
+ids and which columns belong together.
 
-Accepted: `messages`, or `instruction` (+ `input`) + `output`, or `input_ids` + `labels`; one of `teacher_messages`,
-`teacher_prompt`, `teacher_input_ids`; `images`, `audios`, `videos` and, for the teacher's own, `teacher_images`,
-`teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`. A null column is an absent one. Columns that would
-change the meaning if they were ignored are refused by name; any other column is left alone.
+Accepted: `messages`, or `instruction` (+ `input`) + `output`, or `input_ids` + `labels`; one of
+`teacher_messages`, `teacher_prompt`, `teacher_input_ids`; `images`, `audios`, `videos` and, for the
+teacher's own, `teacher_images`, `teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`.
+A null column is an absent one. Columns that would change the meaning if they were ignored are
+refused by name; any other column is left alone.
 """
 
 import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
-from megatron_gkd.data.errors import RowError, shown
-from megatron_gkd.data.medium import KINDS, Reference, read_reference
+from megatron_gkd.errors import RowError, shown
+from megatron_gkd.media.medium import KINDS, Reference, read_reference
 
 IGNORED_LABEL = -100
 ROLES = ("system", "user", "assistant")
 MEDIA_COLUMNS = tuple(f"{prefix}{kind}s" for prefix in ("", "teacher_") for kind in KINDS)
 REFUSED_COLUMNS = {
-    **{f"{prefix}{kind}": f"name it `{prefix}{kind}s`, a list" for prefix in ("", "teacher_") for kind in KINDS},
+    **{
+        f"{prefix}{kind}": f"name it `{prefix}{kind}s`, a list"
+        for prefix in ("", "teacher_")
+        for kind in KINDS
+    },
     "tools": "tool definitions are not rendered",
     "system": "write it as the first turn of `messages`",
     "history": "write the earlier turns into `messages`",
@@ -27,29 +32,33 @@ REFUSED_COLUMNS = {
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
 
 _OF_TEACHER = (*TEACHER_COLUMNS, *(name for name in MEDIA_COLUMNS if name.startswith("teacher_")))
-_ABOUT_TEACHER = tuple(f"{name}_" for column in _OF_TEACHER for name in (column, column.removesuffix("s")))  # metadata, as teacher_image_id
+_ABOUT_TEACHER = tuple(
+    f"{name}_" for column in _OF_TEACHER for name in (column, column.removesuffix("s"))
+)  # metadata, as teacher_image_id
 _TAG = re.compile(r"<(audio|image|video)>")
 
 Messages = list[dict[str, Any]]
-"""Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or video."""
+"""Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or
+video.
+"""
 RowMedia = dict[str, list[Reference]]
 """Kind -> a view's media of that kind, in the order of their placeholders."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Either `messages` (ends with an assistant turn) or `input_ids` with `labels` (unshifted), and at most one
-    teacher view. `teacher_media` is None where the teacher has the student's.
+    """Either `messages` (ends with an assistant turn) or `input_ids` with `labels` (unshifted), and
+    at most one teacher view. `teacher_media` is None where the teacher has the student's.
     """
 
-    messages: Optional[Messages]
-    input_ids: Optional[list[int]]
-    labels: Optional[list[int]]
-    teacher_messages: Optional[Messages]
-    teacher_input_ids: Optional[list[int]]
-    source: Optional[str]
+    messages: Messages | None
+    input_ids: list[int] | None
+    labels: list[int] | None
+    teacher_messages: Messages | None
+    teacher_input_ids: list[int] | None
+    source: str | None
     media: RowMedia = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    teacher_media: Optional[RowMedia] = None
+    teacher_media: RowMedia | None = None
     use_audio_in_video: bool = False
 
     @property
@@ -59,7 +68,9 @@ class Row:
 
 
 class _Inline:
-    """What the parts of one view's turns hold: kind -> values, None where a part leaves its medium to the column."""
+    """What the parts of one view's turns hold: kind -> values, None where a part leaves its medium
+    to the column.
+    """
 
     def __init__(self, row: dict, prefix: str, inherited: dict[str, bool]):
         self.values: dict[str, list] = {kind: [] for kind in KINDS}
@@ -68,8 +79,8 @@ class _Inline:
 
 
 def check_row(raw, vocab_size: int, folder: str = "") -> Row:
-    """Check one raw row against the format above; ids must lie in [0, vocab_size). Paths of media are relative to
-    `folder`. Raises RowError with the reason.
+    """Check one raw row against the format above; ids must lie in [0, vocab_size). Paths of media
+    are relative to `folder`. Raises RowError with the reason.
     """
     if not isinstance(raw, dict):
         raise RowError(f"a row is a JSON object, this is {_type_name(raw)}")
@@ -94,7 +105,9 @@ def check_row(raw, vocab_size: int, folder: str = "") -> Row:
             + (f" (its columns: {', '.join(list(row)[:8])})" if row else " (every column is empty)")
         )
     if len(kinds) > 1:
-        raise RowError(f"has {' and '.join(kinds)}: one of them must go, they may say different things")
+        raise RowError(
+            f"has {' and '.join(kinds)}: one of them must go, they may say different things"
+        )
 
     messages = input_ids = labels = None
     inline = _Inline(row, "", {})
@@ -138,29 +151,40 @@ def _media(row: dict, prefix: str, inline: _Inline, folder: str) -> RowMedia:
             given = [given]
         if any(value is not None for value in values):
             if given or any(value is None for value in values):
-                raise RowError(f"{places} hold {kind}s in some parts and not in others or in `{column}`: use one of them")
+                raise RowError(
+                    f"{places} hold {kind}s in some parts and not in others or in `{column}`: use one of them"
+                )
             given, places = values, f"{places}: {kind}"
         else:
             places = column
         found[kind] = [
-            read_reference(value, kind, folder, f"{places}[{index}]") for index, value in enumerate(given)
+            read_reference(value, kind, folder, f"{places}[{index}]")
+            for index, value in enumerate(given)
         ]
     return found
 
 
 def _teacher_media(
-    row: dict, media: RowMedia, student: _Inline, teacher: _Inline, messages: Optional[Messages], folder: str
-) -> Optional[RowMedia]:
+    row: dict,
+    media: RowMedia,
+    student: _Inline,
+    teacher: _Inline,
+    messages: Messages | None,
+    folder: str,
+) -> RowMedia | None:
     """The teacher's own media; None where it has the student's.
 
-    Of each kind: its column's, or those that its turns hold, or the student's. A conversation of its own that has no
-    place for a kind which the student's turns (not a column) hold has none of it.
+    Of each kind: its column's, or those that its turns hold, or the student's. A conversation of
+    its own that has no place for a kind which the student's turns (not a column) hold has none of
+    it.
     """
     own, merged = _media(row, "teacher_", teacher, folder), {}
     for kind in KINDS:
         in_turns = any(value is not None for value in student.values[kind])
         left_out = messages is not None and in_turns and not _num_parts(messages, kind)
-        merged[kind] = own[kind] if f"teacher_{kind}s" in row or own[kind] or left_out else media[kind]
+        merged[kind] = (
+            own[kind] if f"teacher_{kind}s" in row or own[kind] or left_out else media[kind]
+        )
     return None if merged == media else merged
 
 
@@ -174,7 +198,11 @@ def _refuse_columns(row: dict) -> None:
         if row.get(name):
             raise RowError(f"column `{name}` is not supported: {reason}")
     for name in row:
-        if name.startswith("teacher_") and name not in _OF_TEACHER and not name.startswith(_ABOUT_TEACHER):
+        if (
+            name.startswith("teacher_")
+            and name not in _OF_TEACHER
+            and not name.startswith(_ABOUT_TEACHER)
+        ):
             if nearest := difflib.get_close_matches(name, _OF_TEACHER, n=1, cutoff=0.85):
                 raise RowError(f"column `{name}` is unknown: is it `{nearest[0]}`?")
 
@@ -197,13 +225,16 @@ def _text(value, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(f"{where} is not valid Unicode: lone surrogate at character {error.start}") from None
+        raise RowError(
+            f"{where} is not valid Unicode: lone surrogate at character {error.start}"
+        ) from None
     return value
 
 
-def _content(value, where: str, inline: Optional[_Inline]) -> Any:
-    """A message's content: a string, or Hugging Face's list of parts. Texts are joined where there is nothing but text;
-    with media the parts stay, and their media go to `inline`. `inline` None: media have no place here.
+def _content(value, where: str, inline: _Inline | None) -> Any:
+    """A message's content: a string, or Hugging Face's list of parts. Texts are joined where there
+    is nothing but text; with media the parts stay, and their media go to `inline`. `inline` None:
+    media have no place here.
     """
     if not isinstance(value, list):
         text = _text(value, where)
@@ -220,25 +251,39 @@ def _content(value, where: str, inline: Optional[_Inline]) -> Any:
     for index, part in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(part, dict):
-            raise RowError(f"{place} must be an object such as {{'type': 'text', 'text': ...}}, got {_type_name(part)}")
+            raise RowError(
+                f"{place} must be an object such as {{'type': 'text', 'text': ...}}, got {_type_name(part)}"
+            )
         held = {name: item for name, item in part.items() if item is not None}
         kind = held.pop("type", None) or next((kind for kind in KINDS if kind in held), "text")
         if kind == "text":
             text = held.pop("text", None)
             if held:
-                raise RowError(f"{place} is text and holds {', '.join(sorted(held))}: one part, one thing")
+                raise RowError(
+                    f"{place} is text and holds {', '.join(sorted(held))}: one part, one thing"
+                )
             parts.append({"type": "text", "text": _text(text, f"{place}.text")})
         elif kind in KINDS:
             if inline is None:
-                raise RowError(f"{place} is of type {kind}: media stand in user and system turns only")
-            values = [held.pop(name) for name in (kind, f"{kind}_url", "path", "url") if name in held]
+                raise RowError(
+                    f"{place} is of type {kind}: media stand in user and system turns only"
+                )
+            values = [
+                held.pop(name) for name in (kind, f"{kind}_url", "path", "url") if name in held
+            ]
             if len(values) > 1 or held:
-                raise RowError(f"{place} is of type {kind} and holds more than `{kind}`: {', '.join(sorted(part))}")
+                raise RowError(
+                    f"{place} is of type {kind} and holds more than `{kind}`: {', '.join(sorted(part))}"
+                )
             value = values[0] if values else None
-            inline.values[kind].append(value.get("url") if isinstance(value, dict) and "url" in value else value)
+            inline.values[kind].append(
+                value.get("url") if isinstance(value, dict) and "url" in value else value
+            )
             parts.append({"type": kind})
         else:
-            raise RowError(f"{place} is of type {shown(kind)}: text, {', '.join(KINDS)} are the types")
+            raise RowError(
+                f"{place} is of type {shown(kind)}: text, {', '.join(KINDS)} are the types"
+            )
     return _joined(parts)
 
 
@@ -249,8 +294,12 @@ def _joined(parts: list[dict]) -> Any:
     return [part for part in parts if part.get("text") != ""]
 
 
-def _conversation(value, where: str, inline: _Inline, *, last_may_be_empty: bool = False) -> Messages:
-    """Check turns, roles and contents. Assistant turns have text, except the last one if it `last_may_be_empty`."""
+def _conversation(
+    value, where: str, inline: _Inline, *, last_may_be_empty: bool = False
+) -> Messages:
+    """Check turns, roles and contents. Assistant turns have text, except the last one if it
+    `last_may_be_empty`.
+    """
     if not isinstance(value, list):
         raise RowError(f"{where} must be a list of turns, got {_type_name(value)}")
     if not value:
@@ -259,13 +308,21 @@ def _conversation(value, where: str, inline: _Inline, *, last_may_be_empty: bool
     for index, turn in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(turn, dict):
-            raise RowError(f"{place} must be an object with role and content, got {_type_name(turn)}")
-        extra = sorted(key for key, item in turn.items() if key not in ("role", "content") and item is not None)
+            raise RowError(
+                f"{place} must be an object with role and content, got {_type_name(turn)}"
+            )
+        extra = sorted(
+            key for key, item in turn.items() if key not in ("role", "content") and item is not None
+        )
         if extra:
-            raise RowError(f"{place} has {', '.join(extra)}: a turn has role and content, nothing else is rendered")
+            raise RowError(
+                f"{place} has {', '.join(extra)}: a turn has role and content, nothing else is rendered"
+            )
         role = turn.get("role")
         if role not in ROLES:
-            raise RowError(f"{place}.role {shown(role)} is unknown: {', '.join(ROLES)} are the roles")
+            raise RowError(
+                f"{place}.role {shown(role)} is unknown: {', '.join(ROLES)} are the roles"
+            )
         content = turn.get("content")
         if role == "assistant":
             may_be_empty = last_may_be_empty and index == len(value) - 1
@@ -276,12 +333,15 @@ def _conversation(value, where: str, inline: _Inline, *, last_may_be_empty: bool
             content = _content(content, f"{place}.content", inline)
         messages.append({"role": role, "content": content})
     if messages[0]["role"] == "assistant":
-        raise RowError(f"{where}[0] is an assistant turn: nothing stands before it that could be its prompt")
+        raise RowError(
+            f"{where}[0] is an assistant turn: nothing stands before it that could be its prompt"
+        )
     return messages
 
 
 def _alpaca_messages(row: dict, inline: _Inline) -> Messages:
-    """instruction, then input on a line of its own where there is one; the output is the response."""
+    """instruction, then input on a line of its own where there is one; the output is the response.
+    """
     parts = [_text(row[name], name) for name in ("instruction", "input") if name in row]
     prompt = "\n".join(part for part in parts if part)
     if not prompt.strip():
@@ -303,7 +363,9 @@ def _token_ids(value, where: str, vocab_size: int, *, labels: bool = False) -> l
         raise RowError(f"{where} is empty")
     for index, token in enumerate(value):
         if type(token) is not int:
-            raise RowError(f"{where}[{index}] must be an integer, got {_type_name(token)} {shown(token)}")
+            raise RowError(
+                f"{where}[{index}] must be an integer, got {_type_name(token)} {shown(token)}"
+            )
         if not 0 <= token < vocab_size and not (labels and token == IGNORED_LABEL):
             allowed = f"[0, {vocab_size})" + (f" or {IGNORED_LABEL}" if labels else "")
             raise RowError(f"{where}[{index}] is {shown(token)}, out of the vocabulary {allowed}")
@@ -311,8 +373,8 @@ def _token_ids(value, where: str, vocab_size: int, *, labels: bool = False) -> l
 
 
 def _tokenised(row: dict, vocab_size: int):
-    """`input_ids` and `labels` up to the last trained token: what follows it carries no loss and no earlier token
-    sees it.
+    """`input_ids` and `labels` up to the last trained token: what follows it carries no loss and no
+    earlier token sees it.
     """
     for name in ("input_ids", "labels"):
         if name not in row:
@@ -326,7 +388,9 @@ def _tokenised(row: dict, vocab_size: int):
         )
     if labels[0] != IGNORED_LABEL:
         if any(column in row for column in TEACHER_COLUMNS):
-            raise RowError("labels[0] is trained: with a teacher view the student needs a prompt of at least one token")
+            raise RowError(
+                "labels[0] is trained: with a teacher view the student needs a prompt of at least one token"
+            )
         labels[0] = IGNORED_LABEL  # no token stands before it that could predict it
     trained = [index for index, label in enumerate(labels) if label != IGNORED_LABEL]
     if not trained:
@@ -351,9 +415,9 @@ def _tokenised(row: dict, vocab_size: int):
     return input_ids[:end], labels[:end]
 
 
-def _teacher(row: dict, messages: Optional[Messages], vocab_size: int, inline: _Inline):
-    """(teacher_messages, teacher_input_ids), at most one of them not None; `teacher_prompt` is turned into
-    teacher_messages.
+def _teacher(row: dict, messages: Messages | None, vocab_size: int, inline: _Inline):
+    """(teacher_messages, teacher_input_ids), at most one of them not None; `teacher_prompt` is
+    turned into teacher_messages.
     """
     present = [column for column in TEACHER_COLUMNS if column in row]
     if len(present) > 1:
@@ -363,7 +427,9 @@ def _teacher(row: dict, messages: Optional[Messages], vocab_size: int, inline: _
     if present == ["teacher_input_ids"]:
         return None, _token_ids(row["teacher_input_ids"], "teacher_input_ids", vocab_size)
     if present == ["teacher_messages"]:
-        view = _conversation(row["teacher_messages"], "teacher_messages", inline, last_may_be_empty=True)
+        view = _conversation(
+            row["teacher_messages"], "teacher_messages", inline, last_may_be_empty=True
+        )
         if view[-1]["role"] != "assistant":
             raise RowError(
                 f"teacher view without response: teacher_messages end with a {view[-1]['role']} turn, "

@@ -1,23 +1,32 @@
-"""A checked row -> a `Sample`: what the student reads, what the teacher reads, and which tokens are the response.
+"""A checked row -> a `Sample`: what the student reads, what the teacher reads, and which tokens are
+the response.
 
-Both views end with the same response, copied id by id; they differ in what stands before it. A row without a teacher
-view trains every assistant turn; with one, only the last response is trained, the one that both views share.
+Both views end with the same response, copied id by id; they differ in what stands before it. A row
+without a teacher view trains every assistant turn; with one, only the last response is trained, the
+one that both views share.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_gkd.data.chat import ChatTokenizer
-from megatron_gkd.data.errors import RowError
-from megatron_gkd.data.media import MediaProcessor
-from megatron_gkd.data.medium import KINDS, Medium, Reference, Size
-from megatron_gkd.data.placeholders import BOTH, Placeholder, check_counts, fill, find_placeholders, positions_of
 from megatron_gkd.data.rows import IGNORED_LABEL, Row, RowMedia
-from megatron_gkd.model.positions import MediaTokenIds, rope_positions
+from megatron_gkd.errors import RowError
+from megatron_gkd.media.medium import KINDS, Medium, Reference, Size
+from megatron_gkd.media.placeholders import (
+    BOTH,
+    Placeholder,
+    check_counts,
+    fill,
+    find_placeholders,
+    positions_of,
+)
+from megatron_gkd.media.positions import MediaTokenIds, rope_positions
+from megatron_gkd.media.processor import MediaProcessor
 
 
 class MediumPlace(NamedTuple):
@@ -31,14 +40,15 @@ class MediumPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """`labels` are unshifted, -100 = not trained; `response_start` is the index of the (last) response's first
-    token. `position_ids` [3, S] float32 are the rotary positions in time, height and width; None: 0, 1, 2, ... in all.
+    """`labels` are unshifted, -100 = not trained; `response_start` is the index of the (last)
+    response's first token. `position_ids` [3, S] float32 are the rotary positions in time, height
+    and width; None: 0, 1, 2, ... in all.
     """
 
     input_ids: list[int]
     labels: list[int]
     response_start: int
-    position_ids: Optional[Tensor] = None
+    position_ids: Tensor | None = None
     media: tuple[MediumPlace, ...] = ()
 
     def targets(self) -> list[int]:
@@ -48,8 +58,9 @@ class View:
 
 @dataclass(frozen=True)
 class Sample:
-    """`teacher` is `student` itself without a teacher view. `row` is the index in the data set, `cut_tokens` the
-    trained tokens of the response that did not fit into max_length. `media`: each once, whichever view shows it.
+    """`teacher` is `student` itself without a teacher view. `row` is the index in the data set,
+    `cut_tokens` the trained tokens of the response that did not fit into max_length. `media`: each
+    once, whichever view shows it.
     """
 
     student: View
@@ -64,23 +75,28 @@ class Sample:
     def media_pair(self) -> str:
         """What student and teacher perceive, for metrics."""
         student, teacher = (
-            [self.media[place.medium].kind for place in view.media] for view in (self.student, self.teacher)
+            [self.media[place.medium].kind for place in view.media]
+            for view in (self.student, self.teacher)
         )
         return media_pair(student, teacher)
 
 
 def media_pair(student: Iterable[str], teacher: Iterable[str]) -> str:
-    """`audio > text`: the student hears, the teacher reads; each side's kinds of media in the order of their names."""
+    """`audio > text`: the student hears, the teacher reads; each side's kinds of media in the order
+    of their names.
+    """
     return " > ".join("+".join(sorted(set(kinds))) or "text" for kinds in (student, teacher))
 
 
 class Encoded(NamedTuple):
-    """The compact form of a sample, as it is stored: the teacher's view is its prompt and the student's response."""
+    """The compact form of a sample, as it is stored: the teacher's view is its prompt and the
+    student's response.
+    """
 
     input_ids: list[int]
     labels: list[int]
     response_start: int
-    teacher_prompt: Optional[list[int]]
+    teacher_prompt: list[int] | None
     cut_tokens: int
     media: list[dict]
     """kind, path, data, is_track, num_tokens of each medium, not read"""
@@ -107,11 +123,13 @@ def encode_row(
     *,
     read_media: bool = False,
 ) -> Encoded:
-    """Tokenise a checked row and cut its response so that both views have at most `max_length` tokens.
+    """Tokenise a checked row and cut its response so that both views have at most `max_length`
+    tokens.
 
-    `get_chat` is called only if the row holds text, and of media only what tells their size is read, unless
-    `read_media`. Raises RowError for ids of the tokenizer that the model does not have, media that cannot be used or
-    do not match their placeholders, and for a prompt that leaves no room for a response.
+    `get_chat` is called only if the row holds text, and of media only what tells their size is
+    read, unless `read_media`. Raises RowError for ids of the tokenizer that the model does not
+    have, media that cannot be used or do not match their placeholders, and for a prompt that leaves
+    no room for a response.
     """
     if row.input_ids is not None:
         input_ids, labels = row.input_ids, list(row.labels)
@@ -139,14 +157,27 @@ def encode_row(
 
     sizes: dict[Reference, Size] = {}
     measure = _measuring(processor, sizes, read_media)
-    student = _show(input_ids[:start], row.media, row, processor, measure, "the row has", as_given=True)
-    input_ids, labels = student.ids + input_ids[start:], [labels[index] for index in student.origin] + labels[start:]
+    student = _show(
+        input_ids[:start], row.media, row, processor, measure, "the row has", as_given=True
+    )
+    input_ids, labels = (
+        student.ids + input_ids[start:],
+        [labels[index] for index in student.origin] + labels[start:],
+    )
     start = len(student.ids)
     teacher = student
     if teacher_prompt is not None:
-        as_given = not (row.teacher_messages is None and row.teacher_input_ids is None)  # else with the student's media
+        as_given = not (
+            row.teacher_messages is None and row.teacher_input_ids is None
+        )  # else with the student's media
         teacher = _show(
-            teacher_prompt, teacher_media, row, processor, measure, "the teacher's view has", as_given=as_given
+            teacher_prompt,
+            teacher_media,
+            row,
+            processor,
+            measure,
+            "the teacher's view has",
+            as_given=as_given,
         )
 
     for name, num_prompt in (("prompt", start), ("teacher's prompt", len(teacher.ids))):
@@ -168,8 +199,14 @@ def encode_row(
         start,
         None if teacher is student else teacher.ids,
         num_trained - _num_trained(labels),
-        [reference._asdict() | {"num_tokens": size.num_tokens} for reference, size in sizes.items()],
-        *([indices[reference] for kind in KINDS for reference in view.media[kind]] for view in (student, teacher)),
+        [
+            reference._asdict() | {"num_tokens": size.num_tokens}
+            for reference, size in sizes.items()
+        ],
+        *(
+            [indices[reference] for kind in KINDS for reference in view.media[kind]]
+            for view in (student, teacher)
+        ),
         row.use_audio_in_video,
     )
 
@@ -223,23 +260,38 @@ def _show(
 
 
 def _with_tracks(media: RowMedia, placeholders: list[Placeholder]) -> RowMedia:
-    """The media, with the videos' own audio in their places unless the row gives it among its audios."""
-    kinds = [placeholder.kind for placeholder in placeholders if placeholder.kind in ("audio", "video", BOTH)]
-    if BOTH not in kinds or len(media["audio"]) != kinds.count("audio") or len(media["video"]) != kinds.count(BOTH):
+    """The media, with the videos' own audio in their places unless the row gives it among its
+    audios.
+    """
+    kinds = [
+        placeholder.kind
+        for placeholder in placeholders
+        if placeholder.kind in ("audio", "video", BOTH)
+    ]
+    if (
+        BOTH not in kinds
+        or len(media["audio"]) != kinds.count("audio")
+        or len(media["video"]) != kinds.count(BOTH)
+    ):
         return media
     audios, videos = iter(media["audio"]), iter(media["video"])
     tracks = [
-        next(audios) if kind == "audio" else next(videos)._replace(kind="audio", is_track=True) for kind in kinds
+        next(audios) if kind == "audio" else next(videos)._replace(kind="audio", is_track=True)
+        for kind in kinds
     ]
     return media | {"audio": tracks}
 
 
-def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> Optional[list[int]]:
+def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int] | None:
     """The teacher's tokens before the response; None without a view of its own text."""
     if row.teacher_messages is None:
         return row.teacher_input_ids
-    response = row.messages[-1]["content"] if row.messages else "response"  # only what stands before it is kept
-    return get_chat().encode_prompt(row.teacher_messages[:-1] + [{"role": "assistant", "content": response}])
+    response = (
+        row.messages[-1]["content"] if row.messages else "response"
+    )  # only what stands before it is kept
+    return get_chat().encode_prompt(
+        row.teacher_messages[:-1] + [{"role": "assistant", "content": response}]
+    )
 
 
 def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProcessor) -> Sample:
@@ -256,7 +308,9 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
     def view(ids: list[int], labels: list[int], start: int, shown: list[int]) -> View:
         if not shown:
             return View(ids, labels, start)
-        return _view_with_media(View(ids, labels, start), shown, media, encoded.use_audio_in_video, processor.token_ids)
+        return _view_with_media(
+            View(ids, labels, start), shown, media, encoded.use_audio_in_video, processor.token_ids
+        )
 
     start = encoded.response_start
     student = view(encoded.input_ids, encoded.labels, start, encoded.student_media)
@@ -264,24 +318,38 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
     if encoded.teacher_prompt is not None:
         prompt = encoded.teacher_prompt
         labels = [IGNORED_LABEL] * len(prompt) + student.labels[start:]
-        teacher = view(prompt + student.input_ids[start:], labels, len(prompt), encoded.teacher_media)
+        teacher = view(
+            prompt + student.input_ids[start:], labels, len(prompt), encoded.teacher_media
+        )
         assert teacher.targets() == student.targets(), (
             f"row {row}: the views of student and teacher train different tokens"
         )
-    return Sample(student, teacher, teacher is not student, source, row, encoded.cut_tokens, tuple(media))
+    return Sample(
+        student, teacher, teacher is not student, source, row, encoded.cut_tokens, tuple(media)
+    )
 
 
 def _view_with_media(
-    view: View, shown: list[int], media: list[Medium], use_audio_in_video: bool, tokens: MediaTokenIds
+    view: View,
+    shown: list[int],
+    media: list[Medium],
+    use_audio_in_video: bool,
+    tokens: MediaTokenIds,
 ) -> View:
-    """`view` with the places and rotary positions of the media that its prompt shows (indices in `media`)."""
+    """`view` with the places and rotary positions of the media that its prompt shows (indices in
+    `media`).
+    """
     prompt = view.input_ids[: view.response_start]
     of_kind = {kind: [index for index in shown if media[index].kind == kind] for kind in KINDS}
     positions = positions_of(
-        prompt, tokens, {kind: [media[index].num_tokens for index in of_kind[kind]] for kind in KINDS}
+        prompt,
+        tokens,
+        {kind: [media[index].num_tokens for index in of_kind[kind]] for kind in KINDS},
     )
     places = [
-        MediumPlace(index, found) for kind in KINDS for index, found in zip(of_kind[kind], positions[kind])
+        MediumPlace(index, found)
+        for kind in KINDS
+        for index, found in zip(of_kind[kind], positions[kind])
     ]
     videos = [media[index] for index in of_kind["video"]]
     rope = rope_positions(

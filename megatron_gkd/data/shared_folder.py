@@ -1,5 +1,5 @@
-"""Work that one rank does for all of its machine: data are prepared once a machine, not once a rank, and lie in memory
-once, as mapped files.
+"""Work that one rank does for all of its machine: data are prepared once a machine, not once a
+rank, and lie in memory once, as mapped files.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_gkd.data.errors import DataError
+from megatron_gkd.errors import DataError
 
 Result = TypeVar("Result")
 _OUTCOME, _MAKING = "outcome.json", "making"
@@ -26,24 +26,36 @@ def alone(value: Any) -> list:
     return [value]
 
 
-def made_once(make: Callable[[str], Any], read: Callable[[Any], Result], gather: Callable[[Any], list] = alone) -> Result:
-    """`read(made)` on every rank. `made` is what `make(folder)` returned on the lowest of the ranks of this machine whose
-    folder of temporary files (TMPDIR) this one sees: anything that JSON can hold, such as names of files in `folder`.
+def made_once(
+    make: Callable[[str], Any], read: Callable[[Any], Result], gather: Callable[[Any], list] = alone
+) -> Result:
+    """`read(made)` on every rank. `made` is what `make(folder)` returned on the lowest of the ranks
+    of this machine whose folder of temporary files (TMPDIR) this one sees: anything that JSON can
+    hold, such as names of files in `folder`.
 
-    The folder is gone afterwards; what `read` has opened or mapped stays readable. gather: a value of each rank -> all
-    of them, in rank order. Raises what `make` raises, on the ranks that wait for it a DataError of the same text.
-    Collectives: two of `gather`, before the work, which may take longer than a collective waits: for the work itself
-    ranks wait at a lock, which ends with the process that holds it.
+    The folder is gone afterwards; what `read` has opened or mapped stays readable. gather: a value
+    of each rank -> all of them, in rank order. Raises what `make` raises, on the ranks that wait
+    for it a DataError of the same text. Collectives: two of `gather`, before the work, which may
+    take longer than a collective waits: for the work itself ranks wait at a lock, which ends with
+    the process that holds it.
     """
     with _sigterm_raises():
         own, locks, readers = tempfile.mkdtemp(prefix="megatron_gkd-"), [], []
         try:
             locks.append(_Lock(own, _MAKING))
             places = gather([_machine(), own])
-            maker = next(folder for machine, folder in places if machine == _machine() and os.path.isdir(folder))
+            maker = next(
+                folder
+                for machine, folder in places
+                if machine == _machine() and os.path.isdir(folder)
+            )
             locks.append(_Lock(maker, os.path.basename(own)))  # until this rank has read
             makers = gather(maker)
-            readers = [os.path.basename(folder) for (_, folder), chosen in zip(places, makers) if chosen == own]
+            readers = [
+                os.path.basename(folder)
+                for (_, folder), chosen in zip(places, makers)
+                if chosen == own
+            ]
             if readers:
                 _make(make, own)
             locks[0].release()
@@ -68,8 +80,9 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def _sigterm_raises():
-    """SIGTERM ends the process as an error does, unless the caller has a way of its own: the folder goes, which may hold
-    gigabytes."""
+    """SIGTERM ends the process as an error does, unless the caller has a way of its own: the folder
+    goes, which may hold gigabytes.
+    """
     received = []
 
     def end(number, frame):
@@ -99,7 +112,9 @@ class _Lock:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX)
         except OSError as error:
-            raise DataError(f"{self.file.name} cannot be locked ({error}): TMPDIR=FOLDER names a local disk") from error
+            raise DataError(
+                f"{self.file.name} cannot be locked ({error}): TMPDIR=FOLDER names a local disk"
+            ) from error
 
     def release(self) -> None:
         self.file.close()
@@ -119,7 +134,9 @@ def _make(make: Callable[[str], Any], folder: str) -> None:
         _write(folder, {"made": make(folder)})
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = DataError(f"{folder}: {error}; the prepared data lie there, TMPDIR=FOLDER names a larger disk")
+            error = DataError(
+                f"{folder}: {error}; the prepared data lie there, TMPDIR=FOLDER names a larger disk"
+            )
         text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # the others need no reason to end
             _write(folder, {"error": text})
@@ -136,7 +153,9 @@ def _outcome(folder: str) -> Any:
         with open(os.path.join(folder, _OUTCOME)) as file:
             outcome = json.load(file)
     except (FileNotFoundError, ValueError):  # the second: cut short
-        raise DataError(f"the rank that prepares the data in {folder} ended before it was done") from None
+        raise DataError(
+            f"the rank that prepares the data in {folder} ended before it was done"
+        ) from None
     if "error" in outcome:
         raise DataError(outcome["error"])
     return outcome["made"]

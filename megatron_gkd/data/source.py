@@ -1,8 +1,8 @@
-"""`--dataset` entries -> raw rows with their locations: jsonl and parquet files, folders written by save_to_disk, and
-`datasets` names.
+"""`--dataset` entries -> raw rows with their locations: jsonl and parquet files, folders written by
+save_to_disk, and `datasets` names.
 
-jsonl is read line by line and not by arrow, so that a broken line has a number, and rows may differ in columns and
-types.
+jsonl is read line by line and not by arrow, so that a broken line has a number, and rows may differ
+in columns and types.
 """
 
 import copy
@@ -10,24 +10,26 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
-from megatron_gkd.data.errors import DataError, RowError
 from megatron_gkd.data.order import SUBSET, permutation
 from megatron_gkd.data.rows import MEDIA_COLUMNS
+from megatron_gkd.errors import DataError, RowError
 
 LINE_COLUMN = "line"
-FINGERPRINT = "megatron-gkd"  # nothing is cached under it; without one `datasets` would hash the whole table
+FINGERPRINT = (
+    "megatron-gkd"  # nothing is cached under it; without one `datasets` would hash the whole table
+)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Source(NamedTuple):
-    """`rows` is not parsed yet: `parse` turns one of its rows (a dict of columns) into a raw row; `locations[i]`
-    names row i.
+    """`rows` is not parsed yet: `parse` turns one of its rows (a dict of columns) into a raw row;
+    `locations[i]` names row i.
     """
 
     name: str
@@ -39,8 +41,9 @@ class Source(NamedTuple):
 
 
 def open_source(entry: str, seed: int, download: bool = False) -> Source:
-    """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. download: names that are no file
-    or folder go to `datasets`, which may use the network. Raises DataError."""
+    """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. download:
+    names that are no file or folder go to `datasets`, which may use the network. Raises DataError.
+    """
     name, num_rows = split_suffix(entry)
     source = _open(name, download)
     available = len(source.rows)
@@ -54,10 +57,12 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
             "leave out the #"
         )
     chosen = permutation(available, seed, SUBSET)[:num_rows].tolist()
-    return source._replace(rows=source.rows.select(chosen), locations=[source.locations[index] for index in chosen])
+    return source._replace(
+        rows=source.rows.select(chosen), locations=[source.locations[index] for index in chosen]
+    )
 
 
-def split_suffix(entry: str) -> tuple[str, Optional[int]]:
+def split_suffix(entry: str) -> tuple[str, int | None]:
     """`NAME#2000` -> (NAME, 2000). An existing path is itself, whatever it is called."""
     match = re.fullmatch(r"(.+)#(\d+)", entry)
     if match is None or os.path.exists(entry):
@@ -72,20 +77,32 @@ def _open(name: str, download: bool) -> Source:
             return _open_jsonl(name)
         if suffix == ".parquet":
             try:
-                return _table_source(name, datasets.Dataset(pyarrow.parquet.read_table(name), fingerprint=FINGERPRINT))
+                return _table_source(
+                    name,
+                    datasets.Dataset(pyarrow.parquet.read_table(name), fingerprint=FINGERPRINT),
+                )
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise DataError(f"{name} is not a readable parquet file: {_first_line(error)}") from None
+                raise DataError(
+                    f"{name} is not a readable parquet file: {_first_line(error)}"
+                ) from None
         raise DataError(
             f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per line) and .parquet "
             "are read"
         )
-    looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(("/", "./", "../", "~"))
+    looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(
+        ("/", "./", "../", "~")
+    )
     if not os.path.isdir(name) and (looks_like_a_path or not download):
-        name_of_a_set = "" if looks_like_a_path else "; for a data set of that name on the hub add --download_datasets true"
+        name_of_a_set = (
+            ""
+            if looks_like_a_path
+            else "; for a data set of that name on the hub add --download_datasets true"
+        )
         raise DataError(f"{name} does not exist{name_of_a_set}")
     try:
         if os.path.isdir(name) and any(
-            os.path.isfile(os.path.join(name, marker)) for marker in ("state.json", "dataset_dict.json")
+            os.path.isfile(os.path.join(name, marker))
+            for marker in ("state.json", "dataset_dict.json")
         ):
             loaded = datasets.load_from_disk(name)
         else:
@@ -112,18 +129,28 @@ def _open_jsonl(path: str) -> Source:
     with open(path, "rb") as file:
         lines = file.read().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
     numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    if numbers and lines[numbers[0] - 1].lstrip().startswith(b"[") and path.lower().endswith(".json"):
-        raise DataError(f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)")
+    if (
+        numbers
+        and lines[numbers[0] - 1].lstrip().startswith(b"[")
+        and path.lower().endswith(".json")
+    ):
+        raise DataError(
+            f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)"
+        )
     column = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
     rows = datasets.Dataset(pyarrow.table({LINE_COLUMN: column}), fingerprint=FINGERPRINT)
-    return Source(path, rows, [f"{path}:{number}" for number in numbers], _parse_line, os.path.dirname(path))
+    return Source(
+        path, rows, [f"{path}:{number}" for number in numbers], _parse_line, os.path.dirname(path)
+    )
 
 
 def _parse_line(row: dict):
     try:
         text = row[LINE_COLUMN].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}") from None
+        raise RowError(
+            f"not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
+        ) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -141,7 +168,9 @@ def _table_source(name: str, rows: datasets.Dataset) -> Source:
 
 
 def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Media as they are stored (bytes and path): `datasets` would decode them, with packages of its own."""
+    """Media as they are stored (bytes and path): `datasets` would decode them, with packages of its
+    own.
+    """
     feature = rows.features[column]
     inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     if not hasattr(inner, "decode"):

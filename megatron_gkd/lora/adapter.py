@@ -1,28 +1,39 @@
 """The adapter's tensors <-> this rank's LoRA parameters, as one table.
 
-`adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their shapes; `adapter_pieces` pairs slices of
-local parameters with slices of those tensors. The same table starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's
-moments, which have the parameters' shapes, into and out of a checkpoint at any parallel layout (checkpoint.py).
+`adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their
+shapes; `adapter_pieces` pairs slices of local parameters with slices of those tensors. The same
+table starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
+which have the parameters' shapes, into and out of a checkpoint at any parallel layout
+(checkpoint.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from torch import Tensor
 
-from megatron_gkd.lora.modules import LoraColumnParallel, LoraGrouped, LoraLinear, LoraModule, lora_modules
+from megatron_gkd.lora.modules import (
+    LoraColumnParallel,
+    LoraGrouped,
+    LoraLinear,
+    LoraModule,
+    lora_modules,
+)
 from megatron_gkd.lora.targets import HEAD
-from megatron_gkd.model.config import ModelShape
-from megatron_gkd.model.layout import block
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.model.qkv_layout import block
 
-# With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the whole model would ignore it.
+# With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the
+# whole model would ignore it.
 THINKER = "base_model.model.thinker."
 ROOT = f"{THINKER}model.layers."
 
 
 @dataclass(frozen=True)
 class AdapterPiece:
-    """`parameter`[where] is `tensor name`[index]. `owned`: this rank writes the piece (others hold copies of it)."""
+    """`parameter`[where] is `tensor name`[index]. `owned`: this rank writes the piece (others hold
+    copies of it).
+    """
 
     parameter: Tensor
     where: tuple
@@ -35,28 +46,54 @@ class AdapterPiece:
         return self.parameter.data[self.where]
 
 
-def adapter_tensors(shape: ModelShape, rank: int, targets: list[str]) -> dict[str, tuple[int, int]]:
-    """Name and shape of every tensor of the adapter: lora_A [r, d_in] and lora_B [d_out, r] of every targeted linear."""
-    hidden, inter = shape.hidden_size, shape.moe_intermediate_size
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden)}
-    experts = {"gate_proj": (hidden, inter), "up_proj": (hidden, inter), "down_proj": (inter, hidden)}
+def adapter_tensors(
+    model_args: ModelArgs, rank: int, targets: list[str]
+) -> dict[str, tuple[int, int]]:
+    """Name and shape of every tensor of the adapter: lora_A [r, d_in] and lora_B [d_out, r] of
+    every targeted linear.
+    """
+    hidden, inter = model_args.hidden_size, model_args.moe_intermediate_size
+    queries, keys = (
+        model_args.num_attention_heads * model_args.head_dim,
+        model_args.num_key_value_heads * model_args.head_dim,
+    )
+    attention = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+    }
+    experts = {
+        "gate_proj": (hidden, inter),
+        "up_proj": (hidden, inter),
+        "down_proj": (inter, hidden),
+    }
     tensors = {}
-    for layer in range(shape.num_layers):
-        linears = {f"{layer}.self_attn.{name}": sizes for name, sizes in attention.items() if name in targets}
-        for expert in range(shape.num_experts):
-            linears |= {f"{layer}.mlp.experts.{expert}.{name}": sizes for name, sizes in experts.items() if name in targets}
+    for layer in range(model_args.num_layers):
+        linears = {
+            f"{layer}.self_attn.{name}": sizes
+            for name, sizes in attention.items()
+            if name in targets
+        }
+        for expert in range(model_args.num_experts):
+            linears |= {
+                f"{layer}.mlp.experts.{expert}.{name}": sizes
+                for name, sizes in experts.items()
+                if name in targets
+            }
         for linear, (d_in, d_out) in linears.items():
             tensors[f"{ROOT}{linear}.lora_A.weight"] = (rank, d_in)
             tensors[f"{ROOT}{linear}.lora_B.weight"] = (d_out, rank)
     if HEAD in targets:
         tensors[f"{THINKER}{HEAD}.lora_A.weight"] = (rank, hidden)
-        tensors[f"{THINKER}{HEAD}.lora_B.weight"] = (shape.vocab_size, rank)
+        tensors[f"{THINKER}{HEAD}.lora_B.weight"] = (model_args.vocab_size, rank)
     return tensors
 
 
 def tower_loras(model) -> dict[str, LoraLinear]:
-    """The towers' linears that carry LoRA, by name ("audio_tower.layers.0.fc1"); none on later pipeline stages."""
+    """The towers' linears that carry LoRA, by name ("audio_tower.layers.0.fc1"); none on later
+    pipeline stages.
+    """
     towers = getattr(model, "towers", None)
     modules = towers.named_modules() if towers is not None else ()
     return {name: module for name, module in modules if isinstance(module, LoraLinear)}
@@ -71,7 +108,7 @@ def tower_tensors(model) -> dict[str, tuple[int, int]]:
     return tensors
 
 
-def adapter_pieces(model, shape: ModelShape, parallel) -> Iterator[AdapterPiece]:
+def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPiece]:
     """Every LoRA parameter of this stage, as slices paired with slices of the adapter's tensors."""
     whole = slice(None)
     writes_sharded = parallel.dp_rank == 0
@@ -80,40 +117,91 @@ def adapter_pieces(model, shape: ModelShape, parallel) -> Iterator[AdapterPiece]
 
     for linear, module in tower_loras(model).items():
         (down,), (up,) = module.down.values(), module.up.values()
-        yield AdapterPiece(down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated)
-        yield AdapterPiece(up, (whole,), f"{THINKER}{linear}.lora_B.weight", (whole, whole), writes_replicated)
+        yield AdapterPiece(
+            down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated
+        )
+        yield AdapterPiece(
+            up, (whole,), f"{THINKER}{linear}.lora_B.weight", (whole, whole), writes_replicated
+        )
     for layer in model.decoder.layers:
         base = f"{ROOT}{layer.layer_number - 1}"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
         if isinstance(qkv, LoraColumnParallel):
             for name, down in qkv.down.items():
-                yield AdapterPiece(down, (whole,), f"{base}.self_attn.{name}.lora_A.weight", (whole, whole), writes_replicated)
+                yield AdapterPiece(
+                    down,
+                    (whole,),
+                    f"{base}.self_attn.{name}.lora_A.weight",
+                    (whole, whole),
+                    writes_replicated,
+                )
             for segment, first in qkv.target_segments():
-                where, index = (slice(first, first + segment.num_rows),), (slice(segment.start, segment.stop), whole)
-                yield AdapterPiece(qkv.up[segment.name], where, f"{base}.self_attn.{segment.name}.lora_B.weight", index, writes_sharded)
+                where, index = (
+                    (slice(first, first + segment.num_rows),),
+                    (slice(segment.start, segment.stop), whole),
+                )
+                yield AdapterPiece(
+                    qkv.up[segment.name],
+                    where,
+                    f"{base}.self_attn.{segment.name}.lora_B.weight",
+                    index,
+                    writes_sharded,
+                )
         if isinstance(proj, LoraModule):
-            columns = block(shape.num_attention_heads * shape.head_dim, parallel.tp_rank, parallel.tp_size)
-            yield AdapterPiece(proj.down["o_proj"], (whole,), f"{base}.self_attn.o_proj.lora_A.weight", (whole, columns), writes_sharded)
-            yield AdapterPiece(proj.up["o_proj"], (whole,), f"{base}.self_attn.o_proj.lora_B.weight", (whole, whole), writes_replicated)
+            columns = block(
+                model_args.num_attention_heads * model_args.head_dim,
+                parallel.tp_rank,
+                parallel.tp_size,
+            )
+            yield AdapterPiece(
+                proj.down["o_proj"],
+                (whole,),
+                f"{base}.self_attn.o_proj.lora_A.weight",
+                (whole, columns),
+                writes_sharded,
+            )
+            yield AdapterPiece(
+                proj.up["o_proj"],
+                (whole,),
+                f"{base}.self_attn.o_proj.lora_B.weight",
+                (whole, whole),
+                writes_replicated,
+            )
         for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
             if isinstance(grouped, LoraGrouped):
                 for name in grouped.down:
                     for slot, expert in enumerate(layer.mlp.local_expert_indices):
                         linear = f"{base}.mlp.experts.{expert}.{name}"
-                        yield AdapterPiece(grouped.down[name], (slot,), f"{linear}.lora_A.weight", (whole, whole), writes_experts)
-                        yield AdapterPiece(grouped.up[name], (slot,), f"{linear}.lora_B.weight", (whole, whole), writes_experts)
+                        yield AdapterPiece(
+                            grouped.down[name],
+                            (slot,),
+                            f"{linear}.lora_A.weight",
+                            (whole, whole),
+                            writes_experts,
+                        )
+                        yield AdapterPiece(
+                            grouped.up[name],
+                            (slot,),
+                            f"{linear}.lora_B.weight",
+                            (whole, whole),
+                            writes_experts,
+                        )
     if (head := getattr(model, "head_lora", None)) is not None:
         down, up = head.down[HEAD], head.up[HEAD]
-        yield AdapterPiece(down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated)
+        yield AdapterPiece(
+            down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated
+        )
         first = parallel.tp_rank * len(up)
-        num_rows = min(max(shape.vocab_size - first, 0), len(up))  # the rest is padding
+        num_rows = min(max(model_args.vocab_size - first, 0), len(up))  # the rest is padding
         if num_rows:
             where, index = (slice(0, num_rows),), (slice(first, first + num_rows), whole)
             yield AdapterPiece(up, where, f"{THINKER}{HEAD}.lora_B.weight", index, writes_sharded)
 
 
 def applied(model) -> tuple[int, float, list[str]]:
-    """(rank, scale alpha / r, targets) of the LoRA on the decoder. Raises ValueError when there is none, with what to change."""
+    """(rank, scale alpha / r, targets) of the LoRA on the decoder. Raises ValueError when there is
+    none, with what to change.
+    """
     modules = [module for module in lora_modules(model) if not isinstance(module, LoraLinear)]
     if not modules:
         raise ValueError(

@@ -7,8 +7,8 @@ HEAD = "lm_head"
 
 
 def resolve_targets(names: list[str]) -> list[str]:
-    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of the decoder's layers;
-    lm_head is none of them and has to be named.
+    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of
+    the decoder's layers; lm_head is none of them and has to be named.
 
     Raises ValueError naming a linear that the model does not have.
     """
@@ -16,5 +16,7 @@ def resolve_targets(names: list[str]) -> list[str]:
         return list(LINEARS)
     unknown = [name for name in names if name not in (*LINEARS, HEAD)]
     if unknown or not names:
-        raise ValueError(f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of {', '.join((*LINEARS, HEAD))}")
+        raise ValueError(
+            f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of {', '.join((*LINEARS, HEAD))}"
+        )
     return [name for name in (*LINEARS, HEAD) if name in names]

@@ -1,4 +1,6 @@
-"""The distillation loss: per-token divergence of student and teacher, from hidden states or from logits."""
+"""The distillation loss: per-token divergence of student and teacher, from hidden states or from
+logits.
+"""
 
 from megatron_gkd.loss.divergence import Divergence
 from megatron_gkd.loss.linear import linear_jsd

@@ -1,15 +1,18 @@
-"""The divergence from hidden states: the frozen lm_head is applied chunk by chunk, and no [N, V] tensor ever exists.
+"""The divergence from hidden states: the frozen lm_head is applied chunk by chunk, and no [N, V]
+tensor ever exists.
 
-N response rows, H hidden size, V this rank's columns, C rows of a chunk. Three GEMMs a chunk (both sides' logits, the
-gradient of the hidden states), nothing recomputed. A chunk loop under plain autograd would keep every chunk's logits:
-hence one Function.
+N response rows, H hidden size, V this rank's columns, C rows of a chunk. Three GEMMs a chunk (both
+sides' logits, the gradient of the hidden states), nothing recomputed. A chunk loop under plain
+autograd would keep every chunk's logits: hence one Function.
 
-The two collectives of a chunk are not overlapped with the next chunk's GEMMs: a second pair of logits would double the
-memory, and on CPU ranks they take 0.4 % of the time at TP 4, 1.1 % at TP 8 (docs/benchmarks/loss.md; a GPU is unmeasured).
+The two collectives of a chunk are not overlapped with the next chunk's GEMMs: a second pair of
+logits would double the memory, and on CPU ranks they take 0.4 % of the time at TP 4, 1.1 % at TP 8
+(docs/benchmarks/loss.md; a GPU is unmeasured).
 """
 
 import math
-from typing import Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,11 +34,13 @@ from megatron_gkd.loss.rows import (
     zero_masked_rows,
 )
 
-# By device. Of both sides' float32 logits in a chunk, unless the caller gives chunk_rows: a GEMM reads the whole head
-# for each chunk, so that a GPU, whose arithmetic is dearer to starve, takes larger ones.
+# By device. Of both sides' float32 logits in a chunk, unless the caller gives chunk_rows: a GEMM
+# reads the whole head for each chunk, so that a GPU, whose arithmetic is dearer to starve, takes
+# larger ones.
 CHUNK_BYTES = {"cpu": 300 * 2**20, "cuda": 2**31}  # cpu: 256 rows of 152k columns
 ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk should fill
-# Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as slow again).
+# Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as
+# slow again).
 WEIGHT_BLOCK_ROWS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -45,7 +50,7 @@ class _Task(NamedTuple):
     divergence: Divergence
     columns: Slice
     sft_alpha: float
-    group: Optional[dist.ProcessGroup]
+    group: dist.ProcessGroup | None
     chunk_rows: int
     gradient: bool  # False in forward-only mode: the third GEMM is left out
     reduce_hidden_grad: bool
@@ -56,15 +61,23 @@ def _for(device: torch.device, table: dict[str, int]) -> int:
 
 
 def _float32_blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks (columns of the logits, float32 [columns, H]) of the weight [V, H]; a float32 weight is one, no copy."""
-    step = max(1, len(weight)) if weight.dtype == torch.float32 else _for(weight.device, WEIGHT_BLOCK_ROWS)
+    """Blocks (columns of the logits, float32 [columns, H]) of the weight [V, H]; a float32 weight
+    is one, no copy.
+    """
+    step = (
+        max(1, len(weight))
+        if weight.dtype == torch.float32
+        else _for(weight.device, WEIGHT_BLOCK_ROWS)
+    )
     for start in range(0, len(weight), step):
         columns = slice(start, min(start + step, len(weight)))
         yield columns, weight[columns].float()
 
 
 def _chunk_rows(num_rows: int, num_local_columns: int, device: torch.device) -> int:
-    """Rows of a chunk: all chunks nearly equal, their number the least whose float32 logits fit CHUNK_BYTES."""
+    """Rows of a chunk: all chunks nearly equal, their number the least whose float32 logits fit
+    CHUNK_BYTES.
+    """
     multiple = _for(device, ROW_MULTIPLE)
     most = max(1, _for(device, CHUNK_BYTES) // (8 * num_local_columns * multiple)) * multiple
     rows = math.ceil(num_rows / math.ceil(num_rows / most))
@@ -72,12 +85,20 @@ def _chunk_rows(num_rows: int, num_local_columns: int, device: torch.device) -> 
 
 
 def _uses_tensor_cores(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GEMM of 16-bit inputs with float32 sums and a float32 result is at hand: torch has it on CUDA only."""
-    return weight.is_cuda and hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16)
+    """Whether a GEMM of 16-bit inputs with float32 sums and a float32 result is at hand: torch has
+    it on CUDA only.
+    """
+    return (
+        weight.is_cuda
+        and hidden.dtype == weight.dtype
+        and weight.dtype in (torch.bfloat16, torch.float16)
+    )
 
 
 def _chunk_logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [C, V] float32 = hidden [C, H] times the weight [V, H] transposed, products and sums in float32."""
+    """out [C, V] float32 = hidden [C, H] times the weight [V, H] transposed, products and sums in
+    float32.
+    """
     if _uses_tensor_cores(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
         return
@@ -86,8 +107,12 @@ def _chunk_logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor)
         torch.mm(hidden, block.t(), out=out[:, columns])
 
 
-def _chunk_hidden_gradient(logits_gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [C, H] float32 = logits_gradient [C, V] times the weight [V, H], products and sums in float32."""
+def _chunk_hidden_gradient(
+    logits_gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
+) -> None:
+    """out [C, H] float32 = logits_gradient [C, V] times the weight [V, H], products and sums in
+    float32.
+    """
     if _uses_tensor_cores(logits_gradient, weight):
         torch.mm(logits_gradient, weight, out_dtype=torch.float32, out=out)
         return
@@ -96,11 +121,13 @@ def _chunk_hidden_gradient(logits_gradient: torch.Tensor, weight: torch.Tensor, 
         out.addmm_(logits_gradient[:, columns], block)
 
 
-def _distil_chunk(student, teacher, gradient, labels, weights: Weights, task: _Task) -> torch.Tensor:
+def _distil_chunk(
+    student, teacher, gradient, labels, weights: Weights, task: _Task
+) -> torch.Tensor:
     """Results [K, C] of one chunk from both sides' float32 logits [C, V].
 
-    With task.gradient, `gradient` [C, V] is filled with the loss's gradient w.r.t. the student's logits; it may be
-    `teacher`.
+    With task.gradient, `gradient` [C, V] is filled with the loss's gradient w.r.t. the student's
+    logits; it may be `teacher`.
     """
     passes, num_columns = passes_for(student.device), student.shape[1]
     first_column, temperature = task.columns.first_column, task.divergence.temperature
@@ -114,34 +141,47 @@ def _distil_chunk(student, teacher, gradient, labels, weights: Weights, task: _T
     # where A is kept it takes the teacher's place
     keep = task.gradient and torch.float32 in passes.KEEPS_ENTRIES_OF
     entries_out = teacher if keep else None
-    sums = passes.compare(student, teacher, num_columns, rows, task.divergence, True, entries_out=entries_out)
+    sums = passes.compare(
+        student, teacher, num_columns, rows, task.divergence, True, entries_out=entries_out
+    )
     sums = reduce_sums(sums, task.group)
     if task.gradient:
-        factors = gradient_factors(weights, sums.gradient_sum, temperature, task.sft_alpha, labels, first_column)
-        passes.write_gradient(gradient, student, teacher, num_columns, rows, task.divergence, factors)
+        factors = gradient_factors(
+            weights, sums.gradient_sum, temperature, task.sft_alpha, labels, first_column
+        )
+        passes.write_gradient(
+            gradient, student, teacher, num_columns, rows, task.divergence, factors
+        )
     return row_results(student_statistics, teacher_statistics, sums, labels, weights)
 
 
 class _LinearJsd(torch.autograd.Function):
     """Both sides' hidden states [N, H] and the head [V, H] -> (loss [N], metrics [K, N]).
 
-    loss and dloss/dlogits as in divergence.py; dloss/dhidden = dloss/dlogits W, summed over the ranks. Forward: per
-    chunk one all-gather of the rows' statistics and one all-reduce of the sums, and already the gradient for an
-    upstream of 1 (rows are independent). Backward: the upstream gradient times that, and one all-reduce of [N, H]
-    unless the caller reduces it.
+    loss and dloss/dlogits as in divergence.py; dloss/dhidden = dloss/dlogits W, summed over the
+    ranks. Forward: per chunk one all-gather of the rows' statistics and one all-reduce of the sums,
+    and already the gradient for an upstream of 1 (rows are independent). Backward: the upstream
+    gradient times that, and one all-reduce of [N, H] unless the caller reduces it.
     """
 
     @staticmethod
     def forward(ctx, student_hidden, teacher_hidden, weight, labels, weights: Weights, task: _Task):
         num_rows, hidden_size = student_hidden.shape
         head = weight[: task.columns.num_columns]
-        buffers = torch.empty(2, task.chunk_rows, len(head), dtype=torch.float32, device=weight.device)
+        buffers = torch.empty(
+            2, task.chunk_rows, len(head), dtype=torch.float32, device=weight.device
+        )
         hidden_gradient = torch.empty(
             num_rows if task.gradient else 0, hidden_size, dtype=torch.float32, device=weight.device
         )
-        # bfloat16 feeds the tensor cores (float16 would lose small entries), float32 takes the teacher's place
+        # bfloat16 feeds the tensor cores (float16 would lose small entries), float32 takes the
+        # teacher's place
         bfloat16 = weight.dtype == torch.bfloat16 and _uses_tensor_cores(student_hidden, weight)
-        gradients = torch.empty_like(buffers[0], dtype=torch.bfloat16) if bfloat16 and task.gradient else buffers[1]
+        gradients = (
+            torch.empty_like(buffers[0], dtype=torch.bfloat16)
+            if bfloat16 and task.gradient
+            else buffers[1]
+        )
         results = []
         for start in range(0, num_rows, task.chunk_rows):
             chunk = slice(start, min(start + task.chunk_rows, num_rows))
@@ -151,7 +191,9 @@ class _LinearJsd(torch.autograd.Function):
             chunk_weights = Weights(*(row_weight[chunk] for row_weight in weights))
             chunk_labels = None if labels is None else labels[chunk]
             gradient = gradients[: len(student)]
-            results.append(_distil_chunk(student, teacher, gradient, chunk_labels, chunk_weights, task))
+            results.append(
+                _distil_chunk(student, teacher, gradient, chunk_labels, chunk_weights, task)
+            )
             if task.gradient:
                 _chunk_hidden_gradient(gradient, head, hidden_gradient[chunk])
         if task.gradient:
@@ -178,35 +220,39 @@ def linear_jsd(
     teacher_hidden: torch.Tensor,
     weight: torch.Tensor,
     *,
-    labels: Optional[torch.Tensor] = None,
+    labels: torch.Tensor | None = None,
     sft_alpha: float = 0.0,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: str = "jsd",
-    group: Optional[dist.ProcessGroup] = None,
-    vocab_size: Optional[int] = None,
-    clip: Optional[float] = None,
-    chunk_rows: Optional[int] = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    clip: float | None = None,
+    chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
 ) -> LinearJsdOutput:
-    """Per-token loss and metrics from hidden states and the frozen lm_head; float32 [N] each, the same on all ranks
-    of `group`.
+    """Per-token loss and metrics from hidden states and the frozen lm_head; float32 [N] each, the
+    same on all ranks of `group`.
 
     Args:
-        student_hidden: [N, H], the same on all ranks of `group` (gather sequence shards before); gets the gradient.
-        teacher_hidden: [N, H], no gradient. Both sides' logits must be finite, but in rows that a label masks.
-        weight: [V/TP, H] this rank's rows of the lm_head, frozen. Logits, their gradient and all GEMMs' sums are
-            float32 whatever the dtype of weight and hidden states; only on CUDA a bfloat16 head rounds the logits'
-            gradient to bfloat16 for the last GEMM.
-        labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label metrics.
-        sft_alpha: in [0, 1]; loss = (1 - sft_alpha) jsd + sft_alpha cross_entropy, the latter not divided by T.
-        beta, temperature, divergence, group, vocab_size, clip: as in `vocab_parallel_jsd`.
-        chunk_rows: rows whose logits exist at a time; None makes equal chunks that fit CHUNK_BYTES.
-        reduce_hidden_grad: sum the gradient of student_hidden over the group in backward. False where the caller
-            gathered student_hidden with a function whose backward reduce-scatters (sequence parallelism).
+        student_hidden: [N, H], the same on all ranks of `group` (gather sequence shards before);
+        gets the gradient. teacher_hidden: [N, H], no gradient. Both sides' logits must be finite,
+        but in rows that a label masks. weight: [V/TP, H] this rank's rows of the lm_head, frozen.
+        Logits, their gradient and all GEMMs' sums are
+            float32 whatever the dtype of weight and hidden states; only on CUDA a bfloat16 head
+            rounds the logits' gradient to bfloat16 for the last GEMM.
+        labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label
+        metrics. sft_alpha: in [0, 1]; loss = (1 - sft_alpha) jsd + sft_alpha cross_entropy, the
+        latter not divided by T. beta, temperature, divergence, group, vocab_size, clip: as in
+        `vocab_parallel_jsd`. chunk_rows: rows whose logits exist at a time; None makes equal chunks
+        that fit CHUNK_BYTES. reduce_hidden_grad: sum the gradient of student_hidden over the group
+        in backward. False where the caller
+            gathered student_hidden with a function whose backward reduce-scatters (sequence
+            parallelism).
     Without gradient mode, or if student_hidden needs no gradient, the gradient is not computed.
-    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk; backward one all-reduce
-    [N, H] of float32 with reduce_hidden_grad, otherwise none. None at all if N = 0.
+    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk;
+    backward one all-reduce [N, H] of float32 with reduce_hidden_grad, otherwise none. None at all
+    if N = 0.
     """
     if student_hidden.dim() != 2 or student_hidden.shape != teacher_hidden.shape:
         raise ValueError(
@@ -220,7 +266,9 @@ def linear_jsd(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight requires a gradient, which linear_jsd does not give: freeze it, or use logits_jsd")
+        raise ValueError(
+            "weight requires a gradient, which linear_jsd does not give: freeze it, or use logits_jsd"
+        )
     chosen = Divergence(divergence, beta, temperature, clip)
     num_rows = len(student_hidden)
     columns = vocabulary_slice(len(weight), vocab_size, group)
@@ -240,5 +288,7 @@ def linear_jsd(
         reduce_hidden_grad,
     )
     weights = row_weights(labels, num_rows, sft_alpha, student_hidden.device)
-    loss, metrics = _LinearJsd.apply(student_hidden, teacher_hidden.detach(), weight.detach(), labels, weights, task)
+    loss, metrics = _LinearJsd.apply(
+        student_hidden, teacher_hidden.detach(), weight.detach(), labels, weights, task
+    )
     return LinearJsdOutput(loss, *metrics)

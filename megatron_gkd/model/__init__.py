@@ -1,1 +1,3 @@
-"""The thinker's decoder on megatron-core: a folder's config -> sizes, the layers, the weights by name."""
+"""The thinker's decoder on megatron-core: a folder's config -> sizes, the layers, the weights by
+name.
+"""

@@ -1,7 +1,8 @@
-"""Core attention without Transformer Engine: torch's scaled-dot-product attention, and an eager version for comparison.
+"""Core attention without Transformer Engine: torch's scaled-dot-product attention, and an eager
+version for comparison.
 
-Both take the place of megatron-core's `core_attention`. Shapes: S query positions, K key positions, B rows, h heads, g
-key/value heads of this rank, d head size.
+Both take the place of megatron-core's `core_attention`. Shapes: S query positions, K key positions,
+B rows, h heads, g key/value heads of this rank, d head size.
 """
 
 import torch
@@ -11,10 +12,17 @@ from torch.nn import functional as F
 
 
 class SdpaAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention`, which chooses the kernel."""
+    """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention`, which
+    chooses the kernel.
+    """
 
     def __init__(
-        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale: float | None = None, **_
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        **_,
     ):
         super().__init__()
         self.scale = softmax_scale or config.kv_channels**-0.5
@@ -31,8 +39,8 @@ class SdpaAttention(nn.Module):
     ) -> Tensor:
         """query [S, B, h, d], key and value [K, B, g, d] -> [S, B, h * d].
 
-        attention_mask [B, 1, S, K] bool, True = hidden (megatron-core's convention); None is causal, the queries being
-        the last S of K.
+        attention_mask [B, 1, S, K] bool, True = hidden (megatron-core's convention); None is
+        causal, the queries being the last S of K.
         """
         if packed_seq_params is not None:
             raise ValueError(
@@ -40,27 +48,38 @@ class SdpaAttention(nn.Module):
             )
         num_queries, batch_size, num_heads, head_dim = query.shape
         if attention_mask is None and num_queries not in (1, key.shape[0]):
-            raise ValueError(f"{num_queries} queries over {key.shape[0]} keys need an explicit attention mask")
+            raise ValueError(
+                f"{num_queries} queries over {key.shape[0]} keys need an explicit attention mask"
+            )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = self.attend(query, key, value, None if attention_mask is None else ~attention_mask)
+        context = self.attend(
+            query, key, value, None if attention_mask is None else ~attention_mask
+        )
         return context.permute(2, 0, 1, 3).reshape(num_queries, batch_size, num_heads * head_dim)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """[B, h, S, d], [B, g, K, d] twice, visible [B, 1, S, K] or None -> [B, h, S, d].
 
-        No kernel with a mask shares key/value heads on a GPU but the one that writes all scores out. So the heads of a
-        group take the places of positions where there is one position, and keys and values are repeated otherwise.
+        No kernel with a mask shares key/value heads on a GPU but the one that writes all scores
+        out. So the heads of a group take the places of positions where there is one position, and
+        keys and values are repeated otherwise.
         """
         num_rows, num_heads, num_queries, head_dim = query.shape
         group = num_heads // key.shape[1]
         if num_queries == 1:
             grouped = query.view(num_rows, key.shape[1], group, head_dim)
-            context = F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=self.scale)
+            context = F.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=visible, scale=self.scale
+            )
             return context.reshape(num_rows, num_heads, 1, head_dim)
         if visible is None:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=group > 1)
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scale, enable_gqa=group > 1
+            )
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=self.scale
+        )
 
 
 class EagerAttention(SdpaAttention):
@@ -70,8 +89,15 @@ class EagerAttention(SdpaAttention):
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         if visible is None:
-            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            visible = torch.ones(
+                query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+            )
             visible = visible.tril(key.shape[2] - query.shape[2])
         scores = (query @ key.transpose(2, 3)).float() * self.scale
         # The lowest number, not -inf: a query that sees nothing (padding) must not turn into NaN.
-        return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1).to(value.dtype) @ value
+        return (
+            scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+            .softmax(dim=-1)
+            .to(value.dtype)
+            @ value
+        )

@@ -1,7 +1,8 @@
 """The thinker's decoder as megatron-core's GPTModel, frozen, without the lm_head product.
 
-`build_decoder` returns this pipeline stage. Its forward ends at the final norm (hidden states [S/TP, B, H]): only the
-response rows reach the lm_head, in the loss (`forward.py`) or in the sampler (`rollout/`).
+`build_decoder` returns this pipeline stage. Its forward ends at the final norm (hidden states
+[S/TP, B, H]): only the response rows reach the lm_head, in the loss (`forward.py`) or in the
+sampler (`rollout/`).
 """
 
 import torch
@@ -12,23 +13,27 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
-from megatron_gkd.model.config import ModelShape, transformer_config
-from megatron_gkd.model.deepstack import DeepstackLayer
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
-from megatron_gkd.model.norm import RMSNorm
-from megatron_gkd.model.rotary import InterleavedRotaryEmbedding
-from megatron_gkd.te import transformer_engine_usable
+from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
+from megatron_gkd.model.transformer_config import transformer_config
+from megatron_gkd.startup import transformer_engine_usable
 
 
 def core_attention(attn_impl: str, device: torch.device) -> type:
-    """The core attention module for `--attn_impl`. Raises ValueError where the asked one cannot run.
+    """The core attention module for `--attn_impl`. Raises ValueError where the asked one cannot
+    run.
 
-    `auto`, `flash` and `flash_attention_2` take Transformer Engine's where it is installed and a GPU is there, torch's
-    scaled-dot-product attention (with torch's own flash kernels) otherwise.
+    `auto`, `flash` and `flash_attention_2` take Transformer Engine's where it is installed and a
+    GPU is there, torch's scaled-dot-product attention (with torch's own flash kernels) otherwise.
     """
     te_usable = transformer_engine_usable(device)
     if attn_impl == "te" and not te_usable:
@@ -51,8 +56,36 @@ def core_attention(attn_impl: str, device: torch.device) -> type:
     return classes[attn_impl]
 
 
+class DeepstackLayer(TransformerLayer):
+    """A TransformerLayer whose output gains `context[its number]` at some tokens (DeepStack: the
+    first decoder layers also read what the vision tower saw in its own layers). Without `context`
+    it is megatron-core's layer.
+
+    The features travel as the `context` that megatron-core's TransformerBlock hands from layer to
+    layer, an explicit input of every recomputed layer. D layers with features, M media tokens in
+    this rank's shard of the sequence.
+    """
+
+    def forward(
+        self, *args, context: Tensor | None = None, context_mask: Tensor | None = None, **kwargs
+    ):
+        """Hidden states [S/TP, B, H] as megatron-core passes them; context [D, M, H], context_mask
+        int64 [2, M], each token's position in the shard and row -> (hidden states, what the next
+        layer gets as `context`). No collectives of its own.
+        """
+        output, _ = super().forward(*args, **kwargs)
+        if context is None:
+            return output, None
+        output = output.index_put(
+            tuple(context_mask), context[self.layer_number - 1], accumulate=True
+        )
+        return output, context if self.layer_number < len(context) else None
+
+
 def layer_spec(attention: type, linear: type) -> ModuleSpec:
-    """One decoder layer: megatron-core's modules, our norm, core attention and experts, deepstack's addition."""
+    """One decoder layer: megatron-core's modules, our norm, core attention and experts, deepstack's
+    addition.
+    """
     self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -71,14 +104,19 @@ def layer_spec(attention: type, linear: type) -> ModuleSpec:
             self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(GroupedExperts, params={"linear": linear}))),
+            mlp=ModuleSpec(
+                module=MoELayer,
+                submodules=MoESubmodules(
+                    experts=ModuleSpec(GroupedExperts, params={"linear": linear})
+                ),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
 def build_decoder(
-    shape: ModelShape,
+    model_args: ModelArgs,
     parallel,
     dtype: torch.dtype,
     *,
@@ -86,41 +124,64 @@ def build_decoder(
     experts_impl: str = "auto",
     recompute: bool = False,
 ) -> GPTModel:
-    """This rank's stage of the decoder, frozen, its weights allocated but not set (see `weights.load_weights`).
+    """This rank's stage of the decoder, frozen, its weights allocated but not set (see
+    `weights.load_weights`).
 
-    dtype: of weights and activations. Raises ValueError when layers or heads do not divide into the layout.
+    dtype: of weights and activations. Raises ValueError when layers or heads do not divide into the
+    layout.
     """
-    check_divides("num_hidden_layers", shape.num_layers, "pipeline_model_parallel_size", parallel.pp_size)
-    check_divides("num_attention_heads", shape.num_attention_heads, "tensor_model_parallel_size", parallel.tp_size)
-    check_divides("num_experts", shape.num_experts, "expert_model_parallel_size", parallel.ep_size)
-    if shape.num_key_value_heads % parallel.tp_size and parallel.tp_size % shape.num_key_value_heads:
+    check_divides(
+        "num_hidden_layers", model_args.num_layers, "pipeline_model_parallel_size", parallel.pp_size
+    )
+    check_divides(
+        "num_attention_heads",
+        model_args.num_attention_heads,
+        "tensor_model_parallel_size",
+        parallel.tp_size,
+    )
+    check_divides(
+        "num_experts", model_args.num_experts, "expert_model_parallel_size", parallel.ep_size
+    )
+    if (
+        model_args.num_key_value_heads % parallel.tp_size
+        and parallel.tp_size % model_args.num_key_value_heads
+    ):
         raise ValueError(
-            f"tensor_model_parallel_size {parallel.tp_size} and num_key_value_heads {shape.num_key_value_heads}: "
+            f"tensor_model_parallel_size {parallel.tp_size} and num_key_value_heads {model_args.num_key_value_heads}: "
             "one must divide the other"
         )
 
-    config = transformer_config(shape, parallel, dtype, recompute=recompute)
+    config = transformer_config(model_args, parallel, dtype, recompute=recompute)
     num_stage_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
-    spec = layer_spec(core_attention(attn_impl, parallel.device), grouped_linear(experts_impl, parallel.device))
+    spec = layer_spec(
+        core_attention(attn_impl, parallel.device), grouped_linear(experts_impl, parallel.device)
+    )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * num_stage_layers, layer_norm=RMSNorm),
-        vocab_size=shape.padded_vocab_size(parallel.tp_size),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[spec] * num_stage_layers, layer_norm=RMSNorm
+        ),
+        vocab_size=model_args.padded_vocab_size(parallel.tp_size),
         max_sequence_length=1,  # only a learned position table would use it
         pre_process=parallel.is_first_stage,
         post_process=parallel.is_last_stage,
         parallel_output=True,
-        share_embeddings_and_output_weights=False,  # tied weights are loaded into both: frozen, they cannot drift apart
+        # tied weights are loaded into both: frozen, they cannot drift apart
+        share_embeddings_and_output_weights=False,
         position_embedding_type="mrope",
         pg_collection=parallel.groups,
     )
-    model.rotary_pos_emb = InterleavedRotaryEmbedding(shape.head_dim, shape.rope_theta).to(parallel.device)
+    model.rotary_pos_emb = InterleavedRotaryEmbedding(
+        model_args.head_dim, model_args.rope_theta
+    ).to(parallel.device)
     model.towers = None  # set where a run has media: towers.py
-    model.post_process = False  # forward returns the final norm's output; the decoder block keeps its own flag
+    model.post_process = (
+        False  # forward returns the final norm's output; the decoder block keeps its own flag
+    )
     model.requires_grad_(False)
     if parallel.is_first_stage:
-        # Without this, full recomputation finds no input that requires a gradient and silently skips the backward of
-        # the first layers.
+        # Without this, full recomputation finds no input that requires a gradient and silently
+        # skips the backward of the first layers.
         model.decoder.register_forward_pre_hook(_require_grad_when_recording, with_kwargs=True)
     return model.to(parallel.device)
 
@@ -134,3 +195,22 @@ def check_divides(what: str, number: int, by: str, divisor: int) -> None:
     """Raise ValueError naming both numbers unless `divisor` divides `number`."""
     if number % divisor:
         raise ValueError(f"{what} {number} is not divisible by {by} {divisor}")
+
+
+def check_deepstack(num_features: int, num_layers: int, pp_size: int) -> None:
+    """Raise ValueError unless the first of `pp_size` equal pipeline stages holds every layer that
+    reads features.
+
+    num_features: how many layers the vision tower feeds; num_layers: of the decoder.
+    """
+    needed, held = min(num_features, num_layers), num_layers // pp_size
+    if needed > held:
+        most = max(
+            size
+            for size in range(1, pp_size)
+            if num_layers % size == 0 and num_layers // size >= needed
+        )
+        raise ValueError(
+            f"the vision tower feeds the first {needed} decoder layers, and the first of {pp_size} pipeline stages "
+            f"holds {held}: images and videos need --pipeline_model_parallel_size {most} or less with this model"
+        )

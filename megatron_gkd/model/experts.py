@@ -1,8 +1,10 @@
-"""A rank's experts as two grouped products, plugged into megatron-core's MoELayer through `MoESubmodules.experts`.
+"""A rank's experts as two grouped products, plugged into megatron-core's MoELayer through
+`MoESubmodules.experts`.
 
-Weights are stacked [experts, out, in], so `torch.nn.functional.grouped_mm` serves CPU and GPU alike. It is one kernel
-in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch waits for the offsets and multiplies expert by
-expert. E experts of this rank, T dispatched tokens sorted by expert, H hidden size, I intermediate size of an expert.
+Weights are stacked [experts, out, in], so `torch.nn.functional.grouped_mm` serves CPU and GPU
+alike. It is one kernel in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch
+waits for the offsets and multiplies expert by expert. E experts of this rank, T dispatched tokens
+sorted by expert, H hidden size, I intermediate size of an expert.
 """
 
 from typing import NamedTuple
@@ -11,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_gkd.te import transformer_engine_usable
-
+from megatron_gkd.startup import transformer_engine_usable
 
 FAST_GROUPED_MM = ((9, 0), (10, 0))  # compute capabilities
 
@@ -32,12 +33,15 @@ class ExpertRows(NamedTuple):
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [T, in] sorted by expert, weight [E, out, in], offsets [E] int32 (ends of the experts' rows) -> [T, out].
+    """x [T, in] sorted by expert, weight [E, out, in], offsets [E] int32 (ends of the experts'
+    rows) -> [T, out].
 
-    grouped_mm wants rows of a multiple of 16 bytes: other sizes are padded with zeros (a copy of the weight, on small
-    or odd models only).
+    grouped_mm wants rows of a multiple of 16 bytes: other sizes are padded with zeros (a copy of
+    the weight, on small or odd models only).
     """
-    if not len(x):  # a rank whose experts got no token: no kernel to start, and gradients that are zero
+    if not len(
+        x
+    ):  # a rank whose experts got no token: no kernel to start, and gradients that are zero
         return x @ weight[0].T
     num_outputs, num_inputs = weight.shape[1:]
     multiple = 16 // x.element_size()
@@ -54,7 +58,13 @@ class GroupedLinear(nn.Module):
     def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(
-            torch.empty(num_experts, out_features, in_features, dtype=dtype, device=torch.cuda.current_device())
+            torch.empty(
+                num_experts,
+                out_features,
+                in_features,
+                dtype=dtype,
+                device=torch.cuda.current_device(),
+            )
         )
         self.weight.allreduce = False  # expert-parallel: outside the ordinary data-parallel group
 
@@ -64,15 +74,23 @@ class GroupedLinear(nn.Module):
 
 
 class TransformerEngineGroupedLinear(GroupedLinear):
-    """The same weights through Transformer Engine's GroupedLinear (a GPU and its package are needed)."""
+    """The same weights through Transformer Engine's GroupedLinear (a GPU and its package are
+    needed).
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(num_experts, in_features, out_features, dtype)
         from transformer_engine.pytorch import GroupedLinear as Product
 
-        self.product = Product(num_experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta")
+        self.product = Product(
+            num_experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta"
+        )
         for expert in range(num_experts):  # views of the stacked weight: nothing is held twice
-            setattr(self.product, f"weight{expert}", nn.Parameter(self.weight.data[expert], requires_grad=False))
+            setattr(
+                self.product,
+                f"weight{expert}",
+                nn.Parameter(self.weight.data[expert], requires_grad=False),
+            )
 
     def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
         """As GroupedLinear's."""
@@ -82,7 +100,8 @@ class TransformerEngineGroupedLinear(GroupedLinear):
 
 
 def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinear]:
-    """The module for `--experts_impl`: `auto` takes Transformer Engine's where it is installed and a GPU is there.
+    """The module for `--experts_impl`: `auto` takes Transformer Engine's where it is installed and
+    a GPU is there.
 
     Raises ValueError for `te` where it cannot run.
     """
@@ -91,18 +110,31 @@ def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinea
         raise ValueError(
             "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
-    return TransformerEngineGroupedLinear if te_usable and experts_impl in ("auto", "te") else GroupedLinear
+    return (
+        TransformerEngineGroupedLinear
+        if te_usable and experts_impl in ("auto", "te")
+        else GroupedLinear
+    )
 
 
 class GroupedExperts(nn.Module):
-    """down(silu(gate(x)) * up(x)), weighted by the router's probability. `linear` is the grouped linear it is made of."""
+    """down(silu(gate(x)) * up(x)), weighted by the router's probability. `linear` is the grouped
+    linear it is made of.
+    """
 
     def __init__(
-        self, num_local_experts: int, config, pg_collection=None, name: str | None = None, linear: type = GroupedLinear
+        self,
+        num_local_experts: int,
+        config,
+        pg_collection=None,
+        name: str | None = None,
+        linear: type = GroupedLinear,
     ):
         super().__init__()
         intermediate = config.moe_ffn_hidden_size
-        self.gate_up = linear(num_local_experts, config.hidden_size, 2 * intermediate, config.params_dtype)
+        self.gate_up = linear(
+            num_local_experts, config.hidden_size, 2 * intermediate, config.params_dtype
+        )
         self.down = linear(num_local_experts, intermediate, config.hidden_size, config.params_dtype)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
@@ -113,4 +145,6 @@ class GroupedExperts(nn.Module):
         return self.down(weighted, rows), None
 
     def backward_dw(self) -> None:
-        """megatron-core's hook for delayed weight gradients: the base is frozen and LoRA's are computed in place."""
+        """megatron-core's hook for delayed weight gradients: the base is frozen and LoRA's are
+        computed in place.
+        """

@@ -1,15 +1,16 @@
 """The seam between the training loop and whatever writes the responses of an on-policy step."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Optional, Protocol, Sequence
+from typing import Protocol
 
 import torch
 
 from megatron_gkd.data.batch import Batch, BatchView, with_responses
 from megatron_gkd.lora.modules import lora_enabled
-from megatron_gkd.model.config import ModelShape
-from megatron_gkd.model.merge import MediaFeatures, join_features
-from megatron_gkd.model.towers import StepMedia
+from megatron_gkd.media.features import MediaFeatures, join_features
+from megatron_gkd.media.towers import StepMedia
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
 from megatron_gkd.rollout.generate import PromptMedia, generate
 from megatron_gkd.rollout.mode import generation_mode
@@ -18,9 +19,13 @@ from megatron_gkd.rollout.mode import generation_mode
 class RolloutBackend(Protocol):
     """Writes new responses to the prompts of one step's micro-batches."""
 
-    def respond(self, model, batches: Sequence[Batch], step: int, media: Optional[StepMedia] = None) -> list[Batch]:
-        """The same batches with responses that `model` wrote, a function of the prompts, the weights, the seed and
-        `step` alone. media: the features of the batches' media, where they have any."""
+    def respond(
+        self, model, batches: Sequence[Batch], step: int, media: StepMedia | None = None
+    ) -> list[Batch]:
+        """The same batches with responses that `model` wrote, a function of the prompts, the
+        weights, the seed and `step` alone. media: the features of the batches' media, where they
+        have any.
+        """
         ...
 
     def num_truncated(self, batches: Sequence[Batch]) -> int:
@@ -29,12 +34,15 @@ class RolloutBackend(Protocol):
 
 
 def prompt_media(
-    views: Sequence[BatchView], written: Sequence[Sequence[int]], features: Sequence[Optional[MediaFeatures]]
-) -> Optional[PromptMedia]:
-    """The media of the prompts that are written to, all micro-batches in a row; None where all of them are text.
+    views: Sequence[BatchView],
+    written: Sequence[Sequence[int]],
+    features: Sequence[MediaFeatures | None],
+) -> PromptMedia | None:
+    """The media of the prompts that are written to, all micro-batches in a row; None where all of
+    them are text.
 
-    written: for each view its rows that are; features: of each view's batch, None for a batch without media and on
-    later stages.
+    written: for each view its rows that are; features: of each view's batch, None for a batch
+    without media and on later stages.
     """
     if not any(len(view.media_rows) for view in views):
         return None
@@ -53,18 +61,20 @@ def prompt_media(
         whole, numbers = join_features([features[index] for index in encoded])
         for index, of_batch in zip(encoded, numbers):
             tokens[index] = of_batch[tokens[index]]
-    return PromptMedia(position_ids, torch.cat(prompts), torch.cat(places), torch.cat(tokens), whole)
+    return PromptMedia(
+        position_ids, torch.cat(prompts), torch.cat(places), torch.cat(tokens), whole
+    )
 
 
 @dataclass(frozen=True)
 class MegatronRollout:
     """The training model writes by itself: nothing is copied, merged or sent.
 
-    The micro-batches of a step are written together, because a decoding step costs about the same for four rows as for
-    forty.
+    The micro-batches of a step are written together, because a decoding step costs about the same
+    for four rows as for forty.
     """
 
-    shape: ModelShape
+    model_args: ModelArgs
     parallel: Parallel
     eos_token_ids: Sequence[int]
     """Ids that end a response (see `read_stop_token_ids`)."""
@@ -79,13 +89,18 @@ class MegatronRollout:
     top_k: int = 50
     repetition_penalty: float = 1.1
     teacher_writes: bool = False
-    """Sequence-level distillation: the teacher (LoRA off, its own prompt) writes instead of the student (LoRA on)."""
-    progress: Optional[Callable[[int, int], None]] = None
+    """Sequence-level distillation: the teacher (LoRA off, its own prompt) writes instead of the
+    student (LoRA on).
+    """
+    progress: Callable[[int, int], None] | None = None
     """Called with (tokens written, max_completion_length)."""
 
-    def respond(self, model, batches: Sequence[Batch], step: int, media: Optional[StepMedia] = None) -> list[Batch]:
-        """Collectives: those of `generate`; every rank calls with its data-parallel rank's batches. Filler rows get an
-        empty response."""
+    def respond(
+        self, model, batches: Sequence[Batch], step: int, media: StepMedia | None = None
+    ) -> list[Batch]:
+        """Collectives: those of `generate`; every rank calls with its data-parallel rank's batches.
+        Filler rows get an empty response.
+        """
         prompts, row_ids, places = [], [], []
         views = [batch.teacher if self.teacher_writes else batch.student for batch in batches]
         written = [[index for index, row in enumerate(batch.rows) if row >= 0] for batch in batches]
@@ -93,14 +108,15 @@ class MegatronRollout:
             ids, lengths = view.input_ids.tolist(), view.prompt_lengths.tolist()
             prompts += [ids[index][: lengths[index]] for index in indices]
             row_ids += [batch.rows[index] for index in indices]
-            # Places in the global batch (see data/loader.py): a row that is in it twice is answered twice.
+            # Places in the global batch (see data/loader.py): a row that is in it twice is answered
+            # twice.
             first = (number * self.parallel.dp_size + self.parallel.dp_rank) * len(batch.rows)
             places += [first + index for index in indices]
         with lora_enabled(model, not self.teacher_writes), generation_mode(model):
             features = [None if media is None else media[index] for index in range(len(batches))]
             responses = generate(
                 model,
-                self.shape,
+                self.model_args,
                 self.parallel,
                 prompts,
                 row_ids=row_ids,
@@ -132,6 +148,10 @@ class MegatronRollout:
         count = 0
         for view in (batch.student for batch in batches):
             last = view.input_ids.gather(1, view.lengths[:, None] - 1)[:, 0]
-            ended = torch.isin(last, torch.tensor(list(self.eos_token_ids), dtype=last.dtype, device=last.device))
-            count += int((~ended & (view.lengths - view.prompt_lengths >= self.max_completion_length)).sum())
+            ended = torch.isin(
+                last, torch.tensor(list(self.eos_token_ids), dtype=last.dtype, device=last.device)
+            )
+            count += int(
+                (~ended & (view.lengths - view.prompt_lengths >= self.max_completion_length)).sum()
+            )
         return count

@@ -1,7 +1,8 @@
 """The state of the training model while it writes, and the way back, whatever happens."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_gkd.model.attention import SdpaAttention
 
 # megatron-core's modules copy the configuration's flag when they are built, under these names.
-_SEQUENCE_PARALLEL_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+_SEQUENCE_PARALLEL_FLAGS = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
 # Not cuDNN's: it plans anew for every length, and in decoding every token makes a new one.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -33,10 +38,11 @@ def _assignments() -> Iterator[Callable[[Any, str, Any], None]]:
 
 @contextmanager
 def generation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, and attention that reads an explicit mask; all restored on exit.
+    """Evaluation mode, no gradients, and attention that reads an explicit mask; all restored on
+    exit.
 
-    Transformer Engine's attention builds its own causal mask, which left padding breaks: torch's takes its place (core
-    attention has no parameters).
+    Transformer Engine's attention builds its own causal mask, which left padding breaks: torch's
+    takes its place (core attention has no parameters).
     """
     with _assignments() as assign, torch.no_grad(), sdpa_kernel(_KERNELS):
         for module in list(model.modules()):
@@ -50,10 +56,15 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_sequence_parallel(model: nn.Module) -> Iterator[None]:
-    """One token cannot be cut over the tensor-parallel ranks: the flags of sequence parallelism go off in every module
-    and in the configuration they share; restored on exit."""
+    """One token cannot be cut over the tensor-parallel ranks: the flags of sequence parallelism go
+    off in every module and in the configuration they share; restored on exit.
+    """
     with _assignments() as assign:
-        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        configs = {
+            id(module.config): module.config
+            for module in model.modules()
+            if hasattr(module, "config")
+        }
         for owner in [*configs.values(), *model.modules()]:
             for flag in _SEQUENCE_PARALLEL_FLAGS:
                 if getattr(owner, flag, False):

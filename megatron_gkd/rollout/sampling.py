@@ -1,12 +1,13 @@
 """The next token of every row from vocabulary shards, with the filters of `transformers`.
 
-Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. They end in one cut-off value a
-row, below which a rank drops columns of its own shard. The draw is Gumbel-max: argmax of score + noise, a local argmax
-and one exchange of candidates. The noise of a column is a hash of (seed, row id, step, column), so the same seed gives
-the same text at every layout.
+Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. They end in
+one cut-off value a row, below which a rank drops columns of its own shard. The draw is Gumbel-max:
+argmax of score + noise, a local argmax and one exchange of candidates. The noise of a column is a
+hash of (seed, row id, step, column), so the same seed gives the same text at every layout.
 
-Deviation from `transformers`: among equal scores at the cut-off all are kept (there, top-p keeps some of them, by sort
-order). Legend: B rows, C columns of this rank's shard, `group` the tensor-parallel group.
+Deviation from `transformers`: among equal scores at the cut-off all are kept (there, top-p keeps
+some of them, by sort order). Legend: B rows, C columns of this rank's shard, `group` the
+tensor-parallel group.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,17 @@ class Sampling:
     """How to draw. Raises ValueError naming the setting that is out of range."""
 
     temperature: float = 1.0
-    """0 is greedy: the largest score, the lowest id among equals; top_p and top_k then change nothing."""
+    """0 is greedy: the largest score, the lowest id among equals; top_p and top_k then change
+    nothing.
+    """
     top_p: float = 1.0
     """Keep the fewest most probable tokens that hold this mass; 1 keeps all."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the text so far; 1 changes nothing."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the text so far; 1
+    changes nothing.
+    """
 
     def __post_init__(self):
         for name, allowed, fits in (
@@ -43,7 +48,8 @@ class Sampling:
 class Sampler:
     """Draws for a fixed set of rows; remembers which tokens each row has seen.
 
-    first_column: global id of this rank's first column. row_ids [B] int64 names the rows for the noise.
+    first_column: global id of this rank's first column. row_ids [B] int64 names the rows for the
+    noise.
     """
 
     def __init__(
@@ -63,49 +69,65 @@ class Sampler:
         self.columns = first_column + torch.arange(num_columns, device=row_ids.device)
         self.row_keys = _mix(row_ids + _mix(torch.full_like(row_ids, seed)))
         # One column more than the shard has: where tokens of other shards are noted.
-        self.seen = torch.zeros(row_ids.numel(), num_columns + 1, dtype=torch.bool, device=row_ids.device)
+        self.seen = torch.zeros(
+            row_ids.numel(), num_columns + 1, dtype=torch.bool, device=row_ids.device
+        )
 
     def observe(self, tokens: Tensor) -> None:
         """Note tokens [B, n] as seen by their rows; negative ids are skipped."""
         local = tokens - self.columns[0]
         num_columns = self.columns.numel()
-        self.seen.scatter_(1, torch.where((local >= 0) & (local < num_columns), local, num_columns), True)
+        self.seen.scatter_(
+            1, torch.where((local >= 0) & (local < num_columns), local, num_columns), True
+        )
 
     def filtered(self, logits: Tensor) -> Tensor:
-        """logits [B, C] fp32 -> scores [B, C], -inf where filtered out; `draw` draws from their softmax.
+        """logits [B, C] fp32 -> scores [B, C], -inf where filtered out; `draw` draws from their
+        softmax.
 
-        Collectives: with top-k one all-gather of k values a row; with top-p but no top-k one of all logits (the most
-        probable tokens that hold a mass have no bound on their number: the sort needs every column).
+        Collectives: with top-k one all-gather of k values a row; with top-p but no top-k one of all
+        logits (the most probable tokens that hold a mass have no bound on their number: the sort
+        needs every column).
         """
         sampling = self.sampling
         scores = logits.masked_fill(self.columns >= self.vocab_size, float("-inf"))
         if sampling.repetition_penalty != 1:
             penalised = torch.where(
-                scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
+                scores < 0,
+                scores * sampling.repetition_penalty,
+                scores / sampling.repetition_penalty,
             )
             scores = torch.where(self.seen[:, :-1], penalised, scores)
         if sampling.temperature > 0:
             scores = scores / sampling.temperature
             if sampling.top_k or sampling.top_p < 1:
                 scores = scores.masked_fill(
-                    scores < cut_off(scores, sampling.top_k, sampling.top_p, self.group), float("-inf")
+                    scores < cut_off(scores, sampling.top_k, sampling.top_p, self.group),
+                    float("-inf"),
                 )
         return scores
 
     def draw(self, logits: Tensor, step: int) -> Tensor:
-        """logits [B, C] fp32 of the last position -> next tokens [B] int64, equal on all ranks of the group.
+        """logits [B, C] fp32 of the last position -> next tokens [B] int64, equal on all ranks of
+        the group.
 
-        A row with a logit that is NaN or infinite gets -1. Collectives: those of `filtered`, and one all-gather of 3
-        numbers a row.
+        A row with a logit that is NaN or infinite gets -1. Collectives: those of `filtered`, and
+        one all-gather of 3 numbers a row.
         """
         broken = (~logits.isfinite() & (self.columns < self.vocab_size)).any(dim=1, keepdim=True)
         scores = self.filtered(logits).double()
         if self.sampling.temperature > 0:
             scores = scores + self.noise(step)
         best = scores.argmax(dim=1, keepdim=True)  # the first among equals
-        mine = torch.cat((scores.gather(1, best), self.columns[best].double(), broken.double()), dim=1)
-        everyone = torch.stack(_all_gather(mine, self.group))  # [TP, B, 3]: best score, its column, broken
-        owner = everyone[..., 0].argmax(dim=0, keepdim=True)  # lower ranks own lower ids: again the first among equals
+        mine = torch.cat(
+            (scores.gather(1, best), self.columns[best].double(), broken.double()), dim=1
+        )
+        everyone = torch.stack(
+            _all_gather(mine, self.group)
+        )  # [TP, B, 3]: best score, its column, broken
+        owner = everyone[..., 0].argmax(
+            dim=0, keepdim=True
+        )  # lower ranks own lower ids: again the first among equals
         tokens = everyone[..., 1].gather(0, owner)[0].long()
         return tokens.masked_fill(everyone[..., 2].any(dim=0), -1)
 
@@ -118,7 +140,9 @@ class Sampler:
 
 
 def cut_off(scores: Tensor, top_k: int, top_p: float, group) -> Tensor:
-    """The lowest score [B, 1] that top-k (0 = off) and then top-p (1 = off) keep, from this rank's scores [B, C]."""
+    """The lowest score [B, 1] that top-k (0 = off) and then top-p (1 = off) keep, from this rank's
+    scores [B, C].
+    """
     values = scores.topk(min(top_k, scores.shape[1]), dim=1).values if top_k else scores
     values = torch.cat(_all_gather(values, group), dim=1).sort(dim=1, descending=True).values
     if top_k:
@@ -127,7 +151,9 @@ def cut_off(scores: Tensor, top_k: int, top_p: float, group) -> Tensor:
     if top_p < 1:
         probabilities = values.double().softmax(dim=1)
         mass_before = probabilities.cumsum(dim=1) - probabilities
-        num_kept = (mass_before < top_p).sum(dim=1, keepdim=True).clamp(min=1)  # 0 only where a score is NaN
+        num_kept = (
+            (mass_before < top_p).sum(dim=1, keepdim=True).clamp(min=1)
+        )  # 0 only where a score is NaN
     return values.gather(1, num_kept - 1)
 
 
@@ -139,7 +165,8 @@ def _all_gather(x: Tensor, group) -> list[Tensor]:
     return parts
 
 
-# splitmix64 (Steele, Lea, Flood 2014) in int64 arithmetic that wraps: its published constants as signed numbers.
+# splitmix64 (Steele, Lea, Flood 2014) in int64 arithmetic that wraps: its published constants as
+# signed numbers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 

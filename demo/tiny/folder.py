@@ -1,0 +1,196 @@
+"""A small whole Qwen3-Omni folder in the hub's format: `build_folder`, random or taught a toy
+language and its sound.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3OmniMoeForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
+
+from demo.tiny import hub_files
+from demo.tiny.sounds import make_speaker
+from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
+from demo.tiny.tones import Speaker
+from demo.tiny.tower_training import train_audio_tower
+from demo.tiny.training import train_toy_language
+from megatron_gkd.model.args import DTYPES
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Fill every parameter with seeded noise: activations of order one, logits of standard
+    deviation about two.
+
+    Norm weights are near one but not one, biases near zero but not zero, so that a misplaced weight
+    shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "embed_tokens" in name or name.endswith("lm_head.weight"):
+                parameter.copy_(noise * (2.0 / math.sqrt(parameter.shape[-1])))
+            elif parameter.dim() >= 2:
+                fan_in = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+                parameter.copy_(noise / math.sqrt(fan_in))
+            elif name.endswith("weight"):
+                parameter.copy_(1.0 + 0.1 * noise)
+            else:
+                parameter.copy_(0.05 * noise)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_folder(
+    folder: Path,
+    *,
+    text: dict[str, Any],
+    rope_theta: float,
+    tie_word_embeddings: bool,
+    thinker_only: bool,
+    torch_dtype: str,
+    max_shard_size: str,
+    train_steps: int,
+    tower_steps: int,
+    tower_sound: str,
+    speak: Speaker,
+    seed: int,
+) -> None:
+    token_ids = write_tokenizer(train_tokenizer(text["vocab_size"]), str(folder))
+    config = hub_files.thinker_config(text, rope_theta, tie_word_embeddings, token_ids)
+    model_class = (
+        Qwen3OmniMoeThinkerForConditionalGeneration
+        if thinker_only
+        else Qwen3OmniMoeForConditionalGeneration
+    )
+    if not thinker_only:
+        config = hub_files.whole_config(config, token_ids)
+    config = {"architectures": [model_class.__name__], "dtype": torch_dtype, **config}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", hub_files.preprocessor_config())
+
+    model = model_class(AutoConfig.from_pretrained(folder, dtype=torch.float32))
+    initialise(model, seed)
+    thinker = getattr(model, "thinker", model)
+    if train_steps:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        accuracy = train_toy_language(thinker, tokenizer, num_steps=train_steps, seed=seed)
+        print(
+            "held-out prompts answered right:",
+            ", ".join(f"{rule} {share:.0%}" for rule, share in accuracy.items()),
+        )
+    if tower_steps:
+        extractor = AutoFeatureExtractor.from_pretrained(folder)
+        share = train_audio_tower(thinker, extractor, speak, num_steps=tower_steps, seed=seed)
+        print(f"held-out {tower_sound}: {share:.1%} of the audio tower's outputs tell the word")
+    if train_steps or tower_steps:
+        lessons = {
+            "train_steps": train_steps,
+            "tower_steps": tower_steps,
+            "tower_sound": tower_sound,
+            "seed": seed,
+        }
+        _write_json(folder / "lessons.json", lessons)
+    model.to(DTYPES[torch_dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+    _write_json(
+        folder / "config.json", config
+    )  # save_pretrained writes its own spelling: keep the hub's
+    _write_json(folder / "generation_config.json", hub_files.generation_config(token_ids))
+
+
+def build_folder(
+    output: str,
+    *,
+    num_hidden_layers: int = 3,
+    hidden_size: int = 128,
+    num_attention_heads: int = 8,
+    num_key_value_heads: int = 4,
+    head_dim: int = 32,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    moe_intermediate_size: int = 64,
+    vocab_size: int = 1024,
+    rope_theta: float = 1000000.0,
+    tie_word_embeddings: bool = False,
+    thinker_only: bool = False,
+    torch_dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    train_steps: int = 0,
+    tower_steps: int = 0,
+    tower_sound: str = "tones",
+    seed: int = 0,
+) -> str:
+    """Write a model folder to `output` and return its path; the same arguments give the same bytes.
+
+    Sizes are the thinker's decoder's. `thinker_only` leaves out talker and code2wav and the
+    `thinker.` prefix; `train_steps` teaches the decoder the toy language, `tower_steps` the audio
+    tower its sound, `tower_sound`: tones, or voices (espeak-ng). Written beside and renamed:
+    `output` is there complete or not at all. Raises ValueError for a folder that has files,
+    impossible sizes, or voices without espeak-ng.
+    """
+    speak = make_speaker(tower_sound)
+    if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
+        raise ValueError(
+            f"--output {output} exists and is not an empty folder: remove it or choose another"
+        )
+    if num_attention_heads % num_key_value_heads:
+        raise ValueError(
+            f"--num_attention_heads {num_attention_heads} is no multiple of --num_key_value_heads {num_key_value_heads}"
+        )
+    if head_dim % 2 or head_dim < 8:
+        raise ValueError(
+            f"--head_dim {head_dim} must be even and at least 8: half of it is split over three rotary axes"
+        )
+    if num_experts_per_tok > num_experts:
+        raise ValueError(
+            f"--num_experts_per_tok {num_experts_per_tok} exceeds --num_experts {num_experts}"
+        )
+    text = {
+        "num_hidden_layers": num_hidden_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "moe_intermediate_size": moe_intermediate_size,
+        "vocab_size": vocab_size,
+    }
+    output_path = Path(output).absolute()
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output_path.name}.", dir=output_path.parent))
+    try:
+        _write_folder(
+            partial,
+            text=text,
+            rope_theta=rope_theta,
+            tie_word_embeddings=tie_word_embeddings,
+            thinker_only=thinker_only,
+            torch_dtype=torch_dtype,
+            max_shard_size=max_shard_size,
+            train_steps=train_steps,
+            tower_steps=tower_steps,
+            tower_sound=tower_sound,
+            speak=speak,
+            seed=seed,
+        )
+        partial.chmod(0o755)
+        os.replace(partial, output_path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return str(output_path)

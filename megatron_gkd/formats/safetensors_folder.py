@@ -1,0 +1,254 @@
+"""The tensors of a Hugging Face folder: which are there, of what type and shape, and any rows and
+columns of them.
+
+Only safetensors are read, never a pickle. Missing, unexpected and misshapen tensors are errors that
+name them.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_gkd.formats.byte_range import read_block
+from megatron_gkd.formats.weight_map import decoder_tensors
+from megatron_gkd.model.args import ModelArgs
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Parts of a Qwen3-Omni folder that are not the decoder. Names below are relative to the thinker's
+# prefix.
+_TOWERS = ("audio_tower.", "visual.")
+_OTHER_MODELS = ("talker.", "code2wav.")
+DECODER_DTYPES = ("BF16", "F16", "F32")
+DTYPES = {  # safetensors' names
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+    },
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    },
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+_ROWS_AT_ONCE = 4096  # of two matrices that are compared
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, not read: `[rows, columns]` reads those of a matrix, `[rows]`
+    whole rows.
+    """
+
+    path: Path
+    name: str
+    dtype_name: str
+    size: tuple[int, ...]
+    start: int  # first byte in the file
+
+    def get_shape(self) -> list[int]:
+        return list(self.size)
+
+    def get_dtype(self) -> str:
+        return self.dtype_name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises ValueError for a type that torch does not have."""
+        if self.dtype_name not in DTYPES:
+            raise ValueError(
+                f"{self.path}: tensor {self.name} is {self.dtype_name}, expected one of {sorted(DTYPES)}"
+            )
+        return DTYPES[self.dtype_name]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        rows = range(*index[0].indices(self.size[0])) if self.size else range(1)
+        width = math.prod(self.size[1:])
+        columns = range(*index[1].indices(width)) if len(index) > 1 else range(width)
+        block = read_block(self.path, self.start, self.dtype, width, rows, columns)
+        return (
+            block
+            if len(index) > 1
+            else block.reshape([len(rows), *self.size[1:]] if self.size else [])
+        )
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file, byte for byte, without its length. Raises ValueError naming
+    a damaged file.
+    """
+    try:
+        with safe_open(
+            path, framework="pt"
+        ):  # the library checks that the tensors fill the file without a hole
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    with open(path, "rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def stored_tensors(path: Path, header: bytes) -> dict[str, StoredTensor]:
+    """The tensors that a file with this header holds, in the order of their bytes."""
+    described = {
+        name: entry for name, entry in json.loads(header).items() if name != "__metadata__"
+    }
+    tensors = {
+        name: StoredTensor(
+            path,
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + len(header) + entry["data_offsets"][0],
+        )
+        for name, entry in described.items()
+    }
+    return dict(
+        sorted(
+            tensors.items(), key=lambda item: (item[1].start, described[item[0]]["data_offsets"][1])
+        )
+    )
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder, one file or many: headers are read at once, tensors by the
+    slices asked for.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        listed = self._listed()
+        self.headers = {
+            name: read_header(self.folder / name)
+            for name in sorted(set(listed.values()) or {SINGLE})
+        }
+        self.tensors: dict[str, StoredTensor] = {}
+        self.file_of: dict[str, str] = {}
+        for file, header in self.headers.items():
+            found = stored_tensors(self.folder / file, header)
+            twice = sorted(found.keys() & self.file_of.keys())
+            if twice:
+                raise ValueError(
+                    f"{self.folder / file}: holds tensor {twice[0]}, and {self.file_of[twice[0]]} holds it too"
+                )
+            self.tensors |= found
+            self.file_of |= dict.fromkeys(found, file)
+        for tensor, name in listed.items():
+            if self.file_of.get(tensor) != name:
+                other = f" ({self.file_of[tensor]} does)" if tensor in self.file_of else ""
+                raise ValueError(
+                    f"{self.folder / INDEX}: lists tensor {tensor} in {name}, which does not hold it{other}"
+                )
+        for tensor, file in self.file_of.items():
+            if listed and tensor not in listed:
+                raise ValueError(
+                    f"{self.folder / file}: has unexpected tensor {tensor}, which {INDEX} does not list"
+                )
+
+    def _listed(self) -> dict[str, str]:
+        """Tensor -> file as the index says; empty for a single file without an index."""
+        index, has_single = self.folder / INDEX, (self.folder / SINGLE).is_file()
+        if not index.is_file():
+            if has_single:
+                return {}
+            pickles = sorted(
+                path.name for kind in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(kind)
+            )
+            hint = (
+                f"; {pickles[0]} is a pickle and is not read: convert the folder to safetensors"
+                if pickles
+                else ""
+            )
+            raise FileNotFoundError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there{hint}")
+        try:
+            listed = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{index}: not a safetensors index with a weight_map ({error!r})"
+            ) from error
+        others = sorted(set(listed.values()) - {SINGLE})
+        if has_single and others:
+            raise ValueError(
+                f"{self.folder}: {SINGLE} is there, and {INDEX} lists {others[0]}: which of them is the model?"
+            )
+        missing = sorted(
+            name for name in set(listed.values()) if not (self.folder / name).is_file()
+        )
+        if missing:
+            raise FileNotFoundError(
+                f"{index}: lists {missing[0]}, which is not in the folder ({len(missing)} such files)"
+            )
+        return listed
+
+    def slice(self, name: str) -> StoredTensor:
+        """Tensor `name`, not read: `[index]` reads only those bytes."""
+        return self.tensors[name]
+
+
+def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
+    """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to
+    a Qwen3-Omni. Reads headers only, and both matrices of a tied head that is stored twice.
+    """
+    expected = decoder_tensors(model_args)
+    missing = [name for name in expected if name not in folder.file_of]
+    known = tuple(model_args.prefix + tower for tower in _TOWERS) + (
+        _OTHER_MODELS if model_args.prefix else ()
+    )
+    extra = [name for name in folder.file_of if name not in expected and not name.startswith(known)]
+    if model_args.tie_word_embeddings:
+        extra = [name for name in extra if name != f"{model_args.prefix}lm_head.weight"]
+    for what, names in (("misses", missing), ("has unexpected", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            fused = any(".mlp.experts.gate_up_proj" in name for name in extra)
+            hint = (
+                "; the experts are fused: save the model with save_pretrained's defaults, which take them apart"
+                if fused
+                else ""
+            )
+            raise ValueError(
+                f"{folder.folder}: the folder {what} tensor {names[0]}{more} (sizes are those of its config.json){hint}"
+            )
+    for name, size in expected.items():
+        tensor, file = folder.slice(name), folder.folder / folder.file_of[name]
+        if tuple(tensor.get_shape()) != size:
+            raise ValueError(
+                f"{file}: tensor {name} has shape {list(tensor.get_shape())}, config.json asks for {list(size)}"
+            )
+        if tensor.get_dtype() not in DECODER_DTYPES:
+            raise ValueError(
+                f"{file}: tensor {name} is {tensor.get_dtype()}, expected one of {DECODER_DTYPES} (nothing quantised)"
+            )
+    if model_args.tie_word_embeddings and f"{model_args.prefix}lm_head.weight" in folder.file_of:
+        _check_tied(folder, model_args)
+
+
+def _check_tied(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
+    """transformers ties a head to the embeddings only where the folder stores none of its own."""
+    names = [f"{model_args.prefix}{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    embedding, head = map(folder.slice, names)
+    same = tuple(head.get_shape()) == tuple(embedding.get_shape())
+    for first in range(0, model_args.vocab_size if same else 0, _ROWS_AT_ONCE):
+        rows = (slice(first, first + _ROWS_AT_ONCE),)
+        same = same and torch.equal(head[rows], embedding[rows])
+    if not same:
+        raise ValueError(
+            f"{folder.folder}: {names[1]} is not {names[0]}, and config.json says tie_word_embeddings: set that to false, "
+            "or take the tensor out"
+        )

@@ -1,0 +1,124 @@
+"""PEFT adapters in the tools: their sum added to the base's tensors; an adapter folder written with
+its manifest.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
+from megatron_gkd.formats.manifest import Manifest, describe_file
+from megatron_gkd.lora.adapter import THINKER
+from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.model.args import ModelArgs
+
+
+@dataclass(frozen=True)
+class AdapterSum:
+    """Adapters of one base, each with a factor."""
+
+    adapters: list[PeftAdapter]
+    weights: list[float]
+    model_args: ModelArgs
+
+    def identity(self) -> list:
+        """All that the sum depends on, for the journal of a conversion."""
+        states = [file_states(adapter.folder, [CONFIG, TENSORS]) for adapter in self.adapters]
+        return [
+            [str(a.folder), state, weight]
+            for a, state, weight in zip(self.adapters, states, self.weights)
+        ]
+
+    def change(self, name: str, rows: slice, base: Tensor) -> Tensor:
+        """`rows` of the base's tensor `name` plus their updates: computed in fp32, rounded once to
+        the base's dtype.
+
+        Raises ValueError naming a tensor whose sum is NaN, Inf, or too large for that dtype.
+        """
+        linear = name.removeprefix(self.model_args.prefix).removesuffix(".weight")
+        down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
+        terms = [
+            (adapter, weight)
+            for adapter, weight in zip(self.adapters, self.weights)
+            if down in adapter
+        ]
+        if not terms:
+            return base
+        for adapter, _ in terms:
+            adapter.check_base(linear, rows, base)
+        total = base.float()
+        for adapter, weight in terms:
+            (matrix_a, scale), (matrix_b, _) = adapter.tensor(down), adapter.tensor(up)
+            total.addmm_(matrix_b[rows], matrix_a, alpha=weight * scale)
+        rounded = total.to(base.dtype)
+        if not rounded.isfinite().all():
+            raise ValueError(
+                f"tensor {name}: the base plus the adapters is not finite in {base.dtype}"
+            )
+        return rounded
+
+
+def open_adapters(folders: list[str], weights: list[float], model_args: ModelArgs) -> AdapterSum:
+    """Raises FileNotFoundError or ValueError naming the adapter that does not fit the model, or
+    both counts.
+    """
+    if weights and len(weights) != len(folders):
+        raise ValueError(
+            f"{len(weights)} weights for {len(folders)} adapters: give one for each, or none for 1 each"
+        )
+    if not folders:
+        raise ValueError("no --adapter is named")
+    adapters = [PeftAdapter(folder, model_args) for folder in folders]
+    for adapter in adapters:
+        refuse_outside(adapter)
+    return AdapterSum(adapters, weights or [1.0] * len(folders), model_args)
+
+
+def refuse_outside(adapter: PeftAdapter) -> None:
+    """Raise ValueError for LoRA that the tools would drop: on the talker or the vocoder."""
+    if adapter.outside:
+        raise ValueError(
+            f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more are not LoRA on the thinker"
+        )
+
+
+def write_adapter(output: Path, made_by: str, fill, sources: list[Path]) -> None:
+    """Make the adapter folder `output`: `fill(folder)` writes its files, a manifest is added, the
+    rest is one rename.
+
+    Raises ValueError when the folder is not empty, or lies in one of the folders `sources`.
+    """
+    output = output.absolute()
+    check_output(output, sources)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        fill(partial)
+        manifest = Manifest(
+            made_by, files={name: describe_file(partial / name) for name in (CONFIG, TENSORS)}
+        )
+        manifest.write(partial)
+        partial.chmod(0o755)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        os.replace(partial, output)
+        sync(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def copy_adapter(source: Path, output: Path) -> str:
+    """The adapter of a training run's checkpoint, alone. Returns a line for the user."""
+    check_disk(output, sum((source / name).stat().st_size for name in (CONFIG, TENSORS)))
+
+    def fill(folder: Path) -> None:
+        for name in (CONFIG, TENSORS):
+            shutil.copy(source / name, folder)
+
+    write_adapter(output, "megatron_to_hf", fill, [source])
+    return f"the adapter of {source} in {output}"

@@ -1,0 +1,63 @@
+"""Features of media on disk (`--media_cache`): a file a medium, shared by ranks, workers and runs.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_gkd.media.medium import Medium, Reference
+
+_VERSION = 1
+
+
+def cache_path(folder: str, reference: Reference, processor_digest: str) -> Path:
+    """One file for this content (or path, size and time of change) under these processor files.
+    Raises OSError.
+    """
+    kind = "track" if reference.is_track else reference.kind
+    digest = hashlib.sha256(f"{_VERSION} {kind} {processor_digest}".encode())
+    if reference.data is None:
+        status = os.stat(reference.path)
+        digest.update(
+            f"{os.path.realpath(reference.path)} {status.st_size} {status.st_mtime_ns}".encode()
+        )
+    else:
+        digest.update(reference.data)
+    name = digest.hexdigest()
+    return Path(folder, name[:2], f"{name}.safetensors")
+
+
+def read_cached(path: Path, kind: str) -> Medium | None:
+    """None where nothing (or nothing whole) is cached."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes, features = file.metadata(), file.get_tensor("features")
+    except (FileNotFoundError, SafetensorError):
+        return None
+    grid_thw = tuple(json.loads(notes["grid_thw"])) or None
+    return Medium(
+        kind, features, grid_thw, int(notes["num_tokens"]), float(notes["seconds_per_grid"])
+    )
+
+
+def write_cached(path: Path, medium: Medium) -> None:
+    """Written beside and renamed: another rank or worker finds the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {
+        "grid_thw": json.dumps(medium.grid_thw or []),
+        "num_tokens": str(medium.num_tokens),
+        "seconds_per_grid": repr(medium.seconds_per_grid),
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(descriptor)
+    try:
+        save_file({"features": medium.features.contiguous()}, temporary, metadata=notes)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,79 @@
+"""The towers' features in the places of their tokens: what the decoder reads instead of those
+tokens' embeddings.
+
+M media tokens of a batch, audios' first, then those of images and videos (V); D decoder layers that
+read deepstack features, H hidden size, B rows, S positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class MediaFeatures:
+    """What the towers make of a batch's media, in the order of `Media`'s tokens and in the
+    decoder's dtype.
+    """
+
+    embeddings: Tensor
+    """[M, H]"""
+    deepstack: Tensor | None
+    """[D, V, H], of the last V of the M tokens; None without images and videos"""
+
+    @property
+    def num_audio_tokens(self) -> int:
+        return len(self.embeddings) - (0 if self.deepstack is None else self.deepstack.shape[1])
+
+
+def join_features(parts: Sequence[MediaFeatures]) -> tuple[MediaFeatures, list[Tensor]]:
+    """The features of several batches as those of one, and for each: number of a token in it -> in
+    the whole.
+    """
+    audio = [part.embeddings[: part.num_audio_tokens] for part in parts]
+    visual = [part.embeddings[part.num_audio_tokens :] for part in parts]
+    deepstack = [part.deepstack for part in parts if part.deepstack is not None]
+    whole = MediaFeatures(
+        torch.cat(audio + visual), torch.cat(deepstack, dim=1) if deepstack else None
+    )
+    numbers = torch.arange(len(whole.embeddings), device=whole.embeddings.device).split(
+        list(map(len, audio + visual))
+    )
+    return whole, [torch.cat(pair) for pair in zip(numbers[: len(parts)], numbers[len(parts) :])]
+
+
+def media_arguments(
+    decoder,
+    parallel: Parallel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    media_rows: Tensor,
+    media_tokens: Tensor,
+    features: MediaFeatures,
+) -> dict:
+    """More arguments for `decoder`'s forward on the first stage: its input with the features in
+    place, and deepstack's.
+
+    input_ids [B, S], position_ids [3, B, S]; media_rows int64 [M']: b * S + s of each media token
+    in them, media_tokens int64 [M']: its number among the features. Takes the places of this rank's
+    shard of the sequence. Collectives: those of the embedding.
+    """
+    embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, B, H]
+    length, num_local = input_ids.shape[1], embedded.shape[0]
+    first = parallel.tp_rank * num_local
+    places = torch.stack((media_rows % length - first, media_rows // length))
+    here = (places[0] >= 0) & (places[0] < num_local)
+    places, tokens = places[:, here], media_tokens[here]
+    arguments = {"decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])}
+    if features.deepstack is not None and len(features.deepstack):
+        visual = tokens - features.num_audio_tokens
+        context = {
+            "context": features.deepstack[:, visual[visual >= 0]],
+            "context_mask": places[:, visual >= 0],
+        }
+        arguments["extra_block_kwargs"] = context
+    return arguments

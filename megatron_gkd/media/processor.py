@@ -1,0 +1,338 @@
+"""The media of a row -> what the towers read: a file or its bytes, decoded, and put through the
+folder's own processor.
+
+Counting a medium's tokens reads no more than the file's header; `load` decodes it, in the data
+workers, when its row is reached. Features may be kept on disk (`--media_cache`).
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_gkd.errors import DataError, RowError
+from megatron_gkd.media.cache import cache_path, read_cached, write_cached
+from megatron_gkd.media.medium import Medium, Reference, Size
+from megatron_gkd.media.positions import MediaTokenIds
+
+_NOT_COUNTED_BY_HEADER = ("MP3", "OGG")  # their headers tell the length about right
+
+
+class MediaProcessor:
+    """The processor files of a model folder at work. Loads each part when it is first needed."""
+
+    def __init__(self, folder: str, cache: str | None = None):
+        self.folder, self.cache = folder, cache
+
+    @cached_property
+    def token_ids(self) -> MediaTokenIds:
+        return MediaTokenIds.read(self.folder)
+
+    def measure(self, reference: Reference) -> Size:
+        """The size of a medium, from its header where that tells it. Raises RowError for one that
+        is missing or is none, DataError where the folder or this machine cannot process its kind.
+        """
+        if reference.kind == "audio":
+            return Size(
+                self.audio_tokens(self._num_frames(self._sound_length(reference), reference))
+            )
+        if reference.kind == "image":
+            width, height = self._picture_size(reference)
+            processor = self._image_processor
+            num_patches = self._refusing(
+                reference, lambda: int(processor.get_number_of_image_patches(height, width))
+            )
+            return Size(num_patches // processor.merge_size**2)
+        video = self.load(reference)  # how many frames are taken is the video processor's choice
+        return Size(video.num_tokens, video.grid_thw, video.seconds_per_grid)
+
+    def load(self, reference: Reference) -> Medium:
+        """Decode a medium and compute its features, or take them from the cache. Raises as
+        `measure` does.
+        """
+        path = None
+        if self.cache:
+            path = self._refusing(
+                reference, lambda: cache_path(self.cache, reference, self._processor_digest)
+            )
+            found = read_cached(path, reference.kind)
+            if found is not None:
+                return found
+        medium = {
+            "audio": self._load_sound,
+            "image": self._load_picture,
+            "video": self._load_video,
+        }[reference.kind](reference)
+        if path:
+            write_cached(path, medium)
+        return medium
+
+    def audio_tokens(self, num_frames: int) -> int:
+        """What three convolutions of stride 2 leave of each chunk of 2 n_window log-mel frames."""
+
+        def convolved(length: int) -> int:
+            for _ in range(3):
+                length = (length + 1) // 2
+            return length
+
+        chunk = 2 * self._n_window
+        return num_frames // chunk * convolved(chunk) + convolved(num_frames % chunk)
+
+    # Sound
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _sound_length(self, reference: Reference) -> int:
+        """Samples at the processor's rate."""
+        import soundfile
+
+        info = (
+            None
+            if reference.is_track
+            else self._refusing(reference, lambda: soundfile.info(_file(reference)))
+        )
+        if info is None or info.format in _NOT_COUNTED_BY_HEADER:
+            samples, rate = self._decode_sound(reference)
+            num_samples = len(samples)
+        else:
+            num_samples, rate = info.frames, info.samplerate
+        return math.ceil(num_samples * self._feature_extractor.sampling_rate / rate)
+
+    def _num_frames(self, num_samples: int, reference: Reference) -> int:
+        num_frames = num_samples // self._feature_extractor.hop_length
+        if num_frames < 1:
+            raise RowError(
+                f"{reference.name}: zero-length, {num_samples} samples at {self._feature_extractor.sampling_rate} Hz "
+                f"where a frame takes {self._feature_extractor.hop_length}"
+            )
+        return num_frames
+
+    def _decode_sound(self, reference: Reference) -> tuple[np.ndarray, int]:
+        """(samples of one channel, their rate)."""
+        import soundfile
+
+        def read_track() -> tuple[np.ndarray, int]:
+            from torchcodec.decoders import AudioDecoder  # installed: _processor has looked
+
+            track = AudioDecoder(
+                reference.path if reference.data is None else reference.data
+            ).get_all_samples()
+            return track.data.T.numpy(), track.sample_rate
+
+        def read_file() -> tuple[np.ndarray, int]:
+            return soundfile.read(_file(reference), dtype="float32", always_2d=True)
+
+        samples, rate = self._refusing(reference, read_track if reference.is_track else read_file)
+        if not np.isfinite(samples).all():
+            raise RowError(f"{reference.name}: a sample is not a finite number")
+        return samples.mean(axis=1), rate
+
+    def _load_sound(self, reference: Reference) -> Medium:
+        import soxr
+
+        samples, rate = self._decode_sound(reference)
+        extractor = self._feature_extractor
+        wanted = math.ceil(len(samples) * extractor.sampling_rate / rate)
+        self._num_frames(wanted, reference)
+        if rate != extractor.sampling_rate:
+            samples = soxr.resample(samples, rate, extractor.sampling_rate, quality="HQ")
+            samples = np.pad(samples, (0, max(wanted - len(samples), 0)))[
+                :wanted
+            ]  # rounds the length its own way
+        features = self._refusing(
+            reference,
+            lambda: extractor(
+                samples,
+                sampling_rate=extractor.sampling_rate,
+                padding=True,
+                truncation=False,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )["input_features"][0],
+        )
+        features = features[:, : wanted // extractor.hop_length].contiguous()
+        return Medium("audio", features, None, self.audio_tokens(features.shape[1]))
+
+    # Pictures
+    # ---------------------------------------------------------------------------------------------------------
+
+    def _picture_size(self, reference: Reference) -> tuple[int, int]:
+        """(width, height), turned upright."""
+        from PIL import Image
+
+        def read() -> tuple[int, int]:
+            with Image.open(_file(reference)) as image:
+                return (
+                    image.size[::-1] if _orientation(image) >= 5 else image.size
+                )  # 5 to 8 lie on their side
+
+        width, height = self._refusing(reference, read)
+        if min(width, height) < 2:
+            raise RowError(
+                f"{reference.name}: {width} x {height} pixels, an image needs at least 2 x 2"
+            )
+        return width, height
+
+    def _load_picture(self, reference: Reference) -> Medium:
+        from PIL import Image, ImageOps
+
+        self._picture_size(reference)
+
+        def read():
+            with Image.open(_file(reference)) as image:
+                return (
+                    ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+                ).convert("RGB")
+
+        image = self._refusing(reference, read)
+        inputs = self._refusing(
+            reference, lambda: self._image_processor(images=[image], return_tensors="pt")
+        )
+        return _visual(
+            "image",
+            inputs["pixel_values"],
+            inputs["image_grid_thw"],
+            self._image_processor.merge_size,
+        )
+
+    # Videos
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _load_video(self, reference: Reference) -> Medium:
+        processor = self._processor
+        fps = float(
+            getattr(processor.video_processor, "fps", None) or 1.0
+        )  # 1: what the processor counts time by
+
+        def read():
+            with _as_path(reference, ".mp4") as path:
+                return processor(
+                    text=processor.video_token,
+                    videos=[path],
+                    fps=fps,
+                    do_sample_frames=True,
+                    return_tensors="pt",
+                )
+
+        inputs = self._refusing(reference, read)
+        seconds, merge_size = (
+            float(inputs["video_second_per_grid"][0]),
+            processor.video_processor.merge_size,
+        )
+        return _visual(
+            "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], merge_size, seconds
+        )
+
+    # The folder's files
+    # -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _feature_extractor(self):
+        from transformers import AutoFeatureExtractor
+
+        return self._part("audio", AutoFeatureExtractor)
+
+    @cached_property
+    def _image_processor(self):
+        from transformers import AutoImageProcessor
+
+        return self._part("image", AutoImageProcessor)
+
+    @cached_property
+    def _processor(self):
+        """The whole processor: it alone has the limits of a video's frames."""
+        for package in ("torchvision", "torchcodec"):
+            if importlib.util.find_spec(package) is None:
+                raise DataError(
+                    f"rows with videos need {package}, which is not installed (torchvision resizes the frames, "
+                    "torchcodec reads them): install the builds that belong to this torch, or give images"
+                )
+        from transformers import AutoProcessor
+
+        return self._part("video", AutoProcessor)
+
+    def _part(self, kind: str, loader):
+        try:
+            return loader.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the files are anyone's, and so are the errors
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"rows with {kind}s need the processor files of --model {self.folder} (preprocessor_config.json): {first_line}"
+            ) from error
+
+    @cached_property
+    def _n_window(self) -> int:
+        config = json.loads(Path(self.folder, "config.json").read_text())
+        return config.get("thinker_config", config)["audio_config"].get("n_window", 50)
+
+    def _refusing(self, reference: Reference, read: Callable):
+        """`read()`, whatever goes wrong with the medium turned into a RowError."""
+        try:
+            if (
+                reference.data is None
+                and os.path.isfile(reference.path)
+                and not os.path.getsize(reference.path)
+            ):
+                raise RowError(f"{reference.name}: the file is empty")
+            return read()
+        except (RowError, DataError):
+            raise
+        except FileNotFoundError:
+            raise RowError(f"{reference.name}: there is no such file") from None
+        except Exception as error:  # decoders and processors raise errors of any type
+            if reference.path and not os.path.exists(reference.path):
+                raise RowError(f"{reference.name}: there is no such file") from None
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RowError(f"{reference.name}: cannot be read ({first_line})") from error
+
+    @cached_property
+    def _processor_digest(self) -> str:
+        digest = hashlib.sha256(str(self._n_window).encode())
+        for path in sorted(Path(self.folder).glob("*processor_config.json")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def _orientation(image) -> int:
+    """EXIF's, 1 is upright, as the header tells it: asked for more, PIL decodes a whole PNG."""
+    return (
+        1 if image.format == "PNG" and "exif" not in image.info else image.getexif().get(0x0112, 1)
+    )
+
+
+@contextmanager
+def _as_path(reference: Reference, suffix: str) -> Iterator[str]:
+    """The medium as a file."""
+    if reference.data is None:
+        open(reference.path, "rb").close()  # raises FileNotFoundError, where decoders say less
+        yield reference.path
+    else:
+        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+            file.write(reference.data)
+            file.flush()
+            yield file.name
+
+
+def _file(reference: Reference):
+    return io.BytesIO(reference.data) if reference.data is not None else reference.path
+
+
+def _visual(kind: str, patches, grid_thw, merge_size: int, seconds_per_grid: float = 0.0) -> Medium:
+    time, height, width = (int(number) for number in grid_thw[0])
+    return Medium(
+        kind,
+        patches.float(),
+        (time, height, width),
+        time * height * width // merge_size**2,
+        seconds_per_grid,
+    )

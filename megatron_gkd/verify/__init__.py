@@ -1,0 +1,3 @@
+"""Is it the same model? Tensors bit by bit, then hidden states and logits against transformers and
+peft.
+"""

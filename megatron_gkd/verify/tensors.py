@@ -1,0 +1,233 @@
+"""Tensor by tensor: a checkpoint against its folder, a merged folder against base and adapter, an
+adapter's records.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.checkpoint import STATE
+from megatron_gkd.formats.extra_files import list_travellers
+from megatron_gkd.formats.manifest import NAME, describe_file, read_manifest
+from megatron_gkd.formats.megatron_folder import MegatronFolder
+from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
+from megatron_gkd.formats.shards import row_blocks
+from megatron_gkd.formats.sources import is_converted, plan_from
+from megatron_gkd.formats.torch_dist import TRACKER, TorchDist, find_checkpoint
+from megatron_gkd.formats.weight_map import places, stored_entries
+from megatron_gkd.lora.adapter_sum import AdapterSum
+from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, read_record, saved_targets
+from megatron_gkd.lora.targets import HEAD, LINEARS
+
+_BLOCKS = re.compile(r"^(model\.)?(layers\.\d+\.)?(.*experts\.)?(?(3)\d+\.)")
+
+
+@dataclass
+class Comparison:
+    """What differs, a line each, and for each kind of tensor how many there are and the largest
+    difference.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    kinds: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def count(self, kind: str, difference: float) -> None:
+        number, largest = self.kinds.get(kind, (0, 0.0))
+        self.kinds[kind] = (number + 1, max(largest, difference))
+
+    def table(self) -> list[str]:
+        return [
+            f"{kind:28} {number:6} tensors, largest difference {largest:.1e}"
+            for kind, (number, largest) in self.kinds.items()
+        ]
+
+
+def kind_of(name: str) -> str:
+    """self_attn.q_proj, mlp.experts.up_proj, ... of the decoder's tensors; of the others the part:
+    talker, visual, ...
+    """
+    inside = name.removeprefix("thinker.")
+    if not inside.startswith(("model.", "lm_head.")):
+        return inside.split(".")[0]
+    return _BLOCKS.sub(r"\3", inside).removesuffix(".weight")
+
+
+def compare_checkpoint(hf_model: Path, checkpoint: Path, tolerance: float) -> Comparison:
+    """Names, dtypes, shapes, bits (or values to a tolerance), padding that is not zero. Raises
+    ValueError or FileNotFoundError when one is no such model. A checkpoint of another writer is
+    compared in the decoder.
+    """
+    reference = plan_from(hf_model, None, "verify")
+    folder = find_checkpoint(checkpoint)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there"
+        )
+    found = MegatronFolder(folder, reference.shape)
+    complete = is_converted(folder)
+    expected = {
+        n: t for n, t in reference.tensors.items() if complete or n in places(reference.shape)
+    }
+    comparison = compare_tensors(expected, found.tensors, tolerance)
+    for entry in stored_entries(reference.shape):
+        key = found.prefix + entry.key
+        if entry.is_padded and found.checkpoint.read(key, (), slice(entry.num_rows, None)).any():
+            comparison.problems.append(
+                f"{key}: the rows from {entry.num_rows} on, which pad the vocabulary, are not all zero"
+            )
+    return comparison
+
+
+def compare_tensors(expected: dict, found: dict, tolerance: float = 0.0) -> Comparison:
+    """In blocks of rows: bit by bit, or with a tolerance in fp32 whatever the two types are."""
+    comparison = Comparison([f"{name}: missing" for name in expected if name not in found])
+    comparison.problems += [f"{name}: unknown" for name in found if name not in expected]
+    for name in [name for name in expected if name in found]:
+        ours, theirs = found[name], expected[name]
+        kinds = [(t.get_dtype(), t.get_shape()) for t in (ours, theirs)]
+        if kinds[0][1] != kinds[1][1] or kinds[0][0] != kinds[1][0] and not tolerance:
+            comparison.problems.append(
+                f"{name}: {kinds[0][0]} {kinds[0][1]}, expected {kinds[1][0]} {kinds[1][1]}"
+            )
+            continue
+        first_row, largest = None, 0.0
+        for rows in row_blocks(theirs):
+            row, difference = _first_difference(ours[(rows,)], theirs[(rows,)], tolerance)
+            largest = max(largest, difference)
+            if first_row is None and row is not None:
+                first_row = rows.start + row
+        comparison.count(kind_of(name), largest)
+        if first_row is not None:
+            comparison.problems.append(
+                f"{name}: differs from row {first_row} on, by up to {largest:.1e}"
+            )
+    return comparison
+
+
+def _first_difference(ours: Tensor, theirs: Tensor, tolerance: float) -> tuple[int | None, float]:
+    """(the first row that differs by more than allowed, the largest difference: inf where one is
+    not a number).
+    """
+    ours, theirs = (
+        tensor.reshape(len(tensor) if tensor.dim() else 1, -1).contiguous()
+        for tensor in (ours, theirs)
+    )
+    if ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+        return None, 0.0
+    difference = (ours.float() - theirs.float()).abs().nan_to_num(nan=math.inf)
+    wrong = (
+        difference > tolerance if tolerance else ours.view(torch.uint8) != theirs.view(torch.uint8)
+    )
+    rows = wrong.any(dim=1).nonzero()
+    return int(rows[0]) if len(rows) else None, difference.max().item()
+
+
+def compare_merged(
+    hf_model: Path, adapters: AdapterSum, merged: Path, tolerance: float
+) -> Comparison:
+    """A merged folder against base plus adapters, added again."""
+    base, found = plan_from(hf_model, None, "verify"), SafetensorsFolder(merged)
+    expected = {name: _Merged(tensor, name, adapters) for name, tensor in base.tensors.items()}
+    return compare_tensors(expected, found.tensors, tolerance)
+
+
+class _Merged:
+    """A tensor of the base with the adapters added as it is read."""
+
+    def __init__(self, base, name: str, adapters: AdapterSum):
+        self.base, self.name, self.adapters = base, name, adapters
+        self.get_dtype, self.get_shape, self.num_bytes = (
+            base.get_dtype,
+            base.get_shape,
+            base.num_bytes,
+        )
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        return self.adapters.change(self.name, index[0], self.base[index])
+
+
+def check_adapter(adapter: Path) -> Comparison | None:
+    """Rank, alpha and linears against what was written down when the weights were (beside them, and
+    in their file), files against the manifest. None where there is nothing of the kind.
+    """
+    problems, config = [], json.loads((adapter / CONFIG).read_text())
+    records = {TENSORS: read_record(adapter)}
+    if (adapter / STATE).is_file():
+        records[STATE] = json.loads((adapter / STATE).read_text())["lora"]
+    for file, lora in records.items():
+        if not lora:
+            continue
+        named = config.get("target_modules") or ()
+        found = config | {"targets": [name for name in (*LINEARS, HEAD) if name in named]}
+        saved = saved_targets(lora["targets"])
+        targets = [name for name in (*LINEARS, HEAD) if name in saved]
+        for setting, value in {
+            "r": lora["rank"],
+            "lora_alpha": lora["alpha"],
+            "targets": targets,
+        }.items():
+            if found.get(setting) != value:
+                problems.append(
+                    f"{adapter / CONFIG}: {setting} is {found.get(setting)}, trained with {value} ({file})"
+                )
+    manifest = read_manifest(adapter)
+    if manifest:
+        problems += _changed_files(adapter, manifest.files)
+    return Comparison(problems) if manifest or any(records.values()) else None
+
+
+def compare_manifests(hf_model: Path, checkpoint: Path) -> Comparison:
+    """Without reading a tensor: the checkpoint's manifest against the folder's, or its headers; the
+    small files; that the files of the tensors are there in their sizes.
+    """
+    folder = find_checkpoint(checkpoint)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there"
+        )
+    checkpoint = folder.parent
+    manifest, known = read_manifest(checkpoint), read_manifest(hf_model)
+    if manifest is None:
+        raise FileNotFoundError(
+            f"{checkpoint}: no {NAME}; --quick compares manifests, leave it out"
+        )
+    TorchDist(folder)
+    folder = SafetensorsFolder(hf_model)
+    described = {
+        name: {"dtype": t.dtype_name, "shape": list(t.size), "bytes": t.num_bytes}
+        for name, t in folder.tensors.items()
+    }
+    problems = []
+    for name in sorted(described.keys() | manifest.tensors.keys()):
+        expected = dict(described.get(name, {}))
+        if known and name in known.tensors:
+            expected["sha256"] = known.tensors[name]["sha256"]
+        found = manifest.tensors.get(name, {})
+        different = (
+            [key for key in expected if expected[key] != found.get(key)]
+            if expected and found
+            else ["presence"]
+        )
+        if different:
+            problems.append(f"{name}: differs in {', '.join(different)}")
+    names = list_travellers(hf_model, besides=folder.headers)
+    problems += [f"{name}: not in the checkpoint" for name in names if name not in manifest.files]
+    problems += _changed_files(
+        hf_model, {name: manifest.files[name] for name in names if name in manifest.files}
+    )
+    return Comparison(problems + _changed_files(checkpoint, manifest.files))
+
+
+def _changed_files(folder: Path, files: dict[str, dict]) -> list[str]:
+    problems = []
+    for name, known in files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name}: missing, {NAME} lists it")
+        elif describe_file(folder / name) != known:
+            problems.append(f"{folder / name}: not the file that {NAME} lists")
+    return problems

@@ -1,0 +1,123 @@
+"""Towers, talker and vocoder of a folder: each tensor that config.json asks for is there, in its
+shape, and no other.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_gkd.formats.frozen_weights import check_other_parts, other_tensors
+from megatron_gkd.formats.safetensors_folder import SINGLE, SafetensorsFolder
+from megatron_gkd.formats.sources import plan_from
+from megatron_gkd.formats.weight_map import decoder_tensors
+from megatron_gkd.model.args import read_model_args
+from tests.sizes import SMALLEST
+
+SMALL = SMALLEST
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, dict(thinker_only=True), dict(tie_word_embeddings=True)], ids=str
+)
+def test_all_that_transformers_saves_is_known(tiny_folder, kind):
+    """With the decoder's table every tensor of a folder has a name and a shape."""
+    folder = SafetensorsFolder(tiny_folder(**SMALL, **kind))
+    model_args = read_model_args(folder.folder)
+    sizes, _ = other_tensors(folder.folder, model_args)
+    decoder = {name: list(size) for name, size in decoder_tensors(model_args).items()}
+    assert sizes | decoder == {name: tensor.get_shape() for name, tensor in folder.tensors.items()}
+    parts = {name.removeprefix("thinker.").split(".")[0] for name in sizes}
+    assert parts == {"audio_tower", "visual"} | (
+        set() if "thinker_only" in kind else {"talker", "code2wav"}
+    )
+
+
+@pytest.fixture
+def broken(tiny_folder, tmp_path):
+    return Path(shutil.copytree(tiny_folder(**SMALL), tmp_path / "model"))
+
+
+def check(folder):
+    check_other_parts(SafetensorsFolder(folder), read_model_args(folder))
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def drop(prefix):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
+
+    return change
+
+
+HEAD = "talker.codec_head.weight"
+PROJECTION = "thinker.visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("talker."), r"misses tensor talker.* and \d+ more \(by its config.json"),
+        (drop("code2wav."), "misses tensor code2wav"),
+        (drop("thinker.audio_tower."), "misses tensor thinker.audio_tower"),
+        (drop(PROJECTION), f"misses tensor {PROJECTION}"),
+        (
+            lambda tensors: tensors.update({HEAD: tensors[HEAD][:1].clone()}),
+            rf"{HEAD} has shape \[1, ",
+        ),
+        (
+            lambda tensors: tensors.update({PROJECTION: tensors[PROJECTION].int()}),
+            f"{PROJECTION} is I32, expected one of",
+        ),
+        (
+            lambda tensors: tensors.update({"talker.bogus.weight": torch.ones(3)}),
+            "unexpected tensor talker.bogus.weight",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(broken, change, message):
+    check(broken)
+    rewrite(broken, change)
+    with pytest.raises(ValueError, match=message) as error:
+        plan_from(broken, None, "test")  # as the tools open a folder
+    assert str(broken) in str(error.value)
+
+
+def test_a_voice_that_is_switched_off(broken):
+    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not.
+    """
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
+    check(broken)
+    rewrite(broken, drop(("talker.", "code2wav.")))
+    check(broken)
+    rewrite(broken, drop("thinker.visual.merger."))
+    with pytest.raises(ValueError, match="misses tensor thinker.visual.merger"):
+        check(broken)
+
+
+def test_buffers_of_older_writers_are_no_strangers(broken):
+    rewrite(
+        broken,
+        lambda tensors: tensors.update({"thinker.visual.rotary_pos_emb.inv_freq": torch.ones(4)}),
+    )
+    check(broken)
+
+
+def test_a_config_that_transformers_makes_nothing_of(broken):
+    config = json.loads((broken / "config.json").read_text())
+    del config["talker_config"]["text_config"]["shared_expert_intermediate_size"]
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="config.json: transformers makes no model of it .*shared_expert"
+    ):
+        check(broken)

@@ -1,0 +1,560 @@
+"""Media in the data: what the folder's processor makes of them, both views, and what is refused.
+
+The reference is transformers' own processor for the tokens and features, and its get_rope_index for
+the positions.
+"""
+
+import contextlib
+import io
+import json
+import os
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+import soxr
+import torch
+from PIL import Image
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen3OmniMoeThinkerConfig,
+)
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoePreTrainedModelForConditionalGeneration as RopeIndex,
+)
+from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
+
+from demo.tiny.folder import build_folder
+from megatron_gkd.data import DataError, load_datasets
+from megatron_gkd.data.batch import collate, with_responses
+from megatron_gkd.data.loader import step_loader
+from megatron_gkd.media.cache import cache_path
+from megatron_gkd.media.medium import Reference
+from megatron_gkd.media.processor import MediaProcessor
+
+VOCAB = 1024
+ANSWER = {"role": "assistant", "content": "a cat"}
+HEARS_AND_SEES = [
+    {"type": "text", "text": "listen"},
+    {"type": "audio"},
+    {"type": "text", "text": "and look"},
+    {"type": "image"},
+    {"type": "image"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_folder(
+        str(tmp_path_factory.mktemp("media") / "model"), num_hidden_layers=1, hidden_size=64
+    )
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder with a stereo sound at 22,050 Hz, one at 16 kHz, a wide and a tall picture."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    soundfile.write(folder / "stereo.wav", rng.normal(0, 0.1, (30_000, 2)), 22_050)
+    soundfile.write(folder / "mono.flac", rng.normal(0, 0.1, 17_171), 16_000)
+    for name, size in (("wide.png", (130, 61)), ("tall.png", (40, 90))):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+            folder / name
+        )
+    return folder
+
+
+def row(**more):
+    user = {"role": "user", "content": HEARS_AND_SEES}
+    return {
+        "messages": [user, ANSWER],
+        "audios": ["stereo.wav"],
+        "images": ["wide.png", "tall.png"],
+    } | more
+
+
+def load(model, folder, *rows, **changes):
+    values = dict(
+        dataset=[str(folder / "rows.jsonl")],
+        val_dataset=[],
+        split_dataset_ratio=0.0,
+        max_length=400,
+        dataset_num_proc=1,
+    )
+    values |= (
+        dict(skip_bad_rows=False, check_data=False, media_cache=None, download_datasets=False)
+        | changes
+    )
+    if rows:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_datasets(SimpleNamespace(**values), model, VOCAB, 0)[0]
+
+
+def processor_of(model, monkeypatch):
+    """transformers' processor; without torchvision it cannot be built but by leaving out the check
+    of its parts.
+    """
+    monkeypatch.setattr(
+        Qwen3OmniMoeProcessor, "check_argument_for_proper_class", lambda self, name, part: None
+    )
+    processor = Qwen3OmniMoeProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(model),
+        feature_extractor=AutoFeatureExtractor.from_pretrained(model),
+        tokenizer=AutoTokenizer.from_pretrained(model),
+    )
+    processor.video_processor = (
+        processor.image_processor
+    )  # 5.20 asks for its merge_size, videos or not
+    return processor
+
+
+def rope_index(model, ids, image_grids, audio_lengths):
+    config = Qwen3OmniMoeThinkerConfig.from_dict(
+        json.load(open(os.path.join(model, "config.json")))["thinker_config"]
+    )
+    this = SimpleNamespace(
+        config=config, spatial_merge_size=config.vision_config.spatial_merge_size
+    )
+    this.get_llm_pos_ids_for_vision = RopeIndex.get_llm_pos_ids_for_vision.__get__(this)
+    ids = torch.tensor(ids)[None]
+    grids = torch.tensor(image_grids) if image_grids else None
+    return RopeIndex.get_rope_index(
+        this, ids, grids, None, torch.ones_like(ids), False, torch.tensor(audio_lengths)
+    )[0][:, 0]
+
+
+def test_a_row_is_what_transformers_processor_makes_of_it(model, media, monkeypatch):
+    sample = load(model, media, row())[0]
+    sound, rate = soundfile.read(media / "stereo.wav", dtype="float32")
+    sound = soxr.resample(sound.mean(axis=1), rate, 16_000, quality="HQ")
+    assert len(sound) == pytest.approx(30_000 * 16_000 / 22_050, abs=1)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = tokenizer.apply_chat_template(row()["messages"], tokenize=False).removesuffix("\n")
+    images = [Image.open(media / name) for name in ("wide.png", "tall.png")]
+    expected = processor_of(model, monkeypatch)(
+        text=text, images=images, audio=[sound], return_tensors="pt"
+    )
+
+    ids = sample.student.input_ids
+    assert ids == expected["input_ids"][0].tolist()
+    audio, *pictures = sample.media
+    torch.testing.assert_close(audio.features, expected["input_features"][0], rtol=0, atol=1e-6)
+    assert torch.equal(
+        torch.cat([picture.features for picture in pictures]), expected["pixel_values"]
+    )
+    assert [list(picture.grid_thw) for picture in pictures] == expected["image_grid_thw"].tolist()
+    config = json.load(open(os.path.join(model, "config.json")))["thinker_config"]
+    for medium, place in zip(sample.media, sample.student.media):
+        token = config["audio_token_id" if medium.kind == "audio" else "image_token_id"]
+        assert len(place.positions) == medium.num_tokens and {
+            ids[position] for position in place.positions
+        } == {token}
+    grids = [picture.grid_thw for picture in pictures]
+    assert torch.equal(
+        sample.student.position_ids, rope_index(model, ids, grids, [audio.features.shape[1]])
+    )
+    assert sample.student.targets() == tokenizer("a cat<|im_end|>")["input_ids"]
+
+
+def test_every_way_to_write_a_row_gives_the_same_sample(model, media):
+    files = {"audio": ["stereo.wav"], "image": ["wide.png", "tall.png"]}
+    remaining = {kind: iter(names) for kind, names in files.items()}
+    inline = [
+        part if "text" in part else part | {part["type"]: next(remaining[part["type"]])}
+        for part in HEARS_AND_SEES
+    ]
+    native = (
+        "listen<|audio_start|><|audio_pad|><|audio_end|>and look"
+        + "<|vision_start|><|image_pad|><|vision_end|>" * 2
+    )
+    in_bytes = {
+        "audios": [
+            dict(
+                zip(
+                    ("array", "sampling_rate"),
+                    (soundfile.read(media / "stereo.wav")[0].tolist(), 22_050),
+                )
+            )
+        ],
+        "images": [np.asarray(Image.open(media / name)).tolist() for name in files["image"]],
+    }
+
+    def turns(content):
+        return [{"role": "user", "content": content}, ANSWER]
+
+    data = load(
+        model,
+        media,
+        row(),
+        {"messages": turns(inline)},
+        row(messages=turns("listen<audio>and look<image><image>")),
+        row(messages=turns(native)),
+        row(**in_bytes),
+    )
+    first = data[0]
+    ids, placeholders = first.student.input_ids, []
+    for place in first.student.media:
+        placeholders += place.positions[1:]
+    bare = [token for position, token in enumerate(ids) if position not in placeholders]
+    labels = [-100] * len(ids[: first.student.response_start]) + ids[first.student.response_start :]
+    bare_labels = [label for position, label in enumerate(labels) if position not in placeholders]
+    columns = {"audios": files["audio"], "images": files["image"]}
+    tokenised = [{"input_ids": ids, "labels": labels}, {"input_ids": bare, "labels": bare_labels}]
+    data = [
+        *(data[i] for i in range(5)),
+        *(s for s in samples(load(model, media, *(r | columns for r in tokenised)))),
+    ]
+    for number, sample in enumerate(data):
+        assert sample.student.input_ids == ids and sample.student.labels == labels, number
+        assert sample.student.media == first.student.media, number
+        assert torch.equal(sample.student.position_ids, first.student.position_ids)
+        for medium, expected in zip(sample.media, first.media):
+            torch.testing.assert_close(
+                medium.features, expected.features, rtol=0, atol=1e-4 if number == 4 else 0
+            )
+
+
+def samples(data):
+    return [data[index] for index in range(len(data))]
+
+
+def test_what_datasets_stores(model, media, tmp_path):
+    table = datasets.Dataset.from_dict(
+        {
+            "messages": [
+                [{"role": "user", "content": "listen<audio>and look<image><image>"}, ANSWER]
+            ]
+            * 2,
+            "audios": [[str(media / "stereo.wav")]] * 2,
+            "images": [[str(media / "wide.png"), str(media / "tall.png")]] * 2,
+        }
+    )
+    table = table.cast_column("audios", datasets.List(datasets.Audio())).cast_column(
+        "images", datasets.List(datasets.Image())
+    )
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "rows.parquet"))  # the files' bytes are in it
+    expected = load(model, media, row())[0]
+    for name in ("saved", "rows.parquet"):
+        sample = load(model, media, dataset=[str(tmp_path / name)])[1]
+        assert sample.student.input_ids == expected.student.input_ids
+        assert all(
+            torch.equal(a.features, b.features) for a, b in zip(sample.media, expected.media)
+        )
+
+
+def test_media_in_bytes_stay_on_disk(model, media, tmp_path):
+    """Rows, split ones too, are mapped from a file, their bytes of media with them: no copy in
+    memory.
+    """
+    sound = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(tmp_path / "sound.wav", sound, 16_000)
+    asked = {"role": "user", "content": "listen<audio>"}
+    rows = [
+        {"messages": [asked, ANSWER], "audios": [{"bytes": (tmp_path / "sound.wav").read_bytes()}]}
+        for _ in range(50)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    before = pyarrow.total_allocated_bytes()
+    data = load(model, media, dataset=[str(tmp_path / "rows.parquet")], split_dataset_ratio=0.2)
+    assert data.report.num_media == {"audio": 40} and data.report.media == {"audio > audio": 40}
+    assert pyarrow.total_allocated_bytes() - before < 50_000 < 50 * 2 * len(sound) / 30
+    heard = np.abs(data[0].media[0].features.numpy()).max()
+    assert heard > 0
+
+
+def test_the_teachers_view(model, media):
+    heard = {"role": "user", "content": [{"type": "text", "text": "who?"}, {"type": "audio"}]}
+    told = [{"role": "user", "content": "who? it says a cat"}, {"role": "assistant", "content": ""}]
+    base = {"messages": [heard, ANSWER], "audios": ["stereo.wav"]}
+    data = load(
+        model,
+        media,
+        base,
+        base | {"teacher_messages": told, "teacher_audios": []},
+        base | {"teacher_audios": ["mono.flac"]},
+        base | {"teacher_audios": ["stereo.wav"]},
+        base | {"teacher_prompt": "<audio> who, now?"},
+    )
+    same, reads, clean, repeated, asks = samples(data)
+    assert same.teacher is same.student and same.media_pair == "audio > audio"
+    assert repeated.teacher is repeated.student and not repeated.has_teacher_view
+    assert (
+        reads.media_pair == "audio > text"
+        and reads.teacher.position_ids is None
+        and not reads.teacher.media
+    )
+    assert clean.has_teacher_view and clean.teacher.input_ids != clean.student.input_ids
+    assert [place.medium for place in clean.student.media + clean.teacher.media] == [0, 1]
+    assert [place.medium for place in asks.student.media + asks.teacher.media] == [0, 0] and len(
+        asks.media
+    ) == 1
+    for sample in (reads, clean, asks):
+        assert sample.teacher.targets() == sample.student.targets()
+    assert data.report.media == {
+        "audio > audio": 4,
+        "audio > text": 1,
+    } and data.report.num_media == {"audio": 6}
+
+    batch = collate(samples(data), 0, 4)
+    assert batch.media.audio_tokens.tolist() == [
+        medium.num_tokens for sample in samples(data) for medium in sample.media
+    ]
+    total = int(batch.media.audio_tokens.sum())
+    assert batch.media.audio.shape[1] == int(batch.media.audio_lengths.sum())
+    size = batch.student.input_ids.shape[1]
+    audio_token = json.load(open(os.path.join(model, "config.json")))["thinker_config"][
+        "audio_token_id"
+    ]
+    for view in (batch.student, batch.teacher):
+        assert (view.input_ids.flatten()[view.media_rows] == audio_token).all()
+        assert (
+            int((view.input_ids == audio_token).sum())
+            == len(view.media_rows)
+            == len(view.media_tokens)
+        )
+    assert sorted(
+        set(batch.student.media_tokens.tolist()) | set(batch.teacher.media_tokens.tolist())
+    ) == list(range(total))
+    row_of = batch.teacher.media_rows // batch.teacher.input_ids.shape[1]
+    assert sorted(set(row_of.tolist())) == [0, 2, 3, 4]
+
+    written = with_responses(batch, [[5], [6, 7], [8] * 9, [9], [3, 4]], 0, 4)
+    assert written.media is batch.media and written.student.input_ids.shape[1] != size
+    assert (written.student.input_ids.flatten()[written.student.media_rows] == audio_token).all()
+    assert torch.equal(written.student.media_tokens, batch.student.media_tokens)
+
+
+def test_positions_go_on_after_a_picture(model, media):
+    seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    sample = load(model, media, {"messages": [seen, ANSWER], "images": ["wide.png"]})[0]
+    batch = collate([sample], 0, 1)
+    start, last = sample.student.response_start, batch.student.position_ids[0, 0]
+    assert last[start] == last[start - 1] + 1 < start  # a picture takes fewer positions than tokens
+    written = with_responses(batch, [[5, 6, 7]], 0, 1)
+    ids = written.student.input_ids[0].tolist()
+    assert torch.equal(
+        written.student.position_ids[:, 0], rope_index(model, ids, [sample.media[0].grid_thw], [0])
+    )
+
+
+def wav(samples, rate=16_000):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV")
+    return file.getvalue()
+
+
+def bad_media(folder, media):
+    """name -> (a row, its reason)."""
+    whole = (media / "wide.png").read_bytes()
+    files = {
+        "empty.wav": b"",
+        "text.wav": b"hello",
+        "silent.wav": wav([]),
+        "short.wav": wav([0.1] * 100),
+    }
+    files |= {"text.png": b"hello", "torn.png": whole[: len(whole) // 2], "nan.wav": b""}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    soundfile.write(folder / "nan.wav", np.array([0.1, np.nan] * 1000), 16_000, subtype="FLOAT")
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("RGB", (2000, 4)).save(folder / "line.png")
+
+    def hears(name, **more):
+        return {
+            "messages": [{"role": "user", "content": "<audio>?"}, ANSWER],
+            "audios": [str(folder / name)],
+        } | more
+
+    def sees(name):
+        return {
+            "messages": [{"role": "user", "content": "<image>?"}, ANSWER],
+            "images": [str(folder / name)],
+        }
+
+    told = [{"role": "user", "content": "a cat"}, ANSWER]
+    return [
+        (hears("none.wav"), "none.wav: there is no such file"),
+        (hears("empty.wav"), "empty.wav: the file is empty"),
+        (hears("text.wav"), "text.wav: cannot be read"),
+        (
+            hears("silent.wav"),
+            "silent.wav: zero-length, 0 samples at 16000 Hz where a frame takes 160",
+        ),
+        (hears("short.wav"), "short.wav: zero-length, 100 samples"),
+        (sees("none.png"), "none.png: there is no such file"),
+        (sees("text.png"), "text.png: cannot be read"),
+        (sees("pixel.png"), "pixel.png: 1 x 1 pixels, an image needs at least 2 x 2"),
+        (sees("line.png"), "line.png: cannot be read (absolute aspect ratio"),
+        (
+            hears("short.wav", messages=[{"role": "user", "content": "?"}, ANSWER]),
+            "the row has 0 audio placeholders for 1 audio",
+        ),
+        (
+            hears(
+                media / "mono.flac",
+                messages=[{"role": "user", "content": "<audio><audio>"}, ANSWER],
+            ),
+            "the row has 2 audio placeholders for 1 audio",
+        ),
+        (
+            hears(media / "mono.flac", teacher_messages=told),
+            "the teacher's view has 0 audio placeholders for 1 audio; teacher_images, teacher_audios",
+        ),
+    ]
+
+
+def test_bad_media_are_listed_with_their_lines(model, media, tmp_path):
+    cases = bad_media(tmp_path, media)
+    with pytest.raises(DataError) as error:
+        load(model, tmp_path, *(row for row, _ in cases))
+    message = str(error.value)
+    for line, (_, reason) in enumerate(cases, start=1):
+        assert (
+            f"rows.jsonl:{line}: " in message
+            and reason in message.split(f"rows.jsonl:{line}: ")[1].splitlines()[0]
+        ), reason
+    assert len(load(model, media, row(), cases[0][0], skip_bad_rows=True)) == 1
+
+
+def torn(folder, media):
+    """Rows whose media have good headers and broken bodies, and one good row."""
+    bad_media(folder, media)
+    sees = {
+        "messages": [{"role": "user", "content": "<image>?"}, ANSWER],
+        "images": [str(folder / "torn.png")],
+    }
+    hears = {
+        "messages": [{"role": "user", "content": "<audio>?"}, ANSWER],
+        "audios": [str(folder / "nan.wav")],
+    }
+    good = {"messages": [{"role": "user", "content": "?"}, ANSWER]}
+    return [good, sees, hears]
+
+
+def test_a_torn_file_is_found_by_check_data(model, media, tmp_path):
+    with pytest.raises(DataError, match="2 of 3 data rows") as error:
+        load(model, tmp_path, *torn(tmp_path, media), check_data=True)
+    assert "rows.jsonl:2: image" in str(error.value) and "torn.png: cannot be read" in str(
+        error.value
+    )
+    assert "rows.jsonl:3: audio" in str(error.value) and "a sample is not a finite number" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_torn_file_is_named_when_its_row_is_reached(model, media, tmp_path, num_workers, capfd):
+    steps = dict(
+        per_device_batch_size=3,
+        gradient_accumulation_steps=1,
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        start_step=0,
+    )
+    steps |= dict(num_steps=1, num_workers=num_workers, pad_token_id=0, pad_to_multiple_of=1)
+    rows = torn(tmp_path, media)
+    with contextlib.closing(step_loader(load(model, tmp_path, *rows), **steps)) as loader:
+        with pytest.raises(DataError, match=r"rows.jsonl:[23]: ") as error:
+            next(loader)
+    assert "Traceback" not in str(error.value)
+    with contextlib.closing(
+        step_loader(load(model, tmp_path, *rows, skip_bad_rows=True), **steps)
+    ) as loader:
+        (batch,) = next(loader)
+    assert sorted(batch.rows) == [-1, -1, 0] and batch.media is None
+    assert capfd.readouterr().err.count("Left out (--skip_bad_rows): ") == 2
+
+
+def test_media_tokens_count_towards_max_length(model, media):
+    student = load(model, media, row())[0].student
+    length = len(student.input_ids)
+    assert (
+        load(model, media, row(), max_length=length - 1)[0].cut_tokens == 1
+    )  # the response is cut, never a medium
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: the prompt has \d+ tokens and leaves no room"
+    ):
+        load(model, media, row(), max_length=student.response_start)
+
+
+def test_a_placeholder_as_long_as_another_medium(model, media):
+    sample = load(model, media, row())[0]
+    ids = list(sample.student.input_ids)
+    del ids[sample.student.media[0].positions[0]]
+    labels = [-100] * (sample.student.response_start - 1) + ids[sample.student.response_start - 1 :]
+    with pytest.raises(
+        DataError,
+        match=r"placeholder 1 \(audio\) has 17 tokens and its medium makes 18: write one, or all",
+    ):
+        load(
+            model,
+            media,
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "audios": ["stereo.wav"],
+                "images": ["wide.png", "tall.png"],
+            },
+        )
+
+
+def test_the_cache_is_read_and_a_broken_file_in_it_is_replaced(model, media, tmp_path, monkeypatch):
+    expected = load(model, media, row())[0]
+    for _ in range(2):
+        sample = load(model, media, row(), media_cache=str(tmp_path / "cache"))[0]
+        assert all(
+            torch.equal(a.features, b.features) for a, b in zip(sample.media, expected.media)
+        )
+        assert [a.grid_thw for a in sample.media] == [a.grid_thw for a in expected.media]
+    files = sorted((tmp_path / "cache").rglob("*"))
+    assert (
+        len([file for file in files if file.suffix == ".safetensors"])
+        == 3
+        == len([f for f in files if f.is_file()])
+    )
+    reference = Reference("audio", str(media / "stereo.wav"), None)
+    cached = MediaProcessor(model, str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:  # what is cached is not decoded again
+        patch.setattr(soundfile, "read", None)
+        assert torch.equal(cached.load(reference).features, expected.media[0].features)
+    path = cache_path(cached.cache, reference, cached._processor_digest)
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(cached.load(reference).features, expected.media[0].features)
+    assert path.stat().st_size > 100
+
+
+def test_audio_tokens_are_those_of_the_tower(model):
+    from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import (
+        _get_feat_extract_output_lengths,
+    )
+
+    processor = MediaProcessor(model)
+    lengths = torch.arange(1, 1700)
+    assert [processor.audio_tokens(int(n)) for n in lengths] == _get_feat_extract_output_lengths(
+        lengths
+    ).tolist()
+
+
+def test_videos_need_a_decoder(model, media, tmp_path):
+    try:
+        import torchcodec  # noqa: F401
+        import torchvision  # noqa: F401
+    except ImportError:
+        (tmp_path / "v.mp4").write_bytes(b"x")
+        sees = {
+            "messages": [{"role": "user", "content": "<video>?"}, ANSWER],
+            "videos": [str(tmp_path / "v.mp4")],
+        }
+        with pytest.raises(
+            DataError, match="rows with videos need torch(vision|codec), which is not installed"
+        ):
+            load(model, tmp_path, sees)
+    else:
+        pytest.skip("torchvision and torchcodec are installed")

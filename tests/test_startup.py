@@ -1,0 +1,63 @@
+"""A Transformer Engine that is installed and does not import ends a run with its reason, and the
+doctor tells it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gkd.startup import import_problem, transformer_engine_usable
+
+REPOSITORY = Path(__file__).parents[1]
+PROBLEM = "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): install the build for"
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A folder with such a package."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(
+        "raise OSError('libcublas.so.13: no such file')"
+    )
+    return tmp_path
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="a sound one is installed"
+)
+def test_it_is_refused(broken, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert not transformer_engine_usable(gpu) and import_problem() == ""
+    monkeypatch.syspath_prepend(broken)
+    assert not transformer_engine_usable(cpu) and import_problem().startswith(PROBLEM)
+    with pytest.raises(ValueError) as error:
+        transformer_engine_usable(gpu)
+    assert str(error.value).startswith(PROBLEM)
+
+
+def run(module, broken):
+    environment = os.environ | {"PYTHONPATH": f"{broken}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-W", "ignore", "-m", module]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_a_run_ends_in_a_line(broken):
+    """megatron-core imports it on CPU too, so this comes before any flag."""
+    done = run("megatron_gkd.train", broken)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert (
+        line.startswith(f"megatron_gkd: error: {PROBLEM}")
+        and "pip uninstall transformer-engine" in line
+    )
+
+
+def test_the_doctor_goes_on(broken):
+    done = run("megatron_gkd.doctor", broken)
+    assert done.returncode == 0, done.stderr
+    assert f"  error: {PROBLEM}" in done.stdout and "Optional packages" in done.stdout
