@@ -70,6 +70,9 @@ EXTRAS = {
         "triton>=3.6,<3.10",
         # The reference for the divergence. 1.14 is the last one for Python 3.10.
         "trl>=1.14,<1.17",
+        # Format, lint and types, which tests/run.sh checks: another version formats differently.
+        "ruff>=0.17.6,<0.18",
+        "mypy>=2.4,<2.5",
     ],
 }
 
