@@ -29,9 +29,9 @@ def check_num_workers(num_workers: int) -> None:
 
 def parse_flags(settings: type[Settings], description: str) -> Settings:
     """The command line. Raises ValueError naming the flag."""
-    parser = Parser(settings, description=description.strip().splitlines()[0], allow_abbrev=False)
+    parser = Parser([settings], description=description.strip().splitlines()[0])
     refuse_unknown(sys.argv[1:], parser)
-    (config,) = parser.parse_args_into_dataclasses()
+    (config,), _ = parser.parse(sys.argv[1:])
     return config
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
-from megatron_gkd.config import ParallelConfig, check_layout
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.byte_range import memory
 from megatron_gkd.formats.extra_files import copy_travellers, list_travellers, total_bytes
@@ -43,6 +42,7 @@ from megatron_gkd.formats.weight_map import (
     places,
     stored_entries,
 )
+from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs, read_model_args
 
 _RESERVED = (RELEASE, HEADERS, TRACKER)

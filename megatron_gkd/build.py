@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.checkpoint import find_checkpoint
-from megatron_gkd.config import Config, describe_layout
+from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import DataReport
@@ -99,7 +99,7 @@ def read_data(
     and --output_dir takes files. Raises ValueError, OSError or DataError; see `load_data`.
     """
     model_args = read_model_args(config.model.model)
-    log_rank_0(parallel, describe_layout(parallel.world_size, model_args, config))
+    log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
         check_writable(config.run.output_dir)
     train_data, eval_data = load_data(config, model_args, parallel)

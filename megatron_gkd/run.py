@@ -85,9 +85,15 @@ class Run:
         return self.model.towers
 
     @property
-    def groups(self) -> Groups:
+    def train_groups(self) -> Groups:
         """Parts of the training data whose means are logged apart."""
         return Groups.of(self.train_data.report)
+
+    @property
+    def eval_groups(self) -> Groups:
+        """The same of the evaluation data, which the run must have."""
+        assert self.eval_data is not None
+        return Groups.of(self.eval_data.report)
 
     @property
     def total_steps(self) -> int:
@@ -142,17 +148,18 @@ class Run:
                 self.clock.lap("data_time")
                 yield batches
 
-    def eval_batches(self, data: SampleDataset) -> Iterator[Batch]:
-        """This rank's micro-batches of evaluation data, on the device: each row once over all ranks,
-        padding samples at the end.
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the evaluation data, on the device: each row once over all
+        ranks, padding samples at the end.
         """
+        assert self.eval_data is not None
         loader = eval_loader(
-            data,
+            self.eval_data,
             per_device_batch_size=self.config.train.per_device_eval_batch_size,
             dp_rank=self.parallel.dp_rank,
             dp_size=self.parallel.dp_size,
             num_workers=0,
-            pad_token_id=data.pad_token_id,
+            pad_token_id=self.eval_data.pad_token_id,
             pad_to_multiple_of=self.parallel.tp_size,
         )
         for batch in loader:

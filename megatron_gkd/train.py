@@ -26,11 +26,10 @@ from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
 from megatron_gkd.build import build_run, check_data
-from megatron_gkd.data import SampleDataset
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
-from megatron_gkd.metrics import Groups, StepCounts, TokenSums
+from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.optimizer import Update
 from megatron_gkd.parallel import Parallel, any_rank, log_rank_0
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
@@ -42,7 +41,7 @@ def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 prints and writes."""
     run = build_run(config, parallel)
     if run.progress.step == 0 and run.eval_data:
-        run.writer.log_eval(evaluate(run, run.eval_data))
+        run.writer.log_eval(evaluate(run))
     with closing(run.batches()) as steps, stop_requests() as requests:
         for batches in steps:
             result = train_step(run, batches)
@@ -53,7 +52,7 @@ def train(config: Config, parallel: Parallel) -> None:
                 run.writer.log_train(run.step_metrics(result, counts))
             check_health(run)
             if run.is_eval_step:
-                run.writer.log_eval(evaluate(run, run.eval_data))
+                run.writer.log_eval(evaluate(run))
                 stop = any_rank(bool(requests), parallel.device)  # it may take longer than a step
             save_if_due(run, result.update, ends=stop or run.is_complete)
             if stop and not run.is_complete:
@@ -77,7 +76,7 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         clock.lap("teacher_time")
         run.optimizer.zero_grad()
         sums = student_forward_backward(
-            run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.groups
+            run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.train_groups
         )
         means = sums.means(parallel)
         clock.lap("student_time")
@@ -90,11 +89,11 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     return StepResult(batches, num_truncated, on_policy, run.learning_rate(), means, update)
 
 
-def evaluate(run: Run, data: SampleDataset) -> dict[str, Any]:
+def evaluate(run: Run) -> dict[str, Any]:
     """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy."""
     started, parallel = time.perf_counter(), run.parallel
-    sums = TokenSums.zero(parallel.device, Groups.of(data.report))
-    for batch in run.eval_batches(data):
+    sums = TokenSums.zero(parallel.device, run.eval_groups)
+    for batch in run.eval_batches():
         media = StepMedia(run.towers, [batch.media])
         teacher_hidden = teacher_forward(run.model, [batch], parallel, media)
         student_forward(run.ddp, [batch], teacher_hidden, run.loss, parallel, sums, media)
