@@ -22,7 +22,7 @@ from megatron_gkd.config import ParallelConfig, check_layout
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.byte_range import memory
 from megatron_gkd.formats.extra_files import copy_travellers, list_travellers, total_bytes
-from megatron_gkd.formats.frozen_weights import check_other_parts
+from megatron_gkd.formats.frozen_weights import check_frozen_weights
 from megatron_gkd.formats.job import Job, file_states, run_job, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file, read_manifest
 from megatron_gkd.formats.megatron_folder import CARRIED
@@ -51,7 +51,7 @@ _RESERVED = (RELEASE, HEADERS, TRACKER)
 @dataclass
 class HfToMegatronConfig:
     hf_model: str = field(
-        metadata={"help": "Hugging Face folder of Qwen3-Omni (whole model, or thinker alone)."}
+        metadata={"help": "Hugging Face model folder."}
     )
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     tensor_model_parallel_size: int = setting(
@@ -163,7 +163,7 @@ def open_source(hf_model: Path, tp_size: int) -> Source:
     model_args = read_model_args(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, model_args)
-    check_other_parts(folder, model_args)
+    check_frozen_weights(folder, model_args)
     manifest = read_manifest(hf_model)
     if manifest:
         manifest.check(hf_model, folder.tensors)

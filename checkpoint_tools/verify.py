@@ -31,7 +31,7 @@ from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.verify.logits import Trace, compare, megatron_trace, transformers_trace
-from megatron_gkd.verify.reference import load_peft, load_thinker
+from megatron_gkd.verify.reference import load_model, load_peft
 from megatron_gkd.verify.rows import Rows, make_rows
 from megatron_gkd.verify.tensors import (
     Comparison,
@@ -49,7 +49,7 @@ _TIMEOUT = timedelta(
 
 @dataclass
 class VerifyConfig:
-    hf_model: str = field(metadata={"help": "Hugging Face folder of Qwen3-Omni: the reference."})
+    hf_model: str = field(metadata={"help": "Hugging Face model folder: the reference."})
     checkpoint: str | None = setting(None, "Megatron checkpoint that should hold the same model.")
     adapter: str | None = setting(None, "PEFT adapter folder.")
     merged: str | None = setting(
@@ -151,7 +151,7 @@ def _report(what: str, compare_both: Callable[[], Comparison | None]) -> bool | 
 
 def expected_of_transformers(config: VerifyConfig) -> list[Expected]:
     """Of every model that the flags name, on every row."""
-    model = load_thinker(config.hf_model)
+    model = load_model(config.hf_model)
     all_rows = make_rows(model.config)
     found = _expected(BASE, model, all_rows)
     if config.adapter:
@@ -159,7 +159,7 @@ def expected_of_transformers(config: VerifyConfig) -> list[Expected]:
         found += _expected(ADAPTER, load_peft(model, config.adapter).eval(), all_rows)
     if config.merged:
         del model
-        found += _expected(MERGED, load_thinker(config.merged), all_rows)
+        found += _expected(MERGED, load_model(config.merged), all_rows)
     return found
 
 
@@ -220,8 +220,9 @@ def _megatron_model(name: str, config: VerifyConfig, model_args, parallel):
     found = find_checkpoint(folder)
     if found:
         folder = found.parent if is_converted(found) else config.hf_model
+    has_towers = bool(model_args.family.towers)
     model.towers = build_towers(
-        folder, model_args, parallel, torch.float32, audio=True, visual=True
+        folder, model_args, parallel, torch.float32, audio=has_towers, visual=has_towers
     )
     if name == ADAPTER:
         adapter = PeftAdapter(config.adapter, model_args)

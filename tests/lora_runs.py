@@ -20,7 +20,8 @@ from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, lora_enabled
 from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.optimizer import Optimizer
 

@@ -30,7 +30,8 @@ from megatron_gkd.formats.safetensors_folder import DTYPES as DTYPES_OF_FOLDERS
 from megatron_gkd.formats.torch_dist import TorchDist, _elements
 from megatron_gkd.formats.torch_dist_writer import write_chunk
 from megatron_gkd.formats.weight_map import checkpoint_tensors
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.decoder import build_decoder
 from tests import mcore_model
 from tests.ranks import run_ranks
@@ -193,8 +194,7 @@ def differing_parameters(mcore, ours):
 
 
 def read_and_write(rank, world_size, folder, checkpoint, written, tp, pp, ep, dtype):
-    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it again.
-    """
+    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it again."""
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,

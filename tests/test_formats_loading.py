@@ -17,7 +17,8 @@ from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights, pieces
 from megatron_gkd.formats.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, check_tensors
 from megatron_gkd.formats.weight_map import decoder_tensors
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.qkv_layout import qkv_segments
 from tests.ranks import run_ranks
@@ -331,8 +332,7 @@ def load_in_ranks(rank, world_size, folder):
 
 
 def test_every_rank_reports_a_bad_tensor(broken):
-    """Also the ranks that would not read it: nobody waits in a collective for a rank that has left.
-    """
+    """Also the ranks that would not read it: nobody waits in a collective for a rank that has left."""
     rewrite(broken / SINGLE, lambda tensors: tensors.update({EXPERT: torch.zeros(1, 1)}))
     messages = run_ranks(load_in_ranks, 2, broken)
     assert all(EXPERT in message for message in messages) and messages[0] == messages[1]

@@ -20,10 +20,6 @@ from megatron_gkd.model.args import ModelArgs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Parts of a Qwen3-Omni folder that are not the decoder. Names below are relative to the thinker's
-# prefix.
-_TOWERS = ("audio_tower.", "visual.")
-_OTHER_MODELS = ("talker.", "code2wav.")
 DECODER_DTYPES = ("BF16", "F16", "F32")
 DTYPES = {  # safetensors' names
     **{
@@ -203,12 +199,13 @@ class SafetensorsFolder:
 
 def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
     """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to
-    a Qwen3-Omni. Reads headers only, and both matrices of a tied head that is stored twice.
+    a tower or another model of the family. Reads headers only, and both matrices of a tied head that is stored twice.
     """
     expected = decoder_tensors(model_args)
     missing = [name for name in expected if name not in folder.file_of]
-    known = tuple(model_args.prefix + tower for tower in _TOWERS) + (
-        _OTHER_MODELS if model_args.prefix else ()
+    family, prefix = model_args.family, model_args.prefix
+    known = tuple(f"{prefix}{tower.name}." for tower in family.towers) + (
+        family.other_models if prefix else ()
     )
     extra = [name for name in folder.file_of if name not in expected and not name.startswith(known)]
     if model_args.tie_word_embeddings:

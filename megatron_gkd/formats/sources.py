@@ -5,7 +5,7 @@ Megatron checkpoint.
 from pathlib import Path
 
 from megatron_gkd.formats.extra_files import list_travellers
-from megatron_gkd.formats.frozen_weights import check_other_parts
+from megatron_gkd.formats.frozen_weights import check_frozen_weights
 from megatron_gkd.formats.job import file_states
 from megatron_gkd.formats.manifest import NAME, read_manifest
 from megatron_gkd.formats.megatron_folder import MegatronFolder
@@ -116,7 +116,7 @@ def _open_hf(hf_model: Path) -> tuple[ModelArgs, SafetensorsFolder]:
     model_args = read_model_args(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, model_args)
-    check_other_parts(folder, model_args)
+    check_frozen_weights(folder, model_args)
     return model_args, folder
 
 

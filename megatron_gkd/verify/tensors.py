@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint import STATE
+from megatron_gkd.families import tensor_prefixes
 from megatron_gkd.formats.extra_files import list_travellers
 from megatron_gkd.formats.manifest import NAME, describe_file, read_manifest
 from megatron_gkd.formats.megatron_folder import MegatronFolder
@@ -51,7 +52,9 @@ def kind_of(name: str) -> str:
     """self_attn.q_proj, mlp.experts.up_proj, ... of the decoder's tensors; of the others the part:
     talker, visual, ...
     """
-    inside = name.removeprefix("thinker.")
+    inside = name
+    for prefix in tensor_prefixes():
+        inside = inside.removeprefix(prefix)
     if not inside.startswith(("model.", "lm_head.")):
         return inside.split(".")[0]
     return _BLOCKS.sub(r"\3", inside).removesuffix(".weight")
