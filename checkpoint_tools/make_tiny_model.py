@@ -2,9 +2,9 @@
 format.
 
 By default a whole Qwen3-Omni: audio tower, vision tower, MoE decoder, talker, code2wav, tokenizer,
-processor files and chat template; with --family qwen3_moe a text model. The command line also teaches the decoder a toy language to read, and the audio tower
-to tell how it sounds (the decoder hears nothing for that); tests call `build_folder`: random
-weights, in a second.
+processor files and chat template; with --family qwen3_moe a text model. The command line also
+teaches the decoder a toy language to read, and the audio tower to tell how it sounds (the decoder
+hears nothing for that); tests call `build_folder`: random weights, in a second.
 """
 
 import sys
