@@ -1,5 +1,5 @@
-"""The parts of a Qwen3-Omni that are not trained (towers, talker, code2wav): are they in the folder
-as config.json says?
+"""The weights of a Qwen3-Omni outside its decoder (towers, talker, code2wav), which are not trained
+but copied: are they in the folder as config.json says?
 
 Names and shapes come from transformers' own model, built on the `meta` device, where no weight is
 allocated.
@@ -15,14 +15,15 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_gkd.formats.safetensors_folder import DECODER_DTYPES, SafetensorsFolder
+from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
+from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import ModelArgs
 
 _VOICE = ("talker.", "code2wav.")
 
 
-def other_tensors(folder: Path, model_args: ModelArgs) -> tuple[dict[str, list[int]], set[str]]:
+def frozen_tensors(folder: Path, model_args: ModelArgs) -> tuple[dict[str, list[int]], set[str]]:
     """(name -> shape of every parameter outside the decoder, names of buffers that a folder may
     hold as well), as FOLDER/config.json says.
 
@@ -51,14 +52,14 @@ def other_tensors(folder: Path, model_args: ModelArgs) -> tuple[dict[str, list[i
     return sizes, set(buffers)
 
 
-def check_other_parts(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
+def check_frozen_weights(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
     """Raise ValueError naming a tensor outside the decoder that is missing, unknown, misshapen or
     of another type.
 
     Where config.json switches the voice off (`enable_audio_output`), its tensors may be there and
     are not looked at.
     """
-    sizes, buffers = other_tensors(folder.folder, model_args)
+    sizes, buffers = frozen_tensors(folder.folder, model_args)
     decoder = decoder_tensors(model_args).keys() | {f"{model_args.prefix}lm_head.weight"}
     found = {name: tensor for name, tensor in folder.tensors.items() if name not in decoder}
     if not any(name.startswith(_VOICE) for name in sizes) and model_args.prefix:
@@ -75,9 +76,11 @@ def check_other_parts(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
         tensor = found[name]
         if tensor.get_shape() != size:
             raise ValueError(
-                f"{tensor.path}: tensor {name} has shape {tensor.get_shape()}, config.json asks for {size}"
+                f"{tensor.path}: tensor {name} has shape {tensor.get_shape()}, "
+                f"config.json asks for {size}"
             )
-        if tensor.get_dtype() not in DECODER_DTYPES:
+        if tensor.get_dtype() not in DECODER_DTYPE_NAMES:
             raise ValueError(
-                f"{tensor.path}: tensor {name} is {tensor.get_dtype()}, expected one of {DECODER_DTYPES}"
+                f"{tensor.path}: tensor {name} is {tensor.get_dtype()}, "
+                f"expected one of {DECODER_DTYPE_NAMES}"
             )
