@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.formats.frozen_weights import check_frozen_weights, frozen_tensors
 from megatron_gkd.formats.safetensors_folder import SINGLE, SafetensorsFolder
-from megatron_gkd.formats.sources import plan_from
+from megatron_gkd.formats.sources import open_source
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
 from tests.sizes import SMALLEST
@@ -88,13 +88,12 @@ def test_what_is_wrong_is_named(broken, change, message):
     check(broken)
     rewrite(broken, change)
     with pytest.raises(ValueError, match=message) as error:
-        plan_from(broken, None, "test")  # as the tools open a folder
+        open_source(broken, None, "test")  # as the tools open a folder
     assert str(broken) in str(error.value)
 
 
 def test_a_voice_that_is_switched_off(broken):
-    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not.
-    """
+    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not."""
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
     check(broken)

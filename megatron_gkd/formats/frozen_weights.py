@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_gkd.formats.safetensors_folder import DECODER_DTYPES, SafetensorsFolder
+from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
+from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import ModelArgs
 
@@ -71,8 +72,8 @@ def check_frozen_weights(folder: SafetensorsFolder, model_args: ModelArgs) -> No
                 f"{tensor.path}: tensor {name} has shape {tensor.get_shape()}, "
                 f"config.json asks for {size}"
             )
-        if tensor.get_dtype() not in DECODER_DTYPES:
+        if tensor.get_dtype() not in DECODER_DTYPE_NAMES:
             raise ValueError(
                 f"{tensor.path}: tensor {name} is {tensor.get_dtype()}, "
-                f"expected one of {DECODER_DTYPES}"
+                f"expected one of {DECODER_DTYPE_NAMES}"
             )

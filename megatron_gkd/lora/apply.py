@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_gkd.formats.weight_map import decoder_tensors
-from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, tower_loras, tower_tensors
+from megatron_gkd.lora.adapter import adapter_slices, adapter_tensors, tower_loras, tower_tensors
 from megatron_gkd.lora.modules import (
     LoraColumnParallel,
     LoraGrouped,
@@ -80,14 +80,15 @@ def apply_lora(
     if towers and model.towers is not None:
         _wrap_towers(model.towers, sequence_parallel=parallel.tp_size > 1, **settings)
     full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
-    for piece in adapter_pieces(model, model_args, parallel):
-        if ".lora_A." in piece.name:
+    for part in adapter_slices(model, model_args, parallel):
+        name = part.stored.name
+        if ".lora_A." in name:
             generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{seed} {piece.name}".encode())
+                zlib.crc32(f"{seed} {name}".encode())
             )  # torch reads 32 bits of a seed
-            bound = 1 / math.sqrt(full_shapes[piece.name][1])
-            full = torch.empty(full_shapes[piece.name]).uniform_(-bound, bound, generator=generator)
-            piece.target.copy_(full[piece.index])
+            bound = 1 / math.sqrt(full_shapes[name][1])
+            full = torch.empty(full_shapes[name]).uniform_(-bound, bound, generator=generator)
+            part.view.copy_(full[part.stored.index])
 
 
 def _wrap_towers(towers: nn.Module, **settings) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
-from megatron_gkd.model.qkv_layout import Segment
+from megatron_gkd.model.tensor_slice import TensorSlice
 
 
 class LoraModule(nn.Module):
@@ -76,7 +76,7 @@ class LoraColumnParallel(LoraModule):
     def __init__(
         self,
         base,
-        segments: list[Segment],
+        segments: list[TensorSlice],
         targets: list[str],
         *,
         tp_group,
@@ -110,7 +110,7 @@ class LoraColumnParallel(LoraModule):
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         return torch.add(output, F.linear(low, self.fused_up().to(x.dtype)), alpha=self.scale), bias
 
-    def target_segments(self) -> Iterator[tuple[Segment, int]]:
+    def target_segments(self) -> Iterator[tuple[TensorSlice, int]]:
         """The segments that have LoRA, each with its first row in that projection's W_up."""
         taken = dict.fromkeys(self.down, 0)
         for segment in self.segments:
@@ -122,13 +122,12 @@ class LoraColumnParallel(LoraModule):
         """[rows, P r]: each projection's rows in its own block of columns, zero elsewhere; rows in
         the base's order.
         """
-        names, first_row = list(self.down), dict(self.target_segments())
+        names, first_rows = list(self.down), (first for _, first in self.target_segments())
         blocks = []
         for segment in self.segments:
-            if segment in first_row:
-                rows = self.up[segment.name][
-                    first_row[segment] : first_row[segment] + segment.num_rows
-                ]
+            if segment.name in names:
+                first = next(first_rows)
+                rows = self.up[segment.name][first : first + segment.num_rows]
                 position = names.index(segment.name)
                 blocks.append(
                     F.pad(rows, (position * self.rank, (len(names) - 1 - position) * self.rank))
