@@ -12,9 +12,8 @@ from checkpoint_tools.command import check_num_workers, num_workers_setting, run
 from megatron_gkd.formats.safetensors_writer import HfFolderPlan, write_hf_folder
 from megatron_gkd.formats.shards import UNIT_BYTES
 from megatron_gkd.formats.sources import plan_from
-from megatron_gkd.lora.adapter import THINKER, adapter_tensors
+from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
 from megatron_gkd.lora.adapter_sum import open_adapters
-from megatron_gkd.lora.targets import HEAD
 
 
 @dataclass

@@ -24,7 +24,7 @@ from megatron_gkd.flags import setting
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.sources import is_converted
 from megatron_gkd.formats.torch_dist import find_checkpoint
-from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora import apply_lora, as_student, as_teacher
 from megatron_gkd.lora.adapter_sum import open_adapters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.media.towers import build_towers
@@ -183,7 +183,8 @@ def verify_logits(config: VerifyConfig, parallel) -> bool:
         if which not in models:
             models = {which: _megatron_model(which, config, model_args, parallel)}  # one at a time
         model = models[which]
-        with lora_enabled(model, expected.model == ADAPTER):
+        toggle = as_student if expected.model == ADAPTER else as_teacher
+        with toggle(model):
             ours = megatron_trace(model, model_args, parallel, expected.rows, expected.positions)
         logits[expected.name] = ours.logits[expected.rows.real]
         line, passed = compare(

@@ -9,24 +9,50 @@ which have the parameters' shapes, into and out of a checkpoint at any parallel 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_gkd.lora.modules import (
-    LoraColumnParallel,
-    LoraGrouped,
-    LoraLinear,
-    LoraModule,
-    lora_modules,
-)
-from megatron_gkd.lora.targets import HEAD
+from megatron_gkd.lora.slots import STUDENT, LoraSlot, slot_of
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.qkv_layout import block
+from megatron_gkd.parallel import Parallel
+
+# The linears that can carry LoRA, as Hugging Face and PEFT name them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION + EXPERTS
+HEAD = "lm_head"
 
 # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the
 # whole model would ignore it.
 THINKER = "base_model.model.thinker."
 ROOT = f"{THINKER}model.layers."
+
+
+class Applied(NamedTuple):
+    """What an adapter on the decoder is: rank, scale alpha / rank, targeted linears."""
+
+    rank: int
+    scale: float
+    targets: list[str]
+
+
+def resolve_targets(names: list[str]) -> list[str]:
+    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of
+    the decoder's layers; lm_head is not one of them and has to be named.
+
+    Raises ValueError naming a linear that the model does not have.
+    """
+    if any(name.lower() in ("all", "all-linear", "all_linear") for name in names):
+        return list(LINEARS)
+    unknown = [name for name in names if name not in (*LINEARS, HEAD)]
+    if unknown or not names:
+        raise ValueError(
+            f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of "
+            f"{', '.join((*LINEARS, HEAD))}"
+        )
+    return [name for name in (*LINEARS, HEAD) if name in names]
 
 
 @dataclass(frozen=True)
@@ -90,33 +116,41 @@ def adapter_tensors(
     return tensors
 
 
-def tower_loras(model) -> dict[str, LoraLinear]:
-    """The towers' linears that carry LoRA, by name ("audio_tower.layers.0.fc1"); none on later
-    pipeline stages.
+def tower_loras(model: Any, slot: str = STUDENT) -> dict[str, LoraSlot]:
+    """LoRA on the towers in `slot`, by linear ("audio_tower.layers.0.fc1"); none on later pipeline
+    stages.
     """
     towers = getattr(model, "towers", None)
-    modules = towers.named_modules() if towers is not None else ()
-    return {name: module for name, module in modules if isinstance(module, LoraLinear)}
+    found = {}
+    for name, module in towers.named_modules() if towers is not None else ():
+        if (matrices := slot_of(module, slot)) is not None:
+            found[name] = matrices
+    return found
 
 
-def tower_tensors(model) -> dict[str, tuple[int, int]]:
-    """As `adapter_tensors`, of the towers' LoRA."""
+def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]:
+    """As `adapter_tensors`, of the towers' LoRA in `slot`."""
     tensors = {}
-    for linear, module in tower_loras(model).items():
-        tensors[f"{THINKER}{linear}.lora_A.weight"] = (module.rank, module.base.in_features)
-        tensors[f"{THINKER}{linear}.lora_B.weight"] = (module.base.out_features, module.rank)
+    for linear, matrices in tower_loras(model, slot).items():
+        (down,), (up,) = matrices.down.values(), matrices.up.values()
+        tensors[f"{THINKER}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
+        tensors[f"{THINKER}{linear}.lora_B.weight"] = (up.shape[0], up.shape[1])
     return tensors
 
 
-def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPiece]:
-    """Every LoRA parameter of this stage, as slices paired with slices of the adapter's tensors."""
+def adapter_pieces(
+    model: Any, model_args: ModelArgs, parallel: Parallel, slot: str = STUDENT
+) -> Iterator[AdapterPiece]:
+    """Every LoRA parameter of `slot` on this stage, as slices paired with slices of the adapter's
+    tensors.
+    """
     whole = slice(None)
     writes_sharded = parallel.dp_rank == 0
     writes_replicated = writes_sharded and parallel.tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
-    for linear, module in tower_loras(model).items():
-        (down,), (up,) = module.down.values(), module.up.values()
+    for linear, matrices in tower_loras(model, slot).items():
+        (down,), (up,) = matrices.down.values(), matrices.up.values()
         yield AdapterPiece(
             down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated
         )
@@ -126,8 +160,8 @@ def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPi
     for layer in model.decoder.layers:
         base = f"{ROOT}{layer.layer_number - 1}"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
-        if isinstance(qkv, LoraColumnParallel):
-            for name, down in qkv.down.items():
+        if (matrices := slot_of(qkv, slot)) is not None:
+            for name, down in matrices.down.items():
                 yield AdapterPiece(
                     down,
                     (whole,),
@@ -135,59 +169,59 @@ def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPi
                     (whole, whole),
                     writes_replicated,
                 )
-            for segment, first in qkv.target_segments():
+            for segment, first in qkv.target_segments(matrices):
                 where, index = (
                     (slice(first, first + segment.num_rows),),
                     (slice(segment.start, segment.stop), whole),
                 )
                 yield AdapterPiece(
-                    qkv.up[segment.name],
+                    matrices.up[segment.name],
                     where,
                     f"{base}.self_attn.{segment.name}.lora_B.weight",
                     index,
                     writes_sharded,
                 )
-        if isinstance(proj, LoraModule):
+        if (matrices := slot_of(proj, slot)) is not None:
             columns = block(
                 model_args.num_attention_heads * model_args.head_dim,
                 parallel.tp_rank,
                 parallel.tp_size,
             )
             yield AdapterPiece(
-                proj.down["o_proj"],
+                matrices.down["o_proj"],
                 (whole,),
                 f"{base}.self_attn.o_proj.lora_A.weight",
                 (whole, columns),
                 writes_sharded,
             )
             yield AdapterPiece(
-                proj.up["o_proj"],
+                matrices.up["o_proj"],
                 (whole,),
                 f"{base}.self_attn.o_proj.lora_B.weight",
                 (whole, whole),
                 writes_replicated,
             )
         for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
-            if isinstance(grouped, LoraGrouped):
-                for name in grouped.down:
-                    for slot, expert in enumerate(layer.mlp.local_expert_indices):
+            if (matrices := slot_of(grouped, slot)) is not None:
+                for name in matrices.down:
+                    for position, expert in enumerate(layer.mlp.local_expert_indices):
                         linear = f"{base}.mlp.experts.{expert}.{name}"
                         yield AdapterPiece(
-                            grouped.down[name],
-                            (slot,),
+                            matrices.down[name],
+                            (position,),
                             f"{linear}.lora_A.weight",
                             (whole, whole),
                             writes_experts,
                         )
                         yield AdapterPiece(
-                            grouped.up[name],
-                            (slot,),
+                            matrices.up[name],
+                            (position,),
                             f"{linear}.lora_B.weight",
                             (whole, whole),
                             writes_experts,
                         )
-    if (head := getattr(model, "head_lora", None)) is not None:
-        down, up = head.down[HEAD], head.up[HEAD]
+    if (matrices := slot_of(getattr(model, "head_lora", None), slot)) is not None:
+        down, up = matrices.down[HEAD], matrices.up[HEAD]
         yield AdapterPiece(
             down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated
         )
@@ -198,14 +232,14 @@ def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPi
             yield AdapterPiece(up, where, f"{THINKER}{HEAD}.lora_B.weight", index, writes_sharded)
 
 
-def applied(model) -> tuple[int, float, list[str]]:
-    """(rank, scale alpha / r, targets) of the LoRA on the decoder. Raises ValueError when there is
-    none, with what to change.
+def applied(model: Any, slot: str = STUDENT) -> Applied:
+    """The adapter that `slot` holds, of all stages. Raises ValueError where there is none, with
+    what to change.
     """
-    modules = [module for module in lora_modules(model) if not isinstance(module, LoraLinear)]
-    if not modules:
+    found = getattr(model, "applied_lora", {})
+    if slot not in found:
         raise ValueError(
-            "self-distillation requires the model to have LoRA adapters: set --lora_rank and --lora_target_modules (ALL trains every "
-            "linear of the decoder), or --adapter DIR"
+            "self-distillation requires the model to have LoRA adapters: set --lora_rank and "
+            "--lora_target_modules (ALL trains every linear of the decoder), or --adapter DIR"
         )
-    return modules[0].rank, modules[0].scale, list(model.lora_targets)
+    return found[slot]

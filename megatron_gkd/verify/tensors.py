@@ -20,9 +20,9 @@ from megatron_gkd.formats.shards import row_blocks
 from megatron_gkd.formats.sources import is_converted, plan_from
 from megatron_gkd.formats.torch_dist import TRACKER, TorchDist, find_checkpoint
 from megatron_gkd.formats.weight_map import places, stored_entries
+from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.lora.adapter_sum import AdapterSum
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, read_record, saved_targets
-from megatron_gkd.lora.targets import HEAD, LINEARS
 
 _BLOCKS = re.compile(r"^(model\.)?(layers\.\d+\.)?(.*experts\.)?(?(3)\d+\.)")
 
