@@ -16,10 +16,9 @@ from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
-from megatron_gkd.lora.adapter import applied
+from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
 from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.lora.targets import HEAD, resolve_targets
 from megatron_gkd.media.towers import Towers, build_towers
 from megatron_gkd.metrics import package_versions, write_run_json
 from megatron_gkd.model.args import ModelArgs

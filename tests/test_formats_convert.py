@@ -30,9 +30,9 @@ from megatron_gkd.formats.torch_dist import TorchDist, _elements
 from megatron_gkd.formats.torch_dist_writer import write_chunk
 from megatron_gkd.formats.weight_map import checkpoint_tensors
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.tensor_slice import TensorSlice
+from megatron_gkd.model.transformer_config import DTYPES
 from tests import mcore_model
 from tests.ranks import run_ranks
 from tests.train_runs import (

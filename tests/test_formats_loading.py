@@ -18,9 +18,9 @@ from megatron_gkd.formats.loading import load_weights, parameter_slices
 from megatron_gkd.formats.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, check_tensors
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.qkv_layout import qkv_segments
+from megatron_gkd.model.transformer_config import DTYPES
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
 

@@ -22,8 +22,8 @@ from megatron_gkd.forward import (
     teacher_forward,
     view_logits,
 )
-from megatron_gkd.lora import lora_enabled
 from megatron_gkd.lora.adapter import adapter_slices
+from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.chunks import Piece, deal
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -94,7 +94,7 @@ def run_layout(rank, world_size, folder, adapter, tp, pp, ep, recompute):
     logits = []
     for index, batch in enumerate(batches):
         for side in ("student", "teacher"):
-            with lora_enabled(model, side == "student"):
+            with activate(model, side):
                 logits.append(
                     view_logits(model, model_args, place, getattr(batch, side), media[index])
                 )

@@ -24,7 +24,6 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import (
@@ -34,6 +33,7 @@ from megatron_gkd.model.experts import (
     grouped_product,
 )
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding
+from megatron_gkd.model.transformer_config import DTYPES
 from tests.ranks import run_ranks
 
 SIZES = dict(

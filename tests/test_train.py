@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gkd import flags, parallel, train
-from megatron_gkd.lora.targets import LINEARS
+from megatron_gkd.lora.adapter import LINEARS
 from megatron_gkd.train import draw, main
 from megatron_gkd.verify.reference import decoder
 from tests.ranks import run_ranks

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
 from megatron_gkd.lora.adapter import (
+    EXPERTS,
+    HEAD,
     ROOT,
     THINKER,
     adapter_slices,
     adapter_tensors,
     applied,
+    resolve_targets,
     tower_tensors,
 )
-from megatron_gkd.lora.targets import EXPERTS, HEAD, resolve_targets
 from megatron_gkd.model.args import ModelArgs
 
 CONFIG = "adapter_config.json"
@@ -72,8 +74,7 @@ _HEAD_SPELLINGS = ["", "thinker."]
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one.
-    """
+    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
 
     stored: str
     alpha: float

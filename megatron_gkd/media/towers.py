@@ -61,8 +61,13 @@ class Towers(nn.Module):
         self.eval()
 
     @property
+    def has_lora(self) -> bool:
+        """Whether they carry LoRA, the student's or the teacher's: features depend on the pass."""
+        return any(isinstance(module, LoraLinear) for module in self.modules())
+
+    @property
     def trains(self) -> bool:
-        """Whether LoRA is on them."""
+        """Whether the student's LoRA is on them."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "Towers":
@@ -75,8 +80,8 @@ class Towers(nn.Module):
         """The features of a batch's media, each encoded once; None without media.
 
         All tensor-parallel ranks call it with the same media. Collectives: with shares one
-        all-gather over them, none for a batch of one piece. With LoRA on the towers every rank
-        encodes everything, for the gradient. Raises ValueError for a medium whose tower was not
+        all-gather over them, none for a batch of one piece. With the student's LoRA on the towers
+        every rank encodes everything, for the gradient. Raises ValueError for a medium whose tower was not
         built.
         """
         if media is None:
@@ -222,7 +227,7 @@ class StepMedia:
         """
         self.towers, self.media = towers, media
         self.features: list[MediaFeatures | None] | None = None
-        if towers is None or not towers.trains:
+        if towers is None or not towers.has_lora:
             with torch.no_grad():
                 self.features = [
                     None if towers is None else towers.encode(of_batch) for of_batch in media

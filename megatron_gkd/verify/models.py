@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.sources import is_converted
 from megatron_gkd.formats.torch_dist import find_torch_dist
-from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora import apply_lora, as_student, as_teacher
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import ModelArgs, read_model_args
@@ -82,7 +82,8 @@ def report_logits(folders: Folders, tolerance: float, parallel: Parallel) -> boo
         if which not in models:  # one at a time
             models = {which: _megatron_model(which, folders, model_args, parallel)}
         model = models[which]
-        with lora_enabled(model, expected.model == ADAPTER):
+        role = as_student if expected.model == ADAPTER else as_teacher
+        with role(model):
             ours = megatron_trace(model, model_args, parallel, expected.rows, expected.positions)
         real = expected.rows.real
         logits[expected.name] = ours.logits[real]

@@ -26,9 +26,9 @@ from megatron_gkd.formats.sources import is_converted, open_source
 from megatron_gkd.formats.stored_tensor import LazyTensor, row_blocks
 from megatron_gkd.formats.torch_dist import TRACKER, TorchDist, find_torch_dist
 from megatron_gkd.formats.weight_map import checkpoint_slices, stored_entries
+from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.lora.adapter_sum import AdapterSum, open_adapters
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, read_record, saved_targets
-from megatron_gkd.lora.targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.tensor_slice import TensorSlice
 
