@@ -16,15 +16,15 @@ from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
-from megatron_gkd.lora.adapter import applied
+from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
 from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.lora.targets import HEAD, resolve_targets
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
-from megatron_gkd.model.args import DTYPES, ModelArgs, read_model_args
+from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import grouped_linear
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.resume import note_start, resume

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch, BatchView
-from megatron_gkd.lora import lora_enabled
-from megatron_gkd.lora.modules import head_lora, lm_head
+from megatron_gkd.lora import as_student, as_teacher
+from megatron_gkd.lora.modules import has_head_lora, lm_head
 from megatron_gkd.loss import linear_jsd, logits_jsd
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
@@ -127,7 +127,7 @@ def _run_schedule(
 def teacher_forward(
     model, batches: Sequence[Batch], parallel: Parallel, media: StepMedia | None = None
 ) -> list[Tensor]:
-    """LoRA off. The teacher's hidden states [N, H] of each micro-batch on the last stage, an empty
+    """The teacher's hidden states [N, H] of each micro-batch on the last stage, an empty
     list on the others.
 
     media: the features of the batches' media, where they have any.
@@ -137,7 +137,7 @@ def teacher_forward(
     def keep(index: int, hidden: Tensor) -> Tensor:
         return response_hidden(hidden, views[index], parallel)
 
-    with lora_enabled(model, False), eval_mode(model):
+    with as_teacher(model), eval_mode(model):
         return _run_schedule(model, views, keep, parallel, media, forward_only=True, collect=True)
 
 
@@ -164,14 +164,13 @@ def _loss_function(
             vocab_size=settings.vocab_size,
             clip=settings.clip,
         )
-        if (
-            head_lora(decoder) is None
-        ):  # response_hidden's backward sums the gradient over the ranks
+        if not has_head_lora(decoder):
+            # response_hidden's backward sums the gradient over the ranks
             output = linear_jsd(
                 student, teacher, decoder.output_layer.weight, reduce_hidden_grad=False, **arguments
             )
         else:
-            with torch.no_grad(), lora_enabled(decoder, False):
+            with torch.no_grad(), as_teacher(decoder):
                 teacher_logits = lm_head(decoder, teacher)
             output = logits_jsd(lm_head(decoder, student), teacher_logits, **arguments)
         num_tokens = len(output.loss)
@@ -195,7 +194,7 @@ def student_forward_backward(
     media: StepMedia | None = None,
     groups: Groups = Groups(),
 ) -> TokenSums:
-    """LoRA on. Adds the gradient of (sum of the loss over all response tokens of the global batch)
+    """Adds the gradient of (sum of the loss over all response tokens of the global batch)
     / (their number) to the LoRA parameters.
 
     `model` is wrapped in megatron-core's DistributedDataParallel, its gradient buffers zero.
@@ -205,7 +204,7 @@ def student_forward_backward(
     sums = TokenSums.zero(parallel.device, groups)
     loss = _loss_function(model, batches, teacher_hidden, settings, parallel, sums)
     model.module.config.finalize_model_grads_func = finalize_model_grads
-    with lora_enabled(model, True):
+    with as_student(model):
         _run_schedule(
             model, [batch.student for batch in batches], loss, parallel, media, forward_only=False
         )
@@ -222,9 +221,9 @@ def student_forward(
     sums: TokenSums,
     media: StepMedia | None = None,
 ) -> None:
-    """LoRA on, dropout off, no gradient: evaluation. Adds to `sums`."""
+    """The student with dropout off and no gradient: evaluation. Adds to `sums`."""
     loss = _loss_function(model, batches, teacher_hidden, settings, parallel, sums)
-    with lora_enabled(model, True), eval_mode(model):
+    with as_student(model), eval_mode(model):
         _run_schedule(
             model, [batch.student for batch in batches], loss, parallel, media, forward_only=True
         )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gkd import flags, parallel, train
-from megatron_gkd.lora.targets import LINEARS
+from megatron_gkd.lora.adapter import LINEARS
 from megatron_gkd.train import draw, main
 from megatron_gkd.verify.reference import decoder
 from tests.ranks import run_ranks
@@ -384,7 +384,7 @@ def hashes(run) -> tuple[dict, dict]:
     """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
     by name.
     """
-    from megatron_gkd.lora.adapter import adapter_pieces
+    from megatron_gkd.lora.adapter import adapter_slices
 
     def digest(tensor):
         return hashlib.sha256(
@@ -392,8 +392,8 @@ def hashes(run) -> tuple[dict, dict]:
         ).hexdigest()
 
     trained = {
-        (piece.name, str(piece.index)): digest(piece.target)
-        for piece in adapter_pieces(run.model, run.model_args, run.parallel)
+        (piece.stored.name, str(piece.stored.index)): digest(piece.view)
+        for piece in adapter_slices(run.model, run.model_args, run.parallel)
     }
     return trained, {
         name: digest(value)

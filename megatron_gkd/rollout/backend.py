@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from megatron_gkd.data.batch import Batch, BatchView, with_responses
-from megatron_gkd.lora.modules import lora_enabled
+from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
@@ -89,8 +89,7 @@ class MegatronRollout:
     top_k: int = 50
     repetition_penalty: float = 1.1
     teacher_writes: bool = False
-    """Sequence-level distillation: the teacher (LoRA off, its own prompt) writes instead of the
-    student (LoRA on).
+    """Sequence-level distillation: the teacher writes, from its own prompt, instead of the student.
     """
     progress: Callable[[int, int], None] | None = None
     """Called with (tokens written, max_completion_length)."""
@@ -112,7 +111,8 @@ class MegatronRollout:
             # twice.
             first = (number * self.parallel.dp_size + self.parallel.dp_rank) * len(batch.rows)
             places += [first + index for index in indices]
-        with lora_enabled(model, not self.teacher_writes), generation_mode(model):
+        toggle = as_teacher if self.teacher_writes else as_student
+        with toggle(model), generation_mode(model):
             features = [None if media is None else media[index] for index in range(len(batches))]
             responses = generate(
                 model,
