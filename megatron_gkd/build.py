@@ -140,7 +140,8 @@ def build_base(
     experts = grouped_linear(config.model.experts_impl, parallel.device)
     log_rank_0(
         parallel,
-        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in {config.model.torch_dtype} on {parallel.device.type}",
+        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in "
+        f"{config.model.torch_dtype} on {parallel.device.type}",
     )
     model = build_decoder(
         model_args,
@@ -154,11 +155,13 @@ def build_base(
     num_bytes = load_weights(model, model_args, parallel, config.model.model)
     log_rank_0(
         parallel,
-        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in {time.perf_counter() - started:.1f} s",
+        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in "
+        f"{time.perf_counter() - started:.1f} s",
     )
     if lora.lora_towers and not (audio or visual):
         raise ValueError(
-            "--lora_towers: no row of the data has audio, images or videos, nothing would train the towers; leave it out"
+            "--lora_towers: no row of the data has audio, images or videos, nothing would train "
+            "the towers; leave it out"
         )
     audio, visual = (
         audio or lora.lora_towers,
@@ -274,11 +277,13 @@ def adapter_notes(adapter: PeftAdapter) -> list[str]:
     notes = []
     if not adapter.one_scale:
         notes.append(
-            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and updates are those of one alpha / r for all"
+            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and "
+            "updates are those of one alpha / r for all"
         )
     if adapter.shares_downs:
         notes.append(
-            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the gradient norm counts both"
+            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
+            "gradient norm counts both"
         )
     return notes
 
@@ -295,7 +300,8 @@ def resolve(
         if resume_folder is None:
             log_rank_0(
                 parallel,
-                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, starting at step 0",
+                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
+                "starting at step 0",
             )
     source = resume_folder or config.lora.adapter
     adapter = PeftAdapter(source, model_args) if source else None
@@ -305,12 +311,14 @@ def resolve(
             raise ValueError(f"{what}; add --lora_towers")
         log_rank_0(
             parallel,
-            f"Note: {what}, which text does not reach: it is left out here and in what this run saves",
+            f"Note: {what}, which text does not reach: it is left out here and in what this run "
+            "saves",
         )
     if adapter and adapter.outside:
         log_rank_0(
             parallel,
-            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder ({adapter.outside[0]}, ...) are left out here and in what this run saves",
+            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
         )
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
     alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
@@ -319,12 +327,14 @@ def resolve(
     )
     if HEAD in targets and model_args.tie_word_embeddings:
         raise ValueError(
-            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding (tie_word_embeddings), on which LoRA would "
+            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
+            "(tie_word_embeddings), on which LoRA would "
             f"change both; leave {HEAD} out"
         )
     if targets == [HEAD] and parallel.pp_size > 1:
         raise ValueError(
-            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: --pipeline_model_parallel_size "
+            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
+            "--pipeline_model_parallel_size "
             f"{parallel.pp_size} must be 1, or name more in --lora_target_modules"
         )
     resolved = replace(
@@ -363,13 +373,16 @@ def check_trainable(config: Config, report: DataReport) -> None:
         resumes = config.run.resume_from_checkpoint
         given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
         why = (
-            f"the divergence can only pull the student from the LoRA of {given} back to the base model"
+            f"the divergence can only pull the student from the LoRA of {given} back to the base "
+            "model"
             if given
             else "with fresh LoRA the divergence and its gradient are exactly 0"
         )
         raise ValueError(
-            f"nothing to learn: the teacher is the student with LoRA off and sees the same input, so {why}. Give the teacher more to see "
-            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
+            "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
+            f"so {why}. Give the teacher more to see "
+            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 "
+            "(it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
 
@@ -392,7 +405,8 @@ def make_rollout(
     if not eos_token_ids:
         log_rank_0(
             parallel,
-            f"Note: no file in {config.model.model} that can be read names an end-of-text token; every response will have --max_completion_length tokens",
+            f"Note: no file in {config.model.model} that can be read names an end-of-text token; "
+            "every response will have --max_completion_length tokens",
         )
     return MegatronRollout(
         model_args=model_args,

@@ -70,7 +70,8 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
         return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
     if not (Path(resume_from) / TENSORS).is_file():
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a checkpoint-STEP folder, or latest"
+            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
+            "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
 
@@ -101,7 +102,8 @@ def read_state(folder: Path, *more_keys: str) -> dict:
         ) from error
     if missing:
         raise ValueError(
-            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}"
+            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another "
+            f"checkpoint, or start from its weights with --adapter {folder}"
         )
     return state
 
@@ -171,9 +173,7 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
     pieces = {}
     for piece in owned:
         for kind in kinds:
-            values = (
-                piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
-            )
+            values = piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
             pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
@@ -235,7 +235,8 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
     for name in (TENSORS, OPTIMIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
+                f"{folder / name} is missing; the checkpoint is not complete, resume from another "
+                "one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
         for piece in adapter_slices(model, model_args, parallel):

@@ -54,11 +54,13 @@ class ModelConfig:
     )
     attn_impl: Literal["auto", "flash_attention_2", "flash", "sdpa", "eager", "te"] = setting(
         "flash",
-        "Attention; what is not installed falls back to torch's scaled-dot-product attention, and the run says so.",
+        "Attention; what is not installed falls back to torch's scaled-dot-product attention, and "
+        "the run says so.",
     )
     experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
         "auto",
-        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else torch's grouped_mm.",
+        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else "
+        "torch's grouped_mm.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
     recompute: Literal["none", "full"] = setting(
@@ -94,7 +96,8 @@ class LoraConfig:
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
-        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
+        "ALL (all-linear), or names such as "
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
         "which needs all logits of a micro-batch at once. "
         "Default: the adapter's, or ALL.",
         ["--target_modules"],
@@ -147,12 +150,15 @@ class DataConfig:
     )
     download_datasets: bool = setting(
         False,
-        "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network.",
+        "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of "
+        "the network.",
     )
     max_length: int = setting(
         2048,
-        "Tokens of a data row, prompt and response together; a longer response is cut at its end and counted. A response that "
-        "is written in the run has up to --max_completion_length tokens after the prompt, whatever this says.",
+        "Tokens of a data row, prompt and response together; a longer response is cut at its end "
+        "and counted. A response that "
+        "is written in the run has up to --max_completion_length tokens after the prompt, "
+        "whatever this says.",
     )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
@@ -165,7 +171,8 @@ class DataConfig:
     )
     media_cache: str | None = setting(
         None,
-        "Keep the features of audio, images and videos in this folder; ranks and runs may share it.",
+        "Keep the features of audio, images and videos in this folder; ranks and runs may share "
+        "it.",
     )
 
     def __post_init__(self):
@@ -193,7 +200,8 @@ class DistillConfig:
 
     lmbda: str = setting(
         "0.5",
-        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as 0:0.3,500:0.5,1000:0.7.",
+        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as "
+        "0:0.3,500:0.5,1000:0.7.",
     )
     temperature: float = setting(
         2.0,
@@ -201,18 +209,21 @@ class DistillConfig:
     )
     beta: float = setting(
         0.5,
-        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see --beta_convention.",
+        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see "
+        "--beta_convention.",
     )
     beta_convention: Literal["guide", "paper"] = setting(
         "guide",
-        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward KL, 1 reverse KL.",
+        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward "
+        "KL, 1 reverse KL.",
     )
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = setting(
         "jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t)."
     )
     divergence_clip: float | None = setting(
         None,
-        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it gives no gradient. "
+        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
+        "gives no gradient. "
         "Default: no limit.",
     )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
@@ -378,7 +389,8 @@ class TrainConfig:
     )
     deterministic: bool = setting(
         False,
-        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's mostly do not.",
+        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's "
+        "mostly do not.",
     )
     max_bad_steps: int = setting(
         10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped."
@@ -426,7 +438,8 @@ class RunConfig:
     )
     save_total_limit: int = setting(
         2,
-        "Checkpoints that are kept, the newest; one more until a good step has followed the newest.",
+        "Checkpoints that are kept, the newest; one more until a good step has followed the "
+        "newest.",
     )
     logging_steps: int = setting(5, "Write a line of metrics after every so many steps.")
     save_only_model: bool = setting(

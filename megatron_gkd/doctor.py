@@ -86,7 +86,8 @@ def choice_lines() -> list[str]:
         f"experts: {experts.__name__}",
         *(
             [
-                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"
+                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single "
+                "kernel for this GPU"
             ]
             if slow
             else []
