@@ -2,7 +2,10 @@
 with a line on the screen.
 """
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +20,13 @@ from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
-from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.apply import (
+    apply_lora,
+    banner,
+    count_parameters,
+    num_teacher_parameters,
+)
+from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
 from megatron_gkd.media.towers import Towers, build_towers
 from megatron_gkd.metrics import package_versions, write_run_json
 from megatron_gkd.model.args import DTYPES, ModelArgs
@@ -68,6 +76,7 @@ def build(
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
     )
+    teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     lora = config.lora
     log_rank_0(parallel, config.describe())
     dtype = DTYPES[config.model.torch_dtype]
@@ -132,8 +141,14 @@ def build(
         log_rank_0(parallel, line)
         for note in adapter_notes(adapter):
             log_rank_0(parallel, note)
+    if teacher:
+        with named_by_flag("teacher_adapter"):
+            load_teacher(model, model_args, parallel, teacher)
     trainable, total = count_parameters(model_args, rank, targets, model)
-    log_rank_0(parallel, banner(trainable, total))
+    num_parameters = {"trainable": trainable, "total": total}
+    if teacher:
+        num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
+    log_rank_0(parallel, banner(**num_parameters, teacher_folder=config.distill.teacher_adapter))
     log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
 
     ddp_config = DistributedDataParallelConfig(
@@ -173,10 +188,51 @@ def build(
             config.run.output_dir,
             config.to_dict(),
             package_versions(),
-            {"trainable": trainable, "total": total},
+            num_parameters,
             layout,
         )
     return Parts(model_args, model, ddp, optimizer, loss, alpha, adapter, resume_folder)
+
+
+@contextmanager
+def named_by_flag(flag: str) -> Iterator[None]:
+    """Errors about a folder say by which flag it came."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--{flag} {error}") from error
+
+
+def open_teacher(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
+) -> PeftAdapter | None:
+    """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
+    the flag, where the folder is missing or does not fit the model.
+    """
+    folder = config.distill.teacher_adapter
+    if folder is None:
+        return None
+    with named_by_flag("teacher_adapter"):
+        adapter = PeftAdapter(folder, model_args)
+        if HEAD in adapter.targets and model_args.tie_word_embeddings:
+            raise ValueError(
+                f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
+                "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
+                f"adapter without {HEAD}"
+            )
+    if adapter.towers and not has_media:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: has LoRA on {len(adapter.towers)} linears of the towers "
+            f"({adapter.towers[0]}, ...), which text does not reach: it is left out",
+        )
+    if adapter.outside:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out",
+        )
+    return adapter
 
 
 def adapter_notes(adapter: PeftAdapter) -> list[str]:
@@ -273,7 +329,11 @@ def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(total_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
-        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
+        checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
+        given = config.lora.adapter or checkpoint
+        if distill.teacher_adapter:
+            check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
+            return
         why = (
             f"the divergence can only pull the student from the LoRA of {given} back to the base model"
             if given
@@ -283,6 +343,18 @@ def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
             f"nothing to learn: the teacher is the student with LoRA off and sees the same input, so {why}. Give the teacher more to see "
             "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
+        )
+
+
+def check_other_adapter(teacher: str, student: str | Path | None) -> None:
+    """Raise ValueError where the student starts from the very folder that the teacher has."""
+    if student is not None and os.path.realpath(teacher) == os.path.realpath(student):
+        raise ValueError(
+            f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
+            "from, and the teacher sees the same input, so the divergence is 0. Start from another "
+            "--adapter or from fresh LoRA, give the teacher more to see (teacher_messages or "
+            "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
+            "runs it all the same"
         )
 
 
