@@ -29,9 +29,10 @@ from megatron_gkd.lora.apply import (
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
 from megatron_gkd.media.towers import Towers, build_towers
 from megatron_gkd.metrics import package_versions, write_run_json
-from megatron_gkd.model.args import DTYPES, ModelArgs
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import grouped_linear
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.rollout.backend import MegatronRollout

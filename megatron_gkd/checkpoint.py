@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_gkd.lora.adapter import (
-    adapter_pieces,
+    adapter_slices,
     adapter_tensors,
     applied,
     tower_loras,
@@ -30,6 +30,7 @@ from megatron_gkd.lora.adapter import (
 )
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
 from megatron_gkd.metrics import write_atomically
+from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.parallel import all_gather_objects
 
@@ -161,16 +162,16 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
     """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the
     first to speak would be one that misses its files.
     """
-    owned = [piece for piece in adapter_pieces(model, model_args, parallel) if piece.owned]
+    owned = [piece for piece in adapter_slices(model, model_args, parallel) if piece.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
     pieces = {}
     for piece in owned:
         for kind in kinds:
             values = (
-                piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
+                piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
             )
-            pieces[_piece_key(kind, piece)] = values.detach().cpu().contiguous()
+            pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
         save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
@@ -234,11 +235,12 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
                 f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
-        for piece in adapter_pieces(model, model_args, parallel):
-            piece.target.copy_(weights.get_slice(piece.name)[piece.index])
+        for piece in adapter_slices(model, model_args, parallel):
+            name, index = piece.stored.name, piece.stored.index
+            piece.view.copy_(weights.get_slice(name)[index])
             for kind in MOMENTS:
                 moments[piece.parameter][kind][piece.where].copy_(
-                    states.get_slice(f"{piece.name}.{kind}")[piece.index]
+                    states.get_slice(f"{name}.{kind}")[index]
                 )
     optimizer.num_updates = state["num_updates"]
     optimizer.load_scaler_state(state["loss_scale"])
@@ -251,7 +253,7 @@ def _opened(path: Path):
         raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
 
 
-def _piece_key(kind: str, piece) -> str:
+def _piece_key(kind: str, piece: TensorSlice) -> str:
     index = ",".join(
         f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}"
         for s in piece.index

@@ -21,8 +21,9 @@ from megatron_gkd.lora import apply_lora
 from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.lora.slots import STUDENT, activate
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
 
 VOCAB_SIZE = 401

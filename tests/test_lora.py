@@ -16,7 +16,7 @@ from megatron_gkd import cpu, parallel
 from megatron_gkd.build import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
-from megatron_gkd.lora.adapter import adapter_pieces, applied, resolve_targets
+from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
 from megatron_gkd.lora.apply import banner, count_parameters
 from megatron_gkd.lora.modules import LoraGrouped
 from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, activate, lora_modules
@@ -68,8 +68,8 @@ def gradients_of(model, model_args, place):
     replicated ones included.
     """
     return [
-        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-        for piece in adapter_pieces(model, model_args, place)
+        (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_slices(model, model_args, place)
     ]
 
 

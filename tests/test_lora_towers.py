@@ -16,7 +16,7 @@ from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
 from megatron_gkd.lora import apply_lora, as_teacher
-from megatron_gkd.lora.adapter import THINKER, adapter_pieces, tower_loras, tower_tensors
+from megatron_gkd.lora.adapter import THINKER, adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
 from megatron_gkd.lora.slots import activate
@@ -195,8 +195,8 @@ def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
     sums = student_forward_backward(ddp, batches, teacher, SETTINGS, place, media)
     means = sums.means(place)
     gradients = [
-        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-        for piece in adapter_pieces(model, model_args, place)
+        (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_slices(model, model_args, place)
     ]
     norm = optimizer.step(0.01, means["loss"]).grad_norm
     saved = save_checkpoint(

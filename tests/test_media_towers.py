@@ -22,7 +22,7 @@ from megatron_gkd.forward import (
     teacher_forward,
     view_logits,
 )
-from megatron_gkd.lora.adapter import adapter_pieces
+from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.chunks import Piece, deal
 from megatron_gkd.media.positions import MediaTokenIds
@@ -115,8 +115,8 @@ def run_layout(rank, world_size, folder, adapter, tp, pp, ep, recompute):
         num_patches=sum(len(batch.media.pixels) for batch in batches if batch.media),
         has_features=[media[index] is not None for index in range(len(batches))],
         gradients=[
-            (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-            for piece in adapter_pieces(model, model_args, place)
+            (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+            for piece in adapter_slices(model, model_args, place)
         ],
     )
 

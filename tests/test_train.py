@@ -384,7 +384,7 @@ def hashes(parts) -> tuple[dict, dict]:
     """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
     by name.
     """
-    from megatron_gkd.lora.adapter import adapter_pieces
+    from megatron_gkd.lora.adapter import adapter_slices
 
     def digest(tensor):
         return hashlib.sha256(
@@ -392,8 +392,8 @@ def hashes(parts) -> tuple[dict, dict]:
         ).hexdigest()
 
     trained = {
-        (piece.name, str(piece.index)): digest(piece.target)
-        for piece in adapter_pieces(parts.model, parts.model_args, parts.parallel)
+        (piece.stored.name, str(piece.stored.index)): digest(piece.view)
+        for piece in adapter_slices(parts.model, parts.model_args, parts.parallel)
     }
     return trained, {
         name: digest(value)

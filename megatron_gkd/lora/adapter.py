@@ -1,21 +1,20 @@
-"""The adapter's tensors <-> this rank's LoRA parameters, as one table.
+"""The adapter's tensors <-> this rank's LoRA parameters, as one mapping.
 
 `adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their
-shapes; `adapter_pieces` pairs slices of local parameters with slices of those tensors. The same
-table starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
+shapes; `adapter_slices` pairs slices of local parameters with slices of those tensors. The same
+mapping starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
 which have the parameters' shapes, into and out of a checkpoint at any parallel layout
 (checkpoint.py).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from megatron_gkd.lora.slots import STUDENT, LoraSlot, slot_of
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.qkv_layout import block
+from megatron_gkd.model.tensor_slice import Index, ParameterSlice, TensorSlice, block
 from megatron_gkd.parallel import Parallel
 
 # The linears that can carry LoRA, as Hugging Face and PEFT name them.
@@ -28,6 +27,7 @@ HEAD = "lm_head"
 # whole model would ignore it.
 THINKER = "base_model.model.thinker."
 ROOT = f"{THINKER}model.layers."
+_ALL = slice(None)
 
 
 class Applied(NamedTuple):
@@ -53,23 +53,6 @@ def resolve_targets(names: list[str]) -> list[str]:
             f"{', '.join((*LINEARS, HEAD))}"
         )
     return [name for name in (*LINEARS, HEAD) if name in names]
-
-
-@dataclass(frozen=True)
-class AdapterPiece:
-    """`parameter`[where] is `tensor name`[index]. `owned`: this rank writes the piece (others hold
-    copies of it).
-    """
-
-    parameter: Tensor
-    where: tuple
-    name: str
-    index: tuple[slice, slice]
-    owned: bool
-
-    @property
-    def target(self) -> Tensor:
-        return self.parameter.data[self.where]
 
 
 def adapter_tensors(
@@ -138,98 +121,76 @@ def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]
     return tensors
 
 
-def adapter_pieces(
+def adapter_slices(
     model: Any, model_args: ModelArgs, parallel: Parallel, slot: str = STUDENT
-) -> Iterator[AdapterPiece]:
-    """Every LoRA parameter of `slot` on this stage, as slices paired with slices of the adapter's
-    tensors.
+) -> Iterator[ParameterSlice]:
+    """Every LoRA parameter of `slot` on this stage, slice by slice, with what it is in the adapter.
     """
-    whole = slice(None)
+    tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     writes_sharded = parallel.dp_rank == 0
-    writes_replicated = writes_sharded and parallel.tp_rank == 0
+    writes_replicated = writes_sharded and tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
     for linear, matrices in tower_loras(model, slot).items():
         (down,), (up,) = matrices.down.values(), matrices.up.values()
-        yield AdapterPiece(
-            down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated
-        )
-        yield AdapterPiece(
-            up, (whole,), f"{THINKER}{linear}.lora_B.weight", (whole, whole), writes_replicated
-        )
+        yield _slice(f"{THINKER}{linear}.lora_A", down, writes_replicated)
+        yield _slice(f"{THINKER}{linear}.lora_B", up, writes_replicated)
     for layer in model.decoder.layers:
         base = f"{ROOT}{layer.layer_number - 1}"
+        attention = f"{base}.self_attn"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
         if (matrices := slot_of(qkv, slot)) is not None:
             for name, down in matrices.down.items():
-                yield AdapterPiece(
-                    down,
-                    (whole,),
-                    f"{base}.self_attn.{name}.lora_A.weight",
-                    (whole, whole),
-                    writes_replicated,
-                )
+                yield _slice(f"{attention}.{name}.lora_A", down, writes_replicated)
             for segment, first in qkv.target_segments(matrices):
-                where, index = (
-                    (slice(first, first + segment.num_rows),),
-                    (slice(segment.start, segment.stop), whole),
-                )
-                yield AdapterPiece(
+                yield _slice(
+                    f"{attention}.{segment.name}.lora_B",
                     matrices.up[segment.name],
-                    where,
-                    f"{base}.self_attn.{segment.name}.lora_B.weight",
-                    index,
                     writes_sharded,
+                    index=(*segment.index, _ALL),
+                    where=(slice(first, first + segment.num_rows),),
                 )
         if (matrices := slot_of(proj, slot)) is not None:
-            columns = block(
-                model_args.num_attention_heads * model_args.head_dim,
-                parallel.tp_rank,
-                parallel.tp_size,
-            )
-            yield AdapterPiece(
+            num_columns = model_args.num_attention_heads * model_args.head_dim
+            yield _slice(
+                f"{attention}.o_proj.lora_A",
                 matrices.down["o_proj"],
-                (whole,),
-                f"{base}.self_attn.o_proj.lora_A.weight",
-                (whole, columns),
                 writes_sharded,
+                index=(_ALL, block(num_columns, tp_rank, tp_size)),
             )
-            yield AdapterPiece(
-                matrices.up["o_proj"],
-                (whole,),
-                f"{base}.self_attn.o_proj.lora_B.weight",
-                (whole, whole),
-                writes_replicated,
-            )
+            yield _slice(f"{attention}.o_proj.lora_B", matrices.up["o_proj"], writes_replicated)
         for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
             if (matrices := slot_of(grouped, slot)) is not None:
                 for name in matrices.down:
+                    down, up = matrices.down[name], matrices.up[name]
                     for position, expert in enumerate(layer.mlp.local_expert_indices):
                         linear = f"{base}.mlp.experts.{expert}.{name}"
-                        yield AdapterPiece(
-                            matrices.down[name],
-                            (position,),
-                            f"{linear}.lora_A.weight",
-                            (whole, whole),
-                            writes_experts,
-                        )
-                        yield AdapterPiece(
-                            matrices.up[name],
-                            (position,),
-                            f"{linear}.lora_B.weight",
-                            (whole, whole),
-                            writes_experts,
-                        )
+                        yield _slice(f"{linear}.lora_A", down, writes_experts, where=(position,))
+                        yield _slice(f"{linear}.lora_B", up, writes_experts, where=(position,))
     if (matrices := slot_of(getattr(model, "head_lora", None), slot)) is not None:
         down, up = matrices.down[HEAD], matrices.up[HEAD]
-        yield AdapterPiece(
-            down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated
-        )
-        first = parallel.tp_rank * len(up)
+        yield _slice(f"{THINKER}{HEAD}.lora_A", down, writes_replicated)
+        first = tp_rank * len(up)
         num_rows = min(max(model_args.vocab_size - first, 0), len(up))  # the rest is padding
         if num_rows:
-            where, index = (slice(0, num_rows),), (slice(first, first + num_rows), whole)
-            yield AdapterPiece(up, where, f"{THINKER}{HEAD}.lora_B.weight", index, writes_sharded)
+            yield _slice(
+                f"{THINKER}{HEAD}.lora_B",
+                up,
+                writes_sharded,
+                index=(slice(first, first + num_rows), _ALL),
+                where=(slice(0, num_rows),),
+            )
+
+
+def _slice(
+    matrix: str,
+    parameter: Tensor,
+    owned: bool,
+    *,
+    index: Index = (_ALL, _ALL),
+    where: Index = (_ALL,),
+) -> ParameterSlice:
+    return ParameterSlice(TensorSlice(f"{matrix}.weight", index), parameter, where, owned)
 
 
 def applied(model: Any, slot: str = STUDENT) -> Applied:

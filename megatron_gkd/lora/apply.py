@@ -12,7 +12,7 @@ from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.lora.adapter import (
     HEAD,
     Applied,
-    adapter_pieces,
+    adapter_slices,
     adapter_tensors,
     applied,
     resolve_targets,
@@ -74,14 +74,15 @@ def apply_lora(
         towers=tower_linears(model.towers) if towers else (),
     )
     full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
-    for piece in adapter_pieces(model, model_args, parallel):
-        if ".lora_A." in piece.name:
+    for part in adapter_slices(model, model_args, parallel):
+        name = part.stored.name
+        if ".lora_A." in name:
             generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{seed} {piece.name}".encode())
+                zlib.crc32(f"{seed} {name}".encode())
             )  # torch reads 32 bits of a seed
-            bound = 1 / math.sqrt(full_shapes[piece.name][1])
-            full = torch.empty(full_shapes[piece.name]).uniform_(-bound, bound, generator=generator)
-            piece.target.copy_(full[piece.index])
+            bound = 1 / math.sqrt(full_shapes[name][1])
+            full = torch.empty(full_shapes[name]).uniform_(-bound, bound, generator=generator)
+            part.view.copy_(full[part.stored.index])
 
 
 def add_slot(

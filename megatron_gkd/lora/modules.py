@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from megatron_gkd.lora.slots import LoraModule, LoraSlot, zeros
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
-from megatron_gkd.model.qkv_layout import Segment
+from megatron_gkd.model.tensor_slice import TensorSlice
 
 
 def _padding(columns: int) -> int:
@@ -41,7 +41,7 @@ def _padding(columns: int) -> int:
 class LoraColumnParallel(LoraModule):
     """LoRA on the fused qkv. W_down [r, H] replicated, W_up the rows of this rank's `segments`."""
 
-    def __init__(self, base: Any, segments: list[Segment], *, tp_group: ProcessGroup):
+    def __init__(self, base: Any, segments: list[TensorSlice], *, tp_group: ProcessGroup):
         super().__init__(base)
         self.segments = segments
         self.tp_group = tp_group
@@ -72,8 +72,9 @@ class LoraColumnParallel(LoraModule):
         update = F.linear(low, self.fused_up(slot).to(x.dtype))
         return torch.add(output, update, alpha=slot.scale), bias
 
-    def target_segments(self, slot: LoraSlot) -> Iterator[tuple[Segment, int]]:
-        """The segments that have LoRA in `slot`, each with its first row in that projection's W_up."""
+    def target_segments(self, slot: LoraSlot) -> Iterator[tuple[TensorSlice, int]]:
+        """The segments that have LoRA in `slot`, each with its first row in that projection's W_up.
+        """
         taken = dict.fromkeys(slot.down, 0)
         for segment in self.segments:
             if segment.name in taken:
@@ -84,11 +85,11 @@ class LoraColumnParallel(LoraModule):
         """[rows, P r]: each projection's rows in its own block of columns, zero elsewhere; rows in
         the base's order.
         """
-        names, first_row = list(slot.down), dict(self.target_segments(slot))
+        names, first_rows = list(slot.down), (first for _, first in self.target_segments(slot))
         blocks = []
         for segment in self.segments:
-            if segment in first_row:
-                first = first_row[segment]
+            if segment.name in names:
+                first = next(first_rows)
                 rows = slot.up[segment.name][first : first + segment.num_rows]
                 before = names.index(segment.name)
                 after = len(names) - 1 - before

@@ -17,14 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_gkd.formats.byte_range import memory
-from megatron_gkd.formats.safetensors_folder import DTYPE_NAMES
+from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
 from megatron_gkd.lora.adapter import (
     EXPERTS,
     HEAD,
     ROOT,
     THINKER,
-    adapter_pieces,
+    adapter_slices,
     adapter_tensors,
     applied,
     resolve_targets,
@@ -480,30 +479,28 @@ def load_adapter(
         )
     _check_base(model, model_args, parallel, adapter)
     in_towers = tower_tensors(model, slot)
-    for piece in adapter_pieces(model, model_args, parallel, slot):
-        if piece.name not in adapter or adapter.is_empty(piece.name):
-            if (
-                not more_linears
-                and piece.name not in in_towers
-                and _linear(piece.name) in adapter.targets
-            ):
-                piece.target.zero_()
+    for part in adapter_slices(model, model_args, parallel, slot):
+        name, (rows, columns) = part.stored.name, part.stored.index
+        if name not in adapter or adapter.is_empty(name):
+            if not more_linears and name not in in_towers and _linear(name) in adapter.targets:
+                part.view.zero_()
             continue
-        values, own_scale = adapter.tensor(piece.name)
-        side = 0 if ".lora_B." in piece.name else 1
-        if piece.name in in_towers and values.shape[side] != in_towers[piece.name][side]:
+        values, own_scale = adapter.tensor(name)
+        side = 0 if ".lora_B." in name else 1
+        if name in in_towers and values.shape[side] != in_towers[name][side]:
             raise ValueError(
-                f"{adapter.path}: {piece.name} is {list(values.shape)}, this model's tower has {list(in_towers[piece.name])}"
+                f"{adapter.path}: {name} is {list(values.shape)}, "
+                f"this model's tower has {list(in_towers[name])}"
             )
-        is_up = ".lora_B." in piece.name
+        is_up = ".lora_B." in name
         own_rank = values.shape[1] if is_up else values.shape[0]
         if is_up:
-            piece.target.zero_()
-            piece.target[:, :own_rank].copy_(values[piece.index[0]] * (own_scale / scale))
+            part.view.zero_()
+            part.view[:, :own_rank].copy_(values[rows] * (own_scale / scale))
         else:
-            piece.target[:own_rank].copy_(values[:, piece.index[1]])
+            part.view[:own_rank].copy_(values[:, columns])
             if rank == adapter.rank:
-                piece.target[own_rank:].zero_()
+                part.view[own_rank:].zero_()
 
 
 def load_teacher(
@@ -560,7 +557,7 @@ def save_tensors(
     for name in sorted(tensors):
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[tensors[name].dtype],
+            "dtype": SAFETENSORS_NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
