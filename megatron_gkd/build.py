@@ -384,7 +384,7 @@ def make_rollout(
         parallel=parallel,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.tp_size,
+        pad_to_multiple_of=parallel.sequence_multiple,
         seed=config.train.seed,
         max_completion_length=rollout.max_completion_length,
         temperature=rollout.rollout_temperature,

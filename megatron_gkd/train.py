@@ -127,7 +127,7 @@ def train(config: Config, parallel: Parallel) -> None:
         num_steps=total_steps,
         num_workers=config.data.dataloader_num_workers,
         pad_token_id=train_data.pad_token_id,
-        pad_to_multiple_of=parallel.tp_size,
+        pad_to_multiple_of=parallel.sequence_multiple,
     )
     student_rollout = make_rollout(config, parts.model_args, parallel, train_data.pad_token_id)
     teacher_rollout = make_rollout(
@@ -423,7 +423,7 @@ def evaluate(
         dp_size=parallel.dp_size,
         num_workers=0,
         pad_token_id=data.pad_token_id,
-        pad_to_multiple_of=parallel.tp_size,
+        pad_to_multiple_of=parallel.sequence_multiple,
     )
     for batch in loader:
         batches = [batch.to(parallel.device)]
