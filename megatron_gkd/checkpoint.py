@@ -29,16 +29,21 @@ from megatron_gkd.lora.adapter import (
     tower_tensors,
 )
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
-from megatron_gkd.metrics import write_atomically
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.parallel import all_gather_objects
+from megatron_gkd.run_folder import write_atomically
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # beside what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    """OUTPUT/checkpoint-STEP."""
+    return Path(output_dir, f"checkpoint-{step}")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -120,10 +125,8 @@ def save_checkpoint(
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
     half-written stays. Collectives: two barriers of the world and an exchange of what went wrong.
     """
-    final, partial = (
-        Path(output_dir) / f"checkpoint-{step}",
-        Path(output_dir) / f".checkpoint-{step}.partial",
-    )
+    final = checkpoint_folder(output_dir, step)
+    partial = final.with_name(f".{final.name}.partial")
     if parallel.rank == 0:
         _tidy(Path(output_dir))
         partial.mkdir(parents=True)
@@ -168,9 +171,7 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
     pieces = {}
     for piece in owned:
         for kind in kinds:
-            values = (
-                piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
-            )
+            values = piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
             pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
@@ -318,8 +319,7 @@ def _replace(partial: Path, final: Path) -> None:
 
 
 def _tidy(output_dir: Path) -> None:
-    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back.
-    """
+    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
     for path in output_dir.glob(f"{LATEST}.*.tmp"):
         path.unlink()
     for path in output_dir.glob(".checkpoint-*"):

@@ -471,6 +471,10 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
 
+    def global_batch_size(self, dp_size: int) -> int:
+        """Samples of a step over `dp_size` data-parallel ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * dp_size
+
 
 @dataclass
 class RunConfig:

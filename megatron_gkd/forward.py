@@ -6,11 +6,9 @@ the last pipeline stage. Both views are compacted to their response rows before 
 `linear_jsd` applies. Shapes: B rows, S positions, H hidden size, N response rows.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -18,34 +16,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch, BatchView
-from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.modules import has_head_lora, lm_head
-from megatron_gkd.loss import LinearJsdOutput, linear_jsd, logits_jsd
+from megatron_gkd.loss import linear_jsd, logits_jsd
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
+from megatron_gkd.metrics import Groups, TokenSums
 from megatron_gkd.parallel import Parallel
-
-# Per-token results that are summed over the response tokens, in this order.
-SUMMED = (
-    "loss",
-    "jsd",
-    "sft_loss",
-    "kl_forward",
-    "kl_reverse",
-    "entropy_student",
-    "entropy_teacher",
-    "top1_agreement",
-    "token_correct",
-)
-MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
-GROUPED = (
-    "jsd",
-    "sft_loss",
-    "top1_agreement",
-    "token_accuracy",
-    "num_tokens",
-)  # of these, the means of each source and pair of views
 
 
 @dataclass(frozen=True)
@@ -60,102 +37,6 @@ class LossSettings:
     sft_alpha: float
     vocab_size: int
     clip: float | None = None
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Parts of the data whose sums are kept apart, by names that all ranks agree on. A single name
-    is the whole: none.
-    """
-
-    sources: tuple[str, ...] = ()
-    media_pairs: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.sources) + len(self.media_pairs)
-
-    @classmethod
-    def of(cls, report: DataReport) -> "Groups":
-        """A data set's sources, and what student and teacher perceive in it, where there are
-        several.
-        """
-        names = (tuple(sorted(found)) for found in (report.sources, report.media))
-        return cls(*(found if len(found) > 1 else () for found in names))
-
-
-@dataclass
-class TokenSums:
-    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
-    of the G groups; the number of tokens stands in the last column.
-    """
-
-    values: Tensor
-    groups: Groups = Groups()
-
-    @classmethod
-    def zero(cls, device: torch.device, groups: Groups = Groups()) -> "TokenSums":
-        return cls(
-            torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
-            groups,
-        )
-
-    @classmethod
-    def unknown(cls, device: torch.device) -> "TokenSums":
-        """Of a step that was not taken: no tokens, and means that are NaN."""
-        sums = cls.zero(device)
-        sums.values[:, :-1] = math.nan
-        return sums
-
-    def add(self, output: LinearJsdOutput, batch: Batch) -> None:
-        """The tokens of a micro-batch, `output` in the order of its student's response rows."""
-        values = torch.stack(
-            [getattr(output, name).detach().double() for name in SUMMED]
-            + [torch.ones_like(output.loss).double()]
-        )
-        self.values[0] += values.sum(dim=1)
-        if len(self.groups):
-            rows = (batch.student.response_rows // batch.student.input_ids.shape[1]).tolist()
-            number = {
-                name: index
-                for index, name in enumerate(
-                    (*self.groups.sources, *self.groups.media_pairs), start=1
-                )
-            }
-            for names in (
-                batch.sources if self.groups.sources else [],
-                batch.media_pairs if self.groups.media_pairs else [],
-            ):
-                if names:
-                    self.values.index_add_(
-                        0,
-                        torch.tensor([number[names[row]] for row in rows], device=values.device),
-                        values.T,
-                    )
-
-    def means(self, parallel: Parallel) -> dict[str, Any]:
-        """Means over the global batch and `num_tokens`, of groups a few under `by_source` and
-        `by_media` (those that have tokens). Collectives: a sum over data-parallel ranks, a
-        broadcast from the last stage.
-        """
-        sums = self.values.clone()
-        torch.distributed.all_reduce(sums, group=parallel.groups.dp)
-        if parallel.pp_size > 1:
-            torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
-        every, *parts = (
-            {name: value / max(row[-1], 1) for name, value in zip(MEANS, row)}
-            | {"num_tokens": int(row[-1])}
-            for row in sums.tolist()
-        )
-        short = [{name: means[name] for name in GROUPED} for means in parts]
-        split = {
-            "by_source": dict(zip(self.groups.sources, short)),
-            "by_media": dict(zip(self.groups.media_pairs, short[len(self.groups.sources) :])),
-        }
-        split = {
-            key: {name: means for name, means in found.items() if means["num_tokens"]}
-            for key, found in split.items()
-        }
-        return every | {key: found for key, found in split.items() if found}
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
 from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
+from tests.train_runs import build_parts
 
 RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
 AUDIO = (
@@ -377,12 +378,8 @@ def test_merge_and_lower_rank(folder, adapter, tmp_path):
 
 
 def parts_of(rank, world_size, argv, kinds):
-    from megatron_gkd.build import build as build_parts
-    from megatron_gkd.config import parse_config
-
-    config, place = parse_config(argv), initialize(1, 1, 1)
     try:
-        parts = build_parts(config, read_model_args(config.model.model), place, **kinds)
+        parts = build_parts(argv, **kinds)
     except ValueError as error:
         return str(error)
     return [

@@ -11,7 +11,7 @@ from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel
+from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.rollout.generate import PromptMedia, generate
 from megatron_gkd.rollout.mode import generation_mode
 
@@ -155,3 +155,33 @@ class MegatronRollout:
                 (~ended & (view.lengths - view.prompt_lengths >= self.max_completion_length)).sum()
             )
         return count
+
+
+def respond_or_skip(
+    rollout: RolloutBackend,
+    model: torch.nn.Module,
+    batches: list[Batch],
+    step: int,
+    media: StepMedia,
+    parallel: Parallel,
+) -> list[Batch]:
+    """The batches with new responses; on all ranks none where the logits of any row were not
+    finite.
+
+    Collectives: the rollout's, and an exchange of the errors: replicas write apart, and must agree
+    to skip the step.
+    """
+    written, error = [], ""
+    try:
+        written = rollout.respond(model, batches, step, media)
+    except FloatingPointError as caught:
+        error = str(caught)
+    errors = all_gather_objects(error)
+    if any(errors):
+        of_rows = [
+            text for text in errors if text and "a row of another rank" not in text
+        ] or errors
+        # the longest names the most rows
+        log_rank_0(parallel, f"Step {step + 1} is skipped: {max(of_rows, key=len)}")
+        return []
+    return written
