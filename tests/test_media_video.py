@@ -99,6 +99,12 @@ def test_the_sound_may_be_given(model, clip, tmp_path):
     assert torch.equal(sample.student.position_ids, own.student.position_ids)
 
 
+def test_media_references_of_a_video_name_its_track(model, clip, tmp_path):
+    rows = load(model, tmp_path, row(clip, use_audio_in_video=True), max_length=2000)
+    track = Reference("audio", str(clip), None, is_track=True)
+    assert rows.media_references(0) == ([track, Reference("video", str(clip), None)],) * 2
+
+
 @pytest.mark.parametrize("with_sound", [False, True])
 def test_step_parity(clip, processor, tiny_folder, tmp_path, with_sound):
     """One step from the command line whose student sees the video (and hears it) and whose teacher

@@ -19,6 +19,7 @@ from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row,
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
+from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -139,15 +140,31 @@ class SampleDataset:
         read.
         """
         row = self._rows[index]
-        encoded = Encoded(*(row[name] for name in Encoded._fields))
         try:
-            return decode_sample(encoded, row["source"], index, self._processor)
+            return decode_sample(_encoded(row), row["source"], index, self._processor)
         except RowError as error:
             raise DataError(f"{row['location']}: {error}") from error
+
+    def media_references(self, index: int) -> tuple[list[Reference], list[Reference]]:
+        """The media of row `index` as the row gave them, not read: (student's, teacher's view).
+
+        A view's audios come first, then its images, then its videos, each kind in the order of its
+        placeholders in the prompt. The audio of a video is an audio with `is_track`.
+        """
+        encoded = _encoded(self._rows[index])
+        references = encoded.references()
+        return (
+            [references[number] for number in encoded.student_media],
+            [references[number] for number in encoded.teacher_media],
+        )
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
         return self._rows[index]["location"]
+
+
+def _encoded(row: dict[str, Any]) -> Encoded:
+    return Encoded(*(row[name] for name in Encoded._fields))
 
 
 def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:

@@ -105,6 +105,10 @@ class Encoded(NamedTuple):
     teacher_media: list[int]
     use_audio_in_video: bool
 
+    def references(self) -> list[Reference]:
+        """`media` as the row gave them."""
+        return [Reference(*(stored[name] for name in Reference._fields)) for stored in self.media]
+
 
 class _Shown(NamedTuple):
     """A prompt in which every medium has all its tokens."""
@@ -300,8 +304,7 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
     Raises RowError for a medium that cannot be read.
     """
     media = []
-    for stored in encoded.media:
-        reference = Reference(*(stored[name] for name in Reference._fields))
+    for stored, reference in zip(encoded.media, encoded.references()):
         media.append(processor.load(reference))
         _check_size(media[-1], stored["num_tokens"], reference)
 
