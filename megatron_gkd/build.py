@@ -13,7 +13,7 @@ from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.data import load_datasets
 from megatron_gkd.data.chat import read_stop_token_ids
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import applied

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch, BatchView
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.lora import lora_enabled
 from megatron_gkd.lora.modules import head_lora, lm_head
 from megatron_gkd.loss import LinearJsdOutput, linear_jsd, logits_jsd

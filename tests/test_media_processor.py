@@ -439,7 +439,8 @@ def bad_media(folder, media):
         ),
         (
             hears(media / "mono.flac", teacher_messages=told),
-            "the teacher's view has 0 audio placeholders for 1 audio; teacher_images, teacher_audios",
+            "the teacher's view has 0 audio placeholders for 1 audio; "
+            "teacher_images, teacher_audios",
         ),
     ]
 

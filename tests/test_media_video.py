@@ -69,7 +69,7 @@ def test_a_video_is_what_transformers_processor_makes_of_it(
         text=text, videos=[str(clip)], fps=1.0, do_sample_frames=True, return_tensors="pt"
     )
     if with_sound:
-        sound = MediaProcessor(model)._decode_sound(Reference("audio", str(clip), None, True))
+        sound = MediaProcessor(model)._decode_audio(Reference("audio", str(clip), None, True))
         assert sound[1] > 8000 and len(sound[0]) == pytest.approx(6 * sound[1], rel=0.05)
         arguments |= dict(load_audio_from_video=True)
     expected = processor(**arguments)
