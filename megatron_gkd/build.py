@@ -2,7 +2,10 @@
 screen.
 """
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +16,17 @@ from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.chat import read_stop_token_ids
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
-from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.apply import (
+    apply_lora,
+    banner,
+    count_parameters,
+    num_teacher_parameters,
+)
+from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
@@ -53,10 +61,14 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
     )
+    teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     log_rank_0(parallel, config.describe())
     model = build_base(config, model_args, parallel, audio=audio, visual=visual)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
-    num_parameters = count_lora(model, model_args, parallel)
+    if teacher:
+        with named_by_flag("teacher_adapter"):
+            load_teacher(model, model_args, parallel, teacher)
+    num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
     log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
@@ -248,12 +260,19 @@ def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     )
 
 
-def count_lora(model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel) -> dict[str, int]:
-    """Trainable and all parameters of the whole model, as they also stand on the screen."""
+def count_lora(
+    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_folder: str | None
+) -> dict[str, int]:
+    """Trainable and all parameters of the whole model, and those of a teacher's adapter, as they also
+    stand on the screen.
+    """
     rank, _, targets = applied(model)
     trainable, total = count_parameters(model_args, rank, targets, model)
-    log_rank_0(parallel, banner(trainable, total))
-    return {"trainable": trainable, "total": total}
+    num_parameters = {"trainable": trainable, "total": total}
+    if teacher_folder:
+        num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
+    log_rank_0(parallel, banner(**num_parameters, teacher_folder=teacher_folder))
+    return num_parameters
 
 
 def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:
@@ -268,6 +287,47 @@ def write_description(config: Config, num_parameters: dict[str, int], parallel: 
     write_run_json(
         config.run.output_dir, config.to_dict(), package_versions(), num_parameters, layout
     )
+
+
+@contextmanager
+def named_by_flag(flag: str) -> Iterator[None]:
+    """Errors about a folder say by which flag it came."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--{flag} {error}") from error
+
+
+def open_teacher(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
+) -> PeftAdapter | None:
+    """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
+    the flag, where the folder is missing or does not fit the model.
+    """
+    folder = config.distill.teacher_adapter
+    if folder is None:
+        return None
+    with named_by_flag("teacher_adapter"):
+        adapter = PeftAdapter(folder, model_args)
+        if HEAD in adapter.targets and model_args.tie_word_embeddings:
+            raise ValueError(
+                f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
+                "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
+                f"adapter without {HEAD}"
+            )
+    if adapter.towers and not has_media:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: has LoRA on {len(adapter.towers)} linears of the towers "
+            f"({adapter.towers[0]}, ...), which text does not reach: it is left out",
+        )
+    if adapter.outside:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out",
+        )
+    return adapter
 
 
 def adapter_notes(adapter: PeftAdapter) -> list[str]:
@@ -371,7 +431,11 @@ def check_trainable(config: Config, report: DataReport) -> None:
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
-        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
+        checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
+        given = config.lora.adapter or checkpoint
+        if distill.teacher_adapter:
+            check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
+            return
         why = (
             f"the divergence can only pull the student from the LoRA of {given} back to the base "
             "model"
@@ -384,6 +448,18 @@ def check_trainable(config: Config, report: DataReport) -> None:
             "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 "
             "(it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
+        )
+
+
+def check_other_adapter(teacher: str, student: str | Path | None) -> None:
+    """Raise ValueError where the student starts from the very folder that the teacher has."""
+    if student is not None and os.path.realpath(teacher) == os.path.realpath(student):
+        raise ValueError(
+            f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
+            "from, and the teacher sees the same input, so the divergence is 0. Start from another "
+            "--adapter or from fresh LoRA, give the teacher more to see (teacher_messages or "
+            "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
+            "runs it all the same"
         )
 
 
@@ -413,7 +489,7 @@ def make_rollout(
         parallel=parallel,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.tp_size,
+        pad_to_multiple_of=parallel.sequence_multiple,
         seed=config.train.seed,
         max_completion_length=rollout.max_completion_length,
         temperature=rollout.rollout_temperature,

@@ -226,6 +226,11 @@ class DistillConfig:
         "gives no gradient. "
         "Default: no limit.",
     )
+    teacher_adapter: str | None = setting(
+        None,
+        "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any rank, "
+        "any linears.",
+    )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
     sft_alpha: float = setting(
         0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."

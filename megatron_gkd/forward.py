@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch, BatchView
@@ -55,13 +54,10 @@ def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tens
     """[S/TP, B, H] of the final norm -> [N, H], the rows that predict a response token, on every
     tensor-parallel rank.
 
-    Collectives: an all-gather over the sequence shards; in backward the reduce-scatter that sums
-    what each rank's part of the vocabulary contributes.
+    Collectives: an all-gather of the sequence shards; in backward the reduce-scatter that sums what
+    each rank's slice of the vocabulary contributes.
     """
-    if parallel.tp_size > 1:
-        hidden = gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=parallel.groups.tp
-        )
+    hidden = parallel.gather_sequence(hidden)
     rows, size = view.response_rows, view.input_ids.shape[1]
     return hidden[rows % size, rows // size]
 
@@ -241,10 +237,11 @@ def forward_logits(
     stage.
     """
     num_rows, length = input_ids.shape
-    padded = torch.nn.functional.pad(input_ids, (0, -length % parallel.tp_size))
+    padding = (0, -length % parallel.sequence_multiple)
+    padded = torch.nn.functional.pad(input_ids, padding)
     positions = torch.arange(padded.shape[1], device=padded.device).expand(3, num_rows, -1)
     if position_ids is not None:
-        positions = torch.nn.functional.pad(position_ids, (0, -length % parallel.tp_size))
+        positions = torch.nn.functional.pad(position_ids, padding)
     rows = torch.arange(num_rows, device=padded.device)
     view = BatchView(
         padded, torch.zeros_like(padded), rows, rows, positions.float(), rows[:0], rows[:0]
@@ -256,16 +253,14 @@ def forward_logits(
 def view_logits(
     model, model_args, parallel: Parallel, view: BatchView, features: MediaFeatures | None = None
 ) -> Tensor:
-    """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of the
-    tensor-parallel size.
+    """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of
+    `parallel.sequence_multiple`.
 
     features: of the batch that the view belongs to (`Towers.encode`), on the first stage.
     """
 
     def slice_of_logits(index: int, hidden: Tensor) -> Tensor:
-        if parallel.tp_size > 1:
-            hidden = gather_from_sequence_parallel_region(hidden, group=parallel.groups.tp)
-        return lm_head(model, hidden.transpose(0, 1))
+        return lm_head(model, parallel.gather_sequence(hidden).transpose(0, 1))
 
     slices = _run_schedule(
         model, [view], slice_of_logits, parallel, [features], forward_only=True, collect=True

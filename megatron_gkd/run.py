@@ -138,7 +138,7 @@ class Run:
             num_steps=self.total_steps,
             num_workers=self.config.data.dataloader_num_workers,
             pad_token_id=self.train_data.pad_token_id,
-            pad_to_multiple_of=parallel.tp_size,
+            pad_to_multiple_of=parallel.sequence_multiple,
         )
         with closing(loader):
             while not self.is_complete:
@@ -160,7 +160,7 @@ class Run:
             dp_size=self.parallel.dp_size,
             num_workers=0,
             pad_token_id=self.eval_data.pad_token_id,
-            pad_to_multiple_of=self.parallel.tp_size,
+            pad_to_multiple_of=self.parallel.sequence_multiple,
         )
         for batch in loader:
             yield batch.to(self.parallel.device)

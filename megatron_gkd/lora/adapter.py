@@ -124,8 +124,7 @@ def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]
 def adapter_slices(
     model: Any, model_args: ModelArgs, parallel: Parallel, slot: str = STUDENT
 ) -> Iterator[ParameterSlice]:
-    """Every LoRA parameter of `slot` on this stage, slice by slice, with what it is in the adapter.
-    """
+    """Every LoRA parameter of `slot` on this stage, slice by slice, with what it is in the adapter."""
     tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     writes_sharded = parallel.dp_rank == 0
     writes_replicated = writes_sharded and tp_rank == 0

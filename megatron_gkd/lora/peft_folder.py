@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,10 @@ from megatron_gkd.lora.adapter import (
     resolve_targets,
     tower_tensors,
 )
+from megatron_gkd.lora.apply import add_slot, tower_linears
+from megatron_gkd.lora.slots import STUDENT, TEACHER
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -442,9 +446,15 @@ def _layer_and_linear(name: str) -> tuple[str, str]:
 
 
 def load_adapter(
-    model, model_args: ModelArgs, parallel, adapter: PeftAdapter, *, more_linears: bool = True
+    model: Any,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    adapter: PeftAdapter,
+    *,
+    more_linears: bool = True,
+    slot: str = STUDENT,
 ) -> None:
-    """Set this stage's LoRA parameters to `adapter`, so that the model computes the same function
+    """Set the parameters of `slot` on this stage to `adapter`, so that the model computes the same function
     as with PEFT.
 
     W_up absorbs a scale that is not the run's. Where the run has a larger rank than the whole
@@ -457,7 +467,7 @@ def load_adapter(
     Raises ValueError for a larger rank, a target that has no LoRA here, or another base. No
     collectives.
     """
-    rank, scale, targets = applied(model)
+    rank, scale, targets = applied(model, slot)
     if adapter.rank > rank:
         raise ValueError(
             f"{adapter.folder}: rank {adapter.rank} does not fit into --lora_rank {rank}; raise --lora_rank, or leave it out"
@@ -468,8 +478,8 @@ def load_adapter(
             f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}"
         )
     _check_base(model, model_args, parallel, adapter)
-    in_towers = tower_tensors(model)
-    for part in adapter_slices(model, model_args, parallel):
+    in_towers = tower_tensors(model, slot)
+    for part in adapter_slices(model, model_args, parallel, slot):
         name, (rows, columns) = part.stored.name, part.stored.index
         if name not in adapter or adapter.is_empty(name):
             if not more_linears and name not in in_towers and _linear(name) in adapter.targets:
@@ -491,6 +501,28 @@ def load_adapter(
             part.view[:own_rank].copy_(values[:, columns])
             if rank == adapter.rank:
                 part.view[own_rank:].zero_()
+
+
+def load_teacher(
+    model: Any, model_args: ModelArgs, parallel: Parallel, adapter: PeftAdapter
+) -> None:
+    """Make the teacher the base with `adapter`, frozen in a slot of its own; its LoRA on towers
+    that were not built is left out.
+
+    Raises ValueError for another base, or towers of other sizes. No collectives.
+    """
+    built = tower_linears(model.towers)
+    add_slot(
+        model,
+        model_args,
+        parallel,
+        TEACHER,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        towers=[linear for linear in adapter.towers if linear in built],
+    )
+    load_adapter(model, model_args, parallel, adapter, slot=TEACHER)
 
 
 def _check_base(model, model_args: ModelArgs, parallel, adapter: PeftAdapter) -> None:
