@@ -12,7 +12,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.data import load_datasets
-from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
@@ -27,7 +26,6 @@ from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import grouped_linear
 from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
-from megatron_gkd.rollout.backend import MegatronRollout
 
 
 @dataclass
@@ -285,39 +283,3 @@ def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
             "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
-
-
-def make_rollout(
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    pad_token_id: int,
-    teacher_writes: bool = False,
-) -> MegatronRollout | None:
-    """The sampler of on-policy steps, or of the teacher's under --seq_kd; None where the run never
-    needs it.
-    """
-    distill, rollout = config.distill, config.rollout
-    needed = distill.seq_kd if teacher_writes else distill.may_be_on_policy
-    if not needed:
-        return None
-    eos_token_ids = read_stop_token_ids(config.model.model)
-    if not eos_token_ids:
-        log_rank_0(
-            parallel,
-            f"Note: no file in {config.model.model} that can be read names an end-of-text token; every response will have --max_completion_length tokens",
-        )
-    return MegatronRollout(
-        model_args=model_args,
-        parallel=parallel,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.sequence_multiple,
-        seed=config.train.seed,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        repetition_penalty=rollout.repetition_penalty,
-        teacher_writes=teacher_writes,
-    )

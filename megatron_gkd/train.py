@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 if (
@@ -41,7 +41,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
-from megatron_gkd.build import Parts, build, check_signal, load_data, make_rollout
+from megatron_gkd.build import Parts, build, check_signal, load_data
 from megatron_gkd.checkpoint import (
     STATE,
     checkpoints,
@@ -69,7 +69,8 @@ from megatron_gkd.metrics import MetricsWriter, peak_memory_bytes
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.optimizer import Update, learning_rate
 from megatron_gkd.parallel import Parallel, log_rank_0
-from megatron_gkd.rollout.backend import RolloutBackend
+from megatron_gkd.rollout.backend import Writer
+from megatron_gkd.rollout.rollout import Rollout, make_rollout
 
 PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
 
@@ -129,15 +130,26 @@ def train(config: Config, parallel: Parallel) -> None:
         pad_token_id=train_data.pad_token_id,
         pad_to_multiple_of=parallel.sequence_multiple,
     )
-    student_rollout = make_rollout(config, parts.model_args, parallel, train_data.pad_token_id)
-    teacher_rollout = make_rollout(
-        config, parts.model_args, parallel, train_data.pad_token_id, teacher_writes=True
-    )
+    rollout = None
+    if config.distill.seq_kd or config.distill.may_be_on_policy:
+        rollout = make_rollout(
+            config.rollout,
+            model=parts.model,
+            model_args=parts.model_args,
+            parallel=parallel,
+            data=train_data,
+            model_folder=config.model.model,
+            seed=config.train.seed,
+        )
     if progress.step == 0 and eval_data:
         writer.log_eval(evaluate(config, parts, eval_data, parallel, step=0))
 
     saved, due = 0, False  # the step of this run's newest checkpoint, and whether one is owed
-    with closing(loader), stop_signal() as asked_to_stop:
+    with (
+        closing(loader),
+        closing(rollout) if rollout else nullcontext(),
+        stop_signal() as asked_to_stop,
+    ):
         while progress.step < total_steps:
             clock = Clock(parallel.device)
             parallel_layout.seed_step(config.train.seed, progress.step, parallel)
@@ -147,11 +159,11 @@ def train(config: Config, parallel: Parallel) -> None:
             on_policy = draw(config.train.seed, progress.step) < config.distill.lmbda_at(
                 progress.step
             )
-            rollout = (
-                student_rollout if on_policy else teacher_rollout
+            author: Writer | None = (
+                "student" if on_policy else "teacher" if config.distill.seq_kd else None
             )  # None: the data set's own responses
-            if rollout is not None:
-                batches = respond(rollout, parts.model, batches, progress.step, media, parallel)
+            if rollout is not None and author is not None:
+                batches = respond(rollout, batches, progress.step, author, media, parallel)
             clock.lap("rollout_time")
             rate = learning_rate(
                 progress.step + 1,
@@ -434,10 +446,10 @@ def evaluate(
 
 
 def respond(
-    rollout: RolloutBackend,
-    model,
+    rollout: Rollout,
     batches: list[Batch],
     step: int,
+    writer: Writer,
     media: StepMedia,
     parallel: Parallel,
 ) -> list[Batch]:
@@ -449,7 +461,7 @@ def respond(
     """
     written, error = [], ""
     try:
-        written = rollout.respond(model, batches, step, media)
+        written = rollout.respond(batches, step, writer, media)
     except FloatingPointError as caught:
         error = str(caught)
     errors = parallel_layout.all_gather_objects(error)
@@ -488,7 +500,7 @@ class Clock:
 
 
 def step_counts(
-    batches: list[Batch], asked_to_stop: bool, rollout: RolloutBackend | None, parallel: Parallel
+    batches: list[Batch], asked_to_stop: bool, rollout: Rollout | None, parallel: Parallel
 ) -> dict:
     """Counts over the global batch, the most memory of any rank, and whether any rank was asked to
     stop. Two small collectives.

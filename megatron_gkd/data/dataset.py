@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import datasets
 from pyarrow import compute
@@ -19,6 +19,7 @@ from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row,
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
+from megatron_gkd.media.medium import PromptReferences, Reference
 from megatron_gkd.media.processor import MediaProcessor
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -144,6 +145,17 @@ class SampleDataset:
             return decode_sample(encoded, row["source"], index, self._processor)
         except RowError as error:
             raise DataError(f"{row['location']}: {error}") from error
+
+    def media_references(
+        self, index: int, view: Literal["student", "teacher"]
+    ) -> PromptReferences:
+        """The media that a view of row `index` shows, as the row gave them: nothing is decoded."""
+        row = self._rows[index]
+        media = [
+            Reference(*(stored[name] for name in Reference._fields)) for stored in row["media"]
+        ]
+        shown = [media[number] for number in row[f"{view}_media"]]
+        return PromptReferences(shown, row["use_audio_in_video"])
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""

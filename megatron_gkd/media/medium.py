@@ -34,6 +34,15 @@ class Reference(NamedTuple):
         )
 
 
+class PromptReferences(NamedTuple):
+    """The media of a prompt as its row gave them."""
+
+    media: list[Reference]
+    """Audios, then images, then videos, each kind in the order of its placeholders"""
+    use_audio_in_video: bool
+    """Whether the videos' own sound is among the audios (`is_track`), interleaved in the prompt"""
+
+
 def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
     """A path (relative to `folder`, that of the data file), bytes, or what `datasets` stores: an
     object with bytes and path, with array and sampling_rate, or the nested list of an image's
