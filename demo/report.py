@@ -22,7 +22,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_gkd.verify.reference import load_peft, load_thinker
+from megatron_gkd.verify.reference import load_model, load_peft
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -247,7 +247,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     held_out = read_held_out(arguments.heldout, tokenizer)
-    base = load_thinker(arguments.model)
+    base = load_model(arguments.model)
     with torch.no_grad():
         teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         before = score(base, tokenizer, held_out, teacher_logits, arguments.temperature)

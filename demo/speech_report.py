@@ -29,7 +29,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 from demo.report import greedy_answers, load_adapter, mean_jsd, read_lines, response_logits
-from megatron_gkd.verify.reference import load_thinker
+from megatron_gkd.verify.reference import load_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -254,7 +254,7 @@ def main() -> None:
     runs = {"gkd": arguments.gkd, "sft": arguments.sft}
 
     def load_base() -> torch.nn.Module:
-        return load_thinker(arguments.model)
+        return load_model(arguments.model)
 
     with torch.no_grad():
         base = load_base()

@@ -52,7 +52,8 @@ class Voices:
         """
         if shutil.which("espeak-ng") is None:
             raise ValueError(
-                "voices need the program espeak-ng (Debian, Ubuntu: apt install espeak-ng); tones do not"
+                "voices need the program espeak-ng (Debian, Ubuntu: apt install espeak-ng); "
+                "tones do not"
             )
         self.words = {
             speaker: {word: _record(word, speaker) for word in WORDS} for speaker in SPEAKERS

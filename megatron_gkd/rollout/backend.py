@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from megatron_gkd.lora.modules import lora_enabled
+from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
@@ -15,8 +15,10 @@ from megatron_gkd.rollout.generate import PromptMedia, generate
 from megatron_gkd.rollout.mode import generation_mode
 from megatron_gkd.rollout.sampling import Sampling
 
-Writer = Literal["student", "teacher"]
-"""Whose view the prompts are, and who answers them: the student with its LoRA, or the teacher."""
+Author = Literal["student", "teacher"]
+"""Who answers, from its own view of a row: the student in on-policy steps, the teacher in
+sequence-level distillation.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Prompts:
     without padding rows. Prompt i is index i of each list, of `references` and of `media`.
     """
 
-    writer: Writer
+    author: Author
     token_ids: Sequence[Sequence[int]]
     """As the decoder reads them: each medium is all of its placeholder tokens"""
     row_ids: Sequence[int]
@@ -93,7 +95,8 @@ class MegatronBackend:
 
     def write(self, prompts: Prompts, step: int) -> list[list[int]]:
         """Collectives: those of `generate`, and of the towers where they have LoRA."""
-        with lora_enabled(self.model, prompts.writer == "student"), generation_mode(self.model):
+        toggle = as_student if prompts.author == "student" else as_teacher
+        with toggle(self.model), generation_mode(self.model):
             return generate(
                 self.model,
                 self.model_args,

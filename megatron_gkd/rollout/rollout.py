@@ -16,8 +16,8 @@ from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, log_rank_0
-from megatron_gkd.rollout.backend import MegatronBackend, Prompts, RolloutBackend, Writer
+from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
 from megatron_gkd.rollout.generate import PromptMedia
 from megatron_gkd.rollout.sampling import Sampling
 
@@ -32,24 +32,47 @@ class Rollout:
     model: Any
     """This rank's stage of the decoder, bare: its LoRA is what the student writes with"""
     parallel: Parallel
-    references: Callable[[int, Writer], PromptReferences]
+    references: Callable[[int, Author], PromptReferences]
     """The media of a row's prompt, by its index in the data set"""
     max_new_tokens: int
     stop_token_ids: Sequence[int]
     pad_token_id: int
 
-    def respond(
-        self, batches: Sequence[Batch], step: int, writer: Writer, media: StepMedia | None = None
+    def respond_or_skip(
+        self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
     ) -> list[Batch]:
-        """This data-parallel rank's micro-batches with responses that `writer` wrote; padding rows
+        """As `respond`; on all ranks no batch where the logits of any row were not finite.
+
+        Collectives: those of `respond`, and an exchange of the errors: replicas write apart, and
+        must agree to skip the step.
+        """
+        written: list[Batch] = []
+        error = ""
+        try:
+            written = self.respond(batches, step, author, media)
+        except FloatingPointError as caught:
+            error = str(caught)
+        errors = all_gather_objects(error)
+        if not any(errors):
+            return written
+        of_rows = [text for text in errors if text and "a row of another rank" not in text]
+        # The longest names the most rows.
+        line = f"Step {step + 1} is skipped: {max(of_rows or errors, key=len)}"
+        log_rank_0(self.parallel, line)
+        return []
+
+    def respond(
+        self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
+    ) -> list[Batch]:
+        """This data-parallel rank's micro-batches with responses that `author` wrote; padding rows
         get none. media: of these batches, where they have any.
 
         Collectives: those of the backend; every rank calls it, with its data-parallel rank's
         batches. Raises FloatingPointError as the backend does.
         """
-        if writer == "student":
+        if author == "student":
             self.backend.update_weights(self.model, step)
-        prompts = self.prompts(batches, writer, media)
+        prompts = self.prompts(batches, author, media)
         responses = iter(self.backend.write(prompts, step))
         return [
             with_responses(
@@ -62,10 +85,10 @@ class Rollout:
         ]
 
     def prompts(
-        self, batches: Sequence[Batch], writer: Writer, media: StepMedia | None = None
+        self, batches: Sequence[Batch], author: Author, media: StepMedia | None = None
     ) -> Prompts:
-        """What `writer` reads before the responses of the batches' rows."""
-        views = [batch.student if writer == "student" else batch.teacher for batch in batches]
+        """What `author` reads before the responses of the batches' rows."""
+        views = [batch.student if author == "student" else batch.teacher for batch in batches]
         # Of each micro-batch the indices of its rows, without padding rows.
         indices = [[index for index, row in enumerate(batch.rows) if row >= 0] for batch in batches]
         token_ids, row_ids, sample_ids = [], [], []
@@ -82,11 +105,11 @@ class Rollout:
             return prompt_media(views, indices, features)
 
         return Prompts(
-            writer=writer,
+            author=author,
             token_ids=token_ids,
             row_ids=row_ids,
             sample_ids=sample_ids,
-            references=lambda prompt: self.references(row_ids[prompt], writer),
+            references=lambda prompt: self.references(row_ids[prompt], author),
             media=encode_media,
         )
 

@@ -1,4 +1,4 @@
-"""The same rows through transformers' thinker and ours: hidden states before and after every layer,
+"""The same rows through transformers' model and ours: hidden states before and after every layer,
 logits.
 
 Ours are the towers and the Megatron decoder as training builds them; the rotary positions are
@@ -36,13 +36,11 @@ class Trace:
     logits: Tensor
 
 
-def transformers_trace(thinker, rows: Rows) -> tuple[Trace, Tensor]:
-    """`thinker`: transformers' model, or peft's around it. The second result: its position ids [3,
+def transformers_trace(model: Any, rows: Rows) -> tuple[Trace, Tensor]:
+    """`model`: transformers' model, or peft's around it. The second result: its position ids [3,
     B, S].
     """
-    text_model = decoder(
-        thinker.get_base_model() if hasattr(thinker, "get_base_model") else thinker
-    )
+    text_model = decoder(model.get_base_model() if hasattr(model, "get_base_model") else model)
     layers, entered = {}, {}
     with ExitStack() as hooks, torch.no_grad():
 
@@ -58,7 +56,7 @@ def transformers_trace(thinker, rows: Rows) -> tuple[Trace, Tensor]:
         )
         for module, hook in zip((text_model, *text_model.layers, text_model.norm), before):
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        logits = thinker(**rows.inputs).logits
+        logits = model(**rows.inputs).logits
     ids, positions = rows.inputs["input_ids"], entered["position_ids"]
     if positions is None:
         positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
