@@ -1,8 +1,7 @@
-"""A byte-level BPE tokenizer in Qwen's file format, trained on the bilingual corpus beside this
-file.
+"""A byte-level BPE tokenizer in Qwen's file format, trained on the bilingual corpus.txt.
 
-Qwen's normaliser (NFC), pre-tokenizer expression and special tokens in the hub's order; only the
-merges are ours.
+Normaliser (NFC), pre-tokenizer expression and special tokens, in the hub's order, are Qwen's; only
+the merges are ours.
 """
 
 import json
@@ -29,11 +28,11 @@ NUM_MERGES = 640  # beyond this the corpus has few pairs left that occur twice
 ROLES = ["system", "user", "assistant"]
 
 PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (text, special), in the order of the hub's ids; the tokens that are not special survive
-# skip_special_tokens.
+# (text, special), in the order of the hub's ids. Decoding with skip_special_tokens keeps those that
+# are not special.
 ADDED_TOKENS = [
     *[
         (f"<|{name}|>", True)
@@ -74,13 +73,13 @@ MEDIA_TOKENS = {
 
 
 def minimum_vocab_size() -> int:
-    """The smallest that holds every byte, the roles as single tokens, and the added tokens."""
+    """The smallest vocabulary with every byte, the roles as single tokens, and the added tokens."""
     return NUM_BYTES + 64 + len(ADDED_TOKENS)
 
 
 def _training_lines() -> list[str]:
-    # The toy language and the roles are repeated so that each of their words becomes one token,
-    # roles first of all.
+    # The roles and the toy language are repeated so that each of their words becomes one token; the
+    # roles are merged first.
     return (
         CORPUS.read_text(encoding="utf-8").splitlines()
         + ROLES * 1000
@@ -96,8 +95,8 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     """
     if vocab_size < minimum_vocab_size():
         raise ValueError(
-            f"--vocab_size {vocab_size} is too small for the tokenizer: at least "
-            f"{minimum_vocab_size()} are needed"
+            f"--vocab_size {vocab_size} is too small for the tokenizer: "
+            f"at least {minimum_vocab_size()} are needed"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
