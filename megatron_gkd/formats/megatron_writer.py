@@ -129,7 +129,8 @@ class CheckpointSource:
             if dtypes.setdefault(key, tensor.dtype) != tensor.dtype:
                 raise ValueError(
                     f"{tensor.path}: tensor {name} is {tensor.dtype_name} and {other} is "
-                    f"{self.folder.slice(other).dtype_name}; a checkpoint stacks them, so they must be of one type"
+                    f"{self.folder.slice(other).dtype_name}; a checkpoint stacks them, so they "
+                    "must be of one type"
                 )
         return dtypes
 
@@ -215,8 +216,8 @@ def _chunk_file(shard_number: int) -> str:
 
 
 def write_shard(source: CheckpointSource, shard: Shard, path: Path, report: Report) -> dict:
-    """The shard's tensors as a .distcp file, on the disk when this returns. -> their SHA-256 and the
-    chunks' records.
+    """Write the shard's tensors into a .distcp file; it is on the disk when this returns. Returns
+    their SHA-256 and the chunks' records.
     """
     # SHA-256 is what guards the bytes; the archive's CRC costs as much.
     torch.serialization.set_crc32_options(False)
@@ -226,7 +227,7 @@ def write_shard(source: CheckpointSource, shard: Shard, path: Path, report: Repo
         for name in shard.names:
             digest, tensor = hashlib.sha256(), source.folder.slice(name)
             for pair in source.slices(name):
-                values = tensor[(pair.hf.rows,)]
+                values = tensor[pair.hf.slices]
                 digest.update(memory(values))
                 for columns in (column_blocks := source.column_blocks(pair.mcore.name)):
                     place = pair.mcore.with_columns(columns)

@@ -57,7 +57,7 @@ class FolderSource:
         }
 
     def check(self) -> None:
-        """Raise ValueError for a tensor that is missing, of another dtype or shape, or not wanted."""
+        """Raise ValueError for a tensor that is missing, unknown, or of another dtype or shape."""
         wanted = {
             name: tensor
             for tensors in self.files(self.path).values()
@@ -75,7 +75,8 @@ class FolderSource:
         extra = [name for name in self.tensors if name not in wanted]
         if extra:
             raise ValueError(
-                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more have no place in the folder"
+                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more have no place in the "
+                "folder"
             )
 
     def identity(self, shard_bytes: int) -> dict:
@@ -107,8 +108,8 @@ def open_source(model: Path, hf_model: Path | None, made_by: str) -> FolderSourc
         return _source_from_converted(checkpoint, made_by)
     if hf_model is None:
         raise ValueError(
-            f"{checkpoint}: holds the decoder alone; name the Hugging Face folder that it came from "
-            "with --hf_model"
+            f"{checkpoint}: holds the decoder alone; name the Hugging Face folder that it came "
+            "from with --hf_model"
         )
     return _source_from_both(checkpoint, hf_model, made_by)
 
@@ -143,9 +144,8 @@ def _source_from_converted(checkpoint: Path, made_by: str) -> FolderSource:
             "complete"
         )
     manifest.check(root, tensors)
-    trained = [
-        path.name for path in root.glob("iter_*")
-    ]  # checkpoints of training in the same place
+    # Checkpoints of training in the same folder.
+    trained = [path.name for path in root.glob("iter_*")]
     headers = {
         path.name[: -len(".header")]: path.read_bytes()
         for path in sorted((root / HEADERS).glob("*.header"))
@@ -177,7 +177,7 @@ def _source_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> FolderS
         model_args=model_args,
         headers=folder.headers,
         index=_read(hf_model / INDEX),
-        tensors=folder.tensors | MegatronFolder(checkpoint, model_args).tensors,
+        tensors={**folder.tensors, **MegatronFolder(checkpoint, model_args).tensors},
         extra_files_folder=hf_model,
         extra_files=list_extra_files(hf_model, besides=folder.headers),
         expected=None,

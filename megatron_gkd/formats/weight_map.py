@@ -71,7 +71,7 @@ class Entry:
 
 @lru_cache
 def weight_map(model_args: ModelArgs) -> tuple[Entry, ...]:
-    """The decoder's tensors. A tied head shares the embedding's key, so a checkpoint holds it once."""
+    """The decoder's tensors. A tied head has the embedding's key, so a checkpoint holds it once."""
     hidden, head, inter = (
         model_args.hidden_size,
         model_args.head_dim,
@@ -178,7 +178,8 @@ def checkpoint_slices(model_args: ModelArgs) -> dict[str, tuple[SlicePair, ...]]
 
 def decoder_tensors(model_args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Name and shape of every decoder tensor in a Hugging Face folder of this model."""
-    entries, sizes = stored_entries(model_args), {}
+    entries = stored_entries(model_args)
+    sizes: dict[str, tuple[int, ...]] = {}
     for name, pairs in checkpoint_slices(model_args).items():
         num_rows, columns = pairs[-1].hf.rows.stop, entries[pairs[-1].mcore.name].columns
         sizes[name] = (num_rows,) if columns is None else (num_rows, columns)

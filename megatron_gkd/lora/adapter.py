@@ -86,10 +86,11 @@ def tower_loras(model: nn.Module) -> dict[str, LoraLinear]:
 
 def tower_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
     """As `adapter_tensors`, of the towers' LoRA."""
-    tensors = {}
+    tensors: dict[str, tuple[int, int]] = {}
     for linear, module in tower_loras(model).items():
-        tensors[f"{THINKER}{linear}.lora_A.weight"] = (module.rank, module.base.in_features)
-        tensors[f"{THINKER}{linear}.lora_B.weight"] = (module.base.out_features, module.rank)
+        (down,), (up,) = module.down.values(), module.up.values()
+        tensors[f"{THINKER}{linear}.lora_A.weight"] = (module.rank, down.shape[1])
+        tensors[f"{THINKER}{linear}.lora_B.weight"] = (up.shape[0], module.rank)
     return tensors
 
 
