@@ -115,7 +115,7 @@ def open_source(model: Path, hf_model: Path | None, made_by: str) -> FolderSourc
 
 
 def _source_from_hf(hf_model: Path, made_by: str) -> FolderSource:
-    model_args, folder = _open_hf(hf_model)
+    model_args, folder = open_hf_folder(hf_model)
     manifest = read_manifest(hf_model)
     if manifest:
         manifest.check(hf_model, folder.tensors)
@@ -170,7 +170,7 @@ def _source_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> FolderS
     """A checkpoint of another writer: the decoder from it, all else and the names of the files from
     `hf_model`.
     """
-    model_args, folder = _open_hf(hf_model)
+    model_args, folder = open_hf_folder(hf_model)
     source = FolderSource(
         made_by=made_by,
         path=checkpoint,
@@ -187,7 +187,10 @@ def _source_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> FolderS
     return source
 
 
-def _open_hf(hf_model: Path) -> tuple[ModelArgs, SafetensorsFolder]:
+def open_hf_folder(hf_model: Path) -> tuple[ModelArgs, SafetensorsFolder]:
+    """Raises FileNotFoundError or ValueError naming the tensor or file that is not as its
+    config.json says.
+    """
     model_args = read_model_args(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, model_args)

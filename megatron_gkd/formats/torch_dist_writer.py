@@ -43,13 +43,8 @@ def write_chunk(file: BinaryIO, place: TensorSlice, values: Tensor) -> list:
     sizes = [1] * len(place.matrix) + list(values.shape)
     start = file.tell()
     torch.save(values.reshape(sizes), file)
-    return [
-        place.name,
-        (offsets + [0] * len(sizes))[: len(sizes)],
-        sizes,
-        start,
-        file.tell() - start,
-    ]
+    offsets = (offsets + [0] * len(sizes))[: len(sizes)]  # on every axis; a scalar has none
+    return [place.name, offsets, sizes, start, file.tell() - start]
 
 
 def write_description(

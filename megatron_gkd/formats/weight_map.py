@@ -72,12 +72,9 @@ class Entry:
 @lru_cache
 def weight_map(model_args: ModelArgs) -> tuple[Entry, ...]:
     """The decoder's tensors. A tied head has the embedding's key, so a checkpoint holds it once."""
-    hidden, head, inter = (
-        model_args.hidden_size,
-        model_args.head_dim,
-        model_args.moe_intermediate_size,
-    )
-    queries, vocab = model_args.num_attention_heads * head, model_args.vocab_size
+    hidden, inter = model_args.hidden_size, model_args.moe_intermediate_size
+    head, vocab = model_args.head_dim, model_args.vocab_size
+    queries = model_args.num_attention_heads * head
     layers, experts = (model_args.num_layers,), (model_args.num_layers, model_args.num_experts)
     root = model_args.prefix
     layer = f"{root}model.layers.{{layer}}."
@@ -101,10 +98,8 @@ def weight_map(model_args: ModelArgs) -> tuple[Entry, ...]:
         for segment in qkv_segments(model_args, 0, 1)
     ]
     embedding, head_key = "embedding.word_embeddings.weight", "output_layer.weight"
-    embed_tokens, lm_head = (
-        whole(f"{root}model.embed_tokens", vocab),
-        whole(f"{root}lm_head", vocab),
-    )
+    embed_tokens = whole(f"{root}model.embed_tokens", vocab)
+    lm_head = whole(f"{root}lm_head", vocab)
     if model_args.tie_word_embeddings:
         head_key, lm_head = embedding, embed_tokens
     return (
