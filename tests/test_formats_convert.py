@@ -193,7 +193,7 @@ def differing_parameters(mcore, ours):
 
 
 def read_and_write(rank, world_size, folder, checkpoint, written, tp, pp, ep, dtype):
-    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it back."""
+    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it."""
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
