@@ -129,7 +129,7 @@ def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, 
     assert adapter_moves > 0.1 and merge_moves < 1e-4
 
 
-# --- mutations -------------------------------------------------------------------------------------------------------
+# --- mutations ------------------------------------------------------------------------------------
 
 
 def rewrite(checkpoint, key, index, change):
@@ -441,7 +441,7 @@ def test_a_nan_passes_no_tolerance(folder, checkpoint, tmp_path, capsys):
     )
 
 
-# --- the rows and the layers ------------------------------------------------------------------------------------------
+# --- the rows and the layers ----------------------------------------------------------------------
 
 
 def without_media(rank, world_size, folder):

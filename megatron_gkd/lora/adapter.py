@@ -113,7 +113,7 @@ def tower_loras(model: Any, slot: str = STUDENT) -> dict[str, LoraSlot]:
 
 def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]:
     """As `adapter_tensors`, of the towers' LoRA in `slot`."""
-    tensors = {}
+    tensors: dict[str, tuple[int, int]] = {}
     for linear, matrices in tower_loras(model, slot).items():
         (down,), (up,) = matrices.down.values(), matrices.up.values()
         tensors[f"{THINKER}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
