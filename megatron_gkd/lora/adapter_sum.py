@@ -15,7 +15,8 @@ from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
 from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -82,8 +83,8 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
 
 
 def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]) -> FolderSource:
-    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and ValueError
-    naming a linear whose weight the folder does not have.
+    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and
+    ValueError naming a linear whose weight the folder does not have.
     """
     opened = open_adapters(adapters, weights, source.model_args)
     for adapter in opened.adapters:
