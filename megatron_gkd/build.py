@@ -25,7 +25,8 @@ from megatron_gkd.lora.apply import (
     count_parameters,
     num_teacher_parameters,
 )
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
+from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args

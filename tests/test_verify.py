@@ -28,7 +28,7 @@ from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
-from megatron_gkd.lora.peft_folder import save_tensors
+from megatron_gkd.lora.peft_writer import save_tensors
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder

@@ -16,7 +16,8 @@ from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
 from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 
 

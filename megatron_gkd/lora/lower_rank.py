@@ -1,4 +1,4 @@
-"""An adapter at a lower rank: the update W_up W_down of each linear is replaced by its best
+"""An adapter at a lower rank: each linear's update W_up W_down is replaced by its best
 approximation of that rank.
 
 Singular values in fp64; no matrix larger than the adapter's own is formed.
@@ -13,13 +13,9 @@ from torch.nn.functional import pad
 
 from megatron_gkd.lora.adapter import THINKER, adapter_tensors
 from megatron_gkd.lora.adapter_sum import refuse_outside, write_adapter
-from megatron_gkd.lora.peft_folder import (
-    CONFIG,
-    PeftAdapter,
-    peft_config,
-    save_tensors,
-    saved_targets,
-)
+from megatron_gkd.lora.peft_config import CONFIG, peft_config, saved_targets
+from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.peft_writer import save_tensors
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -98,7 +94,7 @@ def error_table(lost: dict[str, float], total: dict[str, float]) -> str:
     for kind in [*kinds, "all"]:
         names = [name for name in total if kind == "all" or name.endswith(f".{kind}")]
         whole = sum(total[name] for name in names)
-        error = (sum(lost[name] for name in names) / whole) ** 0.5 if whole else 0.0
-        lines.append(f"  {kind:10} {error:.2e}")
+        share = sum(lost[name] for name in names) / whole if whole else 0.0
+        lines.append(f"  {kind:10} {share**0.5:.2e}")
     worst = max((name for name in total if total[name]), key=lambda name: lost[name] / total[name])
     return "\n".join([*lines, f"  worst: {(lost[worst] / total[worst]) ** 0.5:.2e} of {worst}"])
