@@ -54,7 +54,7 @@ BLOCK_BYTES = 32 << 20
 
 def make_folder(folder: Path, num_layers: int) -> int:
     """Random bytes as bf16 in real sizes, all parts of the model. -> bytes written."""
-    from megatron_gkd.formats.frozen_weights import other_tensors
+    from megatron_gkd.formats.frozen_weights import frozen_tensors
     from megatron_gkd.formats.weight_map import decoder_tensors
     from megatron_gkd.model.args import read_model_args
 
@@ -66,7 +66,7 @@ def make_folder(folder: Path, num_layers: int) -> int:
         json.dumps(config | {"code2wav_config": {"num_hidden_layers": 1}})
     )
     model_args = read_model_args(folder)
-    sizes = decoder_tensors(model_args) | other_tensors(folder, model_args)[0]
+    sizes = decoder_tensors(model_args) | frozen_tensors(folder, model_args)[0]
     shards, num_bytes = [{}], 0
     for name, size in sizes.items():
         if num_bytes + 2 * math.prod(size) > SHARD_BYTES:

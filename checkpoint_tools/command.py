@@ -1,5 +1,4 @@
-"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2.
-"""
+"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
 
 import os
 import sys

@@ -1,10 +1,10 @@
-"""`python -m checkpoint_tools.make_tiny_model --output DIR`: a small whole Qwen3-Omni folder in the
-hub's format.
+"""`python -m checkpoint_tools.make_tiny_model --output DIR`: a small model folder in the hub's
+format.
 
-Thinker (audio tower, vision tower, MoE decoder), talker, code2wav, tokenizer, processor files and
-chat template. The command line also teaches the decoder a toy language to read, and the audio tower
-to tell how it sounds (the decoder hears nothing for that); tests call `build_folder`: random
-weights, in a second.
+By default a whole Qwen3-Omni: audio tower, vision tower, MoE decoder, talker, code2wav, tokenizer,
+processor files and chat template; with --family qwen3_moe a text model. The command line also
+teaches the decoder a toy language to read, and the audio tower to tell how it sounds (the decoder
+hears nothing for that); tests call `build_folder`: random weights, in a second.
 """
 
 import sys
@@ -13,6 +13,7 @@ import transformers
 
 from checkpoint_tools.command import Parser, refusals_in_one_line
 from demo.tiny.folder import build_folder
+from megatron_gkd.families import families
 from megatron_gkd.flags import refuse_unknown
 
 # What the command line does unless told otherwise. 600 steps are a minute of one core: every rule
@@ -40,6 +41,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with refusals_in_one_line():
         refuse_unknown(sys.argv[1:], parser)
+        family = families().get(parser.parse_known_args()[0].family)
+        if family and not family.towers:
+            parser.set_defaults(tower_steps=0)
         arguments = vars(parser.parse_args())
         print(build_folder(arguments.pop("output"), **arguments))
 

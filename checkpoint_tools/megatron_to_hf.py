@@ -14,9 +14,9 @@ from pathlib import Path
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.safetensors_writer import write_hf_folder
-from megatron_gkd.formats.shards import UNIT_BYTES
-from megatron_gkd.formats.sources import is_converted, plan_from
-from megatron_gkd.formats.torch_dist import TRACKER, find_checkpoint
+from megatron_gkd.formats.sources import is_converted, open_source
+from megatron_gkd.formats.stored_tensor import SHARD_BYTES
+from megatron_gkd.formats.torch_dist import TRACKER, find_torch_dist
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORTS = ("merged", "adapter")
@@ -49,25 +49,24 @@ class MegatronToHfConfig:
             raise ValueError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}")
 
 
-def convert(config: MegatronToHfConfig, unit_bytes: int = UNIT_BYTES) -> str:
+def convert(config: MegatronToHfConfig, shard_bytes: int = SHARD_BYTES) -> str:
     """The conversion. Returns a line for the user. Raises FileNotFoundError or ValueError naming
     what is wrong.
     """
-    checkpoint, hf_model = (
-        Path(config.checkpoint),
-        Path(config.hf_model) if config.hf_model else None,
-    )
+    checkpoint = Path(config.checkpoint)
+    hf_model = Path(config.hf_model) if config.hf_model else None
     if (checkpoint / ADAPTER_CONFIG).is_file():
-        return _export_training(config, checkpoint, hf_model, unit_bytes)
+        return _export_training(config, checkpoint, hf_model, shard_bytes)
     if config.export == "adapter":
         raise ValueError(
-            f"--export adapter: {checkpoint} has no {ADAPTER_CONFIG}; give a training run's checkpoint"
+            f"--export adapter: {checkpoint} has no {ADAPTER_CONFIG}; "
+            "give a training run's checkpoint"
         )
     if config.weight and not config.adapter:
         raise ValueError(
             f"--weight {' '.join(map(str, config.weight))}: there is no --adapter to weigh"
         )
-    found = find_checkpoint(checkpoint)
+    found = find_torch_dist(checkpoint)
     if found is None:
         raise FileNotFoundError(
             f"--checkpoint {checkpoint}: neither {TRACKER} nor a torch_dist checkpoint is there"
@@ -76,22 +75,27 @@ def convert(config: MegatronToHfConfig, unit_bytes: int = UNIT_BYTES) -> str:
         raise ValueError(
             f"--hf_model {hf_model}: {checkpoint} holds the whole folder; leave the flag out"
         )
-    return _write(config, checkpoint, hf_model, config.adapter, unit_bytes)
+    return _write(config, checkpoint, hf_model, config.adapter, shard_bytes)
 
 
-def _write(config, model: Path, hf_model: Path | None, adapters: list[str], unit_bytes: int) -> str:
-    plan = plan_from(model, hf_model, "megatron_to_hf")
+def _write(
+    config: MegatronToHfConfig,
+    model: Path,
+    hf_model: Path | None,
+    adapters: list[str],
+    shard_bytes: int,
+) -> str:
+    source = open_source(model, hf_model, "megatron_to_hf")
     if adapters:
-        from checkpoint_tools.merge_lora import (
-            add_adapters,  # LoRA's side imports megatron-core, which takes seconds
-        )
+        # LoRA's side imports megatron-core, which takes seconds.
+        from megatron_gkd.lora.adapter_sum import add_adapters
 
-        plan = add_adapters(plan, adapters, config.weight)
-    return write_hf_folder(plan, Path(config.output), config.num_workers, unit_bytes)
+        source = add_adapters(source, adapters, config.weight)
+    return write_hf_folder(source, Path(config.output), config.num_workers, shard_bytes)
 
 
 def _export_training(
-    config: MegatronToHfConfig, checkpoint: Path, hf_model: Path | None, unit_bytes: int
+    config: MegatronToHfConfig, checkpoint: Path, hf_model: Path | None, shard_bytes: int
 ) -> str:
     if config.export == "adapter":
         from megatron_gkd.lora.adapter_sum import copy_adapter
@@ -105,7 +109,7 @@ def _export_training(
         _base_of(checkpoint, hf_model),
         hf_model,
         [str(checkpoint), *config.adapter],
-        unit_bytes,
+        shard_bytes,
     )
 
 
@@ -115,7 +119,8 @@ def _base_of(checkpoint: Path, hf_model: Path | None) -> Path:
     base = hf_model or Path(named or "")
     if not (base / "config.json").is_file():
         raise ValueError(
-            f"{checkpoint}: its base model {str(base)!r} is not a folder here; name it with --hf_model"
+            f"{checkpoint}: its base model {str(base)!r} is not a folder here; "
+            "name it with --hf_model"
         )
     return base
 

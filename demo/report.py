@@ -29,7 +29,7 @@ from demo.measure import (
     response_logits,
     share_exact,
 )
-from megatron_gkd.verify.reference import load_thinker
+from megatron_gkd.verify.reference import load_model
 
 
 @dataclass
@@ -164,7 +164,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     held_out = read_held_out(arguments.heldout, tokenizer)
-    base = load_thinker(arguments.model)
+    base = load_model(arguments.model)
     with torch.no_grad():
         teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         before = score(base, tokenizer, held_out, teacher_logits, arguments.temperature)

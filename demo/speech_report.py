@@ -38,7 +38,7 @@ from demo.measure import (
     response_logits,
     share_exact,
 )
-from megatron_gkd.verify.reference import load_thinker
+from megatron_gkd.verify.reference import load_model
 
 RUNS = {"gkd": "GKD, transcript teacher", "sft": "SFT on the answers"}
 SECONDS_PER_FRAME = 0.01
@@ -245,11 +245,11 @@ def main() -> None:
     runs = {"gkd": arguments.gkd, "sft": arguments.sft}
 
     with torch.no_grad():
-        base = load_thinker(arguments.model)
+        base = load_model(arguments.model)
         teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         scores = {"before": score(base, tokenizer, held_out, teacher_logits, arguments.temperature)}
         for name, run in runs.items():
-            student = load_adapter(load_thinker(arguments.model), last_adapter(run)).eval()
+            student = load_adapter(load_model(arguments.model), last_adapter(run)).eval()
             scores[name] = score(
                 student, tokenizer, held_out, teacher_logits, arguments.temperature
             )

@@ -22,22 +22,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_gkd.lora.adapter import (
-    adapter_pieces,
+    adapter_slices,
     adapter_tensors,
     applied,
     tower_loras,
     tower_tensors,
 )
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
-from megatron_gkd.metrics import write_atomically
+from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.parallel import all_gather_objects
+from megatron_gkd.run_folder import write_atomically
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # beside what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    """OUTPUT/checkpoint-STEP."""
+    return Path(output_dir, f"checkpoint-{step}")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -119,10 +125,8 @@ def save_checkpoint(
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
     half-written stays. Collectives: two barriers of the world and an exchange of what went wrong.
     """
-    final, partial = (
-        Path(output_dir) / f"checkpoint-{step}",
-        Path(output_dir) / f".checkpoint-{step}.partial",
-    )
+    final = checkpoint_folder(output_dir, step)
+    partial = final.with_name(f".{final.name}.partial")
     if parallel.rank == 0:
         _tidy(Path(output_dir))
         partial.mkdir(parents=True)
@@ -161,16 +165,14 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
     """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the
     first to speak would be one that misses its files.
     """
-    owned = [piece for piece in adapter_pieces(model, model_args, parallel) if piece.owned]
+    owned = [piece for piece in adapter_slices(model, model_args, parallel) if piece.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
     pieces = {}
     for piece in owned:
         for kind in kinds:
-            values = (
-                piece.target if kind == "weight" else moments[piece.parameter][kind][piece.where]
-            )
-            pieces[_piece_key(kind, piece)] = values.detach().cpu().contiguous()
+            values = piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
+            pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
         save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
@@ -234,11 +236,12 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
                 f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
-        for piece in adapter_pieces(model, model_args, parallel):
-            piece.target.copy_(weights.get_slice(piece.name)[piece.index])
+        for piece in adapter_slices(model, model_args, parallel):
+            name, index = piece.stored.name, piece.stored.index
+            piece.view.copy_(weights.get_slice(name)[index])
             for kind in MOMENTS:
                 moments[piece.parameter][kind][piece.where].copy_(
-                    states.get_slice(f"{piece.name}.{kind}")[piece.index]
+                    states.get_slice(f"{name}.{kind}")[index]
                 )
     optimizer.num_updates = state["num_updates"]
     optimizer.load_scaler_state(state["loss_scale"])
@@ -251,7 +254,7 @@ def _opened(path: Path):
         raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
 
 
-def _piece_key(kind: str, piece) -> str:
+def _piece_key(kind: str, piece: TensorSlice) -> str:
     index = ",".join(
         f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}"
         for s in piece.index
@@ -316,8 +319,7 @@ def _replace(partial: Path, final: Path) -> None:
 
 
 def _tidy(output_dir: Path) -> None:
-    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back.
-    """
+    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
     for path in output_dir.glob(f"{LATEST}.*.tmp"):
         path.unlink()
     for path in output_dir.glob(".checkpoint-*"):

@@ -252,6 +252,11 @@ class DistillConfig:
         "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it gives no gradient. "
         "Default: no limit.",
     )
+    teacher_adapter: str | None = setting(
+        None,
+        "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any rank, "
+        "any linears.",
+    )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
     sft_alpha: float = setting(
         0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."
@@ -465,6 +470,10 @@ class TrainConfig:
             way_out,
         )
         require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+
+    def global_batch_size(self, dp_size: int) -> int:
+        """Samples of a step over `dp_size` data-parallel ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * dp_size
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.metrics import package_versions
+from megatron_gkd.run_folder import package_versions
 from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.

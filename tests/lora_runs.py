@@ -17,11 +17,13 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.lora import apply_lora, lora_enabled
+from megatron_gkd.lora import apply_lora
 from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.lora.slots import STUDENT, activate
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
 
 VOCAB_SIZE = 401
@@ -105,13 +107,15 @@ def gather(tensor, group, dim):
     return torch.cat(parts, dim)
 
 
-def run_schedule(place, model, batches, *, backward=True, on_in_forward=True, on_in_backward=True):
+def run_schedule(
+    place, model, batches, *, backward=True, forward_slot=STUDENT, backward_slot=STUDENT
+):
     """Logits [B, S, V_padded] of this rank's micro-batches (on the last stage) from `model`, a
     DistributedDataParallel.
 
     With `backward` the gradient of sum(logits * cotangent) / tokens is in `main_grad`, reduced over
-    all ranks. LoRA is on or off during each forward pass of this stage and, as another context,
-    from its end to the next forward pass: the time of the backward passes.
+    all ranks. `forward_slot` is active during each forward pass of this stage and, as another
+    context, `backward_slot` from its end to the next forward pass: the time of the backward passes.
     """
     decoder, logits, until_next_forward = model.module, [], contextlib.ExitStack()
 
@@ -132,14 +136,14 @@ def run_schedule(place, model, batches, *, backward=True, on_in_forward=True, on
     def step(iterator, model):
         batch = next(iterator)
         until_next_forward.close()
-        with lora_enabled(decoder, on_in_forward):
+        with activate(decoder, forward_slot):
             hidden = model(batch.input_ids, batch.position_ids, None)
 
         def loss(output):
-            with lora_enabled(decoder, on_in_forward):
+            with activate(decoder, forward_slot):
                 return loss_of(output, batch)
 
-        until_next_forward.enter_context(lora_enabled(decoder, on_in_backward))
+        until_next_forward.enter_context(activate(decoder, backward_slot))
         return hidden, loss
 
     with until_next_forward:

@@ -22,16 +22,17 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from megatron_gkd import parallel
 from megatron_gkd.formats import torch_dist
-from megatron_gkd.formats.byte_range import read_block
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.formats.manifest import NAME, read_manifest
+from megatron_gkd.formats.manifest import MANIFEST, read_manifest
 from megatron_gkd.formats.megatron_folder import MegatronFolder
-from megatron_gkd.formats.safetensors_folder import DTYPES as DTYPES_OF_FOLDERS
+from megatron_gkd.formats.stored_tensor import SAFETENSORS_DTYPES, read_block
 from megatron_gkd.formats.torch_dist import TorchDist, _elements
 from megatron_gkd.formats.torch_dist_writer import write_chunk
 from megatron_gkd.formats.weight_map import checkpoint_tensors
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.tensor_slice import TensorSlice
+from megatron_gkd.model.transformer_config import DTYPES
 from tests import mcore_model
 from tests.ranks import run_ranks
 from tests.train_runs import (
@@ -56,19 +57,19 @@ SMALL = dict(
 )
 WHOLE = dict(**SMALL, torch_dtype="bfloat16", max_shard_size="200KB")
 TIED = dict(**SMALL, thinker_only=True, tie_word_embeddings=True)
-UNIT_BYTES = 300_000
+SHARD_BYTES = 300_000
 
 
 def to_megatron(folder, output, tp=1, **settings):
     config = HfToMegatronConfig(
         str(folder), str(output), tensor_model_parallel_size=tp, num_workers=2, **settings
     )
-    return hf_to_megatron(config, UNIT_BYTES)
+    return hf_to_megatron(config, SHARD_BYTES)
 
 
 def to_hf(checkpoint, output, **settings):
     return megatron_to_hf(
-        MegatronToHfConfig(str(checkpoint), str(output), num_workers=2, **settings), UNIT_BYTES
+        MegatronToHfConfig(str(checkpoint), str(output), num_workers=2, **settings), SHARD_BYTES
     )
 
 
@@ -77,7 +78,7 @@ def assert_same_folder(folder, back):
     names, found = (
         {str(p.relative_to(f)) for p in Path(f).rglob("*") if p.is_file()} for f in (folder, back)
     )
-    assert found - names == {NAME} and not names - found
+    assert found - names == {MANIFEST} and not names - found
     assert [
         name
         for name in names
@@ -193,8 +194,7 @@ def differing_parameters(mcore, ours):
 
 
 def read_and_write(rank, world_size, folder, checkpoint, written, tp, pp, ep, dtype):
-    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it again.
-    """
+    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it again."""
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
@@ -471,19 +471,19 @@ def test_a_changed_folder_or_checkpoint_is_noticed(checkpoints, tmp_path):
     )
     for partial in tmp_path.glob(".out.partial"):
         shutil.rmtree(partial)
-    manifest = json.loads((tmp_path / "back" / NAME).read_text())
+    manifest = json.loads((tmp_path / "back" / MANIFEST).read_text())
     for changed, message in (
         (
             {name: t for name, t in manifest["tensors"].items() if name != last},
-            f"{last} is unknown to {NAME}",
+            f"{last} is unknown to {MANIFEST}",
         ),
         (manifest["tensors"] | {"talker.x": {}}, "talker.x is not in the folder"),
         (
             manifest["tensors"] | {last: manifest["tensors"][last] | {"shape": [1]}},
-            f"{last} is .*{NAME} says .* \\[1\\]",
+            f"{last} is .*{MANIFEST} says .* \\[1\\]",
         ),
     ):
-        (tmp_path / "back" / NAME).write_text(json.dumps(manifest | {"tensors": changed}))
+        (tmp_path / "back" / MANIFEST).write_text(json.dumps(manifest | {"tensors": changed}))
         refuse_folder(tmp_path / "back", tmp_path, message)
     assert not list(tmp_path.glob(".out*"))  # noticed before anything was read
 
@@ -513,14 +513,16 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(checkpoints, tmp_path)
     header = next(
         str(path.relative_to(copy)) for path in sorted((copy / "huggingface").glob("*.header"))
     )
-    for name in ("tokenizer.json", "chat_template.jinja", index, header, NAME):
+    for name in ("tokenizer.json", "chat_template.jinja", index, header, MANIFEST):
         whole = (copy / name).read_bytes()
         (copy / name).unlink()
         with pytest.raises((ValueError, FileNotFoundError), match=f"{copy / name} is missing"):
             to_hf(copy, tmp_path / "out")
-        if name != NAME:
+        if name != MANIFEST:
             (copy / name).write_bytes(whole + b" ")
-            with pytest.raises(ValueError, match=f"{copy / name}: not the file that {NAME} lists"):
+            with pytest.raises(
+                ValueError, match=f"{copy / name}: not the file that {MANIFEST} lists"
+            ):
                 to_hf(copy, tmp_path / "out")
         (copy / name).write_bytes(whole)
     assert not list(tmp_path.glob(".out*"))
@@ -626,12 +628,12 @@ def test_metadata_cannot_run_code(checkpoints, tmp_path, monkeypatch, content, w
     assert not (tmp_path / "bomb-went-off").exists()
 
 
-@pytest.mark.parametrize("dtype", DTYPES_OF_FOLDERS.values(), ids=str)
+@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES.values(), ids=str)
 def test_every_type_can_be_carried(tmp_path, dtype):
     """What is written as a chunk is found again, whatever torch makes of its type."""
     values = torch.arange(12).reshape(3, 4).to(dtype)
     with open(tmp_path / "chunks", "w+b") as file:
-        *_, start, length = write_chunk(file, "key", (0, 0), values)
+        *_, start, length = write_chunk(file, TensorSlice("key", (slice(0, 3),)), values)
         offset = _elements(file, (3, 4), dtype)
     block = read_block(tmp_path / "chunks", start + offset, dtype, 4, range(3), range(4))
     assert start + length == (tmp_path / "chunks").stat().st_size

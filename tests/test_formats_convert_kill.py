@@ -30,31 +30,31 @@ from megatron_gkd.model.args import read_model_args
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.test_formats_convert import TIED, assert_same_folder
 
-UNIT_BYTES = 60_000
+SHARD_BYTES = 60_000
 MOST_KILLS = 12
 
 
 def kill_until_done(command, config, *args):
-    """Run `command` in processes that are killed: three after a random number of finished units and
-    a random moment more, then some at random times until one gets through. -> how many units the
+    """Run `command` in processes that are killed: three after a random number of finished shards and
+    a random moment more, then some at random times until one gets through. -> how many shards the
     last one found done.
     """
     draw, output = random.Random(0), Path(config.output)
     partial = output.with_name(f".{output.name}.partial")
     journal = partial / "journal.jsonl"
 
-    def finished_units():
+    def finished_shards():
         return max(journal.read_text().count("\n") - 1, 0) if journal.is_file() else 0
 
     for kill in range(MOST_KILLS):
-        found = finished_units()
+        found = finished_shards()
         process = multiprocessing.get_context("fork").Process(
             target=with_bars_of_its_own, args=(command, config, *args)
         )
         process.start()
         if kill < 3:
             enough = found + draw.randint(1, 6)
-            while finished_units() < enough and process.exitcode is None:
+            while finished_shards() < enough and process.exitcode is None:
                 time.sleep(0.002)
         process.join(draw.uniform(0, 0.05) if kill < 3 else draw.uniform(0.02, 0.5))
         if process.exitcode is not None:
@@ -68,7 +68,7 @@ def kill_until_done(command, config, *args):
         ):  # it had done everything, and was about to exit
             assert kill >= 3
             return found
-    found = finished_units()
+    found = finished_shards()
     command(config, *args)
     return found
 
@@ -82,12 +82,12 @@ def with_bars_of_its_own(command, *args):
 
 
 def convert_slowly(config, convert, *args):
-    """Every unit takes a while, so that kills fall into all of them."""
+    """Every shard takes a while, so that kills fall into all of them."""
     with pytest.MonkeyPatch.context() as patch:
         serve = workers._serve
 
         def serve_slowly(connection, work, parent):
-            serve(connection, lambda unit, report: time.sleep(0.02) or work(unit, report), parent)
+            serve(connection, lambda shard, report: time.sleep(0.02) or work(shard, report), parent)
 
         patch.setattr(workers, "_serve", serve_slowly)
         convert(config, *args)
@@ -97,11 +97,11 @@ def test_both_directions_survive_kills(tiny_folder, tmp_path):
     """The result is byte for byte that of runs that nobody killed."""
     folder = tiny_folder(**TIED)
     there = HfToMegatronConfig(folder, str(tmp_path / "checkpoint"), num_workers=2)
-    assert kill_until_done(convert_slowly, there, hf_to_megatron, UNIT_BYTES) > 2
+    assert kill_until_done(convert_slowly, there, hf_to_megatron, SHARD_BYTES) > 2
     back = MegatronToHfConfig(str(tmp_path / "checkpoint"), str(tmp_path / "back"), num_workers=2)
-    assert kill_until_done(convert_slowly, back, megatron_to_hf, UNIT_BYTES) > 2
+    assert kill_until_done(convert_slowly, back, megatron_to_hf, SHARD_BYTES) > 2
     assert_same_folder(folder, tmp_path / "back")
-    hf_to_megatron(HfToMegatronConfig(folder, str(tmp_path / "calm"), num_workers=2), UNIT_BYTES)
+    hf_to_megatron(HfToMegatronConfig(folder, str(tmp_path / "calm"), num_workers=2), SHARD_BYTES)
     assert not list(tmp_path.glob(".*.partial"))
     calm, killed = (folder_hashes(tmp_path / name) for name in ("calm", "checkpoint"))
     del (
@@ -118,8 +118,8 @@ def test_a_merge_survives_kills(tiny_folder, tmp_path):
     tensors = random_adapter(read_model_args(folder), 2, ALL)
     adapter = write_adapter(tmp_path / "adapter", tensors, rank=2, alpha=4, targets=ALL)
     config = MergeLoraConfig(folder, str(tmp_path / "killed"), [adapter], num_workers=2)
-    assert kill_until_done(convert_slowly, config, merge_lora, UNIT_BYTES) > 2
-    merge_lora(replace(config, output=str(tmp_path / "calm")), UNIT_BYTES)
+    assert kill_until_done(convert_slowly, config, merge_lora, SHARD_BYTES) > 2
+    merge_lora(replace(config, output=str(tmp_path / "calm")), SHARD_BYTES)
     assert not list(tmp_path.glob(".*.partial"))
     assert folder_hashes(tmp_path / "calm") == folder_hashes(tmp_path / "killed")
 
@@ -138,7 +138,7 @@ def folder_hashes(folder):
 def make_job(tmp_path, **changes):
     return Job(
         tmp_path / "out",
-        **(dict(identity={"source": "a"}, unit_bytes=[3, 3, 3], other_bytes=0) | changes),
+        **(dict(identity={"source": "a"}, shard_bytes=[3, 3, 3], other_bytes=0) | changes),
     )
 
 
@@ -146,18 +146,18 @@ def nothing(*args):
     return None
 
 
-def test_finished_units_are_not_done_again(tmp_path):
+def test_finished_shards_are_not_done_again(tmp_path):
     job, done = make_job(tmp_path), tmp_path / "done"
     done.mkdir()
 
-    def work(unit, report):
-        if unit == 2 and not (done / "once").exists():
+    def work(shard, report):
+        if shard == 2 and not (done / "once").exists():
             (done / "once").touch()
-            raise ValueError("unit 2 fails once")
-        (done / f"{unit}-{time.monotonic_ns()}").touch()
-        return unit * 10
+            raise ValueError("shard 2 fails once")
+        (done / f"{shard}-{time.monotonic_ns()}").touch()
+        return shard * 10
 
-    with pytest.raises(ValueError, match="unit 2 fails once"):
+    with pytest.raises(ValueError, match="shard 2 fails once"):
         run_job(job, nothing, work, nothing, num_workers=1)
     assert not job.output.exists()
     with open(job.partial / "journal.jsonl", "a") as file:
@@ -169,12 +169,12 @@ def test_finished_units_are_not_done_again(tmp_path):
     assert job.output.is_dir() and not job.partial.exists()
 
 
-def write_units(job):
-    """Run the job: unit n writes the byte n into the file n."""
+def write_shards(job):
+    """Run the job: shard n writes the byte n into the file n."""
 
-    def work(unit, report):
-        (job.content / str(unit)).write_bytes(bytes([unit]))
-        return unit
+    def work(shard, report):
+        (job.content / str(shard)).write_bytes(bytes([shard]))
+        return shard
 
     return run_job(
         job,
@@ -187,7 +187,7 @@ def write_units(job):
 
 def is_whole(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {
-        **{str(unit): bytes([unit]) for unit in range(3)},
+        **{str(shard): bytes([shard]) for shard in range(3)},
         "list": b"[0, 1, 2]",
     }
 
@@ -196,23 +196,22 @@ def killed_before(step, job, monkeypatch):
     """The job, killed where it comes to the function `step` of job.py."""
     with monkeypatch.context() as patch:
         patch.setattr(job_module, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-        process = multiprocessing.get_context("fork").Process(target=write_units, args=(job,))
+        process = multiprocessing.get_context("fork").Process(target=write_shards, args=(job,))
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
 def test_killed_before_the_rename(tmp_path, monkeypatch):
-    """All is finished and marked so: the same command has only to rename, another one is refused.
-    """
+    """All is finished and marked so: the same command has only to rename, another one is refused."""
     job = make_job(tmp_path)
     killed_before("_publish", job, monkeypatch)
     assert not job.output.exists()
     with pytest.raises(ValueError, match="left by another conversion"):
-        write_units(make_job(tmp_path, identity={"source": "b"}))
+        write_shards(make_job(tmp_path, identity={"source": "b"}))
     (job.partial / "journal.jsonl").unlink()  # as a moment later
     with pytest.raises(ValueError, match="left by another conversion"):
-        write_units(make_job(tmp_path, identity={"source": "b"}))
+        write_shards(make_job(tmp_path, identity={"source": "b"}))
     assert run_job(job, nothing, die, nothing, num_workers=1)
     assert is_whole(job.output) and not job.partial.exists()
 
@@ -227,7 +226,7 @@ def test_killed_between_rename_and_tidying_up(tmp_path, monkeypatch):
     assert not run_job(job, nothing, die, nothing, num_workers=1)
     assert is_whole(job.output) and not job.partial.exists()
 
-    other = make_job(tmp_path, identity={"source": "b"}, unit_bytes=[1])
+    other = make_job(tmp_path, identity={"source": "b"}, shard_bytes=[1])
     job.output.rename(tmp_path / "first")
     killed_before("_tidy_up", job, monkeypatch)
     with pytest.raises(ValueError, match="out exists and is not an empty folder"):
@@ -245,7 +244,7 @@ def test_killed_after_the_rename_and_then_moved_away(tmp_path, monkeypatch):
         job.output.rename(tmp_path / f"moved-{number}")
         if number:
             job.output.mkdir()
-        assert write_units(job)
+        assert write_shards(job)
         assert is_whole(job.output) and not job.partial.exists()
         shutil.rmtree(job.output)
 
@@ -256,18 +255,17 @@ def test_an_empty_output_is_not_a_complete_one(tmp_path):
     job.output.mkdir()
     job.partial.mkdir()
     (job.partial / "lock").touch()
-    assert write_units(job)
+    assert write_shards(job)
     assert is_whole(job.output) and not job.partial.exists()
 
 
 def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
-    """Full disk, output inside the source: no partial folder that would keep the next command out.
-    """
+    """Full disk, output inside the source: no partial folder that would keep the next command out."""
     job = make_job(tmp_path, sources=[tmp_path])
     with pytest.raises(
         ValueError, match=f"--output {job.output} lies in {tmp_path}, which is only read"
     ):
-        write_units(job)
+        write_shards(job)
     job = make_job(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1))
@@ -275,23 +273,22 @@ def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
             if partial_exists:
                 job.partial.mkdir()
             with pytest.raises(ValueError, match="0.0 GB are free there"):
-                write_units(job)
+                write_shards(job)
             assert not list(tmp_path.iterdir())
-    assert write_units(make_job(tmp_path, identity={"source": "b"}))
+    assert write_shards(make_job(tmp_path, identity={"source": "b"}))
 
 
 def test_the_second_of_two_commands_finds_the_first_ones_work(tmp_path):
-    """It waits for the lock, and then neither writes into a folder that has gone nor a second time.
-    """
+    """It waits for the lock, and then neither writes into a folder that has gone nor a second time."""
     job, results = make_job(tmp_path), tmp_path / "results"
     results.mkdir()
 
     def command(number):
-        def work(unit, report):
-            (results / f"unit-{number}-{unit}").touch()
+        def work(shard, report):
+            (results / f"shard-{number}-{shard}").touch()
             time.sleep(0.1)
-            (job.content / str(unit)).write_bytes(bytes([unit]))
-            return unit
+            (job.content / str(shard)).write_bytes(bytes([shard]))
+            return shard
 
         finish = lambda found: (job.content / "list").write_text(str(found))
         try:
@@ -308,7 +305,7 @@ def test_the_second_of_two_commands_finds_the_first_ones_work(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert is_whole(job.output) and not job.partial.exists()
-    assert len(list(results.glob("unit-*"))) == 3
+    assert len(list(results.glob("shard-*"))) == 3
     refused = [path.read_text() for path in results.glob("refused-*")]
     assert (
         all("exists and is not an empty folder" in text for text in refused) and len(refused) <= 1
@@ -333,7 +330,7 @@ def test_two_commands_do_not_write_at_once(tmp_path, monkeypatch):
             run_job(job, nothing, nothing, nothing, num_workers=1)
 
 
-def die(unit, report):
+def die(shard, report):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -345,7 +342,7 @@ def test_a_dead_worker_is_reported(tmp_path):
 
 def test_whatever_a_worker_raises_is_reported(tmp_path):
     with pytest.raises(ValueError, match="ZeroDivisionError: division by zero"):
-        run_job(make_job(tmp_path), nothing, lambda unit, report: 1 / 0, nothing, num_workers=1)
+        run_job(make_job(tmp_path), nothing, lambda shard, report: 1 / 0, nothing, num_workers=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -357,10 +354,10 @@ def test_what_is_needed_counts_what_is_there(tmp_path, monkeypatch):
         "disk_usage",
         lambda path: job_module.shutil._ntuple_diskusage(free, 0, free),
     )
-    job = make_job(tmp_path, unit_bytes=[100_000])
+    job = make_job(tmp_path, shard_bytes=[100_000])
     with pytest.raises(ValueError, match="0.1 GB are needed and 0.1 GB are free"):
         run_job(job, nothing, nothing, nothing, num_workers=1)
     job.content.mkdir(parents=True)
     Journal(job.partial / "journal.jsonl", job.identity, 1)
     (job.content / "written").write_bytes(os.urandom(80_000))
-    assert run_job(job, nothing, lambda unit, report: 0, nothing, num_workers=1)
+    assert run_job(job, nothing, lambda shard, report: 0, nothing, num_workers=1)

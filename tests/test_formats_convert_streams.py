@@ -13,21 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.hf_to_megatron import HfToMegatronConfig, Source, write_unit
+from checkpoint_tools.hf_to_megatron import HfToMegatronConfig
 from checkpoint_tools.hf_to_megatron import convert as hf_to_megatron
 from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
-from megatron_gkd.formats import byte_range
-from megatron_gkd.formats import safetensors_writer as hf_writer
+from megatron_gkd.formats import megatron_writer, safetensors_writer, stored_tensor
 from megatron_gkd.formats.megatron_folder import MegatronFolder
 from megatron_gkd.formats.safetensors_folder import SINGLE, SafetensorsFolder
-from megatron_gkd.formats.safetensors_writer import HfFolderPlan
-from megatron_gkd.formats.shards import plan_units
+from megatron_gkd.formats.sources import FolderSource
+from megatron_gkd.formats.stored_tensor import plan_shards
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.formats.torch_dist_writer import EXTRA_STATE_FILE, write_description
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
-from tests.test_formats_convert import UNIT_BYTES, WHOLE
+from tests.test_formats_convert import SHARD_BYTES, WHOLE
 
 # --- each byte once ---------------------------------------------------------------------------------------------------
 
@@ -37,7 +36,7 @@ def ranges_read(tmp_path, monkeypatch):
     """-> a function that gives the ranges (first byte, end) read of each file's tensors since it
     was called last, by whichever process.
     """
-    log, read_into = tmp_path / "reads", byte_range._read_into
+    log, read_into = tmp_path / "reads", stored_tensor._read_into
     log.touch()
 
     def read_and_note(descriptor, target, offset, path):
@@ -55,7 +54,7 @@ def ranges_read(tmp_path, monkeypatch):
         log.write_text("")
         return found
 
-    monkeypatch.setattr(byte_range, "_read_into", read_and_note)
+    monkeypatch.setattr(stored_tensor, "_read_into", read_and_note)
     return since_last
 
 
@@ -76,7 +75,7 @@ def joined(ranges):
 def test_each_byte_of_a_tensor_is_read_once(tiny_folder, tmp_path, ranges_read, tp):
     """Both directions; at TP 2 the matrices that are cut into columns as well."""
     folder, checkpoint = tiny_folder(**WHOLE), tmp_path / "checkpoint"
-    hf_to_megatron(HfToMegatronConfig(folder, str(checkpoint), tp, num_workers=2), UNIT_BYTES)
+    hf_to_megatron(HfToMegatronConfig(folder, str(checkpoint), tp, num_workers=2), SHARD_BYTES)
     read, expected = ranges_read(), defaultdict(list)
     for tensor in SafetensorsFolder(folder).tensors.values():
         expected[str(tensor.path)].append((tensor.start, tensor.start + tensor.num_bytes))
@@ -85,7 +84,7 @@ def test_each_byte_of_a_tensor_is_read_once(tiny_folder, tmp_path, ranges_read, 
     }
 
     megatron_to_hf(
-        MegatronToHfConfig(str(checkpoint), str(tmp_path / "back"), num_workers=2), UNIT_BYTES
+        MegatronToHfConfig(str(checkpoint), str(tmp_path / "back"), num_workers=2), SHARD_BYTES
     )
     read, expected, stored = ranges_read(), defaultdict(list), TorchDist(checkpoint / "release")
     for key, chunks in stored._chunks.items():
@@ -157,16 +156,19 @@ def peak_growth(function) -> tuple:
 
 
 def test_a_worker_holds_no_large_tensor(tmp_path):
-    """The unit of a 307 MB tensor, both directions: memory is that of blocks."""
+    """The shard of a 307 MB tensor, both directions: memory is that of blocks."""
     make_big_folder(tmp_path / "model")
     model_args, folder = read_model_args(tmp_path / "model"), SafetensorsFolder(tmp_path / "model")
-    source, name = Source(folder, model_args, 1, None), "model.embed_tokens.weight"
-    unit = next(unit for unit in plan_units({SINGLE: folder.tensors}) if name in unit.names)
-    assert unit.num_bytes > 300e6
+    source = megatron_writer.CheckpointSource(folder, model_args, 1, None)
+    name = "model.embed_tokens.weight"
+    shard = next(s for s in plan_shards({SINGLE: folder.tensors}) if name in s.names)
+    assert shard.num_bytes > 300e6
     release = tmp_path / "checkpoint" / "release"
     release.mkdir(parents=True)
     file = release / "__0_0.distcp"
-    result, growth = peak_growth(lambda: write_unit(source, unit, file, lambda num_bytes: None))
+    result, growth = peak_growth(
+        lambda: megatron_writer.write_shard(source, shard, file, lambda num_bytes: None)
+    )
     assert growth < MOST_MEMORY
     assert file.stat().st_size > 300e6
 
@@ -177,11 +179,11 @@ def test_a_worker_holds_no_large_tensor(tmp_path):
         release, sizes, source.checkpoint_dtypes(), {file.name: result["chunks"]}, model_args
     )
     tensors = MegatronFolderOfOne(release, model_args).tensors
-    plan = HfFolderPlan("test", release, model_args, {}, None, tensors, release, [], None, {})
+    source = FolderSource("test", release, model_args, {}, None, tensors, release, [], None, {})
     targets = {name: folder.tensors[name]}
-    unit = type(unit)(SINGLE, (name,), unit.num_bytes)
+    shard = type(shard)(SINGLE, (name,), shard.num_bytes)
     back, growth = peak_growth(
-        lambda: hf_writer.write_unit(plan, unit, targets, lambda num_bytes: None)
+        lambda: safetensors_writer.write_shard(source, shard, targets, lambda num_bytes: None)
     )
     assert growth < MOST_MEMORY
     assert back["sha256"][name] == result["sha256"][name]
@@ -202,7 +204,7 @@ class MegatronFolderOfOne(MegatronFolder):
 
 def test_progress_shows_bytes_rate_and_time_left(tiny_folder, tmp_path, capfd):
     folder = tiny_folder(**WHOLE)
-    hf_to_megatron(HfToMegatronConfig(folder, str(tmp_path / "there"), num_workers=2), UNIT_BYTES)
+    hf_to_megatron(HfToMegatronConfig(folder, str(tmp_path / "there"), num_workers=2), SHARD_BYTES)
     shown = re.split(r"[\r\n]", capfd.readouterr().err)
     size = sum(tensor.num_bytes for tensor in SafetensorsFolder(folder).tensors.values()) / 1e6
     line = next(line for line in reversed(shown) if line.startswith("there:"))

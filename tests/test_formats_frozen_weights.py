@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd.formats.frozen_weights import check_other_parts, other_tensors
+from megatron_gkd.formats.frozen_weights import check_frozen_weights, frozen_tensors
 from megatron_gkd.formats.safetensors_folder import SINGLE, SafetensorsFolder
-from megatron_gkd.formats.sources import plan_from
+from megatron_gkd.formats.sources import open_source
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
 from tests.sizes import SMALLEST
@@ -27,7 +27,7 @@ def test_all_that_transformers_saves_is_known(tiny_folder, kind):
     """With the decoder's table every tensor of a folder has a name and a shape."""
     folder = SafetensorsFolder(tiny_folder(**SMALL, **kind))
     model_args = read_model_args(folder.folder)
-    sizes, _ = other_tensors(folder.folder, model_args)
+    sizes, _ = frozen_tensors(folder.folder, model_args)
     decoder = {name: list(size) for name, size in decoder_tensors(model_args).items()}
     assert sizes | decoder == {name: tensor.get_shape() for name, tensor in folder.tensors.items()}
     parts = {name.removeprefix("thinker.").split(".")[0] for name in sizes}
@@ -42,7 +42,7 @@ def broken(tiny_folder, tmp_path):
 
 
 def check(folder):
-    check_other_parts(SafetensorsFolder(folder), read_model_args(folder))
+    check_frozen_weights(SafetensorsFolder(folder), read_model_args(folder))
 
 
 def rewrite(folder, change):
@@ -88,13 +88,12 @@ def test_what_is_wrong_is_named(broken, change, message):
     check(broken)
     rewrite(broken, change)
     with pytest.raises(ValueError, match=message) as error:
-        plan_from(broken, None, "test")  # as the tools open a folder
+        open_source(broken, None, "test")  # as the tools open a folder
     assert str(broken) in str(error.value)
 
 
 def test_a_voice_that_is_switched_off(broken):
-    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not.
-    """
+    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not."""
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
     check(broken)

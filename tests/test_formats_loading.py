@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from megatron_gkd import parallel
-from megatron_gkd.formats.loading import load_weights, pieces
+from megatron_gkd.formats.loading import load_weights, parameter_slices
 from megatron_gkd.formats.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, check_tensors
 from megatron_gkd.formats.weight_map import decoder_tensors
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.qkv_layout import qkv_segments
+from megatron_gkd.model.transformer_config import DTYPES
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
 
@@ -67,10 +68,11 @@ def read_at_layout(rank, world_size, folder, tp, pp, ep, dtype):
         for name in file
     }
     inexact = [
-        piece.name
-        for piece in pieces(model, model_args, place)
+        part.stored.name
+        for part in parameter_slices(model, model_args, place)
         if not torch.equal(
-            piece.target, files[piece.name][piece.name][piece.index].to(DTYPES[dtype])
+            part.view,
+            files[part.stored.name][part.stored.name][part.stored.index].to(DTYPES[dtype]),
         )
     ]
     return reads, num_bytes, unset, inexact
@@ -143,20 +145,17 @@ def test_tied_head_is_the_embedding(tiny_folder, tmp_path):
     "heads, groups, tp_size", [(8, 4, 1), (8, 4, 8), (8, 2, 4), (8, 1, 2), (32, 4, 8)]
 )
 def test_qkv_segments_cover_each_projection_once(tiny_folder, heads, groups, tp_size):
-    """Over all ranks every row of q, k and v appears once; ranks hold equally many rows; offsets
-    leave no hole.
-    """
+    """Over all ranks every row of q, k and v appears once; ranks hold equally many rows."""
     model_args = replace(
         read_model_args(tiny_folder(**SMALL)), num_attention_heads=heads, num_key_value_heads=groups
     )
     rows, per_rank = Counter(), set()
     for rank in range(tp_size):
-        offset = 0
-        for segment in qkv_segments(model_args, rank, tp_size):
-            assert segment.offset == offset
-            offset += segment.num_rows
-            rows.update((segment.name, row) for row in range(segment.start, segment.stop))
-        per_rank.add(offset)
+        segments = qkv_segments(model_args, rank, tp_size)
+        for segment in segments:
+            numbers = range(segment.rows.start, segment.rows.stop)
+            rows.update((segment.name, row) for row in numbers)
+        per_rank.add(sum(segment.num_rows for segment in segments))
     assert len(per_rank) == 1 and set(rows.values()) == {1}
     assert Counter(name for name, _ in rows) == {
         "q_proj": heads * 8,
@@ -331,8 +330,7 @@ def load_in_ranks(rank, world_size, folder):
 
 
 def test_every_rank_reports_a_bad_tensor(broken):
-    """Also the ranks that would not read it: nobody waits in a collective for a rank that has left.
-    """
+    """Also the ranks that would not read it: nobody waits in a collective for a rank that has left."""
     rewrite(broken / SINGLE, lambda tensors: tensors.update({EXPERT: torch.zeros(1, 1)}))
     messages = run_ranks(load_in_ranks, 2, broken)
     assert all(EXPERT in message for message in messages) and messages[0] == messages[1]

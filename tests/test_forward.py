@@ -125,7 +125,7 @@ def _modes(rank, world_size, argv):
         student_forward_backward,
         teacher_forward,
     )
-    from megatron_gkd.lora.modules import lora_modules
+    from megatron_gkd.lora.slots import lora_modules
 
     parts = build_parts(argv + ["--lora_dropout", "0.2"])
     parallel = parts.parallel
@@ -133,7 +133,7 @@ def _modes(rank, world_size, argv):
     modules = lora_modules(parts.model)
 
     def modes():
-        return {(module.enabled, module.training) for module in modules} | {
+        return {(module.active, module.training) for module in modules} | {
             ("ddp", parts.ddp.training)
         }
 
@@ -177,7 +177,7 @@ def test_teacher_is_the_base_bit_for_bit(flags, world_size, tp, pp, ep):
     for answers, same_teacher, needs_grad, same_evaluation, broken in run_ranks(
         _modes, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):
-        assert answers == [{(True, True), ("ddp", True)}] * 4
+        assert answers == [{("student", True), ("ddp", True)}] * 4
         assert all(same_teacher) and not needs_grad and same_evaluation and broken
 
 

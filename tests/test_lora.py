@@ -15,11 +15,11 @@ import torch
 from megatron_gkd import cpu, parallel
 from megatron_gkd.build import resolve
 from megatron_gkd.config import parse_config
-from megatron_gkd.lora import lora_enabled
-from megatron_gkd.lora.adapter import adapter_pieces, applied
+from megatron_gkd.lora import as_student, as_teacher
+from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
 from megatron_gkd.lora.apply import banner, count_parameters
-from megatron_gkd.lora.modules import LoraGrouped, LoraModule, lora_modules
-from megatron_gkd.lora.targets import resolve_targets
+from megatron_gkd.lora.modules import LoraGrouped
+from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, activate, lora_modules
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear
 from megatron_gkd.verify.reference import decoder
@@ -68,8 +68,8 @@ def gradients_of(model, model_args, place):
     replicated ones included.
     """
     return [
-        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-        for piece in adapter_pieces(model, model_args, place)
+        (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_slices(model, model_args, place)
     ]
 
 
@@ -91,7 +91,7 @@ def lora_at_layout(rank, world_size, tp, pp, ep, runs):
         gradients = gradients_of(model, model_args, place)
         update = optimizer.step(0.05, 0.0)
         trained = run_schedule(place, ddp, batches, backward=False)
-        off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+        off = run_schedule(place, ddp, batches, backward=False, forward_slot=TEACHER)
         results.append(
             SimpleNamespace(
                 logits=logits,
@@ -253,25 +253,23 @@ def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, co
 
 
 def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
-    """Gradients without recompute, then with it while LoRA is switched between forward and
-    backward: on/off, off/on. Dropout is on.
+    """Gradients without recompute, then with it while the model is the student in forward and the
+    teacher in backward, and the other way round. Dropout is on.
     """
     place = initialize(tp, pp, ep)
     results = []
-    for recompute, on_in_forward, on_in_backward in (
-        (False, True, True),
-        (True, True, False),
-        (True, False, True),
+    for recompute, forward_slot, backward_slot in (
+        (False, STUDENT, STUDENT),
+        (True, STUDENT, TEACHER),
+        (True, TEACHER, STUDENT),
     ):
         model_args, model = build(place, folder, adapter, recompute=recompute, dropout=DROPOUT)
         ddp = in_reducer(model).train()
         ddp.zero_grad_buffer()
         parallel.seed_step(42, 0, place)
         batches = make_batches(VOCAB_SIZE)[:3]
-        run_schedule(
-            place, ddp, batches, on_in_forward=on_in_forward, on_in_backward=on_in_backward
-        )
-        assert all(module.enabled for module in lora_modules(model)), "the flags must be back"
+        run_schedule(place, ddp, batches, forward_slot=forward_slot, backward_slot=backward_slot)
+        assert all(module.active == STUDENT for module in lora_modules(model)), "not restored"
         results.append([value for _, _, value in gradients_of(model, model_args, place)])
     return results
 
@@ -292,19 +290,19 @@ def test_recompute_sees_the_flag_of_the_forward_pass(cases, world_size, tp, pp, 
 
 
 def test_toggle_nests_and_comes_back_after_an_exception():
-    model = torch.nn.ModuleList(
-        LoraModule(torch.nn.Identity(), rank=2, alpha=4, dropout=0.0) for _ in range(3)
-    )
-    flags = lambda: [module.enabled for module in model]
-    model[1].enabled = False
+    model = torch.nn.ModuleList(LoraModule(torch.nn.Identity()) for _ in range(3))
+    active = lambda: [module.active for module in model]
+    model[1].active = None
     with pytest.raises(KeyError, match="a step went wrong"):
-        with lora_enabled(model, False):
-            assert flags() == [False, False, False]
-            with lora_enabled(model, True):
-                assert flags() == [True, True, True]
-            assert flags() == [False, False, False]
+        with as_teacher(model):
+            assert active() == [TEACHER] * 3
+            with as_student(model):
+                assert active() == [STUDENT] * 3
+                with activate(model, None):
+                    assert active() == [None] * 3
+            assert active() == [TEACHER] * 3
             raise KeyError("a step went wrong")
-    assert flags() == [True, False, True]
+    assert active() == [STUDENT, None, STUDENT]
 
 
 def equal_on_all(values, group):
@@ -340,7 +338,7 @@ def train_with_dropout(rank, world_size, tp, pp, ep, folder):
     place = initialize(tp, pp, ep)
     _, model = build(place, folder, rank=3, alpha=6, targets=ALL, seed=0, dropout=DROPOUT)
     ddp, batches = in_reducer(model), share(make_batches(VOCAB_SIZE), place)
-    base = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+    base = run_schedule(place, ddp, batches, backward=False, forward_slot=TEACHER)
     start = [
         parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad
     ]
@@ -356,7 +354,7 @@ def train_with_dropout(rank, world_size, tp, pp, ep, folder):
     assert all((after - before).abs().max() > 1e-3 for before, after in zip(start, now)), (
         "a weight was never trained"
     )
-    off = run_schedule(place, ddp, batches, backward=False, on_in_forward=False)
+    off = run_schedule(place, ddp, batches, backward=False, forward_slot=TEACHER)
     assert all(torch.equal(*pair) for pair in zip(off, base)), "LoRA off is no longer the base"
 
 
@@ -393,7 +391,7 @@ def dropout_masks(rank, world_size, folder):
         parallel.seed_step(42, step, place)
         masks.append(
             {
-                name: linear.drop(torch.ones(64, 64), generator_of(name))
+                name: linear.drop(torch.ones(64, 64), linear.slot, generator_of(name))
                 for name, linear in linears.items()
             }
         )
@@ -407,7 +405,7 @@ def dropout_masks(rank, world_size, folder):
         evaluated = linears["down"](x, rows)
         model.train()
         average = sum(linears["down"](x, rows) for _ in range(1000)) / 1000
-        with lora_enabled(model, False):
+        with as_teacher(model):
             base = linears["down"](x, rows)
 
     evaluations = []
@@ -585,15 +583,9 @@ REAL_GROUPED_MM = torch.nn.functional.grouped_mm
 
 def gradients_with_empty_experts(rank, world_size):
     cpu.enable()
-    linear = LoraGrouped(
-        GroupedLinear(4, 8, 16, torch.float32),
-        ["down_proj"],
-        ["down_proj"],
-        rank=8,
-        alpha=8,
-        dropout=0.0,
-    )
-    parameters = [linear.down["down_proj"], linear.up["down_proj"]]
+    linear = LoraGrouped(GroupedLinear(4, 8, 16, torch.float32), ["down_proj"])
+    linear.add_slot(STUDENT, ["down_proj"], rank=8, alpha=8, dropout=0.0)
+    parameters = [linear.slot.down["down_proj"], linear.slot.up["down_proj"]]
     for parameter in (linear.base.weight, *parameters):
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     linear.base.requires_grad_(False)

@@ -17,7 +17,7 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
-from megatron_gkd.formats.manifest import NAME
+from megatron_gkd.formats.manifest import MANIFEST
 from megatron_gkd.forward import eval_mode, forward_logits
 from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_folder import PeftAdapter
@@ -107,7 +107,7 @@ def test_merging_is_one_rounding_of_the_sum(tiny_folder, adapters, tmp_path, dty
     config = MergeLoraConfig(
         base, str(tmp_path / "out"), [folder for folder, *_ in adapters], weights, num_workers=2
     )
-    merge_lora(config, unit_bytes=50_000)
+    merge_lora(config, shard_bytes=50_000)
     assert hashes(base) == before
     old, new = read_folder(base), read_folder(tmp_path / "out")
     assert list(old) == list(new)
@@ -151,7 +151,7 @@ def test_every_way_to_merge_gives_the_same_bytes(model, adapters, tmp_path):
     """The folder with the adapter; its Megatron checkpoint with the adapter."""
     folder = adapters[0][0]
     merge_lora(
-        MergeLoraConfig(model, str(tmp_path / "a"), [folder], num_workers=2), unit_bytes=40_000
+        MergeLoraConfig(model, str(tmp_path / "a"), [folder], num_workers=2), shard_bytes=40_000
     )
     hf_to_megatron(HfToMegatronConfig(model, str(tmp_path / "checkpoint"), num_workers=1))
     megatron_to_hf(
@@ -160,7 +160,7 @@ def test_every_way_to_merge_gives_the_same_bytes(model, adapters, tmp_path):
         )
     )
     ours, theirs = (hashes(tmp_path / name) for name in "ab")
-    del ours[NAME], theirs[NAME]  # says who made it
+    del ours[MANIFEST], theirs[MANIFEST]  # says who made it
     assert ours == theirs
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_training_is_exported(model, stage_one, tmp_path):
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
-        NAME,
+        MANIFEST,
     }
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -443,8 +443,7 @@ UNEVEN = {
 
 
 def updates(folder, model_args):
-    """linear -> the update that an adapter of any form makes, fp64; linears without LoRA have none.
-    """
+    """linear -> the update that an adapter of any form makes, fp64; linears without LoRA have none."""
     adapter, found = PeftAdapter(folder, model_args), {}
     for name in adapter_tensors(model_args, 1, adapter.targets):
         if ".lora_A." in name and name in adapter:

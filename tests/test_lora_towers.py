@@ -15,10 +15,11 @@ from checkpoint_tools.merge_lora import MergeLoraConfig, convert
 from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
-from megatron_gkd.lora import apply_lora, lora_enabled
-from megatron_gkd.lora.adapter import THINKER, adapter_pieces, tower_loras, tower_tensors
+from megatron_gkd.lora import apply_lora, as_teacher
+from megatron_gkd.lora.adapter import THINKER, adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
@@ -29,6 +30,7 @@ from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
 from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
+from tests.train_runs import build_parts
 
 RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
 AUDIO = (
@@ -172,7 +174,7 @@ def logits_of(place, model_args, model, batches):
     for index, batch in enumerate(batches):
         sides = []
         for side in ("student", "teacher"):
-            with lora_enabled(model, side == "student"):
+            with activate(model, side):
                 features = media[index] if model.towers is not None else None
                 sides.append(view_logits(model, model_args, place, getattr(batch, side), features))
         found |= {row: pair for row, pair in zip(batch.rows, zip(*sides))}
@@ -194,8 +196,8 @@ def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
     sums = student_forward_backward(ddp, batches, teacher, SETTINGS, place, media)
     means = sums.means(place)
     gradients = [
-        (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-        for piece in adapter_pieces(model, model_args, place)
+        (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_slices(model, model_args, place)
     ]
     norm = optimizer.step(0.01, means["loss"]).grad_norm
     saved = save_checkpoint(
@@ -284,8 +286,8 @@ def resume(rank, world_size, folder, saved, tp):
     )
     with torch.no_grad():
         logits = logits_of(place, model_args, model, my_batches(place, folder, tp))
-    module = tower_loras(model)["visual.blocks.1.attn.qkv"]
-    return logits, optimizer.moments()[module.up["qkv"]]["exp_avg"].clone()
+    slot = tower_loras(model)["visual.blocks.1.attn.qkv"]
+    return logits, optimizer.moments()[slot.up["qkv"]]["exp_avg"].clone()
 
 
 def test_resume_at_another_layout(folder, runs):
@@ -308,7 +310,7 @@ def modes(rank, world_size, folder, adapter):
         .embeddings
     )
     with torch.no_grad():
-        with lora_enabled(model, False):
+        with as_teacher(model):
             off = StepMedia(model.towers, [batch.media])[0].embeddings
         model.eval()
         still = [StepMedia(model.towers, [batch.media])[0].embeddings for _ in range(2)]
@@ -376,12 +378,8 @@ def test_merge_and_lower_rank(folder, adapter, tmp_path):
 
 
 def parts_of(rank, world_size, argv, kinds):
-    from megatron_gkd.build import build as build_parts
-    from megatron_gkd.config import parse_config
-
-    config, place = parse_config(argv), initialize(1, 1, 1)
     try:
-        parts = build_parts(config, read_model_args(config.model.model), place, **kinds)
+        parts = build_parts(argv, **kinds)
     except ValueError as error:
         return str(error)
     return [

@@ -22,8 +22,8 @@ from megatron_gkd.forward import (
     teacher_forward,
     view_logits,
 )
-from megatron_gkd.lora import lora_enabled
-from megatron_gkd.lora.adapter import adapter_pieces
+from megatron_gkd.lora.adapter import adapter_slices
+from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.chunks import Piece, deal
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -94,7 +94,7 @@ def run_layout(rank, world_size, folder, adapter, tp, pp, ep, recompute):
     logits = []
     for index, batch in enumerate(batches):
         for side in ("student", "teacher"):
-            with lora_enabled(model, side == "student"):
+            with activate(model, side):
                 logits.append(
                     view_logits(model, model_args, place, getattr(batch, side), media[index])
                 )
@@ -115,8 +115,8 @@ def run_layout(rank, world_size, folder, adapter, tp, pp, ep, recompute):
         num_patches=sum(len(batch.media.pixels) for batch in batches if batch.media),
         has_features=[media[index] is not None for index in range(len(batches))],
         gradients=[
-            (piece.name, piece.index, piece.parameter.main_grad[piece.where].clone())
-            for piece in adapter_pieces(model, model_args, place)
+            (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+            for piece in adapter_slices(model, model_args, place)
         ],
     )
 

@@ -23,7 +23,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.model.args import DTYPES, read_model_args
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import (
@@ -33,6 +33,7 @@ from megatron_gkd.model.experts import (
     grouped_product,
 )
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding
+from megatron_gkd.model.transformer_config import DTYPES
 from tests.ranks import run_ranks
 
 SIZES = dict(
@@ -496,8 +497,7 @@ def test_impossible_layouts_name_both_numbers(tiny_folder, sizes, layout, messag
 
 @pytest.mark.parametrize("sections", [[3, 3, 2], [24, 20, 20], [2, 2, 2], None], ids=str)
 def test_rotary_angles_equal_transformers(sections):
-    """Sections that sum to the channels, to more, to less, and none: media turn as they do there.
-    """
+    """Sections that sum to the channels, to more, to less, and none: media turn as they do there."""
     rope = {"rope_type": "default", "rope_theta": 1e4} | (
         {} if sections is None else {"mrope_section": sections}
     )

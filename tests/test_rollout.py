@@ -16,10 +16,9 @@ from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.lora import apply_lora, lora_enabled
-from megatron_gkd.lora.adapter import adapter_tensors
+from megatron_gkd.lora import apply_lora, as_student, as_teacher
+from megatron_gkd.lora.adapter import HEAD, LINEARS, adapter_tensors
 from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, peft_config
-from megatron_gkd.lora.targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.generate import generate
@@ -170,8 +169,8 @@ def write_with_adapter(rank, world_size, folder, layout, prompts, adapter_folder
     apply_lora(model, model_args, parallel, **options)
     load_adapter(model, model_args, parallel, adapter)
     texts = []
-    for enabled in (True, False):
-        with lora_enabled(model, enabled):
+    for toggle in (as_student, as_teacher):
+        with toggle(model):
             texts.append(write(model, model_args, parallel, prompts, temperature=0.0))
     return texts
 

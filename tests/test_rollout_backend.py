@@ -18,8 +18,8 @@ from megatron_gkd.data.batch import collate, with_responses
 from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
 from megatron_gkd.data.sample import Sample, View
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.lora import apply_lora, lora_enabled
-from megatron_gkd.lora.modules import lora_modules
+from megatron_gkd.lora import apply_lora, as_student, as_teacher
+from megatron_gkd.lora.slots import STUDENT, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.backend import MegatronRollout
@@ -112,13 +112,14 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
                 check_batch(old, new, tp)
                 for index, row in enumerate(new.rows):
                     texts[step, row] = split_row(new, index)
-        assert all(module.enabled for module in lora_modules(model))
+        assert all(module.active == STUDENT for module in lora_modules(model))
         texts = {key: text for key, text in texts.items() if key[1] >= 0}
         prompts = [teacher_prompt(row) if teacher_writes else STUDENT_PROMPTS[row] for row in rows]
         settings = dict(
             max_new_tokens=MAX_COMPLETION_LENGTH, eos_token_ids=[5], pad_token_id=0, **SAMPLING
         )
-        with lora_enabled(model, not teacher_writes):
+        toggle = as_teacher if teacher_writes else as_student
+        with toggle(model):
             direct = generate(
                 model, model_args, parallel, prompts, row_ids=list(rows), seed=4 << 32, **settings
             )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gkd import flags, parallel, train
-from megatron_gkd.lora.targets import LINEARS
+from megatron_gkd.lora.adapter import LINEARS
 from megatron_gkd.train import draw, main
 from megatron_gkd.verify.reference import decoder
 from tests.ranks import run_ranks
@@ -380,11 +380,11 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
     )
 
 
-def hashes(parts) -> tuple[dict, dict]:
+def hashes(run) -> tuple[dict, dict]:
     """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
     by name.
     """
-    from megatron_gkd.lora.adapter import adapter_pieces
+    from megatron_gkd.lora.adapter import adapter_slices
 
     def digest(tensor):
         return hashlib.sha256(
@@ -392,12 +392,12 @@ def hashes(parts) -> tuple[dict, dict]:
         ).hexdigest()
 
     trained = {
-        (piece.name, str(piece.index)): digest(piece.target)
-        for piece in adapter_pieces(parts.model, parts.model_args, parts.parallel)
+        (piece.stored.name, str(piece.stored.index)): digest(piece.view)
+        for piece in adapter_slices(run.model, run.model_args, run.parallel)
     }
     return trained, {
         name: digest(value)
-        for name, value in parts.model.named_parameters()
+        for name, value in run.model.named_parameters()
         if not value.requires_grad
     }
 
@@ -407,20 +407,19 @@ def _watched(rank, world_size, argv):
     from megatron_gkd import parallel, train
 
     parallel.destroy = lambda: None
-    build, kept = train.build, {}
+    build, kept = train.build_run, {}
 
-    def build_and_keep(config, model_args, layout, **towers):
-        kept["parts"] = build(config, model_args, layout, **towers)
-        kept["parts"].parallel = layout
-        kept["before"] = hashes(kept["parts"])
-        return kept["parts"]
+    def build_and_keep(*args):
+        kept["run"] = build(*args)
+        kept["before"] = hashes(kept["run"])
+        return kept["run"]
 
-    train.build = build_and_keep
+    train.build_run = build_and_keep
     train.main(argv)
     return (
         kept["before"],
-        hashes(kept["parts"]),
-        {str(p.dtype) for p in kept["parts"].model.parameters() if p.requires_grad},
+        hashes(kept["run"]),
+        {str(p.dtype) for p in kept["run"].model.parameters() if p.requires_grad},
     )
 
 

@@ -23,23 +23,30 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
-from checkpoint_tools.verify import VerifyConfig, expected_of_transformers, verify, verify_tensors
+from checkpoint_tools.verify import VerifyConfig, verify
 from megatron_gkd import parallel
-from megatron_gkd.formats.byte_range import memory
 from megatron_gkd.formats.loading import load_weights
+from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.lora.peft_folder import save_tensors
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.parallel import parallel_state
 from megatron_gkd.verify.logits import Trace, first_parting, layer_errors, megatron_trace
+from megatron_gkd.verify.models import expected_of_transformers
+from megatron_gkd.verify.tensors import Folders, report_tensors
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
 
 SMALL = SMALLEST | dict(num_hidden_layers=4)
 MOE, ATTENTION = "decoder.layers.mlp.experts.experts.", "decoder.layers.self_attention."
+
+
+def verify_tensors(config):
+    return report_tensors(config.folders, config.tensor_tolerance, config.quick)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,7 @@ def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, 
 def rewrite(checkpoint, key, index, change):
     """Change one matrix (or vector) of a checkpoint where it lies in its files."""
     stored = TorchDist(checkpoint / "release")
-    values = change(stored.read(key, index, slice(None)).clone())
+    values = change(stored.read(TensorSlice(key, (*index, slice(None)))).clone())
     for chunk in stored._chunks_at(key, index):
         first, num_rows = chunk.offsets[len(index)], chunk.sizes[len(index)]
         with open(stored.folder / chunk.file, "r+b") as file:
@@ -142,7 +149,9 @@ def rewrite(checkpoint, key, index, change):
 def swap_experts(checkpoint):
     for name in ("linear_fc1.weight", "linear_fc2.weight"):
         stored = TorchDist(checkpoint / "release")
-        first, second = (stored.read(MOE + name, (1, expert), slice(None)) for expert in (0, 3))
+        first, second = (
+            stored.read(TensorSlice(MOE + name, (1, expert, slice(None)))) for expert in (0, 3)
+        )
         rewrite(checkpoint, MOE + name, (1, 0), lambda _, other=second: other)
         rewrite(checkpoint, MOE + name, (1, 3), lambda _, other=first: other)
 
@@ -445,7 +454,7 @@ def without_media(rank, world_size, folder):
     load_weights(model, model_args, place, folder)
     model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     encode, found = model.towers.encode, {}
-    for expected in expected_of_transformers(VerifyConfig(str(folder))):
+    for expected in expected_of_transformers(Folders(folder)):
         rows, differences = expected.rows, []
         media = rows.media and replace(
             rows.media, audio=rows.media.audio * 0, pixels=rows.media.pixels * 0

@@ -1,5 +1,5 @@
-"""A small whole Qwen3-Omni folder in the hub's format: `build_folder`, random or taught a toy
-language and its sound.
+"""A small model folder in the hub's format: `build_folder`, a whole Qwen3-Omni or a text model,
+random or taught a toy language and its sound.
 """
 
 import json
@@ -16,8 +16,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoTokenizer,
     PreTrainedModel,
-    Qwen3OmniMoeForConditionalGeneration,
-    Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 
 from demo.tiny import hub_files
@@ -25,7 +23,7 @@ from demo.tiny.sounds import Speaker, make_speaker
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from demo.tiny.tower_training import train_audio_tower
 from demo.tiny.training import train_toy_language
-from megatron_gkd.model.args import DTYPES
+from megatron_gkd.families import Family, families
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
@@ -57,6 +55,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_folder(
     folder: Path,
     *,
+    family: Family,
     text: dict[str, Any],
     rope_theta: float,
     tie_word_embeddings: bool,
@@ -69,42 +68,41 @@ def _write_folder(
     speak: Speaker,
     seed: int,
 ) -> None:
-    token_ids = write_tokenizer(train_tokenizer(text["vocab_size"]), str(folder))
-    config = hub_files.thinker_config(text, rope_theta, tie_word_embeddings, token_ids)
-    model_class = (
-        Qwen3OmniMoeThinkerForConditionalGeneration
-        if thinker_only
-        else Qwen3OmniMoeForConditionalGeneration
-    )
-    if not thinker_only:
-        config = hub_files.whole_config(config, token_ids)
+    has_towers = bool(family.towers)
+    tokenizer = train_tokenizer(text["vocab_size"])
+    token_ids = write_tokenizer(tokenizer, str(folder), has_media=has_towers)
+    sizes = (text, rope_theta, tie_word_embeddings, token_ids)
+    whole = family.whole_class if not thinker_only else None
+    model_class = (whole or family.model_class)()
+    if not has_towers:
+        config = hub_files.text_model_config(next(iter(family.prefixes)), *sizes)
+    elif whole:
+        config = hub_files.whole_config(hub_files.thinker_config(*sizes), token_ids)
+    else:
+        config = hub_files.thinker_config(*sizes)
     config = {"architectures": [model_class.__name__], "dtype": torch_dtype, **config}
     _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", hub_files.preprocessor_config())
+    if has_towers:
+        _write_json(folder / "preprocessor_config.json", hub_files.preprocessor_config())
 
     model = model_class(AutoConfig.from_pretrained(folder, dtype=torch.float32))
     initialise(model, seed)
-    thinker = getattr(model, "thinker", model)
+    trained = getattr(model, "thinker", model)
     if train_steps:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        accuracy = train_toy_language(thinker, tokenizer, num_steps=train_steps, seed=seed)
+        accuracy = train_toy_language(trained, tokenizer, num_steps=train_steps, seed=seed)
         print(
             "held-out prompts answered right:",
             ", ".join(f"{rule} {share:.0%}" for rule, share in accuracy.items()),
         )
     if tower_steps:
         extractor = AutoFeatureExtractor.from_pretrained(folder)
-        share = train_audio_tower(thinker, extractor, speak, num_steps=tower_steps, seed=seed)
+        share = train_audio_tower(trained, extractor, speak, num_steps=tower_steps, seed=seed)
         print(f"held-out {tower_sound}: {share:.1%} of the audio tower's outputs tell the word")
     if train_steps or tower_steps:
-        lessons = {
-            "train_steps": train_steps,
-            "tower_steps": tower_steps,
-            "tower_sound": tower_sound,
-            "seed": seed,
-        }
-        _write_json(folder / "lessons.json", lessons)
-    model.to(DTYPES[torch_dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+        tower = {"tower_steps": tower_steps, "tower_sound": tower_sound} if has_towers else {}
+        _write_json(folder / "lessons.json", {"train_steps": train_steps, **tower, "seed": seed})
+    model.to(getattr(torch, torch_dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     _write_json(
         folder / "config.json", config
     )  # save_pretrained writes its own spelling: keep the hub's
@@ -114,6 +112,7 @@ def _write_folder(
 def build_folder(
     output: str,
     *,
+    family: str = "qwen3_omni",
     num_hidden_layers: int = 3,
     hidden_size: int = 128,
     num_attention_heads: int = 8,
@@ -135,12 +134,22 @@ def build_folder(
 ) -> str:
     """Write a model folder to `output` and return its path; the same arguments give the same bytes.
 
-    Sizes are the thinker's decoder's. `thinker_only` leaves out talker and code2wav and the
-    `thinker.` prefix; `train_steps` teaches the decoder the toy language, `tower_steps` the audio
-    tower its sound, `tower_sound`: tones, or voices (espeak-ng). Written beside and renamed:
-    `output` is there complete or not at all. Raises ValueError for a folder that has files,
-    impossible sizes, or voices without espeak-ng.
+    Sizes are the decoder's. `family` is a file of `megatron_gkd/families`; `thinker_only` leaves
+    out Qwen3-Omni's talker and code2wav and the `thinker.` prefix; `train_steps` teaches the
+    decoder the toy language, `tower_steps` the audio tower its sound, `tower_sound`: tones, or
+    voices (espeak-ng). Written beside and renamed: `output` is there complete or not at all. Raises
+    ValueError for a folder that has files, impossible sizes, lessons for a tower that the family
+    does not have, or voices without espeak-ng.
     """
+    if family not in families():
+        raise ValueError(f"--family {family}: choose one of {', '.join(families())}")
+    if not families()[family].towers:
+        for flag, value in (("thinker_only", thinker_only), ("tower_steps", tower_steps)):
+            if value:
+                raise ValueError(
+                    f"--{flag}: {families()[family].title} is a text model without towers; "
+                    "leave it out"
+                )
     speak = make_speaker(tower_sound)
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise ValueError(
@@ -148,11 +157,13 @@ def build_folder(
         )
     if num_attention_heads % num_key_value_heads:
         raise ValueError(
-            f"--num_attention_heads {num_attention_heads} is no multiple of --num_key_value_heads {num_key_value_heads}"
+            f"--num_attention_heads {num_attention_heads} is no multiple of "
+            f"--num_key_value_heads {num_key_value_heads}"
         )
     if head_dim % 2 or head_dim < 8:
         raise ValueError(
-            f"--head_dim {head_dim} must be even and at least 8: half of it is split over three rotary axes"
+            f"--head_dim {head_dim} must be even and at least 8: half of it is split over three "
+            "rotary axes"
         )
     if num_experts_per_tok > num_experts:
         raise ValueError(
@@ -175,6 +186,7 @@ def build_folder(
     try:
         _write_folder(
             partial,
+            family=families()[family],
             text=text,
             rope_theta=rope_theta,
             tie_word_embeddings=tie_word_embeddings,

@@ -1,5 +1,5 @@
-"""The JSON files of a Qwen3-Omni folder in the hub's format, for a model small enough for two CPU
-cores.
+"""The JSON files of a Qwen3-Omni or text model folder in the hub's format, for a model small enough
+for two CPU cores.
 
 Field names and nesting are the hub's (`rope_theta` beside `rope_scaling`, token ids at three
 levels), sizes ours.
@@ -116,6 +116,30 @@ def thinker_config(
         "position_id_per_seconds": 13,
         "seconds_per_chunk": 2,
         "initializer_range": 0.02,
+    }
+
+
+def text_model_config(
+    model_type: str,
+    text: dict[str, Any],
+    rope_theta: float,
+    tie_word_embeddings: bool,
+    token_ids: dict[str, int],
+) -> dict[str, Any]:
+    """Config of a text model, whose decoder of sizes `text` is all there is; `text` as in
+    `thinker_config`.
+    """
+    return {
+        "model_type": model_type,
+        "bos_token_id": token_ids["<|endoftext|>"],
+        "eos_token_id": token_ids["<|im_end|>"],
+        "intermediate_size": 2 * text["hidden_size"],
+        "max_window_layers": text["num_hidden_layers"],
+        "use_sliding_window": False,
+        **_moe_decoder(**text),
+        "rope_scaling": None,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tie_word_embeddings,
     }
 
 

@@ -28,8 +28,8 @@ NUM_MERGES = 640  # beyond this the corpus has few pairs left that occur twice
 ROLES = ["system", "user", "assistant"]
 
 PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # (text, special), in the order of the hub's ids. Decoding with skip_special_tokens keeps those that
 # are not special.
@@ -95,8 +95,8 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     """
     if vocab_size < minimum_vocab_size():
         raise ValueError(
-            f"--vocab_size {vocab_size} is too small for the tokenizer: "
-            f"at least {minimum_vocab_size()} are needed"
+            f"--vocab_size {vocab_size} is too small for the tokenizer: at least "
+            f"{minimum_vocab_size()} are needed"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -117,7 +117,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(token_ids: dict[str, int]) -> dict[str, object]:
+def _tokenizer_config(token_ids: dict[str, int], has_media: bool) -> dict[str, object]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {
         str(token_ids[text]): {"content": text, **flags, "special": special}
@@ -128,8 +128,7 @@ def _tokenizer_config(token_ids: dict[str, int]) -> dict[str, object]:
         "add_prefix_space": False,
         "added_tokens_decoder": decoder,
         "additional_special_tokens": [text for text, special in ADDED_TOKENS[1:] if special],
-        **MEDIA_TOKENS,
-        "extra_special_tokens": MEDIA_TOKENS,
+        **({**MEDIA_TOKENS, "extra_special_tokens": MEDIA_TOKENS} if has_media else {}),
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
@@ -142,18 +141,21 @@ def _tokenizer_config(token_ids: dict[str, int]) -> dict[str, object]:
     }
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str) -> dict[str, int]:
+def write_tokenizer(tokenizer: Tokenizer, folder: str, *, has_media: bool = True) -> dict[str, int]:
     """Write vocab.json, merges.txt, tokenizer*.json and the chat template to `folder`. Returns the
     id of each token's text.
+
+    `has_media`: name the placeholders of media, and write the template for a processor too.
     """
     token_ids = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer.model.save(folder)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
-    Path(folder, "chat_template.json").write_text(
-        json.dumps({"chat_template": template}, indent=2), encoding="utf-8"
-    )
-    config = json.dumps(_tokenizer_config(token_ids), indent=2, ensure_ascii=False)
+    if has_media:
+        Path(folder, "chat_template.json").write_text(
+            json.dumps({"chat_template": template}, indent=2), encoding="utf-8"
+        )
+    config = json.dumps(_tokenizer_config(token_ids, has_media), indent=2, ensure_ascii=False)
     Path(folder, "tokenizer_config.json").write_text(config, encoding="utf-8")
     return token_ids

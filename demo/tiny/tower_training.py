@@ -7,12 +7,13 @@ tower's outputs mean, so the model cannot hear yet, although its tower tells the
 
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import FeatureExtractionMixin, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import FeatureExtractionMixin
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     _get_feat_extract_output_lengths,
 )
@@ -21,7 +22,7 @@ from demo.tiny import toy_language
 from demo.tiny.sounds import SAMPLE_RATE, Speaker, Utterance
 from demo.tiny.toy_language import MAX_SPOKEN_WORDS
 from demo.tiny.training import learning_rate_share
-from megatron_gkd.verify.reference import audio_tower
+from megatron_gkd.verify.reference import tower
 
 BATCH_SIZE = 16  # utterances
 LEARNING_RATE = 3e-3
@@ -46,7 +47,7 @@ def token_labels(utterance: Utterance, words: list[str], num_tokens: int) -> Ten
 
 
 def _hear(
-    thinker: Qwen3OmniMoeThinkerForConditionalGeneration,
+    model: Any,
     extractor: FeatureExtractionMixin,
     speak: Speaker,
     prompts: list[str],
@@ -65,13 +66,13 @@ def _hear(
         return_tensors="pt",
     )
     mask = inputs["attention_mask"]
-    outputs = thinker.get_audio_features(inputs["input_features"], mask).last_hidden_state
+    outputs = model.get_audio_features(inputs["input_features"], mask).last_hidden_state
     num_tokens = _get_feat_extract_output_lengths(mask.sum(dim=1)).tolist()
     return outputs, torch.cat(list(map(token_labels, utterances, words, num_tokens)))
 
 
 def train_audio_tower(
-    thinker: Qwen3OmniMoeThinkerForConditionalGeneration,
+    model: Any,
     extractor: FeatureExtractionMixin,
     speak: Speaker,
     *,
@@ -88,11 +89,11 @@ def train_audio_tower(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     prompts, sounds = random.Random(seed), np.random.default_rng(seed)
-    tower = audio_tower(thinker)
-    head = nn.utils.skip_init(nn.Linear, thinker.config.audio_config.output_dim, SILENCE + 1)
+    audio_tower = tower(model, "audio_tower")
+    head = nn.utils.skip_init(nn.Linear, model.config.audio_config.output_dim, SILENCE + 1)
     nn.init.normal_(head.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
-    parameters = [*tower.parameters(), *head.parameters()]
+    parameters = [*audio_tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -109,7 +110,7 @@ def train_audio_tower(
         said = [
             toy_language.sample_prompt(prompts, False, MAX_SPOKEN_WORDS) for _ in range(BATCH_SIZE)
         ]
-        outputs, labels = _hear(thinker, extractor, speak, said, sounds)
+        outputs, labels = _hear(model, extractor, speak, said, sounds)
         loss = nn.functional.cross_entropy(head(outputs), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -122,7 +123,7 @@ def train_audio_tower(
         toy_language.sample_prompt(prompts, True, MAX_SPOKEN_WORDS) for _ in range(NUM_HELD_OUT)
     ]
     with torch.no_grad():
-        outputs, labels = _hear(thinker, extractor, speak, said, sounds)
+        outputs, labels = _hear(model, extractor, speak, said, sounds)
         share = (head(outputs).argmax(-1) == labels).float().mean().item()
     torch.set_num_threads(num_threads)
     return share

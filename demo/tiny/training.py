@@ -1,14 +1,15 @@
-"""A minute of plain training that teaches the small thinker the toy language, on chats in its own
+"""A minute of plain training that teaches the small model the toy language, on chats in its own
 template.
 """
 
 import math
 import random
 import sys
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
 from demo.tiny import toy_language
 from megatron_gkd.verify.reference import decoder
@@ -48,17 +49,15 @@ def _batch(
     return ids, labels
 
 
-def _response_logits(
-    thinker: Qwen3OmniMoeThinkerForConditionalGeneration, ids: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def _response_logits(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] of the trained positions only. No mask is needed: causal attention never sees
     right padding.
     """
-    return thinker.lm_head(thinker.model(input_ids=ids).last_hidden_state[labels != -100])
+    return model.lm_head(model.model(input_ids=ids).last_hidden_state[labels != -100])
 
 
 def held_out_accuracy(
-    thinker: Qwen3OmniMoeThinkerForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> dict[str, float]:
@@ -79,7 +78,7 @@ def held_out_accuracy(
         with torch.no_grad():
             right = torch.ones_like(labels, dtype=torch.bool)
             right[labels != -100] = (
-                _response_logits(thinker, ids, labels).argmax(-1) == labels[labels != -100]
+                _response_logits(model, ids, labels).argmax(-1) == labels[labels != -100]
             )
         shares[rule] = right.all(dim=1).float().mean().item()
     return shares
@@ -93,7 +92,7 @@ def learning_rate_share(step: int, num_steps: int, warmup_steps: int) -> float:
 
 
 def train_toy_language(
-    thinker: Qwen3OmniMoeThinkerForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_steps: int,
@@ -109,9 +108,9 @@ def train_toy_language(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # A loop over 8 small experts beats a grouped product here.
-    thinker.set_experts_implementation("eager")
+    model.set_experts_implementation("eager")
     generator = random.Random(seed)
-    parameters = [*decoder(thinker).parameters(), *thinker.lm_head.parameters()]
+    parameters = [*decoder(model).parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(
         list(dict.fromkeys(parameters)), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -133,7 +132,7 @@ def train_toy_language(
             rows.append(_encode(tokenizer, toy_language.conversation(prompt, rule, system_prompt)))
         ids, labels = _batch(rows, tokenizer.pad_token_id)
         loss = torch.nn.functional.cross_entropy(
-            _response_logits(thinker, ids, labels), labels[labels != -100]
+            _response_logits(model, ids, labels), labels[labels != -100]
         )
         optimizer.zero_grad()
         loss.backward()
@@ -142,6 +141,6 @@ def train_toy_language(
         progress.set_postfix(
             loss=f"{loss.item():.4f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False
         )
-    accuracy = held_out_accuracy(thinker, tokenizer, seed)
+    accuracy = held_out_accuracy(model, tokenizer, seed)
     torch.set_num_threads(num_threads)
     return accuracy

@@ -227,8 +227,7 @@ def with_responses(
 def _respond(
     view: BatchView, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> BatchView:
-    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones.
-    """
+    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones."""
     views = []
     for index, (length, response) in enumerate(zip(view.prompt_lengths.tolist(), responses)):
         prompt = view.input_ids[index, :length].tolist()

@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import (
 
 from megatron_gkd.data.rows import Messages
 from megatron_gkd.errors import DataError, RowError, shown
+from megatron_gkd.families import language_sections
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
@@ -223,10 +224,7 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
     folder = Path(folder)
     for name, places in (
         ("generation_config.json", [()]),
-        (
-            "config.json",
-            [(), ("thinker_config",), ("thinker_config", "text_config"), ("text_config",)],
-        ),
+        ("config.json", language_sections()),
     ):
         path = folder / name
         if not path.is_file():

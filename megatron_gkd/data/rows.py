@@ -340,8 +340,7 @@ def _conversation(
 
 
 def _alpaca_messages(row: dict, inline: _Inline) -> Messages:
-    """instruction, then input on a line of its own where there is one; the output is the response.
-    """
+    """instruction, then input on a line of its own where there is one; the output is the response."""
     parts = [_text(row[name], name) for name in ("instruction", "input") if name in row]
     prompt = "\n".join(part for part in parts if part)
     if not prompt.strip():

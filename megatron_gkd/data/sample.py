@@ -131,6 +131,8 @@ def encode_row(
     have, media that cannot be used or do not match their placeholders, and for a prompt that leaves
     no room for a response.
     """
+    if row.has_media:
+        processor.check_has_towers()
     if row.input_ids is not None:
         input_ids, labels = row.input_ids, list(row.labels)
         start = next(index for index, label in enumerate(labels) if label != IGNORED_LABEL)

@@ -1,8 +1,8 @@
-"""A conversion that may be killed at any moment: units of work, a journal of the finished ones, one
-rename at the end.
+"""A conversion that may be killed at any moment: shards, a journal of the finished ones, one rename
+at the end.
 
 Beside OUTPUT stands .OUTPUT.partial/ with `content/` (what OUTPUT will be), `journal.jsonl` (a line
-for each finished unit, written after its bytes are on the disk) and a lock. The same command
+for each finished shard, written after its bytes are on the disk) and a lock. The same command
 continues after the last line. When all is on the disk, `done` takes the journal's place, and OUTPUT
 appears by a rename, complete.
 """
@@ -34,8 +34,8 @@ class Job:
 
     output: Path
     identity: dict
-    unit_bytes: list[int]  # written by each unit
-    other_bytes: int  # written beside the units
+    shard_bytes: list[int]  # written by each shard
+    other_bytes: int  # written beside the shards
     sources: list[Path] = field(default_factory=list)  # folders that are read
 
     @property
@@ -89,7 +89,7 @@ def run_job(
 
 def _check_room(job: Job) -> None:
     check_output(job.output, job.sources)
-    check_disk(job.output, sum(job.unit_bytes) + job.other_bytes, done=_bytes_on_disk(job.content))
+    check_disk(job.output, sum(job.shard_bytes) + job.other_bytes, done=_bytes_on_disk(job.content))
 
 
 def _is_published(job: Job) -> bool:
@@ -120,10 +120,10 @@ def _convert(job: Job, prepare, work: Work, finish, num_workers: int) -> None:
     if job.content.exists() and not (job.partial / JOURNAL).exists():
         shutil.rmtree(job.content)  # nothing is known to be finished
     job.content.mkdir(exist_ok=True)
-    journal = Journal(job.partial / JOURNAL, job.identity, len(job.unit_bytes))
+    journal = Journal(job.partial / JOURNAL, job.identity, len(job.shard_bytes))
     prepare()
-    _sync_folders(job.partial)  # the names of the files that the units are written into
-    _run_units(job, journal, work, num_workers)
+    _sync_folders(job.partial)  # the names of the files that the shards are written into
+    _run_shards(job, journal, work, num_workers)
     finish(journal.results)
     _sync_tree(job.content)
     marker = job.partial / f"{DONE}.new"
@@ -134,8 +134,7 @@ def _convert(job: Job, prepare, work: Work, finish, num_workers: int) -> None:
 
 
 def _publish(job: Job) -> None:
-    """The journal goes first: without content it must not tell another run that units are finished.
-    """
+    """The journal goes first: without content it must not tell another run that shards are finished."""
     (job.partial / JOURNAL).unlink(missing_ok=True)
     sync(job.partial)
     if job.output.exists():
@@ -165,31 +164,31 @@ def _plain(identity: dict) -> dict:
     return json.loads(json.dumps(identity))
 
 
-def _run_units(job: Job, journal: "Journal", work: Work, num_workers: int) -> None:
-    todo = [unit for unit, result in enumerate(journal.results) if result is None]
-    total, left = sum(job.unit_bytes), sum(job.unit_bytes[unit] for unit in todo)
+def _run_shards(job: Job, journal: "Journal", work: Work, num_workers: int) -> None:
+    todo = [shard for shard, result in enumerate(journal.results) if result is None]
+    total, left = sum(job.shard_bytes), sum(job.shard_bytes[shard] for shard in todo)
     with tqdm(
         total=total, initial=total - left, unit="B", unit_scale=True, desc=job.output.name
     ) as bar:
-        for unit, result in run_workers(work, todo, min(num_workers, len(todo)), bar.update):
-            journal.add(unit, result)
+        for shard, result in run_workers(work, todo, min(num_workers, len(todo)), bar.update):
+            journal.add(shard, result)
 
 
 class Journal:
-    """The results of finished units, on disk as soon as they are known."""
+    """The results of finished shards, on disk as soon as they are known."""
 
-    def __init__(self, path: Path, identity: dict, num_units: int):
+    def __init__(self, path: Path, identity: dict, num_shards: int):
         """Raises ValueError when the file belongs to another conversion."""
         self.path = path
-        self.results: list[Any] = [None] * num_units
+        self.results: list[Any] = [None] * num_shards
         lines = (
             path.read_text().split("\n")[:-1] if path.is_file() else []
         )  # a line without its end was being written
         if lines and json.loads(lines[0]) != _plain(identity):
             raise ValueError(_OTHERS.format(path.parent))
         for line in lines[1:]:
-            unit, result = json.loads(line)
-            self.results[unit] = result
+            shard, result = json.loads(line)
+            self.results[shard] = result
         whole = "".join(line + "\n" for line in lines) or json.dumps(identity) + "\n"
         replacement = path.with_suffix(".new")
         replacement.write_text(whole)
@@ -197,18 +196,17 @@ class Journal:
         replacement.rename(path)
         sync(path.parent)
 
-    def add(self, unit: int, result: Any) -> None:
-        """Only after the unit's bytes are on the disk."""
-        self.results[unit] = result
+    def add(self, shard: int, result: Any) -> None:
+        """Only after the shard's bytes are on the disk."""
+        self.results[shard] = result
         with open(self.path, "a") as file:
-            file.write(json.dumps([unit, result]) + "\n")
+            file.write(json.dumps([shard, result]) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
 def check_output(output: Path, sources: Iterable[Path] = ()) -> None:
-    """Raise ValueError unless the folder is absent or empty, and in none of the folders `sources`.
-    """
+    """Raise ValueError unless the folder is absent or empty, and in none of the folders `sources`."""
     for source in sources:
         if output.resolve().is_relative_to(source.resolve()):
             raise ValueError(

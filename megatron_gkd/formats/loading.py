@@ -1,92 +1,85 @@
-"""Model folder -> this rank's parameters, read directly: each rank reads only the slices it owns.
+"""Model folder -> this rank's parameters, read directly: each rank reads only the slices it holds.
 
-A folder is Hugging Face's (folder.py) or a Megatron checkpoint (megatron_folder.py), written at any
-parallel layout. `pieces` pairs views of the local parameters with slices of the Hugging Face
-tensors, as the table (table.py) says.
+A folder is Hugging Face's (safetensors_folder.py) or a Megatron checkpoint (megatron_folder.py),
+written at any parallel layout. `parameter_slices` pairs slices of the local parameters with slices
+of the Hugging Face tensors, as the weight map says.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_gkd.formats.megatron_folder import MegatronFolder
 from megatron_gkd.formats.safetensors_folder import SafetensorsFolder, check_tensors
-from megatron_gkd.formats.torch_dist import find_checkpoint
-from megatron_gkd.formats.weight_map import COLUMNS, ROWS, Entry, table
+from megatron_gkd.formats.torch_dist import find_torch_dist
+from megatron_gkd.formats.weight_map import COLUMNS, ROWS, Entry, weight_map
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.qkv_layout import block
+from megatron_gkd.model.tensor_slice import ParameterSlice, block, cut_rows
+from megatron_gkd.parallel import Parallel
+
+# an entry of the weight map, the matrix in its stack, the parameter, the matrix in the parameter
+Matrix = tuple[Entry, tuple[int, ...], Tensor, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`target` (a view of a local parameter) is `tensor name`[index]."""
+def parameter_slices(
+    model: Any, model_args: ModelArgs, parallel: Parallel
+) -> Iterator[ParameterSlice]:
+    """Every frozen parameter of this stage, slice by slice: this rank's rows of each Hugging Face
+    tensor that a matrix is made of, or all rows and this rank's columns.
+    """
+    for entry, index, parameter, local in _matrices(model, model_args, parallel):
+        for stored, rows in cut_rows(entry.slices(index), _own_rows(entry, model_args, parallel)):
+            if entry.cut == COLUMNS and entry.columns is not None:
+                columns = block(entry.columns, parallel.tp_rank, parallel.tp_size)
+                stored = stored.with_columns(columns)
+            yield ParameterSlice(stored, parameter, (*local, rows))
 
-    target: Tensor
-    name: str
-    index: tuple[slice, ...]
 
-
-def pieces(model, model_args: ModelArgs, parallel) -> Iterator[Piece]:
-    """Every frozen parameter of this stage, as views paired with slices of the folder's tensors."""
+def _matrices(model: Any, model_args: ModelArgs, parallel: Parallel) -> Iterator[Matrix]:
+    """Every matrix (or vector) of this stage's frozen parameters."""
     on_this_stage = {
-        "embedding.": parallel.is_first_stage,
-        "decoder.": parallel.is_last_stage,
-        "output_layer.": parallel.is_last_stage,
+        "embedding": parallel.is_first_stage,
+        "decoder": parallel.is_last_stage,  # outside its layers: the final norm
+        "output_layer": parallel.is_last_stage,
     }
-    for entry in table(model_args):
-        if entry.stacked:
-            for layer in model.decoder.layers:
-                yield from _layer_pieces(layer, entry, model_args, parallel)
-        elif on_this_stage[entry.parameter.split(".")[0] + "."]:
-            yield from _matrix_pieces(
-                attrgetter(entry.parameter)(model).data, entry, (), model_args, parallel
-            )
+    for entry in weight_map(model_args):
+        parameter = attrgetter(entry.parameter)
+        if not entry.stacked:
+            if on_this_stage[entry.parameter.split(".")[0]]:
+                yield entry, (), parameter(model), ()
+            continue
+        for layer in model.decoder.layers:
+            number = layer.layer_number - 1
+            if len(entry.stacked) == 1:
+                yield entry, (number,), parameter(layer), ()
+                continue
+            for slot, expert in enumerate(layer.mlp.local_expert_indices):
+                yield entry, (number, expert), parameter(layer), (slot,)
 
 
-def _layer_pieces(layer, entry: Entry, model_args: ModelArgs, parallel) -> Iterator[Piece]:
-    parameter, number = attrgetter(entry.parameter)(layer).data, layer.layer_number - 1
-    if len(entry.stacked) == 1:
-        yield from _matrix_pieces(parameter, entry, (number,), model_args, parallel)
-    else:
-        for slot, expert in enumerate(layer.mlp.local_expert_indices):
-            yield from _matrix_pieces(
-                parameter[slot], entry, (number, expert), model_args, parallel
-            )
+def _own_rows(entry: Entry, model_args: ModelArgs, parallel: Parallel) -> slice:
+    """This rank's rows of a matrix, padding included."""
+    num_rows = entry.padded_rows(model_args, parallel.tp_size)
+    if entry.cut != ROWS:
+        return slice(0, num_rows)
+    return block(num_rows, parallel.tp_rank, parallel.tp_size)
 
 
-def _matrix_pieces(
-    parameter: Tensor, entry: Entry, index: tuple, model_args: ModelArgs, parallel
-) -> Iterator[Piece]:
-    """One local matrix (or vector): this rank's rows of each part, or all rows and its columns."""
-    rows = model_args.padded_vocab_size(parallel.tp_size) if entry.is_padded else entry.num_rows
-    owned = block(rows, parallel.tp_rank, parallel.tp_size) if entry.cut == ROWS else slice(0, rows)
-    columns = (
-        block(entry.columns, parallel.tp_rank, parallel.tp_size)
-        if entry.cut == COLUMNS
-        else slice(None)
-    )
-    if entry.is_padded:
-        parameter[
-            max(entry.num_rows - owned.start, 0) :
-        ].zero_()  # padding: zero here, masked in the loss and the sampler
-    for part in entry.parts:
-        first = max(part.offset, owned.start)
-        last = min(part.offset + part.stop - part.start, owned.stop)
-        if first < last:
-            of_part = slice(part.start + first - part.offset, part.start + last - part.offset)
-            target = parameter[first - owned.start : last - owned.start]
-            name = part.name.format(**entry.names(index))
-            yield Piece(target, name, (of_part,) if entry.columns is None else (of_part, columns))
+def _zero_padding(model: Any, model_args: ModelArgs, parallel: Parallel) -> None:
+    """The vocabulary's padding is zero here, and masked in the loss and the sampler."""
+    for entry, _, parameter, _ in _matrices(model, model_args, parallel):
+        if entry.is_padded:
+            first = _own_rows(entry, model_args, parallel).start
+            parameter.data[max(entry.num_rows - first, 0) :].zero_()
 
 
 def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder | MegatronFolder:
-    """The tensors of a model folder of either kind, checked against the sizes of its config.json.
-    """
-    checkpoint = find_checkpoint(folder)
+    """The tensors of a model folder of either kind, checked against the sizes of its config.json."""
+    checkpoint = find_torch_dist(folder)
     if checkpoint:
         return MegatronFolder(checkpoint, model_args)
     tensors = SafetensorsFolder(folder)
@@ -94,7 +87,7 @@ def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder 
     return tensors
 
 
-def load_weights(model, model_args: ModelArgs, parallel, folder: str | Path) -> int:
+def load_weights(model: Any, model_args: ModelArgs, parallel: Parallel, folder: str | Path) -> int:
     """Fill this stage's parameters from the folder's tensors, cast to their dtype. Returns the
     bytes it read.
 
@@ -102,19 +95,19 @@ def load_weights(model, model_args: ModelArgs, parallel, folder: str | Path) -> 
     is missing, unexpected or misshapen. No collectives. On a terminal rank 0 shows a bar.
     """
     tensors = open_folder(folder, model_args)
-    own, num_bytes = list(pieces(model, model_args, parallel)), 0
-    total, hidden = sum(piece.target.numel() for piece in own), None if parallel.rank == 0 else True
+    _zero_padding(model, model_args, parallel)
+    slices, num_bytes = list(parameter_slices(model, model_args, parallel)), 0
     with tqdm(
         desc="Weights of this rank",
-        total=total,
+        total=sum(part.view.numel() for part in slices),
         unit=" parameters",
         unit_scale=True,
-        disable=hidden,
+        disable=None if parallel.rank == 0 else True,
         leave=False,
     ) as bar:
-        for piece in own:
-            values = tensors.slice(piece.name)[piece.index]
+        for part in slices:
+            values = tensors.slice(part.stored.name)[part.stored.index]
             num_bytes += values.nbytes
-            piece.target.copy_(values)
-            bar.update(piece.target.numel())
+            part.view.copy_(values)
+            bar.update(values.numel())
     return num_bytes

@@ -1,8 +1,8 @@
 """A Megatron checkpoint read as if it were a Hugging Face folder: any rows and columns of a tensor,
 by its name there.
 
-The decoder is under megatron-core's keys, translated by the table. Tensors that are not trained
-(towers, talker, code2wav) travel in the same checkpoint under their own names behind
+The decoder is under megatron-core's keys, translated by the weight map. Tensors that are not
+trained (towers, talker, code2wav) are in the same checkpoint under their own names behind
 `huggingface.`, where megatron-core does not look.
 """
 
@@ -14,67 +14,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gkd.formats.safetensors_folder import DTYPE_NAMES
+from megatron_gkd.formats.stored_tensor import DECODER_DTYPES, SAFETENSORS_NAMES, as_rows
 from megatron_gkd.formats.torch_dist import METADATA, TorchDist
-from megatron_gkd.formats.weight_map import decoder_tensors, places, stored_entries
+from megatron_gkd.formats.weight_map import checkpoint_slices, decoder_tensors, stored_entries
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.model.tensor_slice import SlicePair, TensorSlice
 
-CARRIED = "huggingface."  # prefix of keys that are no part of the decoder
-_OPTIMIZER = re.compile(
-    r"(chained_\d+\.)?optimizer\."
-)  # its state beside the model, which is passed over
-DECODER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows `start:stop` of a Hugging Face tensor are rows from `offset` on of matrix `index` of the
-    stack `key`.
-    """
-
-    key: str
-    index: tuple[int, ...]
-    start: int
-    stop: int
-    offset: int
+FROZEN = "huggingface."  # prefix of the keys of weights that are not trained
+# The optimizer's state beside the model, which is not read.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor in the places of a checkpoint that hold its rows, not read: as folder.StoredTensor.
-    """
+    """A Hugging Face tensor in the slices of a checkpoint that hold its rows: a `LazyTensor`."""
 
     checkpoint: TorchDist
-    spans: tuple[Span, ...]
+    pairs: tuple[SlicePair, ...]
     size: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.checkpoint.dtypes[self.spans[0].key]
+        return self.checkpoint.dtypes[self.pairs[0].mcore.name]
 
     def get_shape(self) -> list[int]:
         return list(self.size)
 
     def get_dtype(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+        return SAFETENSORS_NAMES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.size) * self.dtype.itemsize
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        wanted, found = range(*index[0].indices(self.size[0] if self.size else 1)), []
-        for span in self.spans:
-            first, last = max(wanted.start, span.start), min(wanted.stop, span.stop)
-            if first < last:
-                rows = slice(first + span.offset - span.start, last + span.offset - span.start)
-                found.append(self.checkpoint.read(span.key, span.index, rows, *index[1:]))
-        block = found[0] if len(found) == 1 else torch.cat(found)
-        return (
-            block
-            if len(index) > 1
-            else block.reshape([len(wanted), *self.size[1:]] if self.size else [])
-        )
+        start, stop, _ = index[0].indices(self.size[0] if self.size else 1)
+        parts = [pair.within(slice(start, stop)) for pair in self.pairs]
+        stored = [part.mcore for part in parts if part is not None]
+        if len(index) > 1:
+            stored = [rows.with_columns(index[1]) for rows in stored]
+        found = [self.checkpoint.read(wanted) for wanted in stored]
+        matrix = found[0] if len(found) == 1 else torch.cat(found)
+        return matrix if len(index) > 1 else as_rows(matrix, self.size)
 
 
 class MegatronFolder:
@@ -90,15 +71,17 @@ class MegatronFolder:
         self._check(model_args)
         self.tensors: dict[str, CheckpointTensor] = {}
         sizes = decoder_tensors(model_args)
-        for name, rows in places(model_args).items():
-            spans = tuple(
-                Span(self.prefix + p.entry.key, p.index, p.start, p.stop, p.offset) for p in rows
+        for name, pairs in checkpoint_slices(model_args).items():
+            prefixed = tuple(
+                SlicePair(pair.hf, TensorSlice(self.prefix + pair.mcore.name, pair.mcore.index))
+                for pair in pairs
             )
-            self.tensors[name] = CheckpointTensor(self.checkpoint, spans, sizes[name])
+            self.tensors[name] = CheckpointTensor(self.checkpoint, prefixed, sizes[name])
         for key, size in self.checkpoint.sizes.items():
-            if key.startswith(CARRIED):
-                span = Span(key, (), 0, size[0] if size else 1, 0)
-                self.tensors[key[len(CARRIED) :]] = CheckpointTensor(self.checkpoint, (span,), size)
+            if key.startswith(FROZEN):
+                name, rows = key[len(FROZEN) :], (slice(0, size[0] if size else 1),)
+                pair = SlicePair(TensorSlice(name, rows), TensorSlice(key, rows))
+                self.tensors[name] = CheckpointTensor(self.checkpoint, (pair,), size)
 
     def slice(self, name: str) -> CheckpointTensor:
         """Tensor `name`, not read: `[index]` reads only those bytes."""
@@ -122,9 +105,9 @@ class MegatronFolder:
         sizes = {
             key: size
             for key, size in self.checkpoint.sizes.items()
-            if not key.startswith(CARRIED) and not _OPTIMIZER.match(key)
+            if not key.startswith(FROZEN) and not _OPTIMIZER.match(key)
         }
-        for entry in stored_entries(model_args):
+        for entry in stored_entries(model_args).values():
             key, wanted = self.prefix + entry.key, (*entry.stacked, *entry.matrix_size())
             found = sizes.pop(key, None)
             if found is None:
@@ -141,7 +124,8 @@ class MegatronFolder:
             dtype = self.checkpoint.dtypes[key]
             if dtype not in DECODER_DTYPES:
                 raise ValueError(
-                    f"{self.folder / METADATA}: tensor {key} is {dtype}, expected one of {DECODER_DTYPES}"
+                    f"{self.folder / METADATA}: tensor {key} is {dtype}, "
+                    f"expected one of {DECODER_DTYPES}"
                 )
         if sizes:
             more = f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""

@@ -6,87 +6,18 @@ name them.
 """
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from megatron_gkd.formats.byte_range import read_block
+from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES, StoredTensor
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import ModelArgs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Parts of a Qwen3-Omni folder that are not the decoder. Names below are relative to the thinker's
-# prefix.
-_TOWERS = ("audio_tower.", "visual.")
-_OTHER_MODELS = ("talker.", "code2wav.")
-DECODER_DTYPES = ("BF16", "F16", "F32")
-DTYPES = {  # safetensors' names
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "BOOL": torch.bool,
-    },
-    **{
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-    },
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 _ROWS_AT_ONCE = 4096  # of two matrices that are compared
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file, not read: `[rows, columns]` reads those of a matrix, `[rows]`
-    whole rows.
-    """
-
-    path: Path
-    name: str
-    dtype_name: str
-    size: tuple[int, ...]
-    start: int  # first byte in the file
-
-    def get_shape(self) -> list[int]:
-        return list(self.size)
-
-    def get_dtype(self) -> str:
-        return self.dtype_name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Raises ValueError for a type that torch does not have."""
-        if self.dtype_name not in DTYPES:
-            raise ValueError(
-                f"{self.path}: tensor {self.name} is {self.dtype_name}, expected one of {sorted(DTYPES)}"
-            )
-        return DTYPES[self.dtype_name]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.size) * self.dtype.itemsize
-
-    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        rows = range(*index[0].indices(self.size[0])) if self.size else range(1)
-        width = math.prod(self.size[1:])
-        columns = range(*index[1].indices(width)) if len(index) > 1 else range(width)
-        block = read_block(self.path, self.start, self.dtype, width, rows, columns)
-        return (
-            block
-            if len(index) > 1
-            else block.reshape([len(rows), *self.size[1:]] if self.size else [])
-        )
 
 
 def read_header(path: Path) -> bytes:
@@ -203,12 +134,14 @@ class SafetensorsFolder:
 
 def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
     """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to
-    a Qwen3-Omni. Reads headers only, and both matrices of a tied head that is stored twice.
+    a tower or another model of the family. Reads headers only, and both matrices of a tied head
+    that is stored twice.
     """
     expected = decoder_tensors(model_args)
     missing = [name for name in expected if name not in folder.file_of]
-    known = tuple(model_args.prefix + tower for tower in _TOWERS) + (
-        _OTHER_MODELS if model_args.prefix else ()
+    family, prefix = model_args.family, model_args.prefix
+    known = tuple(f"{prefix}{tower.name}." for tower in family.towers) + (
+        family.other_models if prefix else ()
     )
     extra = [name for name in folder.file_of if name not in expected and not name.startswith(known)]
     if model_args.tie_word_embeddings:
@@ -231,9 +164,10 @@ def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
             raise ValueError(
                 f"{file}: tensor {name} has shape {list(tensor.get_shape())}, config.json asks for {list(size)}"
             )
-        if tensor.get_dtype() not in DECODER_DTYPES:
+        if tensor.get_dtype() not in DECODER_DTYPE_NAMES:
             raise ValueError(
-                f"{file}: tensor {name} is {tensor.get_dtype()}, expected one of {DECODER_DTYPES} (nothing quantised)"
+                f"{file}: tensor {name} is {tensor.get_dtype()}, "
+                f"expected one of {DECODER_DTYPE_NAMES} (nothing quantised)"
             )
     if model_args.tie_word_embeddings and f"{model_args.prefix}lm_head.weight" in folder.file_of:
         _check_tied(folder, model_args)

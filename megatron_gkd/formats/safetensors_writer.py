@@ -1,5 +1,5 @@
-"""Writing a Hugging Face folder whose files' headers are known: tensors go to their places in files
-of final size.
+"""Writing a Hugging Face folder whose files' headers are known: every tensor goes to its bytes in a
+file that has its final size from the start.
 
 Used by `megatron_to_hf` and `merge_lora`. Several processes write into one file; nothing is
 gathered in memory.
@@ -7,137 +7,73 @@ gathered in memory.
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
-from megatron_gkd.formats.byte_range import memory
-from megatron_gkd.formats.extra_files import copy_travellers, total_bytes
-from megatron_gkd.formats.job import Job, content_of, file_states, run_job
-from megatron_gkd.formats.manifest import Manifest, describe_file
-from megatron_gkd.formats.safetensors_folder import (
-    INDEX,
-    SafetensorsFolder,
-    StoredTensor,
-    stored_tensors,
+from megatron_gkd.formats.job import Job, content_of, run_job
+from megatron_gkd.formats.manifest import (
+    Manifest,
+    copy_extra_files,
+    describe_file,
+    describe_tensors,
+    total_bytes,
 )
-from megatron_gkd.formats.shards import UNIT_BYTES, Unit, plan_units, row_blocks
-from megatron_gkd.model.args import ModelArgs
-
-Change = Callable[
-    [str, slice, Tensor], Tensor
-]  # (name, rows, their values) -> what is written, of the same dtype
-
-
-@dataclass(frozen=True)
-class HfFolderPlan:
-    """A folder to be written. `tensors`: name -> where it is read; `expected`: hashes that what is
-    read must have.
-    """
-
-    made_by: str
-    source: Path
-    model_args: ModelArgs
-    headers: dict[str, bytes]  # file -> its safetensors header
-    index: bytes | None
-    tensors: dict[str, object]  # folder.StoredTensor or megatron_folder.CheckpointTensor
-    travellers_folder: Path
-    travellers: list[str]
-    expected: Manifest | None
-    states: dict  # sizes and times of the files read
-    change: Change | None = None
-    change_identity: list = field(default_factory=list)  # all that the change depends on
-    change_folders: list[Path] = field(default_factory=list)  # that the change reads
-
-    @property
-    def folders_read(self) -> list[Path]:
-        return [self.source, self.travellers_folder, *self.change_folders]
-
-    def files(self, folder: Path) -> dict[str, dict[str, StoredTensor]]:
-        return {
-            name: stored_tensors(folder / name, header) for name, header in self.headers.items()
-        }
-
-    def check(self) -> None:
-        """Raise ValueError for a tensor that the source has not, has in another dtype or shape, or
-        has too many.
-        """
-        source = self.source
-        wanted = {
-            name: tensor
-            for tensors in self.files(source).values()
-            for name, tensor in tensors.items()
-        }
-        for name, tensor in wanted.items():
-            if name not in self.tensors:
-                raise ValueError(f"{source}: misses tensor {name}")
-            found = self.tensors[name]
-            if (found.get_dtype(), found.get_shape()) != (tensor.dtype_name, list(tensor.size)):
-                raise ValueError(
-                    f"{source}: tensor {name} is {found.get_dtype()} {found.get_shape()}, "
-                    f"the Hugging Face folder has {tensor.dtype_name} {list(tensor.size)}"
-                )
-        extra = [name for name in self.tensors if name not in wanted]
-        if extra:
-            raise ValueError(
-                f"{source}: tensor {extra[0]} and {len(extra) - 1} more have no place in the folder"
-            )
-
-    def identity(self, unit_bytes: int) -> dict:
-        return {
-            "tool": f"{self.made_by} 1",
-            "source": str(self.source.absolute()),
-            "files": self.states | file_states(self.travellers_folder, self.travellers),
-            "change": self.change_identity,
-            "unit_bytes": unit_bytes,
-        }
+from megatron_gkd.formats.safetensors_folder import INDEX, SafetensorsFolder
+from megatron_gkd.formats.sources import FolderSource
+from megatron_gkd.formats.stored_tensor import (
+    SHARD_BYTES,
+    Shard,
+    StoredTensor,
+    memory,
+    plan_shards,
+    row_blocks,
+)
+from megatron_gkd.formats.workers import Report
 
 
 def write_hf_folder(
-    plan: HfFolderPlan, output: Path, num_workers: int, unit_bytes: int = UNIT_BYTES
+    source: FolderSource, output: Path, num_workers: int, shard_bytes: int = SHARD_BYTES
 ) -> str:
     """Write the folder, return a line for the user. Raises ValueError as `run_job`, or naming a
     damaged tensor.
     """
     output = output.absolute()
-    files = plan.files(content_of(output))
-    units = plan_units(files, unit_bytes)
+    files = source.files(content_of(output))
+    shards = plan_shards(files, shard_bytes)
     job = Job(
         output,
-        identity=plan.identity(unit_bytes),
-        unit_bytes=[unit.num_bytes for unit in units],
-        other_bytes=total_bytes(plan.travellers_folder, plan.travellers)
-        + sum(map(len, plan.headers.values())),
-        sources=plan.folders_read,
+        identity=source.identity(shard_bytes),
+        shard_bytes=[shard.num_bytes for shard in shards],
+        other_bytes=total_bytes(source.extra_files_folder, source.extra_files)
+        + sum(map(len, source.headers.values())),
+        sources=source.folders_read,
     )
 
     def prepare() -> None:
-        for name, header in plan.headers.items():
+        for name, header in source.headers.items():
             write_header(
                 job.content / name, header, sum(tensor.num_bytes for tensor in files[name].values())
             )
 
-    def work(number: int, report) -> dict:
-        return write_unit(plan, units[number], files[units[number].file], report)
+    def work(number: int, report: Report) -> dict:
+        return write_shard(source, shards[number], files[shards[number].file], report)
 
     def finish(results: list[dict]) -> None:
-        manifest = Manifest(plan.made_by, tensors=describe_tensors(files, results))
-        copy_travellers(
-            plan.travellers_folder, plan.travellers, job.content, manifest, plan.expected
+        tensors = {name: tensor for found in files.values() for name, tensor in found.items()}
+        hashes = {name: sha256 for result in results for name, sha256 in result["sha256"].items()}
+        manifest = Manifest(source.made_by, tensors=describe_tensors(tensors, hashes))
+        copy_extra_files(
+            source.extra_files_folder, source.extra_files, job.content, manifest, source.expected
         )
-        if plan.index is not None:
-            (job.content / INDEX).write_bytes(plan.index)
+        if source.index is not None:
+            (job.content / INDEX).write_bytes(source.index)
             manifest.files[INDEX] = describe_file(job.content / INDEX)
-        SafetensorsFolder(
-            job.content
-        )  # raises where a file has not the size that its header asks for
+        # Raises where a file has not the size that its header asks for.
+        SafetensorsFolder(job.content)
         manifest.write(job.content)
 
     if not run_job(job, prepare, work, finish, num_workers):
         return f"{output} was complete already"
-    return f"{len(plan.tensors)} tensors in {output}"
+    return f"{len(source.tensors)} tensors in {output}"
 
 
 def write_header(path: Path, header: bytes, num_bytes: int) -> None:
@@ -153,13 +89,15 @@ def write_header(path: Path, header: bytes, num_bytes: int) -> None:
         os.close(descriptor)
 
 
-def write_unit(plan: HfFolderPlan, unit: Unit, targets: dict[str, StoredTensor], report) -> dict:
-    """The unit's tensors at their places, on the disk when this returns. -> their SHA-256."""
+def write_shard(
+    source: FolderSource, shard: Shard, targets: dict[str, StoredTensor], report: Report
+) -> dict:
+    """The shard's tensors in their file, on the disk when this returns. -> their SHA-256."""
     hashes = {}
-    descriptor = os.open(targets[unit.names[0]].path, os.O_WRONLY)
+    descriptor = os.open(targets[shard.names[0]].path, os.O_WRONLY)
     try:
-        for name in unit.names:
-            hashes[name] = _write_tensor(plan, name, targets[name], descriptor, report)
+        for name in shard.names:
+            hashes[name] = _write_tensor(source, name, targets[name], descriptor, report)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -167,46 +105,24 @@ def write_unit(plan: HfFolderPlan, unit: Unit, targets: dict[str, StoredTensor],
 
 
 def _write_tensor(
-    plan: HfFolderPlan, name: str, target: StoredTensor, descriptor: int, report
+    source: FolderSource, name: str, target: StoredTensor, descriptor: int, report: Report
 ) -> str:
-    source, read, written, offset = (
-        plan.tensors[name],
-        hashlib.sha256(),
-        hashlib.sha256(),
-        target.start,
-    )
+    read, written, offset = hashlib.sha256(), hashlib.sha256(), target.start
     for rows in row_blocks(target):
-        block = source[(rows,)]
+        block = source.tensors[name][(rows,)]
         read.update(memory(block))
-        if plan.change:
-            block = plan.change(name, rows, block).contiguous()
+        if source.change:
+            block = source.change(name, rows, block).contiguous()
             written.update(memory(block))
         write_all(descriptor, memory(block), offset)
         offset += block.nbytes
         report(block.nbytes)
-    if plan.expected:
-        plan.expected.check_tensor(name, read.hexdigest(), plan.travellers_folder)
-    return (written if plan.change else read).hexdigest()
+    if source.expected:
+        source.expected.check_tensor(name, read.hexdigest(), source.extra_files_folder)
+    return (written if source.change else read).hexdigest()
 
 
-def write_all(descriptor: int, data, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-def describe_tensors(
-    files: dict[str, dict[str, StoredTensor]], results: list[dict]
-) -> dict[str, dict]:
-    """The manifest's part on tensors, from the units' hashes."""
-    tensors = {name: tensor for found in files.values() for name, tensor in found.items()}
-    hashes = {name: sha256 for result in results for name, sha256 in result["sha256"].items()}
-    return {
-        name: {
-            "dtype": t.dtype_name,
-            "shape": list(t.size),
-            "bytes": t.num_bytes,
-            "sha256": hashes[name],
-        }
-        for name, t in tensors.items()
-    }

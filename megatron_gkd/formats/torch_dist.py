@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_gkd.formats.byte_range import read_block
+from megatron_gkd.formats.stored_tensor import read_block
+from megatron_gkd.model.tensor_slice import TensorSlice
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"
@@ -160,9 +161,11 @@ class _FileRange(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A box of one tensor, stored as one `torch.save` stream at bytes `start:start + length` of
-    `file`.
+class StoredChunk:
+    """What one `torch.save` stream, bytes `start:start + length` of `file`, holds of a tensor.
+
+    No TensorSlice: it has an offset and a size on every axis, as torch.distributed.checkpoint
+    counts them, and may span several matrices of a stack.
     """
 
     offsets: tuple[int, ...]
@@ -172,7 +175,7 @@ class Chunk:
     length: int
 
 
-def find_checkpoint(folder: str | Path) -> Path | None:
+def find_torch_dist(folder: str | Path) -> Path | None:
     """The torch_dist folder that `folder` is, or points to with a tracker file; None where there is
     none.
     """
@@ -202,8 +205,8 @@ class TorchDist:
         }
         self.sizes = {key: tuple(t.size) for key, t in tensors.items()}
         self.dtypes = {key: t.properties.dtype for key, t in tensors.items()}
-        self._chunks: dict[str, list[Chunk]] = {key: [] for key in tensors}
-        self._stacks: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
+        self._chunks: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
+        self._stacks: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
         self._payloads: dict[tuple[str, int], int] = {}
         storage = {
             (index.fqn, tuple(index.offset or ())): info for index, info in storage_data.items()
@@ -247,7 +250,7 @@ class TorchDist:
                 f"{self.folder / info.relative_path}: tensor {key} is stored transformed, which is not read"
             )
         self._chunks[key].append(
-            Chunk(offsets, sizes, info.relative_path, info.offset, info.length)
+            StoredChunk(offsets, sizes, info.relative_path, info.offset, info.length)
         )
 
     def _check_files(self) -> None:
@@ -264,30 +267,33 @@ class TorchDist:
                     f"{path}: truncated, {path.stat().st_size} bytes where {METADATA} asks for {end}"
                 )
 
-    def read(
-        self, key: str, index: tuple[int, ...], rows: slice, columns: slice = slice(None)
-    ) -> Tensor:
-        """Rows and columns of the matrix at `index` of the stack `key`, [rows, columns] in the
+    def read(self, wanted: TensorSlice) -> Tensor:
+        """The rows, and columns, that are wanted of one matrix of a stack, [rows, columns] in the
         stored dtype.
 
         A vector has one column, a tensor of more axes as many as its axes after the first hold
         together. Raises ValueError where chunks do not cover them or a file is damaged.
         """
+        key = wanted.name
+        index = tuple(part for part in wanted.index if isinstance(part, int))
+        slices = [part for part in wanted.index if isinstance(part, slice)]
         size = _as_matrix(self.sizes[key][len(index) :])
-        wanted = [range(*part.indices(n)) for part, n in zip((rows, columns), size)]
-        found = torch.empty(*map(len, wanted), dtype=self.dtypes[key])
+        asked = [range(*part.indices(n)) for part, n in zip((*slices, slice(None)), size)]
+        found = torch.empty(*map(len, asked), dtype=self.dtypes[key])
         missing = found.numel()
         for chunk in self._chunks_at(key, index):
             first, size = chunk.offsets[len(index) :], _as_matrix(chunk.sizes[len(index) :])
-            box = [range(o, o + n) for o, n in zip((*first, 0, 0), size)]
-            both = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(wanted, box)]
+            held = [range(o, o + n) for o, n in zip((*first, 0, 0), size)]
+            both = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(asked, held)]
             if all(map(len, both)):
-                local = [range(b.start - a.start, b.stop - a.start) for a, b in zip(box, both)]
-                values = self._read_chunk(key, chunk, index, *local)
+                rows, columns = (
+                    range(b.start - h.start, b.stop - h.start) for h, b in zip(held, both)
+                )
+                values = self._read_chunk(key, chunk, index, rows, columns)
                 if values.shape == found.shape:
                     return values
                 found[
-                    tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(wanted, both))
+                    tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(asked, both))
                 ] = values
                 missing -= values.numel()
         if missing:
@@ -296,7 +302,7 @@ class TorchDist:
             )
         return found
 
-    def _chunks_at(self, key: str, index: tuple[int, ...]) -> list[Chunk]:
+    def _chunks_at(self, key: str, index: tuple[int, ...]) -> list[StoredChunk]:
         if (key, len(index)) not in self._stacks:
             stack = self._stacks[key, len(index)] = {}
             for chunk in self._chunks[key]:
@@ -307,7 +313,7 @@ class TorchDist:
         return self._stacks[key, len(index)].get(index, [])
 
     def _read_chunk(
-        self, key: str, chunk: Chunk, index: tuple[int, ...], rows: range, columns: range
+        self, key: str, chunk: StoredChunk, index: tuple[int, ...], rows: range, columns: range
     ) -> Tensor:
         """Rows and columns, by their numbers in the chunk, of its matrix at `index`."""
         number, size = 0, _as_matrix(chunk.sizes[len(index) :])
@@ -316,7 +322,7 @@ class TorchDist:
         start = self._payload(key, chunk) + number * math.prod(size) * self.dtypes[key].itemsize
         return read_block(self.folder / chunk.file, start, self.dtypes[key], size[1], rows, columns)
 
-    def _payload(self, key: str, chunk: Chunk) -> int:
+    def _payload(self, key: str, chunk: StoredChunk) -> int:
         """First byte of the chunk's elements in its file. A chunk is a zip archive with the
         elements in one entry.
         """

@@ -28,19 +28,24 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_gkd.formats.torch_dist import CONFIG, METADATA, TRACKER
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.model.tensor_slice import TensorSlice
 
 RELEASE = "release"  # Megatron-LM's name for the iteration folder of a converted model
 HEADERS = "huggingface"  # beside it: the index and the headers of the folder's safetensors files
 EXTRA_STATE_FILE = "__extra_state_0.distcp"
 
 
-def write_chunk(file: BinaryIO, key: str, offsets: Iterable[int], values: Tensor) -> list:
-    """Append one chunk. Returns its record [key, offsets, sizes, first byte, length] for
-    `write_description`.
+def write_chunk(file: BinaryIO, place: TensorSlice, values: Tensor) -> list:
+    """Append `values`, rows (and columns) of one matrix, as the chunk at `place` in the checkpoint.
+    Returns its record [key, offsets, sizes, first byte, length] for `write_description`.
     """
+    offsets = [part if isinstance(part, int) else part.start for part in place.index]
+    num_stacked = sum(isinstance(part, int) for part in place.index)
+    num_axes = num_stacked + values.dim()
+    sizes = [1] * num_stacked + list(values.shape)
     start = file.tell()
-    torch.save(values, file)
-    return [key, list(offsets), list(values.shape), start, file.tell() - start]
+    torch.save(values.reshape(sizes), file)
+    return [place.name, (offsets + [0] * num_axes)[:num_axes], sizes, start, file.tell() - start]
 
 
 def write_description(
@@ -68,9 +73,9 @@ def write_description(
     described = tensors | _write_extra_states(folder, model_args, storage)
     with open(folder / METADATA, "wb") as file:
         pickle.dump(Metadata(described, planner_data=None, storage_data=storage), file)
-    layout = {"singleton_local_shards": False, "non_homogeneous_layers": False}
+    content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     torch.save(
-        {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": layout},
+        {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content},
         folder / "common.pt",
     )
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

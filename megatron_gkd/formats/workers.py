@@ -1,5 +1,5 @@
-"""Units of work on several processes, with results and progress as they come; no process outlives
-the command.
+"""Shards on several processes, with results and progress as they come; no process outlives the
+command.
 """
 
 import multiprocessing
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 Report = Callable[[int], None]  # called with a number of bytes done
-Work = Callable[[int, Report], Any]  # unit number, report -> result
+Work = Callable[[int, Report], Any]  # shard number, report -> result
 
 
 def run_workers(
-    work: Work, units: Iterable[int], num_workers: int, report: Report
+    work: Work, shards: Iterable[int], num_workers: int, report: Report
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (unit, work(unit)) as units finish. `report` is called in this process.
+    """Yield (shard, work(shard)) as shards finish. `report` is called in this process.
 
-    Raises ValueError with a worker's own message when its unit fails, RuntimeError when a worker
+    Raises ValueError with a worker's own message when its shard fails, RuntimeError when a worker
     dies.
     """
-    todo = iter(units)
+    todo = iter(shards)
     workers: dict[Connection, multiprocessing.Process] = {}
     context = multiprocessing.get_context(
         "fork"
@@ -64,7 +64,7 @@ def _receive(connection: Connection) -> tuple:
 
 
 def _serve(connection: Connection, work: Work, parent: int) -> None:
-    """A worker's life: one unit after the other until None comes. Leaves at once when the parent is
+    """A worker's life: one shard after the other until None comes. Leaves at once when the parent is
     gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -81,12 +81,12 @@ def _serve(connection: Connection, work: Work, parent: int) -> None:
     while True:
         while not connection.poll(0.5):
             leave_if_orphaned()
-        unit = connection.recv()
-        if unit is None:
+        shard = connection.recv()
+        if shard is None:
             connection.send(("bye",))
             return
         try:
-            connection.send(("done", unit, work(unit, report)))
+            connection.send(("done", shard, work(shard, report)))
         except Exception as error:  # whatever it is, the command says it and stops
             kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
             connection.send(("error", f"{kind}{error}"))

@@ -3,6 +3,6 @@ student, PEFT adapters in and out.
 """
 
 from megatron_gkd.lora.apply import apply_lora
-from megatron_gkd.lora.modules import lora_enabled
+from megatron_gkd.lora.slots import as_student, as_teacher
 
-__all__ = ["apply_lora", "lora_enabled"]
+__all__ = ["apply_lora", "as_student", "as_teacher"]

@@ -1,49 +1,58 @@
-"""The adapter's tensors <-> this rank's LoRA parameters, as one table.
+"""The adapter's tensors <-> this rank's LoRA parameters, as one mapping.
 
 `adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their
-shapes; `adapter_pieces` pairs slices of local parameters with slices of those tensors. The same
-table starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
+shapes; `adapter_slices` pairs slices of local parameters with slices of those tensors. The same
+mapping starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
 which have the parameters' shapes, into and out of a checkpoint at any parallel layout
 (checkpoint.py).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megatron_gkd.lora.modules import (
-    LoraColumnParallel,
-    LoraGrouped,
-    LoraLinear,
-    LoraModule,
-    lora_modules,
-)
-from megatron_gkd.lora.targets import HEAD
+from megatron_gkd.lora.slots import STUDENT, LoraSlot, slot_of
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.qkv_layout import block
+from megatron_gkd.model.tensor_slice import Index, ParameterSlice, TensorSlice, block
+from megatron_gkd.parallel import Parallel
+
+# The linears that can carry LoRA, as Hugging Face and PEFT name them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION + EXPERTS
+HEAD = "lm_head"
 
 # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the
 # whole model would ignore it.
 THINKER = "base_model.model.thinker."
 ROOT = f"{THINKER}model.layers."
+_ALL = slice(None)
 
 
-@dataclass(frozen=True)
-class AdapterPiece:
-    """`parameter`[where] is `tensor name`[index]. `owned`: this rank writes the piece (others hold
-    copies of it).
+class Applied(NamedTuple):
+    """What an adapter on the decoder is: rank, scale alpha / rank, targeted linears."""
+
+    rank: int
+    scale: float
+    targets: list[str]
+
+
+def resolve_targets(names: list[str]) -> list[str]:
+    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of
+    the decoder's layers; lm_head is not one of them and has to be named.
+
+    Raises ValueError naming a linear that the model does not have.
     """
-
-    parameter: Tensor
-    where: tuple
-    name: str
-    index: tuple[slice, slice]
-    owned: bool
-
-    @property
-    def target(self) -> Tensor:
-        return self.parameter.data[self.where]
+    if any(name.lower() in ("all", "all-linear", "all_linear") for name in names):
+        return list(LINEARS)
+    unknown = [name for name in names if name not in (*LINEARS, HEAD)]
+    if unknown or not names:
+        raise ValueError(
+            f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of "
+            f"{', '.join((*LINEARS, HEAD))}"
+        )
+    return [name for name in (*LINEARS, HEAD) if name in names]
 
 
 def adapter_tensors(
@@ -90,122 +99,107 @@ def adapter_tensors(
     return tensors
 
 
-def tower_loras(model) -> dict[str, LoraLinear]:
-    """The towers' linears that carry LoRA, by name ("audio_tower.layers.0.fc1"); none on later
-    pipeline stages.
+def tower_loras(model: Any, slot: str = STUDENT) -> dict[str, LoraSlot]:
+    """LoRA on the towers in `slot`, by linear ("audio_tower.layers.0.fc1"); none on later pipeline
+    stages.
     """
     towers = getattr(model, "towers", None)
-    modules = towers.named_modules() if towers is not None else ()
-    return {name: module for name, module in modules if isinstance(module, LoraLinear)}
+    found = {}
+    for name, module in towers.named_modules() if towers is not None else ():
+        if (matrices := slot_of(module, slot)) is not None:
+            found[name] = matrices
+    return found
 
 
-def tower_tensors(model) -> dict[str, tuple[int, int]]:
-    """As `adapter_tensors`, of the towers' LoRA."""
+def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]:
+    """As `adapter_tensors`, of the towers' LoRA in `slot`."""
     tensors = {}
-    for linear, module in tower_loras(model).items():
-        tensors[f"{THINKER}{linear}.lora_A.weight"] = (module.rank, module.base.in_features)
-        tensors[f"{THINKER}{linear}.lora_B.weight"] = (module.base.out_features, module.rank)
+    for linear, matrices in tower_loras(model, slot).items():
+        (down,), (up,) = matrices.down.values(), matrices.up.values()
+        tensors[f"{THINKER}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
+        tensors[f"{THINKER}{linear}.lora_B.weight"] = (up.shape[0], up.shape[1])
     return tensors
 
 
-def adapter_pieces(model, model_args: ModelArgs, parallel) -> Iterator[AdapterPiece]:
-    """Every LoRA parameter of this stage, as slices paired with slices of the adapter's tensors."""
-    whole = slice(None)
+def adapter_slices(
+    model: Any, model_args: ModelArgs, parallel: Parallel, slot: str = STUDENT
+) -> Iterator[ParameterSlice]:
+    """Every LoRA parameter of `slot` on this stage, slice by slice, with what it is in the adapter."""
+    tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     writes_sharded = parallel.dp_rank == 0
-    writes_replicated = writes_sharded and parallel.tp_rank == 0
+    writes_replicated = writes_sharded and tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
-    for linear, module in tower_loras(model).items():
-        (down,), (up,) = module.down.values(), module.up.values()
-        yield AdapterPiece(
-            down, (whole,), f"{THINKER}{linear}.lora_A.weight", (whole, whole), writes_replicated
-        )
-        yield AdapterPiece(
-            up, (whole,), f"{THINKER}{linear}.lora_B.weight", (whole, whole), writes_replicated
-        )
+    for linear, matrices in tower_loras(model, slot).items():
+        (down,), (up,) = matrices.down.values(), matrices.up.values()
+        yield _slice(f"{THINKER}{linear}.lora_A", down, writes_replicated)
+        yield _slice(f"{THINKER}{linear}.lora_B", up, writes_replicated)
     for layer in model.decoder.layers:
         base = f"{ROOT}{layer.layer_number - 1}"
+        attention = f"{base}.self_attn"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
-        if isinstance(qkv, LoraColumnParallel):
-            for name, down in qkv.down.items():
-                yield AdapterPiece(
-                    down,
-                    (whole,),
-                    f"{base}.self_attn.{name}.lora_A.weight",
-                    (whole, whole),
-                    writes_replicated,
-                )
-            for segment, first in qkv.target_segments():
-                where, index = (
-                    (slice(first, first + segment.num_rows),),
-                    (slice(segment.start, segment.stop), whole),
-                )
-                yield AdapterPiece(
-                    qkv.up[segment.name],
-                    where,
-                    f"{base}.self_attn.{segment.name}.lora_B.weight",
-                    index,
+        if (matrices := slot_of(qkv, slot)) is not None:
+            for name, down in matrices.down.items():
+                yield _slice(f"{attention}.{name}.lora_A", down, writes_replicated)
+            for segment, first in qkv.target_segments(matrices):
+                yield _slice(
+                    f"{attention}.{segment.name}.lora_B",
+                    matrices.up[segment.name],
                     writes_sharded,
+                    index=(*segment.index, _ALL),
+                    where=(slice(first, first + segment.num_rows),),
                 )
-        if isinstance(proj, LoraModule):
-            columns = block(
-                model_args.num_attention_heads * model_args.head_dim,
-                parallel.tp_rank,
-                parallel.tp_size,
-            )
-            yield AdapterPiece(
-                proj.down["o_proj"],
-                (whole,),
-                f"{base}.self_attn.o_proj.lora_A.weight",
-                (whole, columns),
+        if (matrices := slot_of(proj, slot)) is not None:
+            num_columns = model_args.num_attention_heads * model_args.head_dim
+            yield _slice(
+                f"{attention}.o_proj.lora_A",
+                matrices.down["o_proj"],
                 writes_sharded,
+                index=(_ALL, block(num_columns, tp_rank, tp_size)),
             )
-            yield AdapterPiece(
-                proj.up["o_proj"],
-                (whole,),
-                f"{base}.self_attn.o_proj.lora_B.weight",
-                (whole, whole),
-                writes_replicated,
-            )
+            yield _slice(f"{attention}.o_proj.lora_B", matrices.up["o_proj"], writes_replicated)
         for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
-            if isinstance(grouped, LoraGrouped):
-                for name in grouped.down:
-                    for slot, expert in enumerate(layer.mlp.local_expert_indices):
+            if (matrices := slot_of(grouped, slot)) is not None:
+                for name in matrices.down:
+                    down, up = matrices.down[name], matrices.up[name]
+                    for position, expert in enumerate(layer.mlp.local_expert_indices):
                         linear = f"{base}.mlp.experts.{expert}.{name}"
-                        yield AdapterPiece(
-                            grouped.down[name],
-                            (slot,),
-                            f"{linear}.lora_A.weight",
-                            (whole, whole),
-                            writes_experts,
-                        )
-                        yield AdapterPiece(
-                            grouped.up[name],
-                            (slot,),
-                            f"{linear}.lora_B.weight",
-                            (whole, whole),
-                            writes_experts,
-                        )
-    if (head := getattr(model, "head_lora", None)) is not None:
-        down, up = head.down[HEAD], head.up[HEAD]
-        yield AdapterPiece(
-            down, (whole,), f"{THINKER}{HEAD}.lora_A.weight", (whole, whole), writes_replicated
-        )
-        first = parallel.tp_rank * len(up)
+                        yield _slice(f"{linear}.lora_A", down, writes_experts, where=(position,))
+                        yield _slice(f"{linear}.lora_B", up, writes_experts, where=(position,))
+    if (matrices := slot_of(getattr(model, "head_lora", None), slot)) is not None:
+        down, up = matrices.down[HEAD], matrices.up[HEAD]
+        yield _slice(f"{THINKER}{HEAD}.lora_A", down, writes_replicated)
+        first = tp_rank * len(up)
         num_rows = min(max(model_args.vocab_size - first, 0), len(up))  # the rest is padding
         if num_rows:
-            where, index = (slice(0, num_rows),), (slice(first, first + num_rows), whole)
-            yield AdapterPiece(up, where, f"{THINKER}{HEAD}.lora_B.weight", index, writes_sharded)
+            yield _slice(
+                f"{THINKER}{HEAD}.lora_B",
+                up,
+                writes_sharded,
+                index=(slice(first, first + num_rows), _ALL),
+                where=(slice(0, num_rows),),
+            )
 
 
-def applied(model) -> tuple[int, float, list[str]]:
-    """(rank, scale alpha / r, targets) of the LoRA on the decoder. Raises ValueError when there is
-    none, with what to change.
+def _slice(
+    matrix: str,
+    parameter: Tensor,
+    owned: bool,
+    *,
+    index: Index = (_ALL, _ALL),
+    where: Index = (_ALL,),
+) -> ParameterSlice:
+    return ParameterSlice(TensorSlice(f"{matrix}.weight", index), parameter, where, owned)
+
+
+def applied(model: Any, slot: str = STUDENT) -> Applied:
+    """The adapter that `slot` holds, of all stages. Raises ValueError where there is none, with
+    what to change.
     """
-    modules = [module for module in lora_modules(model) if not isinstance(module, LoraLinear)]
-    if not modules:
+    found = getattr(model, "applied_lora", {})
+    if slot not in found:
         raise ValueError(
-            "self-distillation requires the model to have LoRA adapters: set --lora_rank and --lora_target_modules (ALL trains every "
-            "linear of the decoder), or --adapter DIR"
+            "self-distillation requires the model to have LoRA adapters: set --lora_rank and "
+            "--lora_target_modules (ALL trains every linear of the decoder), or --adapter DIR"
         )
-    return modules[0].rank, modules[0].scale, list(model.lora_targets)
+    return found[slot]

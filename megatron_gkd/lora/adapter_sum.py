@@ -1,18 +1,20 @@
-"""PEFT adapters in the tools: their sum added to the base's tensors; an adapter folder written with
-its manifest.
+"""PEFT adapters in the tools: their weighted sum added to the base's tensors; an adapter folder
+written with its manifest.
 """
 
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
-from megatron_gkd.lora.adapter import THINKER
+from megatron_gkd.formats.sources import FolderSource
+from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
 from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 
@@ -68,7 +70,8 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
     """
     if weights and len(weights) != len(folders):
         raise ValueError(
-            f"{len(weights)} weights for {len(folders)} adapters: give one for each, or none for 1 each"
+            f"{len(weights)} weights for {len(folders)} adapters: "
+            "give one for each, or none for 1 each"
         )
     if not folders:
         raise ValueError("no --adapter is named")
@@ -78,15 +81,49 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
     return AdapterSum(adapters, weights or [1.0] * len(folders), model_args)
 
 
+def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]) -> FolderSource:
+    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and ValueError
+    naming a linear whose weight the folder does not have.
+    """
+    opened = open_adapters(adapters, weights, source.model_args)
+    for adapter in opened.adapters:
+        names = [
+            name
+            for name in adapter_tensors(source.model_args, 1, adapter.targets)
+            if ".lora_B." in name and name in adapter
+        ]
+        linears = [
+            name.removeprefix(THINKER).removesuffix(".lora_B.weight") for name in names
+        ] + adapter.towers
+        lost = [
+            linear
+            for linear in linears
+            if f"{source.model_args.prefix}{linear}.weight" not in source.tensors
+        ]
+        if lost:
+            raise ValueError(
+                f"{adapter.folder}: has LoRA on {lost[0]}, "
+                f"and {source.path} no such weight to add it to"
+                + (" (it is tied to the embedding)" if lost == [HEAD] else "")
+            )
+    folders = [adapter.folder for adapter in opened.adapters]
+    return replace(
+        source, change=opened.change, change_identity=opened.identity(), change_folders=folders
+    )
+
+
 def refuse_outside(adapter: PeftAdapter) -> None:
     """Raise ValueError for LoRA that the tools would drop: on the talker or the vocoder."""
     if adapter.outside:
         raise ValueError(
-            f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more are not LoRA on the thinker"
+            f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more "
+            "are not LoRA on the thinker"
         )
 
 
-def write_adapter(output: Path, made_by: str, fill, sources: list[Path]) -> None:
+def write_adapter(
+    output: Path, made_by: str, fill: Callable[[Path], None], sources: list[Path]
+) -> None:
     """Make the adapter folder `output`: `fill(folder)` writes its files, a manifest is added, the
     rest is one rename.
 

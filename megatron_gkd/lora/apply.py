@@ -2,23 +2,34 @@
 
 import math
 import zlib
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_gkd.formats.weight_map import decoder_tensors
-from megatron_gkd.lora.adapter import adapter_pieces, adapter_tensors, tower_loras, tower_tensors
+from megatron_gkd.lora.adapter import (
+    HEAD,
+    Applied,
+    adapter_slices,
+    adapter_tensors,
+    applied,
+    resolve_targets,
+    tower_loras,
+    tower_tensors,
+)
 from megatron_gkd.lora.modules import (
     LoraColumnParallel,
     LoraGrouped,
     LoraHead,
     LoraLinear,
     LoraRowParallel,
-    keep_flags_for_backward,
 )
-from megatron_gkd.lora.targets import HEAD, resolve_targets
+from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, keep_active_for_backward
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.qkv_layout import qkv_segments
+from megatron_gkd.parallel import Parallel
 
 # Attention and MLP of a tower's layers, by their place in a layer.
 _TOWER_LINEARS = {
@@ -35,9 +46,9 @@ _TOWER_LINEARS = {
 
 
 def apply_lora(
-    model,
+    model: Any,
     model_args: ModelArgs,
-    parallel,
+    parallel: Parallel,
     *,
     rank: int,
     alpha: float,
@@ -46,89 +57,167 @@ def apply_lora(
     seed: int,
     towers: bool = False,
 ) -> None:
-    """Wrap the targeted linears of this stage's decoder in place (the lm_head gets a module beside
-    it), and with `towers` those of `model.towers`. W_up starts at zero, W_down as PEFT starts it
-    (uniform, Kaiming with a = sqrt(5)), drawn from (seed, tensor name) alone, so that every
-    parallel layout starts with the same adapter. No collectives.
+    """Give the model the LoRA that is trained, the student's; with `towers` on every linear of
+    `model.towers` that can carry it. W_up starts at zero, W_down as PEFT starts it (uniform,
+    Kaiming with a = sqrt(5)), drawn from (seed, tensor name) alone, so that every parallel layout
+    starts with the same adapter. No collectives.
     """
-    settings = dict(rank=rank, alpha=alpha, dropout=dropout)
+    add_slot(
+        model,
+        model_args,
+        parallel,
+        STUDENT,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        towers=tower_linears(model.towers) if towers else (),
+    )
+    full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
+    for part in adapter_slices(model, model_args, parallel):
+        name = part.stored.name
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(
+                zlib.crc32(f"{seed} {name}".encode())
+            )  # torch reads 32 bits of a seed
+            bound = 1 / math.sqrt(full_shapes[name][1])
+            full = torch.empty(full_shapes[name]).uniform_(-bound, bound, generator=generator)
+            part.view.copy_(full[part.stored.index])
+
+
+def add_slot(
+    model: Any,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    slot: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
+    towers: Collection[str] = (),
+    dropout: float = 0.0,
+) -> None:
+    """Add the slot `slot`, all of its matrices zero, to the targeted linears of this stage's
+    decoder, and to those of its towers that `towers` names. A linear that carries no LoRA yet is
+    wrapped in place; the lm_head gets a module beside it. No collectives.
+    """
+    if not hasattr(model, "applied_lora"):
+        model.applied_lora = {}
+        keep_active_for_backward(model.decoder)
+    model.applied_lora[slot] = Applied(rank, alpha / rank, resolve_targets(targets))
+
+    def add(module: LoraModule, names: Sequence[str]) -> None:
+        module.add_slot(slot, names, rank=rank, alpha=alpha, dropout=dropout)
+
     qkv = [name for name in ("q_proj", "k_proj", "v_proj") if name in targets]
     gate_up = [name for name in ("gate_proj", "up_proj") if name in targets]
     segments = qkv_segments(model_args, parallel.tp_rank, parallel.tp_size)
+    tp_group, sequence_parallel = parallel.groups.tp, parallel.tp_size > 1
     for layer in model.decoder.layers:
         attention, experts = layer.self_attention, layer.mlp.experts
         if qkv:
-            attention.linear_qkv = LoraColumnParallel(
-                attention.linear_qkv, segments, qkv, tp_group=parallel.groups.tp, **settings
+            add(
+                _wrap(attention, "linear_qkv", LoraColumnParallel, segments, tp_group=tp_group), qkv
             )
         if "o_proj" in targets:
-            attention.linear_proj = LoraRowParallel(
-                attention.linear_proj, "o_proj", tp_group=parallel.groups.tp, **settings
-            )
+            add(_wrap(attention, "linear_proj", LoraRowParallel, tp_group=tp_group), ["o_proj"])
         if gate_up:
-            experts.gate_up = LoraGrouped(
-                experts.gate_up, ["gate_proj", "up_proj"], gate_up, **settings
-            )
+            add(_wrap(experts, "gate_up", LoraGrouped, ["gate_proj", "up_proj"]), gate_up)
         if "down_proj" in targets:
-            experts.down = LoraGrouped(experts.down, ["down_proj"], ["down_proj"], **settings)
-    keep_flags_for_backward(model.decoder)
-    model.lora_targets = resolve_targets(targets)  # of all stages
+            add(_wrap(experts, "down", LoraGrouped, ["down_proj"]), ["down_proj"])
     if HEAD in targets and parallel.is_last_stage:
-        model.head_lora = LoraHead(
-            model.output_layer, sequence_parallel=parallel.tp_size > 1, **settings
-        )
-    if towers and model.towers is not None:
-        _wrap_towers(model.towers, sequence_parallel=parallel.tp_size > 1, **settings)
-    full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
-    for piece in adapter_pieces(model, model_args, parallel):
-        if ".lora_A." in piece.name:
-            generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{seed} {piece.name}".encode())
-            )  # torch reads 32 bits of a seed
-            bound = 1 / math.sqrt(full_shapes[piece.name][1])
-            full = torch.empty(full_shapes[piece.name]).uniform_(-bound, bound, generator=generator)
-            piece.target.copy_(full[piece.index])
+        if getattr(model, "head_lora", None) is None:
+            num_rows, hidden_size = model.output_layer.weight.shape
+            model.head_lora = LoraHead(num_rows, hidden_size, sequence_parallel=sequence_parallel)
+        add(model.head_lora, [HEAD])
+    for linear in towers if model.towers is not None else ():
+        parent, _, name = linear.rpartition(".")
+        owner = model.towers.get_submodule(parent)
+        add(_wrap(owner, name, LoraLinear, sequence_parallel=sequence_parallel), [name])
 
 
-def _wrap_towers(towers: nn.Module, **settings) -> None:
+def _wrap(
+    owner: nn.Module, name: str, kind: type[LoraModule], *arguments: Any, **settings: Any
+) -> LoraModule:
+    """The LoRA module at `owner.name`, put around the linear that is there if it is not one yet."""
+    module = getattr(owner, name)
+    if not isinstance(module, LoraModule):
+        module = kind(module, *arguments, **settings)
+        setattr(owner, name, module)
+    return module
+
+
+def tower_linears(towers: nn.Module | None) -> list[str]:
+    """Every linear of the towers that can carry LoRA, by name ("audio_tower.layers.0.fc1")."""
+    found = []
     for layers, names in _TOWER_LINEARS.items():
         tower, inner = layers.split(".")
-        for layer in getattr(getattr(towers, tower), inner):
-            for name in names:
-                parent, _, last = name.rpartition(".")
-                owner = layer.get_submodule(parent)
-                setattr(owner, last, LoraLinear(getattr(owner, last), last, **settings))
+        if getattr(towers, tower, None) is not None:
+            num_layers = len(getattr(getattr(towers, tower), inner))
+            found += [f"{layers}.{i}.{name}" for i in range(num_layers) for name in names]
+    return found
+
+
+def num_adapter_parameters(
+    model_args: ModelArgs,
+    rank: int,
+    targets: list[str],
+    model: Any = None,
+    slot: str = STUDENT,
+) -> int:
+    """Parameters of one adapter over all ranks, r (d_in + d_out) a linear. model: the first stage,
+    whose towers may carry LoRA in `slot`.
+    """
+    sizes = adapter_tensors(model_args, rank, targets)
+    if model is not None:
+        sizes |= tower_tensors(model, slot)
+    return sum(math.prod(size) for size in sizes.values())
+
+
+def num_teacher_parameters(model_args: ModelArgs, model: Any) -> int:
+    """Of the teacher's own adapter over all ranks; 0 where the teacher is the base alone. model:
+    the first stage.
+    """
+    if TEACHER not in getattr(model, "applied_lora", {}):
+        return 0
+    rank, _, targets = applied(model, TEACHER)
+    return num_adapter_parameters(model_args, rank, targets, model, TEACHER)
 
 
 def count_parameters(
-    model_args: ModelArgs, rank: int, targets: list[str], model=None
+    model_args: ModelArgs, rank: int, targets: list[str], model: Any = None
 ) -> tuple[int, int]:
-    """(trainable, all) parameters of the whole decoder over all ranks: LoRA's r (d_in + d_out) a
-    linear; the base's and those.
+    """(trainable, all) parameters of the whole decoder over all ranks: the student's LoRA; that,
+    the base and the teacher's adapter together.
 
-    model: the first stage; where its towers carry LoRA, that counts, and so do they.
+    model: the first stage; where its towers carry LoRA, they count too.
     """
-    sizes = adapter_tensors(model_args, rank, targets) | (
-        tower_tensors(model) if model is not None else {}
-    )
-    trainable = sum(math.prod(size) for size in sizes.values())
+    trainable = num_adapter_parameters(model_args, rank, targets, model)
     frozen = sum(math.prod(size) for size in decoder_tensors(model_args).values())
-    if model is not None and tower_loras(model):
-        frozen += sum(
-            parameter.numel()
-            for parameter in model.towers.parameters()
-            if not parameter.requires_grad
-        )
+    if model is not None:
+        frozen += num_teacher_parameters(model_args, model)
+        if tower_loras(model) or tower_loras(model, TEACHER):
+            frozen += sum(
+                parameter.numel()
+                for name, parameter in model.towers.named_parameters()
+                if ".slots." not in name
+            )
     return trainable, trainable + frozen
 
 
-def banner(trainable: int, total: int) -> str:
-    """What the user looks for at the start: one model in memory, LoRA on and off, and how little is
-    trained.
+def banner(
+    trainable: int, total: int, teacher_adapter: int = 0, teacher_folder: str | None = None
+) -> str:
+    """What the user looks for at the start: one model in memory, what the student and the teacher
+    make of it, and how little is trained. teacher_adapter: parameters of the adapter that the
+    teacher has from `teacher_folder`.
     """
+    teacher = "base_model with LoRA disabled (frozen)"
+    if teacher_folder:
+        teacher = f"base_model + frozen adapter {teacher_folder} ({teacher_adapter:,} parameters)"
     return (
         "Using shared base model architecture:\n"
         "  - Student model: base_model + LoRA (trainable)\n"
-        "  - Teacher model: base_model with LoRA disabled (frozen)\n"
+        f"  - Teacher model: {teacher}\n"
         f"trainable params: {trainable:,} ({100 * trainable / total:.2f}% of {total:,})"
     )

@@ -1,5 +1,5 @@
 """LoRA beside megatron-core's frozen linears, the lm_head and the towers': y = W x + (alpha / r)
-W_up W_down x, with a toggle.
+W_up W_down x of the active slot (slots.py).
 
 Separate W_down and W_up for q, k, v and for gate, up (what PEFT means), although megatron-core
 fuses those matrices. The fused base runs untouched; the update is one product with the W_downs side
@@ -16,54 +16,22 @@ are partial sums: they are marked `sequence_parallel` and megatron-core's finali
 them over the tensor-parallel group.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from megatron_gkd.lora.slots import LoraModule, LoraSlot, zeros
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
-from megatron_gkd.model.qkv_layout import Segment
-
-
-class LoraModule(nn.Module):
-    """State that the three kinds share: the frozen base, the toggle, the matrices by projection
-    name (q_proj, ...).
-    """
-
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        self.base = base
-        self.rank = rank
-        self.scale = alpha / rank
-        self.dropout = dropout
-        self.enabled = True
-        self.down = nn.ParameterDict()
-        self.up = nn.ParameterDict()
-
-    def drop(self, x: Tensor, generator: str | None) -> Tensor:
-        """Dropout with the named generator of megatron-core's tracker; None is the default one,
-        equal on all TP ranks.
-        """
-        if not self.dropout or not self.training:
-            return x
-        if generator is None:
-            return F.dropout(x, self.dropout)
-        with get_cuda_rng_tracker().fork(generator):
-            return F.dropout(x, self.dropout)
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(
-        torch.zeros(*shape, dtype=torch.float32, device=torch.cuda.current_device())
-    )
+from megatron_gkd.model.tensor_slice import TensorSlice
 
 
 def _padding(columns: int) -> int:
@@ -73,165 +41,147 @@ def _padding(columns: int) -> int:
 class LoraColumnParallel(LoraModule):
     """LoRA on the fused qkv. W_down [r, H] replicated, W_up the rows of this rank's `segments`."""
 
-    def __init__(
-        self,
-        base,
-        segments: list[Segment],
-        targets: list[str],
-        *,
-        tp_group,
-        rank: int,
-        alpha: float,
-        dropout: float,
-    ):
-        super().__init__(base, rank, alpha, dropout)
+    def __init__(self, base: Any, segments: list[TensorSlice], *, tp_group: ProcessGroup):
+        super().__init__(base)
         self.segments = segments
         self.tp_group = tp_group
-        self.sequence_parallel = base.sequence_parallel
-        for name in targets:
-            self.down[name] = _parameter(rank, base.input_size)
-            self.down[name].sequence_parallel = self.sequence_parallel
-            num_rows = sum(segment.num_rows for segment in segments if segment.name == name)
-            if num_rows:  # with more TP ranks than key/value heads a rank may own no row of k or v
-                self.up[name] = _parameter(num_rows, rank)
-                self.up[name].tensor_model_parallel = True
+        self.sequence_parallel: bool = base.sequence_parallel
 
-    def forward(self, x: Tensor):
+    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
+        for name in targets:
+            slot.down[name] = zeros(
+                slot.rank, self.base.input_size, sequence_parallel=self.sequence_parallel
+            )
+            num_rows = sum(segment.num_rows for segment in self.segments if segment.name == name)
+            if num_rows:  # with more TP ranks than key/value heads a rank may own no row of k or v
+                slot.up[name] = zeros(num_rows, slot.rank, tensor_model_parallel=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [S/TP, B, H] (or [S, B, H] without sequence parallelism) -> ([S, B, rows], bias). One
         all-gather of [S/TP, B, R].
         """
         output, bias = self.base(x)
-        if not self.enabled:
+        slot = self.slot
+        if slot is None:
             return output, bias
-        x = self.drop(x, "model-parallel-rng" if self.sequence_parallel else None)
-        down = torch.cat(list(self.down.values())).to(x.dtype)
+        x = self.drop(x, slot, "model-parallel-rng" if self.sequence_parallel else None)
+        down = torch.cat(list(slot.down.values())).to(x.dtype)
         low = F.linear(x, down)
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
-        return torch.add(output, F.linear(low, self.fused_up().to(x.dtype)), alpha=self.scale), bias
+        update = F.linear(low, self.fused_up(slot).to(x.dtype))
+        return torch.add(output, update, alpha=slot.scale), bias
 
-    def target_segments(self) -> Iterator[tuple[Segment, int]]:
-        """The segments that have LoRA, each with its first row in that projection's W_up."""
-        taken = dict.fromkeys(self.down, 0)
+    def target_segments(self, slot: LoraSlot) -> Iterator[tuple[TensorSlice, int]]:
+        """The segments that have LoRA in `slot`, each with its first row in that projection's W_up."""
+        taken = dict.fromkeys(slot.down, 0)
         for segment in self.segments:
             if segment.name in taken:
                 yield segment, taken[segment.name]
                 taken[segment.name] += segment.num_rows
 
-    def fused_up(self) -> Tensor:
+    def fused_up(self, slot: LoraSlot) -> Tensor:
         """[rows, P r]: each projection's rows in its own block of columns, zero elsewhere; rows in
         the base's order.
         """
-        names, first_row = list(self.down), dict(self.target_segments())
+        names, first_rows = list(slot.down), (first for _, first in self.target_segments(slot))
         blocks = []
         for segment in self.segments:
-            if segment in first_row:
-                rows = self.up[segment.name][
-                    first_row[segment] : first_row[segment] + segment.num_rows
-                ]
-                position = names.index(segment.name)
-                blocks.append(
-                    F.pad(rows, (position * self.rank, (len(names) - 1 - position) * self.rank))
-                )
+            if segment.name in names:
+                first = next(first_rows)
+                rows = slot.up[segment.name][first : first + segment.num_rows]
+                before = names.index(segment.name)
+                after = len(names) - 1 - before
+                blocks.append(F.pad(rows, (before * slot.rank, after * slot.rank)))
             else:
-                blocks.append(
-                    torch.zeros(
-                        segment.num_rows, len(names) * self.rank, device=self.base.weight.device
-                    )
-                )
+                size = (segment.num_rows, len(names) * slot.rank)
+                blocks.append(torch.zeros(size, device=self.base.weight.device))
         return torch.cat(blocks)
 
 
 class LoraRowParallel(LoraModule):
     """LoRA on o_proj. W_down [r, in/TP] sharded, W_up [H, r] replicated."""
 
-    def __init__(self, base, name: str, *, tp_group, rank: int, alpha: float, dropout: float):
-        super().__init__(base, rank, alpha, dropout)
+    def __init__(self, base: Any, *, tp_group: ProcessGroup):
+        super().__init__(base)
         self.tp_group = tp_group
-        self.sequence_parallel = base.sequence_parallel
-        self.down[name] = _parameter(rank, base.input_size_per_partition)
-        self.down[name].tensor_model_parallel = True
-        self.up[name] = _parameter(base.output_size, rank)
-        self.up[name].sequence_parallel = self.sequence_parallel
+        self.sequence_parallel: bool = base.sequence_parallel
 
-    def forward(self, x: Tensor):
+    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
+        (name,) = targets
+        slot.down[name] = zeros(
+            slot.rank, self.base.input_size_per_partition, tensor_model_parallel=True
+        )
+        slot.up[name] = zeros(
+            self.base.output_size, slot.rank, sequence_parallel=self.sequence_parallel
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [S, B, in/TP] -> ([S/TP, B, H] or [S, B, H], bias). One reduce-scatter (or all-reduce)
         of [S, B, r].
         """
         output, bias = self.base(x)
-        if not self.enabled:
+        slot = self.slot
+        if slot is None:
             return output, bias
-        (down,), (up,) = self.down.values(), self.up.values()
-        low = F.linear(self.drop(x, "model-parallel-rng"), down.to(x.dtype))
+        (down,), (up,) = slot.down.values(), slot.up.values()
+        low = F.linear(self.drop(x, slot, "model-parallel-rng"), down.to(x.dtype))
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=self.scale), bias
+        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale), bias
 
 
 class LoraGrouped(LoraModule):
     """LoRA on an expert linear (gate and up fused, or down). W_down [E, r, in] and W_up [E, out/P,
-    r], local to the expert's rank.
+    r], local to the expert's rank. `names`: the projections that the base holds, in its order.
     """
 
-    def __init__(
-        self,
-        base: GroupedLinear,
-        names: list[str],
-        targets: list[str],
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-    ):
-        super().__init__(base, rank, alpha, dropout)
+    def __init__(self, base: GroupedLinear, names: list[str]):
+        super().__init__(base)
         self.names = names
-        num_experts, out_features, in_features = base.weight.shape
+
+    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
+        num_experts, out_features, in_features = self.base.weight.shape
+        marks = dict(
+            allreduce=False,  # reduced over the experts' own data-parallel group
+            tensor_model_parallel=True,  # a rank's experts are its own: all count in the norm
+        )
         for name in targets:
-            self.down[name] = _parameter(num_experts, rank, in_features)
-            self.up[name] = _parameter(num_experts, out_features // len(names), rank)
-            for parameter in (self.down[name], self.up[name]):
-                parameter.allreduce = False  # reduced over the experts' own data-parallel group
-                parameter.tensor_model_parallel = (
-                    True  # each rank's experts are its own: all count in the gradient norm
-                )
+            slot.down[name] = zeros(num_experts, slot.rank, in_features, **marks)
+            slot.up[name] = zeros(num_experts, out_features // len(self.names), slot.rank, **marks)
 
     def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
         """x [T, in] sorted by expert -> [T, out]. No collectives."""
         output = self.base(x, rows)
-        if not self.enabled:
+        slot = self.slot
+        if slot is None:
             return output
-        down = torch.cat(list(self.down.values()), dim=1)
+        down = torch.cat(list(slot.down.values()), dim=1)
         down = F.pad(down, (0, 0, 0, _padding(down.shape[1])))
         # On some GPUs grouped_mm gives experts without rows a gradient out of uninitialised memory:
         # it ends here.
         has_rows = (rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) > 0)[:, None, None]
-        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in (down, self.fused_up()))
-        low = grouped_product(self.drop(x, "expert-parallel-rng"), down, rows.offsets)
-        return torch.add(output, grouped_product(low, up, rows.offsets), alpha=self.scale)
+        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in (down, self.fused_up(slot)))
+        low = grouped_product(self.drop(x, slot, "expert-parallel-rng"), down, rows.offsets)
+        return torch.add(output, grouped_product(low, up, rows.offsets), alpha=slot.scale)
 
-    def fused_up(self) -> Tensor:
+    def fused_up(self, slot: LoraSlot) -> Tensor:
         """[E, out, R]: each projection's rows in its own block of columns."""
-        targets, blocks = list(self.up), []
-        padding = _padding(len(targets) * self.rank)
+        targets, blocks = list(slot.up), []
+        num_experts, out_features, _ = self.base.weight.shape
+        padding = _padding(len(targets) * slot.rank)
         for name in self.names:
             if name in targets:
-                position = targets.index(name)
-                blocks.append(
-                    F.pad(
-                        self.up[name],
-                        (position * self.rank, (len(targets) - 1 - position) * self.rank + padding),
-                    )
-                )
+                before = targets.index(name)
+                after = len(targets) - 1 - before
+                columns = (before * slot.rank, after * slot.rank + padding)
+                blocks.append(F.pad(slot.up[name], columns))
             else:
-                num_experts, out_features, _ = self.base.weight.shape
-                shape = (
-                    num_experts,
-                    out_features // len(self.names),
-                    len(targets) * self.rank + padding,
-                )
-                blocks.append(torch.zeros(shape, device=self.base.weight.device))
+                num_columns = len(targets) * slot.rank + padding
+                size = (num_experts, out_features // len(self.names), num_columns)
+                blocks.append(torch.zeros(size, device=self.base.weight.device))
         return torch.cat(blocks, dim=1)
 
 
@@ -242,119 +192,69 @@ class LoraLinear(LoraModule):
     are partial sums here too.
     """
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        name: str,
-        *,
-        sequence_parallel: bool,
-        rank: int,
-        alpha: float,
-        dropout: float,
-    ):
-        super().__init__(base, rank, alpha, dropout)
-        self.down[name] = _parameter(rank, base.in_features)
-        self.up[name] = _parameter(base.out_features, rank)
-        for parameter in (self.down[name], self.up[name]):
-            parameter.sequence_parallel = sequence_parallel
+    def __init__(self, base: nn.Linear, *, sequence_parallel: bool):
+        super().__init__(base)
+        self.sequence_parallel = sequence_parallel
+
+    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
+        (name,) = targets
+        mark = self.sequence_parallel
+        slot.down[name] = zeros(slot.rank, self.base.in_features, sequence_parallel=mark)
+        slot.up[name] = zeros(self.base.out_features, slot.rank, sequence_parallel=mark)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]. No collectives."""
         output = self.base(x)
-        if not self.enabled:
+        slot = self.slot
+        if slot is None:
             return output
-        (down,), (up,) = self.down.values(), self.up.values()
-        low = F.linear(self.drop(x, None), down.to(x.dtype))
-        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=self.scale)
+        (down,), (up,) = slot.down.values(), slot.up.values()
+        low = F.linear(self.drop(x, slot, None), down.to(x.dtype))
+        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale)
 
 
 class LoraHead(LoraModule):
-    """LoRA on the lm_head, hung beside `output_layer` on the last stage. W_down [r, H] replicated,
-    W_up this rank's rows [V/TP, r].
+    """LoRA on the lm_head, beside `output_layer` on the last stage. W_down [r, H] replicated, W_up
+    this rank's rows [V/TP, r].
 
-    Every rank sees all hidden states but its own part of the vocabulary: the gradient of W_down is
+    Every rank sees all hidden states but only its part of the vocabulary: the gradient of W_down is
     a partial sum, marked like one.
     """
 
-    def __init__(
-        self, output_layer, *, sequence_parallel: bool, rank: int, alpha: float, dropout: float
-    ):
-        super().__init__(None, rank, alpha, dropout)
-        num_columns, hidden_size = output_layer.weight.shape
-        self.down["lm_head"] = _parameter(rank, hidden_size)
-        self.down["lm_head"].sequence_parallel = sequence_parallel
-        self.up["lm_head"] = _parameter(num_columns, rank)
-        self.up["lm_head"].tensor_model_parallel = True
+    def __init__(self, num_rows: int, hidden_size: int, *, sequence_parallel: bool):
+        super().__init__(None)
+        self.num_rows = num_rows
+        self.hidden_size = hidden_size
+        self.sequence_parallel = sequence_parallel
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H], the same on all TP ranks -> what it adds to this rank's logits, fp32
-        [..., V/TP]. No collectives.
+    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
+        (name,) = targets
+        slot.down[name] = zeros(
+            slot.rank, self.hidden_size, sequence_parallel=self.sequence_parallel
+        )
+        slot.up[name] = zeros(self.num_rows, slot.rank, tensor_model_parallel=True)
+
+    def forward(self, hidden: Tensor) -> Tensor | None:
+        """hidden [..., H], the same on all TP ranks -> what the active slot adds to this rank's
+        logits, fp32 [..., V/TP]; None where that is nothing. No collectives.
         """
-        (down,), (up,) = self.down.values(), self.up.values()
-        return F.linear(F.linear(self.drop(hidden.float(), None), down), up) * self.scale
+        slot = self.slot
+        if slot is None:
+            return None
+        (down,), (up,) = slot.down.values(), slot.up.values()
+        low = F.linear(self.drop(hidden.float(), slot, None), down)
+        return F.linear(low, up) * slot.scale
 
 
-def head_lora(model: nn.Module) -> LoraHead | None:
-    """The LoRA on the lm_head of this stage, if it has one and it is on."""
-    module = getattr(model, "head_lora", None)
-    return module if module is not None and module.enabled else None
+def has_head_lora(model: Any) -> bool:
+    """Whether the lm_head of this stage carries LoRA, the student's or the teacher's."""
+    return getattr(model, "head_lora", None) is not None
 
 
-def lm_head(model: nn.Module, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
-    """This rank's logits, fp32 [..., V/TP], of hidden [..., H] on the last stage. weight: the
-    frozen one in fp32, if it is at hand.
+def lm_head(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    """This rank's logits, fp32 [..., V/TP], of hidden [..., H] on the last stage, with the active
+    slot's LoRA. weight: the frozen one in fp32, if it is at hand.
     """
     logits = hidden.float() @ (model.output_layer.weight.float() if weight is None else weight).T
-    lora = head_lora(model)
-    return logits if lora is None else logits + lora(hidden)
-
-
-def lora_modules(model: nn.Module) -> list[LoraModule]:
-    """Every LoRA module of the model (this rank's stage)."""
-    return [module for module in model.modules() if isinstance(module, LoraModule)]
-
-
-@contextmanager
-def lora_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Turn every LoRA module of the model on (student) or off (teacher) for a while; the flags come
-    back whatever happens.
-    """
-    modules = lora_modules(model)
-    before = [module.enabled for module in modules]
-    try:
-        for module in modules:
-            module.enabled = enabled
-        yield
-    finally:
-        for module, flag in zip(modules, before):
-            module.enabled = flag
-
-
-def keep_flags_for_backward(block: nn.Module) -> None:
-    """Let a backward pass through `block` (megatron-core's TransformerBlock) see the flags of its
-    forward pass.
-
-    Recomputation runs the layers again in backward, which may come after the forward's context
-    manager has ended or inside another one. Hooks on the block's output and input set the flags
-    before the layers' backward and put them back after it.
-    """
-    modules = lora_modules(block)
-
-    def set_flags(flags: list[bool]) -> None:
-        for module, flag in zip(modules, flags):
-            module.enabled = flag
-
-    def remember(block, args, kwargs, output: Tensor) -> None:
-        hidden = kwargs["hidden_states"] if block.pre_process else block.input_tensor
-        if not (output.requires_grad and hidden.requires_grad):
-            return
-        of_forward, of_backward = [module.enabled for module in modules], []
-
-        def begin(gradient):
-            of_backward[:] = [module.enabled for module in modules]
-            set_flags(of_forward)
-
-        output.register_hook(begin)
-        hidden.register_hook(lambda gradient: set_flags(of_backward))
-
-    block.register_forward_hook(remember, with_kwargs=True)
+    update = model.head_lora(hidden) if has_head_lora(model) else None
+    return logits if update is None else logits + update

@@ -11,23 +11,28 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_gkd.formats.byte_range import memory
-from megatron_gkd.formats.safetensors_folder import DTYPE_NAMES
+from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
 from megatron_gkd.lora.adapter import (
+    EXPERTS,
+    HEAD,
     ROOT,
     THINKER,
-    adapter_pieces,
+    adapter_slices,
     adapter_tensors,
     applied,
+    resolve_targets,
     tower_tensors,
 )
-from megatron_gkd.lora.targets import EXPERTS, HEAD, resolve_targets
+from megatron_gkd.lora.apply import add_slot, tower_linears
+from megatron_gkd.lora.slots import STUDENT, TEACHER
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -73,8 +78,7 @@ _HEAD_SPELLINGS = ["", "thinker."]
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one.
-    """
+    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
 
     stored: str
     alpha: float
@@ -442,9 +446,15 @@ def _layer_and_linear(name: str) -> tuple[str, str]:
 
 
 def load_adapter(
-    model, model_args: ModelArgs, parallel, adapter: PeftAdapter, *, more_linears: bool = True
+    model: Any,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    adapter: PeftAdapter,
+    *,
+    more_linears: bool = True,
+    slot: str = STUDENT,
 ) -> None:
-    """Set this stage's LoRA parameters to `adapter`, so that the model computes the same function
+    """Set the parameters of `slot` on this stage to `adapter`, so that the model computes the same function
     as with PEFT.
 
     W_up absorbs a scale that is not the run's. Where the run has a larger rank than the whole
@@ -457,7 +467,7 @@ def load_adapter(
     Raises ValueError for a larger rank, a target that has no LoRA here, or another base. No
     collectives.
     """
-    rank, scale, targets = applied(model)
+    rank, scale, targets = applied(model, slot)
     if adapter.rank > rank:
         raise ValueError(
             f"{adapter.folder}: rank {adapter.rank} does not fit into --lora_rank {rank}; raise --lora_rank, or leave it out"
@@ -468,31 +478,51 @@ def load_adapter(
             f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}"
         )
     _check_base(model, model_args, parallel, adapter)
-    in_towers = tower_tensors(model)
-    for piece in adapter_pieces(model, model_args, parallel):
-        if piece.name not in adapter or adapter.is_empty(piece.name):
-            if (
-                not more_linears
-                and piece.name not in in_towers
-                and _linear(piece.name) in adapter.targets
-            ):
-                piece.target.zero_()
+    in_towers = tower_tensors(model, slot)
+    for part in adapter_slices(model, model_args, parallel, slot):
+        name, (rows, columns) = part.stored.name, part.stored.index
+        if name not in adapter or adapter.is_empty(name):
+            if not more_linears and name not in in_towers and _linear(name) in adapter.targets:
+                part.view.zero_()
             continue
-        values, own_scale = adapter.tensor(piece.name)
-        side = 0 if ".lora_B." in piece.name else 1
-        if piece.name in in_towers and values.shape[side] != in_towers[piece.name][side]:
+        values, own_scale = adapter.tensor(name)
+        side = 0 if ".lora_B." in name else 1
+        if name in in_towers and values.shape[side] != in_towers[name][side]:
             raise ValueError(
-                f"{adapter.path}: {piece.name} is {list(values.shape)}, this model's tower has {list(in_towers[piece.name])}"
+                f"{adapter.path}: {name} is {list(values.shape)}, "
+                f"this model's tower has {list(in_towers[name])}"
             )
-        is_up = ".lora_B." in piece.name
+        is_up = ".lora_B." in name
         own_rank = values.shape[1] if is_up else values.shape[0]
         if is_up:
-            piece.target.zero_()
-            piece.target[:, :own_rank].copy_(values[piece.index[0]] * (own_scale / scale))
+            part.view.zero_()
+            part.view[:, :own_rank].copy_(values[rows] * (own_scale / scale))
         else:
-            piece.target[:own_rank].copy_(values[:, piece.index[1]])
+            part.view[:own_rank].copy_(values[:, columns])
             if rank == adapter.rank:
-                piece.target[own_rank:].zero_()
+                part.view[own_rank:].zero_()
+
+
+def load_teacher(
+    model: Any, model_args: ModelArgs, parallel: Parallel, adapter: PeftAdapter
+) -> None:
+    """Make the teacher the base with `adapter`, frozen in a slot of its own; its LoRA on towers
+    that were not built is left out.
+
+    Raises ValueError for another base, or towers of other sizes. No collectives.
+    """
+    built = tower_linears(model.towers)
+    add_slot(
+        model,
+        model_args,
+        parallel,
+        TEACHER,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        towers=[linear for linear in adapter.towers if linear in built],
+    )
+    load_adapter(model, model_args, parallel, adapter, slot=TEACHER)
 
 
 def _check_base(model, model_args: ModelArgs, parallel, adapter: PeftAdapter) -> None:
@@ -527,7 +557,7 @@ def save_tensors(
     for name in sorted(tensors):
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[tensors[name].dtype],
+            "dtype": SAFETENSORS_NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

@@ -1,5 +1,4 @@
-"""Features of media on disk (`--media_cache`): a file a medium, shared by ranks, workers and runs.
-"""
+"""Features of media on disk (`--media_cache`): a file a medium, shared by ranks, workers and runs."""
 
 import hashlib
 import json

@@ -63,10 +63,12 @@ def media_arguments(
     shard of the sequence. Collectives: those of the embedding.
     """
     embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, B, H]
-    length, num_local = input_ids.shape[1], embedded.shape[0]
-    first = parallel.tp_rank * num_local
-    places = torch.stack((media_rows % length - first, media_rows // length))
-    here = (places[0] >= 0) & (places[0] < num_local)
+    length = input_ids.shape[1]
+    positions = parallel.shard_sequence(torch.arange(length, device=input_ids.device))  # [S/TP]
+    local_index = torch.full((length,), -1, device=input_ids.device)  # -1: on another rank
+    local_index[positions] = torch.arange(len(positions), device=input_ids.device)
+    places = torch.stack((local_index[media_rows % length], media_rows // length))
+    here = places[0] >= 0
     places, tokens = places[:, here], media_tokens[here]
     arguments = {"decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])}
     if features.deepstack is not None and len(features.deepstack):

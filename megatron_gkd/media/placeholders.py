@@ -162,8 +162,7 @@ def positions_of(
 
 
 def check_counts(placeholders: Sequence[Placeholder], media: dict[str, list], where: str) -> None:
-    """Raise RowError with both numbers unless there are as many placeholders as media of each kind.
-    """
+    """Raise RowError with both numbers unless there are as many placeholders as media of each kind."""
     counts = count(placeholders)
     for kind in KINDS:
         if counts[kind] != len(media[kind]):

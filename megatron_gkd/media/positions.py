@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gkd.model.args import read_thinker_config
+from megatron_gkd.model.args import read_config
 
 Grid = tuple[int, int, int]
 
@@ -44,17 +44,17 @@ class MediaTokenIds:
     @classmethod
     def read(cls, folder: str | Path) -> "MediaTokenIds":
         """From FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file and the
-        setting.
+        setting, or the family that has no media.
         """
-        path, _, thinker = read_thinker_config(folder)
-        names = [name for name in cls.__dataclass_fields__ if name != "spatial_merge_size"]
-        values = {name: getattr(thinker, name, None) for name in names}
-        for name, value in values.items():
-            if value is None:
-                raise ValueError(
-                    f"{path}: {name} is missing; the thinker's config of a Qwen3-Omni names it"
-                )
-        return cls(**values, spatial_merge_size=thinker.vision_config.spatial_merge_size)
+        config = read_config(folder)
+        read_settings = config.family.media_settings
+        if read_settings is None:
+            raise ValueError(f"{config.path}: {config.family.title} has no audio, images or videos")
+        loaded = config.load()
+        try:
+            return cls(**read_settings(loaded))
+        except ValueError as error:
+            raise ValueError(f"{config.path}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ workers, when its row is reached. Features may be kept on disk (`--media_cache`)
 import hashlib
 import importlib.util
 import io
-import json
 import math
 import os
 import tempfile
@@ -20,9 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gkd.errors import DataError, RowError
+from megatron_gkd.families import families
 from megatron_gkd.media.cache import cache_path, read_cached, write_cached
 from megatron_gkd.media.medium import Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
+from megatron_gkd.model.args import read_config
 
 _NOT_COUNTED_BY_HEADER = ("MP3", "OGG")  # their headers tell the length about right
 
@@ -36,6 +37,16 @@ class MediaProcessor:
     @cached_property
     def token_ids(self) -> MediaTokenIds:
         return MediaTokenIds.read(self.folder)
+
+    def check_has_towers(self) -> None:
+        """Raise RowError for a row with media where the model reads text alone."""
+        family = read_config(self.folder).family
+        if not family.towers:
+            titles = " or ".join(other.title for other in families().values() if other.towers)
+            raise RowError(
+                f"the row has audio, images or videos, and {family.title} reads text alone: take "
+                f"them out of the row, or train a {titles} (--model)"
+            )
 
     def measure(self, reference: Reference) -> Size:
         """The size of a medium, from its header where that tells it. Raises RowError for one that
@@ -272,8 +283,7 @@ class MediaProcessor:
 
     @cached_property
     def _n_window(self) -> int:
-        config = json.loads(Path(self.folder, "config.json").read_text())
-        return config.get("thinker_config", config)["audio_config"].get("n_window", 50)
+        return read_config(self.folder).settings["audio_config"].get("n_window", 50)
 
     def _refusing(self, reference: Reference, read: Callable):
         """`read()`, whatever goes wrong with the medium turned into a RowError."""

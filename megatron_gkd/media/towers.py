@@ -10,14 +10,11 @@ media tokens, H hidden size, D deepstack layers.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
-from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
-    Qwen3OmniMoeAudioEncoder,
-    Qwen3OmniMoeVisionEncoder,
-)
 
 from megatron_gkd.formats.loading import open_folder
 from megatron_gkd.lora.modules import LoraLinear
@@ -33,7 +30,7 @@ from megatron_gkd.media.chunks import (
 )
 from megatron_gkd.media.features import MediaFeatures
 from megatron_gkd.media.medium import Media
-from megatron_gkd.model.args import ModelArgs, read_thinker_config
+from megatron_gkd.model.args import ModelArgs, read_config
 from megatron_gkd.model.decoder import check_deepstack
 from megatron_gkd.parallel import Parallel
 
@@ -46,13 +43,13 @@ class Towers(nn.Module):
     def __init__(
         self,
         parallel: Parallel,
-        audio_tower: Qwen3OmniMoeAudioEncoder | None,
-        visual: Qwen3OmniMoeVisionEncoder | None,
+        audio_tower: Any | None,
+        visual: Any | None,
         *,
         shares: bool = True,
     ):
-        """shares: at TP > 1 each rank encodes its share of the media, not all of them
-        (docs/benchmarks/towers.md).
+        """audio_tower, visual: transformers' modules. shares: at TP > 1 each rank encodes its share
+        of the media, not all of them (docs/benchmarks/towers.md).
         """
         super().__init__()
         self.parallel = parallel
@@ -64,8 +61,13 @@ class Towers(nn.Module):
         self.eval()
 
     @property
+    def has_lora(self) -> bool:
+        """Whether they carry LoRA, the student's or the teacher's: features depend on the pass."""
+        return any(isinstance(module, LoraLinear) for module in self.modules())
+
+    @property
     def trains(self) -> bool:
-        """Whether LoRA is on them."""
+        """Whether the student's LoRA is on them."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "Towers":
@@ -78,8 +80,8 @@ class Towers(nn.Module):
         """The features of a batch's media, each encoded once; None without media.
 
         All tensor-parallel ranks call it with the same media. Collectives: with shares one
-        all-gather over them, none for a batch of one piece. With LoRA on the towers every rank
-        encodes everything, for the gradient. Raises ValueError for a medium whose tower was not
+        all-gather over them, none for a batch of one piece. With the student's LoRA on the towers
+        every rank encodes everything, for the gradient. Raises ValueError for a medium whose tower was not
         built.
         """
         if media is None:
@@ -225,7 +227,7 @@ class StepMedia:
         """
         self.towers, self.media = towers, media
         self.features: list[MediaFeatures | None] | None = None
-        if towers is None or not towers.trains:
+        if towers is None or not towers.has_lora:
             with torch.no_grad():
                 self.features = [
                     None if towers is None else towers.encode(of_batch) for of_batch in media
@@ -256,41 +258,42 @@ def build_towers(
     name), the towers' width is not the decoder's, or the first stage holds too few layers for
     deepstack.
     """
-    path, prefix, thinker = read_thinker_config(folder)
-    audio_config, vision_config = thinker.audio_config, thinker.vision_config
-    for name, wanted, size in (
-        ("audio_config.output_dim", audio, audio_config.output_dim),
-        ("vision_config.out_hidden_size", visual, vision_config.out_hidden_size),
-    ):
-        if wanted and size != model_args.hidden_size:
+    wanted = {"audio_tower": audio, "visual": visual}
+    towers = [tower for tower in model_args.family.towers if wanted[tower.name]]
+    if not towers:
+        return None
+    found = read_config(folder)
+    loaded = found.load()
+    configs = {tower.name: getattr(loaded, tower.config) for tower in towers}
+    for tower in towers:
+        size = getattr(configs[tower.name], tower.output_size)
+        if size != model_args.hidden_size:
             raise ValueError(
-                f"{path}: {name} is {size}, the decoder's hidden_size {model_args.hidden_size}"
+                f"{found.path}: {tower.config}.{tower.output_size} is {size}, "
+                f"the decoder's hidden_size {model_args.hidden_size}"
             )
-    if audio and math.ceil(2 * audio_config.n_window / DOWNSAMPLING) != TOKENS_PER_CHUNK:
+    if audio and math.ceil(2 * configs["audio_tower"].n_window / DOWNSAMPLING) != TOKENS_PER_CHUNK:
         raise ValueError(
-            f"{path}: audio_config.n_window {audio_config.n_window} is not supported: {TOKENS_PER_CHUNK} tokens stand "
-            f"for a chunk of 2 n_window frames, {DOWNSAMPLING} frames a token"
+            f"{found.path}: audio_config.n_window {configs['audio_tower'].n_window} is not "
+            f"supported: {TOKENS_PER_CHUNK} tokens stand for a chunk of 2 n_window frames, "
+            f"{DOWNSAMPLING} frames a token"
         )
     if visual:
-        check_deepstack(
-            len(vision_config.deepstack_visual_indexes), model_args.num_layers, parallel.pp_size
-        )
-    if not parallel.is_first_stage or not (audio or visual):
+        num_features = len(configs["visual"].deepstack_visual_indexes)
+        check_deepstack(num_features, model_args.num_layers, parallel.pp_size)
+    if not parallel.is_first_stage:
         return None
     options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
     with no_init_weights():  # every weight is read from the folder
-        audio_tower = (
-            Qwen3OmniMoeAudioEncoder._from_config(audio_config, **options) if audio else None
-        )
-        vision_tower = (
-            Qwen3OmniMoeVisionEncoder._from_config(vision_config, **options) if visual else None
-        )
-    towers = Towers(parallel, audio_tower, vision_tower, shares=shares)
+        modules = {
+            tower.name: tower.load_class()._from_config(configs[tower.name], **options)
+            for tower in towers
+        }
+    built = Towers(parallel, modules.get("audio_tower"), modules.get("visual"), shares=shares)
     tensors = open_folder(folder, model_args)
-    for name, tower in (("audio_tower.", audio_tower), ("visual.", vision_tower)):
-        if tower is not None:
-            _load(tower, tensors, prefix + name)
-    return towers.to(parallel.device)
+    for name, module in modules.items():
+        _load(module, tensors, f"{found.prefix}{name}.")
+    return built.to(parallel.device)
 
 
 def _load(tower: nn.Module, tensors, prefix: str) -> None:

@@ -1,3 +1,1 @@
-"""The thinker's decoder on megatron-core: a folder's config -> sizes, the layers, the weights by
-name.
-"""
+"""The decoder on megatron-core: a folder's config -> sizes, the layers, the weights by name."""

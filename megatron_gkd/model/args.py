@@ -1,31 +1,49 @@
-"""A Hugging Face `config.json` -> the sizes of the decoder. Does without megatron-core, whose
-import takes seconds.
+"""A Hugging Face `config.json` -> the sizes of the decoder.
 
-Accepts the whole model (`qwen3_omni_moe`, tensors under `thinker.`) and a thinker alone
-(`qwen3_omni_moe_thinker`, no prefix). What this decoder cannot represent is refused by the name of
-the setting, never approximated.
+Read as plain JSON, with transformers' defaults as the model's family states them: transformers and
+torch take seconds to import, and `--check_layout` needs neither. What this decoder cannot represent
+is refused by the name of the setting, never approximated.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import Qwen3OmniMoeThinkerConfig
+from megatron_gkd.families import Family, families, family_of
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PREFIXES = {
-    "qwen3_omni_moe": "thinker.",
-    "qwen3_omni_moe_thinker": "",
-}  # model_type -> of the thinker's tensors
+# Type of each setting of `Family.text_defaults`; an int will do for a float.
+_TYPES: dict[str, type] = {
+    "num_hidden_layers": int,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "num_experts": int,
+    "num_experts_per_tok": int,
+    "norm_topk_prob": bool,
+    "moe_intermediate_size": int,
+    "mlp_only_layers": list,
+    "decoder_sparse_step": int,
+    "vocab_size": int,
+    "hidden_act": str,
+    "rms_norm_eps": float,
+    "rope_theta": float,
+    "attention_bias": bool,
+    "attention_dropout": float,
+    "sliding_window": int,
+    "use_sliding_window": bool,
+}
+_MAY_BE_NULL = ("head_dim", "mlp_only_layers", "sliding_window")
+_DEFAULT_MROPE_SECTION = (24, 20, 20)  # transformers' own
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Every size of the thinker's decoder, as read from the folder's config.json."""
+    """Every size of the decoder, as read from the folder's config.json."""
 
-    prefix: str  # of tensor names: "thinker." or ""
+    model_type: str  # of config.json
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -38,8 +56,18 @@ class ModelArgs:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple[int, ...]
+    mrope_section: tuple[int, ...]  # (head_dim / 2, 0, 0) where one position turns all channels
     tie_word_embeddings: bool
+
+    @property
+    def family(self) -> Family:
+        """Names of tensors and adapters, towers and classes."""
+        return family_of(self.model_type)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before `model.layers...` and `lm_head` in the folder's tensor names."""
+        return self.family.prefixes[self.model_type]
 
     def padded_vocab_size(self, tp_size: int) -> int:
         """Rows of embedding and lm_head over all TP ranks, 128 k each; those past `vocab_size` are
@@ -49,11 +77,43 @@ class ModelArgs:
         return (self.vocab_size + multiple - 1) // multiple * multiple
 
 
-def read_thinker_config(folder: str | Path) -> tuple[Path, str, Qwen3OmniMoeThinkerConfig]:
-    """(path of FOLDER/config.json, prefix of the thinker's tensor names, its settings).
+@dataclass(frozen=True)
+class FolderConfig:
+    """FOLDER/config.json of a model of one of the families."""
 
-    Raises FileNotFoundError, or ValueError naming the file: not JSON, another model, a setting of
-    the wrong type.
+    path: Path
+    model_type: str
+    settings: dict[str, Any]
+    """Of decoder and towers: the whole file, or the family's `section` of it"""
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
+
+    @property
+    def prefix(self) -> str:
+        """Of the tensor names of decoder and towers."""
+        return self.family.prefixes[self.model_type]
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The decoder's settings."""
+        section = self.family.text_section
+        return self.settings[section] if section else self.settings
+
+    def load(self) -> Any:
+        """transformers' config of decoder and towers. Raises ValueError naming the file."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            return self.family.config_class().from_dict(self.settings)
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+def read_config(folder: str | Path) -> FolderConfig:
+    """FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file: not JSON, a
+    model of no family, a section that is missing.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -63,23 +123,25 @@ def read_thinker_config(folder: str | Path) -> tuple[Path, str, Qwen3OmniMoeThin
             if inside
             else ""
         )
+        titles = " or ".join(sorted(family.title for family in families().values()))
         raise FileNotFoundError(
-            f"--model {folder}: no config.json there; expected a Hugging Face folder of Qwen3-Omni or a checkpoint of "
-            f"checkpoint_tools.hf_to_megatron{way_out}"
+            f"--model {folder}: no config.json there; expected a Hugging Face folder of {titles}, "
+            f"or a checkpoint of checkpoint_tools.hf_to_megatron{way_out}"
         )
     try:
         raw = json.loads(path.read_text())
         model_type = raw.get("model_type") if isinstance(raw, dict) else None
-        if model_type not in _PREFIXES:
-            raise ValueError(
-                f"model_type {model_type!r} is not supported; expected one of {sorted(_PREFIXES)}"
-            )
-        prefix = _PREFIXES[model_type]
-        thinker_raw = raw.get("thinker_config") if prefix else raw
-        if not isinstance(thinker_raw, dict) or not thinker_raw.get("text_config"):
-            raise ValueError(f"{'thinker_config.' if prefix else ''}text_config is missing")
-        return path, prefix, Qwen3OmniMoeThinkerConfig.from_dict(thinker_raw)
-    except (ValueError, StrictDataclassError) as error:
+        family = family_of(model_type)
+        section = family.section if family.prefixes[model_type] else ""
+        settings = raw.get(section) if section else raw
+        text = settings
+        if isinstance(settings, dict) and family.text_section:
+            text = settings.get(family.text_section)
+        if not isinstance(text, dict) or not text:
+            missing = ".".join(name for name in (section, family.text_section) if name)
+            raise ValueError(f"{missing} is missing")
+        return FolderConfig(path, model_type, settings)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -87,12 +149,12 @@ def read_model_args(folder: str | Path) -> ModelArgs:
     """Read FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file and the
     unsupported setting.
     """
-    path, prefix, thinker = read_thinker_config(folder)
-    text, rope = thinker.text_config, thinker.text_config.rope_parameters
+    config = read_config(folder)
+    text, where = _text_settings(config), _where(config)
 
-    def refuse(setting, value, supported):
+    def refuse(setting: str, value: Any, supported: str) -> NoReturn:
         raise ValueError(
-            f"{path}: text_config.{setting} = {value!r} is not supported (this decoder has {supported})"
+            f"{where}{setting} = {value!r} is not supported (this decoder has {supported})"
         )
 
     for setting in (
@@ -102,69 +164,113 @@ def read_model_args(folder: str | Path) -> ModelArgs:
         "num_key_value_heads",
         "vocab_size",
     ):
-        if getattr(text, setting) < 1:
-            refuse(setting, getattr(text, setting), "at least one")
-    head_dim = getattr(text, "head_dim", None)
-    head_dim = text.hidden_size // text.num_attention_heads if head_dim is None else head_dim
+        if text[setting] < 1:
+            refuse(setting, text[setting], "at least one")
+    head_dim = text["head_dim"]
+    head_dim = text["hidden_size"] // text["num_attention_heads"] if head_dim is None else head_dim
     if head_dim < 2 or head_dim % 2:
         refuse("head_dim", head_dim, "an even number")
-    if text.mlp_only_layers:
-        refuse("mlp_only_layers", text.mlp_only_layers, "a mixture of experts in every layer: []")
-    if text.decoder_sparse_step != 1:
-        refuse(
-            "decoder_sparse_step",
-            text.decoder_sparse_step,
-            "a mixture of experts in every layer: 1",
-        )
-    if text.num_experts < 1:
-        refuse("num_experts", text.num_experts, "at least one expert")
-    if text.num_experts_per_tok > text.num_experts:
-        refuse("num_experts_per_tok", text.num_experts_per_tok, f"num_experts {text.num_experts}")
-    if text.num_experts_per_tok == 1 and text.norm_topk_prob:
+    if text["mlp_only_layers"]:
+        every = "a mixture of experts in every layer: []"
+        refuse("mlp_only_layers", text["mlp_only_layers"], every)
+    if text["decoder_sparse_step"] != 1:
+        every = "a mixture of experts in every layer: 1"
+        refuse("decoder_sparse_step", text["decoder_sparse_step"], every)
+    num_experts, per_token = text["num_experts"], text["num_experts_per_tok"]
+    if num_experts < 1:
+        refuse("num_experts", num_experts, "at least one expert")
+    if per_token > num_experts:
+        refuse("num_experts_per_tok", per_token, f"num_experts {num_experts}")
+    if per_token == 1 and text["norm_topk_prob"]:
         refuse("num_experts_per_tok", 1, "at least 2 where norm_topk_prob is true")
-    if text.sliding_window and getattr(text, "use_sliding_window", True):
-        refuse("sliding_window", text.sliding_window, "full attention: null")
-    if text.hidden_act != "silu":
-        refuse("hidden_act", text.hidden_act, "'silu'")
-    if text.attention_bias:
-        refuse("attention_bias", text.attention_bias, "no biases: false")
-    if text.attention_dropout:
-        refuse("attention_dropout", text.attention_dropout, "none: 0.0")
-    if rope["rope_type"] not in ("default", "mrope"):
-        refuse("rope_scaling.rope_type", rope["rope_type"], "'default'")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    mrope_section = tuple(rope.get("mrope_section", [24, 20, 20]))
-    # Their sum need not be head_dim / 2: transformers cuts what is too much, and leaves to time
-    # what is missing.
-    if len(mrope_section) != 3 or not all(
-        isinstance(size, int) and size >= 0 for size in mrope_section
-    ):
-        refuse(
-            "rope_scaling.mrope_section", list(mrope_section), "three sizes: time, height, width"
-        )
-    if not float(rope["rope_theta"]) > 0:
-        refuse("rope_theta", rope["rope_theta"], "a number above 0")
-    if text.num_attention_heads % text.num_key_value_heads:
+    if text["sliding_window"] and text["use_sliding_window"]:
+        refuse("sliding_window", text["sliding_window"], "full attention: null")
+    if text["hidden_act"] != "silu":
+        refuse("hidden_act", text["hidden_act"], "'silu'")
+    if text["attention_bias"]:
+        refuse("attention_bias", text["attention_bias"], "no biases: false")
+    if text["attention_dropout"]:
+        refuse("attention_dropout", text["attention_dropout"], "none: 0.0")
+    if text["num_attention_heads"] % text["num_key_value_heads"]:
         refuse(
             "num_key_value_heads",
-            text.num_key_value_heads,
-            f"a divisor of num_attention_heads {text.num_attention_heads}",
+            text["num_key_value_heads"],
+            f"a divisor of num_attention_heads {text['num_attention_heads']}",
         )
     return ModelArgs(
-        prefix=prefix,
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
+        model_type=config.model_type,
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        num_attention_heads=text["num_attention_heads"],
+        num_key_value_heads=text["num_key_value_heads"],
         head_dim=head_dim,
-        num_experts=text.num_experts,
-        num_experts_per_tok=text.num_experts_per_tok,
-        norm_topk_prob=text.norm_topk_prob,
-        moe_intermediate_size=text.moe_intermediate_size,
-        vocab_size=text.vocab_size,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_theta=float(rope["rope_theta"]),
-        mrope_section=mrope_section,
-        tie_word_embeddings=thinker.tie_word_embeddings,
+        num_experts=num_experts,
+        num_experts_per_tok=per_token,
+        norm_topk_prob=text["norm_topk_prob"],
+        moe_intermediate_size=text["moe_intermediate_size"],
+        vocab_size=text["vocab_size"],
+        rms_norm_eps=text["rms_norm_eps"],
+        **_rope(config, text["rope_theta"], head_dim, refuse),
+        tie_word_embeddings=config.settings.get("tie_word_embeddings", False),
     )
+
+
+def _where(config: FolderConfig) -> str:
+    """What comes before a setting's name in a message."""
+    section = config.family.text_section
+    return f"{config.path}: {section}." if section else f"{config.path}: "
+
+
+def _text_settings(config: FolderConfig) -> dict[str, Any]:
+    """The settings of `Family.text_defaults`, as config.json or transformers has them. Raises
+    ValueError for one of another type.
+    """
+    found: dict[str, Any] = {}
+    for name, default in config.family.text_defaults.items():
+        known_as = name if name in config.text else config.family.aliases.get(name, name)
+        value, wanted = config.text.get(known_as, default), _TYPES[name]
+        if value is None and name in _MAY_BE_NULL:
+            found[name] = None
+            continue
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ValueError(
+                f"{_where(config)}{known_as} = {value!r} is a {type(value).__name__}, "
+                f"expected a {wanted.__name__}"
+            )
+        found[name] = value
+    return found
+
+
+def _rope(
+    config: FolderConfig, rope_theta: float, head_dim: int, refuse: Callable[..., NoReturn]
+) -> dict[str, Any]:
+    """rope_theta and mrope_section. The hub writes `rope_theta` beside `rope_scaling`, transformers
+    5 writes both into `rope_parameters`.
+    """
+    rope = config.text.get("rope_scaling") or config.text.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        refuse("rope_scaling", rope, "one rotary embedding for all layers")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    interleaved = config.family.interleaved_mrope
+    if rope_type not in (("default", "mrope") if interleaved else ("default",)):
+        refuse("rope_scaling.rope_type", rope_type, "'default'")
+    partial = rope.get("partial_rotary_factor", config.text.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        refuse("partial_rotary_factor", partial, "1.0")
+    rope_theta = rope.get("rope_theta", rope_theta)
+    if isinstance(rope_theta, bool) or not isinstance(rope_theta, int | float) or rope_theta <= 0:
+        refuse("rope_theta", rope_theta, "a number above 0")
+    if not interleaved:
+        return {"rope_theta": float(rope_theta), "mrope_section": (head_dim // 2, 0, 0)}
+    mrope_section = rope.get("mrope_section", _DEFAULT_MROPE_SECTION)
+    # Their sum need not be head_dim / 2: transformers cuts what is too much, and leaves to time
+    # what is missing.
+    if (
+        not isinstance(mrope_section, list | tuple)
+        or len(mrope_section) != 3
+        or not all(isinstance(size, int) and size >= 0 for size in mrope_section)
+    ):
+        refuse("rope_scaling.mrope_section", mrope_section, "three sizes: time, height, width")
+    return {"rope_theta": float(rope_theta), "mrope_section": tuple(mrope_section)}

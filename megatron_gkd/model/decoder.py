@@ -1,4 +1,4 @@
-"""The thinker's decoder as megatron-core's GPTModel, frozen, without the lm_head product.
+"""The decoder as megatron-core's GPTModel, frozen, without the lm_head product.
 
 `build_decoder` returns this pipeline stage. Its forward ends at the final norm (hidden states
 [S/TP, B, H]): only the response rows reach the lm_head, in the loss (`forward.py`) or in the

@@ -4,14 +4,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_gkd.model.args import DTYPES, ModelArgs, read_model_args
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
 
-__all__ = ["DTYPES", "ModelArgs", "read_model_args", "transformer_config"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def transformer_config(
-    model_args: ModelArgs, parallel, dtype: torch.dtype, *, recompute: bool = False
+    model_args: ModelArgs, parallel: Parallel, dtype: torch.dtype, *, recompute: bool = False
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder. `parallel` gives tp_size, pp_size and ep_size.
 

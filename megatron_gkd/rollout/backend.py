@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 
 from megatron_gkd.data.batch import Batch, BatchView, with_responses
-from megatron_gkd.lora.modules import lora_enabled
+from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel
+from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.rollout.generate import PromptMedia, generate
 from megatron_gkd.rollout.mode import generation_mode
 
@@ -89,8 +89,7 @@ class MegatronRollout:
     top_k: int = 50
     repetition_penalty: float = 1.1
     teacher_writes: bool = False
-    """Sequence-level distillation: the teacher (LoRA off, its own prompt) writes instead of the
-    student (LoRA on).
+    """Sequence-level distillation: the teacher writes, from its own prompt, instead of the student.
     """
     progress: Callable[[int, int], None] | None = None
     """Called with (tokens written, max_completion_length)."""
@@ -112,7 +111,8 @@ class MegatronRollout:
             # twice.
             first = (number * self.parallel.dp_size + self.parallel.dp_rank) * len(batch.rows)
             places += [first + index for index in indices]
-        with lora_enabled(model, not self.teacher_writes), generation_mode(model):
+        toggle = as_teacher if self.teacher_writes else as_student
+        with toggle(model), generation_mode(model):
             features = [None if media is None else media[index] for index in range(len(batches))]
             responses = generate(
                 model,
@@ -155,3 +155,33 @@ class MegatronRollout:
                 (~ended & (view.lengths - view.prompt_lengths >= self.max_completion_length)).sum()
             )
         return count
+
+
+def respond_or_skip(
+    rollout: RolloutBackend,
+    model: torch.nn.Module,
+    batches: list[Batch],
+    step: int,
+    media: StepMedia,
+    parallel: Parallel,
+) -> list[Batch]:
+    """The batches with new responses; on all ranks none where the logits of any row were not
+    finite.
+
+    Collectives: the rollout's, and an exchange of the errors: replicas write apart, and must agree
+    to skip the step.
+    """
+    written, error = [], ""
+    try:
+        written = rollout.respond(model, batches, step, media)
+    except FloatingPointError as caught:
+        error = str(caught)
+    errors = all_gather_objects(error)
+    if any(errors):
+        of_rows = [
+            text for text in errors if text and "a row of another rank" not in text
+        ] or errors
+        # the longest names the most rows
+        log_rank_0(parallel, f"Step {step + 1} is skipped: {max(of_rows, key=len)}")
+        return []
+    return written

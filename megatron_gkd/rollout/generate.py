@@ -225,8 +225,7 @@ def _positions(
 def _shown(
     model, parallel, input_ids, position_ids, num_padding, media: PromptMedia | None
 ) -> dict:
-    """More arguments of the first stage's prefill: the media in their places in the padded prompts.
-    """
+    """More arguments of the first stage's prefill: the media in their places in the padded prompts."""
     if media is None or media.features is None:
         return {}
     rows = media.prompts * input_ids.shape[1] + num_padding[media.prompts] + media.places

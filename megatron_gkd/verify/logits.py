@@ -1,4 +1,4 @@
-"""The same rows through transformers' thinker and ours: hidden states before and after every layer,
+"""The same rows through transformers' model and ours: hidden states before and after every layer,
 logits.
 
 Ours are the towers and the Megatron decoder as training builds them; the rotary positions are
@@ -9,12 +9,15 @@ positions, H hidden size.
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_gkd.data.batch import BatchView
 from megatron_gkd.forward import view_logits
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel, all_gather_objects
 from megatron_gkd.verify.reference import decoder
 from megatron_gkd.verify.rows import Rows
 
@@ -33,13 +36,11 @@ class Trace:
     logits: Tensor
 
 
-def transformers_trace(thinker, rows: Rows) -> tuple[Trace, Tensor]:
-    """`thinker`: transformers' model, or peft's around it. The second result: its position ids [3,
+def transformers_trace(model: Any, rows: Rows) -> tuple[Trace, Tensor]:
+    """`model`: transformers' model, or peft's around it. The second result: its position ids [3,
     B, S].
     """
-    text_model = decoder(
-        thinker.get_base_model() if hasattr(thinker, "get_base_model") else thinker
-    )
+    text_model = decoder(model.get_base_model() if hasattr(model, "get_base_model") else model)
     layers, entered = {}, {}
     with ExitStack() as hooks, torch.no_grad():
 
@@ -55,18 +56,20 @@ def transformers_trace(thinker, rows: Rows) -> tuple[Trace, Tensor]:
         )
         for module, hook in zip((text_model, *text_model.layers, text_model.norm), before):
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        logits = thinker(**rows.inputs).logits
+        logits = model(**rows.inputs).logits
     ids, positions = rows.inputs["input_ids"], entered["position_ids"]
     if positions is None:
         positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
     return Trace(layers, logits.float()), positions[-3:].contiguous()
 
 
-def megatron_trace(model, model_args, parallel, rows: Rows, positions: Tensor) -> Trace:
+def megatron_trace(
+    model: Any, model_args: ModelArgs, parallel: Parallel, rows: Rows, positions: Tensor
+) -> Trace:
     """`model` has its towers (`model.towers`, None on later stages). Complete on every rank.
 
-    Collectives: those of the towers and the forward pass, an all-gather of the layers' hidden
-    states.
+    Collectives: those of the towers and the forward pass, for each layer an all-gather of its
+    sequence shards, and an exchange of the stages' hidden states.
     """
     layers: dict[int, Tensor] = {}
     view = _view(rows, positions, parallel)
@@ -74,13 +77,16 @@ def megatron_trace(model, model_args, parallel, rows: Rows, positions: Tensor) -
         for layer in model.decoder.layers:
 
             def keep(layer, args, output):
-                layers[layer.layer_number] = output[0].detach().clone()
+                layers[layer.layer_number] = parallel.gather_sequence(output[0]).to(
+                    "cpu", copy=True
+                )
 
             hooks.callback(layer.register_forward_hook(keep).remove)
         if parallel.is_first_stage:
 
             def keep_input(layer, args, kwargs):
-                layers[EMBEDDING] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+                hidden = args[0] if args else kwargs["hidden_states"]
+                layers[EMBEDDING] = parallel.gather_sequence(hidden).to("cpu", copy=True)
 
             first = model.decoder.layers[0]
             hooks.callback(first.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
@@ -89,20 +95,19 @@ def megatron_trace(model, model_args, parallel, rows: Rows, positions: Tensor) -
             features = model.towers.encode(rows.media.to(parallel.device))
         length = rows.real.shape[1]
         logits = view_logits(model, model_args, parallel, view, features)[:, :length]
-    shards = {number: (parallel.tp_rank, hidden.cpu()) for number, hidden in layers.items()}
-    gathered = [None] * parallel.world_size
-    torch.distributed.all_gather_object(gathered, shards if parallel.dp_rank == 0 else {})
-    whole = {}
-    for number in range(EMBEDDING, model_args.num_layers + 1):
-        parts = dict(found[number] for found in gathered if number in found)
-        hidden = torch.cat([parts[rank] for rank in sorted(parts)])
-        whole[number] = hidden[:length].transpose(0, 1).float()
+    writes = parallel.dp_rank == parallel.tp_rank == 0
+    of_stages = all_gather_objects(layers if writes else {})
+    found = {number: hidden for of_stage in of_stages for number, hidden in of_stage.items()}
+    whole = {
+        number: found[number][:length].transpose(0, 1).float()
+        for number in range(EMBEDDING, model_args.num_layers + 1)
+    }
     return Trace(whole, logits)
 
 
-def _view(rows: Rows, positions: Tensor, parallel) -> BatchView:
-    """The rows as a batch's view, padded to a multiple of the tensor-parallel size."""
-    padding = (0, -rows.real.shape[1] % parallel.tp_size)
+def _view(rows: Rows, positions: Tensor, parallel: Parallel) -> BatchView:
+    """The rows as a batch's view, padded to a multiple of `parallel.sequence_multiple`."""
+    padding = (0, -rows.real.shape[1] % parallel.sequence_multiple)
     ids = torch.nn.functional.pad(rows.inputs["input_ids"], padding)
     view = BatchView(
         input_ids=ids,

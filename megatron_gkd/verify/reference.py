@@ -1,51 +1,49 @@
-"""What differs between versions of `transformers` in the thinker's class.
+"""transformers' model of a folder, and peft's around it: what ours is compared with.
 
-Until 5.20 its `model` is the decoder itself, beside the towers, later `model` holds decoder and
-towers; and only later versions let `peft` find the adapter names of the whole model,
-`thinker.model.layers...`, on it.
+What differs between versions: until 5.20 Qwen3-Omni's `model` is the decoder itself, beside the
+towers, later `model` holds decoder and towers; and only later versions let `peft` find the adapter
+names of the whole model on the part of it that is trained.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+from megatron_gkd.families import family_of
+from megatron_gkd.model.args import read_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def decoder(thinker: nn.Module) -> nn.Module:
-    """The text decoder, embedding to final norm, of a Qwen3OmniMoeThinkerForConditionalGeneration.
+def decoder(model: Any) -> Any:
+    """The text decoder, embedding to final norm, of transformers' model with an lm_head."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def tower(model: Any, name: str) -> Any:
+    """A tower of transformers' model by its name in the family: `audio_tower`, `visual`."""
+    return getattr(model.model, name) if hasattr(model.model, name) else getattr(model, name)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of FOLDER (decoder, lm_head and towers) in evaluation mode, on the CPU:
+    safetensors only, nothing from the network.
     """
-    return getattr(thinker.model, "language_model", thinker.model)
-
-
-def audio_tower(thinker: nn.Module) -> nn.Module:
-    """The audio encoder of a Qwen3OmniMoeThinkerForConditionalGeneration."""
-    return (
-        thinker.model.audio_tower if hasattr(thinker.model, "audio_tower") else thinker.audio_tower
-    )
-
-
-def load_thinker(
-    folder: str | Path, dtype: torch.dtype = torch.float32
-) -> Qwen3OmniMoeThinkerForConditionalGeneration:
-    """transformers' thinker of FOLDER in evaluation mode, on the CPU: safetensors only, nothing
-    from the network.
-    """
-    load = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained
+    load = read_config(folder).family.model_class().from_pretrained
     return load(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
 
 
-def load_peft(thinker: nn.Module, adapter: str | Path, **options) -> PeftModel:
-    """`thinker` with the adapter, whether its names start with `thinker.` or not. Where a tensor of
-    the adapter has no place, or a module of `thinker` no tensor, peft says no more than a warning
-    "Found missing adapter keys". Raises FileNotFoundError where there is no safetensors file: peft
-    would read a pickle, or ask the network.
+def load_peft(model: nn.Module, adapter: str | Path, **options: Any) -> PeftModel:
+    """`model`, transformers', with the adapter, whichever of the family's roots its names have.
+    Where a tensor of the adapter has no place, or a module of `model` no tensor, peft says no more
+    than a warning "Found missing adapter keys". Raises FileNotFoundError where there is no
+    safetensors file: peft would read a pickle, or ask the network.
     """
     file = Path(adapter, "adapter_model.safetensors")
     if not file.is_file():
@@ -54,6 +52,6 @@ def load_peft(thinker: nn.Module, adapter: str | Path, **options) -> PeftModel:
         )
     from peft import PeftModel  # not at the top: only who has an adapter needs peft
 
-    return PeftModel.from_pretrained(
-        thinker, str(adapter), key_mapping={r"^thinker\.": ""}, **options
-    )
+    roots = family_of(model.config.model_type).adapter_roots
+    mapping = {f"^{re.escape(root)}": "" for root in roots if root}
+    return PeftModel.from_pretrained(model, str(adapter), key_mapping=mapping or None, **options)

@@ -1,14 +1,14 @@
-"""The rows that `verify` runs through both models: text of several lengths, sound, a picture."""
+"""The rows that `verify` runs through both models: text of several lengths, and where the model
+has towers a sound and a picture.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3OmniMoeThinkerConfig
-from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
-    _get_feat_extract_output_lengths,
-)
 
+from megatron_gkd.families import family_of
 from megatron_gkd.media.medium import Media, Medium
 
 NUM_FRAMES = 230  # of sound: two whole chunks of the audio tower and a part
@@ -17,7 +17,7 @@ PICTURE = (1, 8, 12)  # patches: time, height, width
 
 @dataclass(frozen=True)
 class Rows:
-    """`inputs` are the arguments of transformers' thinker, `media` and `is_media` [B, S], which
+    """`inputs` are the arguments of transformers' model, `media` and `is_media` [B, S], which
     marks their tokens, the same for our towers; `real` [B, S] marks what is not padding.
     """
 
@@ -31,23 +31,24 @@ class Rows:
         return self.inputs["attention_mask"].bool()
 
 
-def make_rows(config: Qwen3OmniMoeThinkerConfig) -> list[Rows]:
-    """Seeded: the same for every call."""
+def make_rows(config: Any) -> list[Rows]:
+    """Rows for the model of transformers' `config`. Seeded: the same for every call."""
     generator = torch.Generator().manual_seed(0)
-    return [_text(config, generator), _sound(config, generator), _picture(config, generator)]
+    rows = [_text(config, generator)]
+    if family_of(config.model_type).towers:
+        rows += [_sound(config, generator), _picture(config, generator)]
+    return rows
 
 
-def _words(config: Qwen3OmniMoeThinkerConfig, generator: torch.Generator, *size: int) -> Tensor:
+def _words(config: Any, generator: torch.Generator, *size: int) -> Tensor:
     """Random ids, none of which stands for media."""
-    special = {getattr(config, name) for name in dir(config) if name.endswith("token_id")}
-    special |= {config.vision_start_token_id, config.vision_end_token_id}
-    ordinary = torch.tensor(
-        [token for token in range(config.text_config.vocab_size) if token not in special]
-    )
+    special = [getattr(config, name) for name in dir(config) if name.endswith("token_id")]
+    vocab_size = config.get_text_config().vocab_size
+    ordinary = torch.tensor([token for token in range(vocab_size) if token not in special])
     return ordinary[torch.randint(len(ordinary), size, generator=generator)]
 
 
-def _text(config, generator) -> Rows:
+def _text(config: Any, generator: torch.Generator) -> Rows:
     lengths = torch.tensor([32, 17, 5])
     mask = torch.arange(32) < lengths[:, None]
     ids = torch.where(mask, _words(config, generator, 3, 32), 0)
@@ -56,14 +57,16 @@ def _text(config, generator) -> Rows:
     )
 
 
-def _around(config, generator, media: Tensor) -> dict[str, Tensor]:
+def _around(config: Any, generator: torch.Generator, media: Tensor) -> dict[str, Tensor]:
+    """A row of words with the tokens `media` [M] among them."""
     ids = torch.cat([_words(config, generator, 4), media, _words(config, generator, 7)])[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _sound(config, generator) -> Rows:
-    audio = config.audio_config
-    num_tokens = int(_get_feat_extract_output_lengths(torch.tensor(NUM_FRAMES), audio.n_window))
+def _sound(config: Any, generator: torch.Generator) -> Rows:
+    audio, count = config.audio_config, family_of(config.model_type).num_audio_tokens
+    assert count is not None, "a family with towers counts the tokens of a sound"
+    num_tokens = count(NUM_FRAMES, config)
     media = torch.tensor(
         [config.audio_start_token_id]
         + [config.audio_token_id] * num_tokens
@@ -79,7 +82,7 @@ def _sound(config, generator) -> Rows:
     return Rows("audio", inputs, sound, inputs["input_ids"] == config.audio_token_id)
 
 
-def _picture(config, generator) -> Rows:
+def _picture(config: Any, generator: torch.Generator) -> Rows:
     vision, (time, height, width) = config.vision_config, PICTURE
     num_tokens = time * height * width // vision.spatial_merge_size**2
     media = (

@@ -1,0 +1,132 @@
+"""Qwen3-Omni: a thinker (audio tower, vision tower, mixture-of-experts decoder), which is trained,
+and talker and code2wav, which turn its text into speech and travel along.
+
+A folder holds the whole model (tensors under `thinker.`) or a thinker alone (no prefix).
+"""
+
+from typing import Any
+
+from megatron_gkd.families.family import Family, Tower
+
+_MEDIA_TOKENS = (
+    "audio_token_id",
+    "image_token_id",
+    "video_token_id",
+    "audio_start_token_id",
+    "audio_end_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "position_id_per_seconds",
+)
+
+
+def _config_class() -> Any:
+    from transformers import Qwen3OmniMoeThinkerConfig
+
+    return Qwen3OmniMoeThinkerConfig
+
+
+def _model_class() -> Any:
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+    return Qwen3OmniMoeThinkerForConditionalGeneration
+
+
+def _whole_class() -> Any:
+    from transformers import Qwen3OmniMoeForConditionalGeneration
+
+    return Qwen3OmniMoeForConditionalGeneration
+
+
+def _audio_encoder() -> Any:
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe
+
+    return modeling_qwen3_omni_moe.Qwen3OmniMoeAudioEncoder
+
+
+def _vision_encoder() -> Any:
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe
+
+    return modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder
+
+
+def _num_audio_tokens(num_frames: int, config: Any) -> int:
+    import torch
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe
+
+    lengths = modeling_qwen3_omni_moe._get_feat_extract_output_lengths
+    return int(lengths(torch.tensor(num_frames), config.audio_config.n_window))
+
+
+def _media_settings(config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in _MEDIA_TOKENS}
+    for name, value in found.items():
+        if value is None:
+            raise ValueError(f"{name} is missing; the thinker's config of a Qwen3-Omni names it")
+    return found | {"spatial_merge_size": config.vision_config.spatial_merge_size}
+
+
+FAMILY = Family(
+    title="Qwen3-Omni",
+    prefixes={"qwen3_omni_moe": "thinker.", "qwen3_omni_moe_thinker": ""},
+    section="thinker_config",
+    text_section="text_config",
+    text_defaults={
+        "num_hidden_layers": 28,
+        "hidden_size": 2048,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 768,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+        "vocab_size": 3584,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+        "use_sliding_window": True,
+    },
+    interleaved_mrope=True,
+    config_class=_config_class,
+    model_class=_model_class,
+    whole_class=_whole_class,
+    towers=(
+        Tower(
+            name="audio_tower",
+            config="audio_config",
+            output_size="output_dim",
+            layers="layers",
+            lora_linears=(
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "self_attn.out_proj",
+                "fc1",
+                "fc2",
+            ),
+            load_class=_audio_encoder,
+        ),
+        Tower(
+            name="visual",
+            config="vision_config",
+            output_size="out_hidden_size",
+            layers="blocks",
+            lora_linears=("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+            load_class=_vision_encoder,
+        ),
+    ),
+    other_models=("talker.", "code2wav."),
+    media_settings=_media_settings,
+    num_audio_tokens=_num_audio_tokens,
+    # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it
+    # the whole model would ignore it.
+    adapter_roots=("thinker.", ""),
+    # transformers calls the decoder `model` until 5.20 and `model.language_model` later.
+    inner_roots=("model.", "model.language_model."),
+)
