@@ -16,7 +16,7 @@ from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, describe_layout
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.chat import read_stop_token_ids
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.loss import LinearJsdOutput
 from megatron_gkd.parallel import Parallel
 

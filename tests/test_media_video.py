@@ -69,7 +69,7 @@ def test_a_video_is_what_transformers_processor_makes_of_it(
         text=text, videos=[str(clip)], fps=1.0, do_sample_frames=True, return_tensors="pt"
     )
     if with_sound:
-        sound = MediaProcessor(model)._decode_sound(Reference("audio", str(clip), None, True))
+        sound = MediaProcessor(model)._decode_audio(Reference("audio", str(clip), None, True))
         assert sound[1] > 8000 and len(sound[0]) == pytest.approx(6 * sound[1], rel=0.05)
         arguments |= dict(load_audio_from_video=True)
     expected = processor(**arguments)
@@ -97,6 +97,12 @@ def test_the_sound_may_be_given(model, clip, tmp_path):
     sample = load(model, tmp_path, given, max_length=2000)[0]
     assert sample.student.input_ids == own.student.input_ids
     assert torch.equal(sample.student.position_ids, own.student.position_ids)
+
+
+def test_media_references_of_a_video_name_its_track(model, clip, tmp_path):
+    rows = load(model, tmp_path, row(clip, use_audio_in_video=True), max_length=2000)
+    track = Reference("audio", str(clip), None, is_track=True)
+    assert rows.media_references(0) == ([track, Reference("video", str(clip), None)],) * 2
 
 
 @pytest.mark.parametrize("with_sound", [False, True])

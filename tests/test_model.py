@@ -263,7 +263,8 @@ def check(results, index, batches, references, tolerance=1e-4):
                 / expected.abs().max().item()
             )
             assert difference < tolerance, (
-                f"rank {rank}, micro-batch {number}: gradients differ by {difference} of the largest"
+                f"rank {rank}, micro-batch {number}: gradients differ by {difference} of "
+                "the largest"
             )
             seen_gradients.add(number)
     return seen_logits, seen_gradients
@@ -336,7 +337,7 @@ def test_precisions_and_attention_implementations(cases, name):
 
 
 def test_ranks_whose_experts_get_no_token(tiny_folder):
-    """One-token micro-batches on 4 ranks (the filler rows of an evaluation): two experts get all,
+    """One-token micro-batches on 4 ranks (the padding samples of an evaluation): two experts get all,
     most ranks none.
     """
     folder = tiny_folder(**FOLDERS["whole"])
