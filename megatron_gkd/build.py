@@ -135,7 +135,7 @@ def build(
             log_rank_0(parallel, note)
     trainable, total = count_parameters(model_args, rank, targets, model)
     log_rank_0(parallel, banner(trainable, total))
-    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
+    log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
@@ -152,15 +152,8 @@ def build(
         weight_decay=train_config.weight_decay,
         max_grad_norm=train_config.max_grad_norm,
     )
-    distill = config.distill
-    divergence, beta = distill.mixture
     loss = LossSettings(
-        divergence,
-        beta,
-        distill.temperature,
-        distill.sft_alpha,
-        model_args.vocab_size,
-        distill.divergence_clip,
+        config.distill.loss_divergence, config.distill.sft_alpha, model_args.vocab_size
     )
     if parallel.rank == 0:
         layout = {
