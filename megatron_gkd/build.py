@@ -69,7 +69,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         with named_by_flag("teacher_adapter"):
             load_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
-    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
+    log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
@@ -256,15 +256,7 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
 def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     """The loss of the whole run."""
     distill = config.distill
-    divergence, beta = distill.mixture
-    return LossSettings(
-        divergence,
-        beta,
-        distill.temperature,
-        distill.sft_alpha,
-        model_args.vocab_size,
-        distill.divergence_clip,
-    )
+    return LossSettings(distill.loss_divergence, distill.sft_alpha, model_args.vocab_size)
 
 
 def count_lora(

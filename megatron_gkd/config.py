@@ -10,7 +10,7 @@ import argparse
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from megatron_gkd.flags import (
     BELOW_1,
@@ -27,6 +27,7 @@ from megatron_gkd.flags import (
     with_config_file,
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
+from megatron_gkd.loss.divergence import KINDS, Divergence, Name
 from megatron_gkd.model.args import ModelArgs, read_model_args
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
@@ -185,15 +186,6 @@ class DataConfig:
             require(bool(name.strip()), "dataset", repr(name), "a file or a name")
 
 
-class Mixture(NamedTuple):
-    """What the loss compares: `beta` is the weight of the **student** in M, without effect in the
-    two KLs.
-    """
-
-    divergence: str
-    beta: float
-
-
 @dataclass
 class DistillConfig:
     _argument_group_name = "distillation"
@@ -217,14 +209,11 @@ class DistillConfig:
         "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward "
         "KL, 1 reverse KL.",
     )
-    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = setting(
-        "jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t)."
-    )
+    divergence: Name = setting("jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t).")
     divergence_clip: float | None = setting(
         None,
         "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
-        "gives no gradient. "
-        "Default: no limit.",
+        "gives no gradient. Default: no limit.",
     )
     teacher_adapter: str | None = setting(
         None,
@@ -258,10 +247,13 @@ class DistillConfig:
                 "above 0",
                 "leave it out for no limit",
             )
-        if self.divergence != "jsd" or self.beta_convention == "paper":
+        if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
             require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
         else:
-            way_out = "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, --beta_convention paper"
+            way_out = (
+                "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, "
+                "--beta_convention paper"
+            )
             require(
                 0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out
             )
@@ -284,31 +276,29 @@ class DistillConfig:
         )
 
     @property
-    def mixture(self) -> Mixture:
-        """The divergence that is computed and the student's weight in it, whichever convention
-        --beta was given in.
+    def loss_divergence(self) -> Divergence:
+        """The divergence that is computed, with the student's weight in its mixture, whichever
+        convention --beta was given in.
         """
-        if self.divergence != "jsd":
-            return Mixture(self.divergence, 0.5)
-        if self.beta_convention == "guide":
-            return Mixture("jsd", self.beta)
-        if self.beta in (0, 1):
-            return Mixture("reverse_kl" if self.beta == 1 else "forward_kl", 0.5)
-        return Mixture("jsd", 1 - self.beta)
+        name, limits, beta = self.divergence, KINDS[self.divergence].limits, 0.5
+        if limits and self.beta_convention == "guide":
+            beta = self.beta
+        elif limits and self.beta in (0, 1):
+            name = limits[int(self.beta)]
+        elif limits:
+            beta = 1 - self.beta
+        return Divergence(name, beta, self.temperature, self.divergence_clip)
 
-    def mixture_line(self) -> str:
+    def loss_line(self) -> str:
         """One line for the start of a run: what the loss is, in numbers."""
-        divergence, student = self.mixture
-        formula = {
-            "jsd": f"M = {student:.2f} student + {1 - student:.2f} teacher, "
-            f"JSD = {student:.2f} KL(student || M) + {1 - student:.2f} KL(teacher || M)",
-            "forward_kl": "forward KL = KL(teacher || student)",
-            "reverse_kl": "reverse KL = KL(student || teacher)",
-        }[divergence]
+        divergence = self.loss_divergence
+        formula = KINDS[divergence.kind].formula.format(
+            student=divergence.beta, teacher=1 - divergence.beta
+        )
         used = (
             f"--beta {self.beta:g}, {self.beta_convention} convention"
-            if self.divergence == "jsd"
-            else f"--divergence {divergence}"
+            if KINDS[self.divergence].uses_beta
+            else f"--divergence {self.divergence}"
         )
         clip = (
             "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
