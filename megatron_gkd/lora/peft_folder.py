@@ -1,13 +1,13 @@
 """A PEFT adapter folder, read and written: adapter_config.json and adapter_model.safetensors.
 
 Reads what PEFT writes for this model under transformers 4 (a linear an expert) and 5 (experts fused
-into stacked parameters, whose LoRA has E ranks side by side), with or without the `thinker.`
-prefix. Writes per-expert names, which PEFT loads on both.
+into stacked parameters, whose LoRA has E ranks side by side), under any of the family's roots
+(adapter_names.py). Writes per-expert names, which PEFT loads on both.
 """
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,18 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_gkd.families import Family
 from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
 from megatron_gkd.lora.adapter import (
     EXPERTS,
     HEAD,
-    ROOT,
-    THINKER,
     adapter_slices,
     adapter_tensors,
     applied,
     resolve_targets,
     tower_tensors,
 )
+from megatron_gkd.lora.adapter_names import adapter_names
 from megatron_gkd.model.args import ModelArgs
 
 CONFIG = "adapter_config.json"
@@ -47,34 +47,11 @@ _PLAIN = {
 # Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the
 # adapter.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+\.(?:self_attn\.[qkvo]_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj))"
-    r"\.lora_([AB])\.(?:default\.)?weight"
-)
-_FUSED_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+)\.mlp\.experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight"
-)
-_HEAD_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?lm_head\.lora_([AB])\.(?:default\.)?weight"
-)
-_TOWER_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(audio_tower\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])"
-    r"|visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12]))\.lora_([AB])\.(?:default\.)?weight"
-)
-# What PEFT saves of the base beside LoRA on the lm_head.
-_BASE_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight"
-)
-_OUTSIDE = re.compile(r"base_model\.model\.(talker|code2wav)\..*\.lora_[AB]\.(?:default\.)?weight")
-_SPELLINGS = [
-    f"{root}model.{inner}layers." for root in ("", "thinker.") for inner in ("", "language_model.")
-]
-_HEAD_SPELLINGS = ["", "thinker."]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
+    """Where one tensor of the adapter lies: a stored one, or one expert's part of a fused one."""
 
     stored: str
     alpha: float
@@ -84,7 +61,7 @@ class _Source:
 
 class PeftAdapter:
     """An opened adapter folder. `rank`, `alpha`, `targets` (of the decoder) and `towers` (linears
-    of the towers, by name) describe it, `outside` are tensors of LoRA on the talker or the vocoder;
+    of the towers, by name) describe it, `outside` are tensors of LoRA on the family's other models;
     `tensor(name)` gives one matrix and its scale.
     """
 
@@ -93,6 +70,7 @@ class PeftAdapter:
         this model cannot represent.
         """
         self.folder, self.model_args = Path(folder), model_args
+        self._family, self._names = model_args.family, adapter_names(model_args.family)
         for name in (CONFIG, TENSORS):
             if not (self.folder / name).is_file():
                 hint = (
@@ -132,7 +110,7 @@ class PeftAdapter:
         `tower_tensors`.
         """
         return name in self._sources and (
-            not name.startswith(ROOT) or _linear(name) in self.targets
+            not name.startswith(self._family.adapter_layers) or _linear(name) in self.targets
         )
 
     def _read_config(self) -> dict:
@@ -159,7 +137,7 @@ class PeftAdapter:
             )
         return config
 
-    def _setting(self, name: str, module: str, spellings: list[str], default: float) -> float:
+    def _setting(self, name: str, module: str, spellings: Sequence[str], default: float) -> float:
         """What the pattern setting `name` says of `module` ("0.self_attn.q_proj"), whose name it
         may spell out as in any of PEFT's models.
         """
@@ -174,44 +152,50 @@ class PeftAdapter:
                 return float(value)
         return default
 
-    def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
+    def _alpha(self, module: str, spellings: Sequence[str]) -> float:
         return self._setting("alpha_pattern", module, spellings, float(self.config["lora_alpha"]))
 
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, _Source]]:
         """Of the decoder's tensors, and of the towers'."""
         sources, in_towers, fused, unknown = {}, {}, {}, []
+        names, root, layers = self._names, self._family.adapter_root, self._family.adapter_layers
         for name in self._file.keys():
-            if match := _NAME.fullmatch(name):
+            if match := names.linear.fullmatch(name):
                 linear, side = match.groups()
-                sources[f"{ROOT}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
-            elif match := _HEAD_NAME.fullmatch(name):
-                sources[f"{THINKER}{HEAD}.lora_{match[1]}.weight"] = _Source(
-                    name, self._alpha(HEAD, _HEAD_SPELLINGS)
+                sources[f"{layers}{linear}.lora_{side}.weight"] = _Source(
+                    name, self._alpha(linear, names.layer_spellings)
                 )
-            elif match := _FUSED_NAME.fullmatch(name):
+            elif match := names.head.fullmatch(name):
+                sources[f"{root}{HEAD}.lora_{match[1]}.weight"] = _Source(
+                    name, self._alpha(HEAD, names.head_spellings)
+                )
+            elif match := names.fused.fullmatch(name):
                 layer, inner, side = match.groups()
                 fused.setdefault((layer, inner), {})[side] = name
-            elif match := _BASE_NAME.fullmatch(name):
+            elif match := names.base_copy.fullmatch(name):
                 self._base_copies[match[1]] = name
             elif not self._changes_something(name):
                 continue
-            elif _OUTSIDE.fullmatch(name):
+            elif names.outside.fullmatch(name):
                 self.outside.append(name)
-            elif match := _TOWER_NAME.fullmatch(name):
+            elif match := names.tower.fullmatch(name):
                 linear, side = match.groups()
-                in_towers[f"{THINKER}{linear}.lora_{side}.weight"] = _Source(
-                    name, self._alpha(linear)
+                in_towers[f"{root}{linear}.lora_{side}.weight"] = _Source(
+                    name, self._alpha(linear, names.layer_spellings)
                 )
             else:
                 unknown.append(name)
         if unknown:
             raise ValueError(
-                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the thinker's decoder or towers"
+                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on "
+                f"{self._family.trained_part}'s decoder or towers"
             )
         for (layer, _), pair in fused.items():
             self._add_fused(sources, layer, pair)
         if not sources:
-            raise ValueError(f"{self.path}: no LoRA on the thinker's decoder linears")
+            raise ValueError(
+                f"{self.path}: no LoRA on {self._family.trained_part}'s decoder linears"
+            )
         return sources, in_towers
 
     def _changes_something(self, name: str) -> bool:
@@ -248,13 +232,13 @@ class PeftAdapter:
                 f"{self.path}: {pair['A']} {size_a} and {pair['B']} {size_b} fit neither gate_up_proj ({hidden} to {2 * inter}) nor "
                 f"down_proj ({inter} to {hidden}), the sizes of the model's config.json"
             )
-        alpha = self._alpha(f"{layer}.mlp.experts.{parameter}")
+        alpha = self._alpha(f"{layer}.mlp.experts.{parameter}", self._names.layer_spellings)
+        experts = f"{self._family.adapter_layers}{layer}.mlp.experts."
         for expert in range(self.model_args.num_experts):
             for projection, rows in parts.items():
                 for side, stored in pair.items():
-                    sources[
-                        f"{ROOT}{layer}.mlp.experts.{expert}.{projection}.lora_{side}.weight"
-                    ] = _Source(stored, alpha, expert, rows)
+                    name = f"{experts}{expert}.{projection}.lora_{side}.weight"
+                    sources[name] = _Source(stored, alpha, expert, rows)
 
     def _check_tensors(self, targets: set[str]) -> None:
         """A layer has both matrices of a target or neither, of all experts or of none; of the
@@ -269,11 +253,12 @@ class PeftAdapter:
             expected = {
                 name: size
                 for name, size in expected.items()
-                if not name.startswith(ROOT) or int(_layer_and_linear(name)[0]) in layers
+                if not name.startswith(self._family.adapter_layers)
+                or int(self._layer_and_linear(name)[0]) in layers
             }
-        present = {_layer_and_linear(name) for name in self._sources}
+        present = {self._layer_and_linear(name) for name in self._sources}
         expected = {
-            name: size for name, size in expected.items() if _layer_and_linear(name) in present
+            name: size for name, size in expected.items() if self._layer_and_linear(name) in present
         }
         missing = [name for name in expected if name not in self._sources]
         if missing:
@@ -300,16 +285,25 @@ class PeftAdapter:
                     f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's config.json ask for {wanted}"
                 )
 
+    def _layer_and_linear(self, name: str) -> tuple[str, str]:
+        """("3", "q_proj") of a tensor of layer 3, any expert's; ("", "lm_head") of the head's."""
+        layers = self._family.adapter_layers
+        if not name.startswith(layers):
+            return "", _linear(name)
+        return name[len(layers) :].split(".")[0], _linear(name)
+
     def _check_ranks(self) -> None:
         """The tensors of attention have the ranks that the configuration states (those of experts
         PEFT multiplies when it fuses them).
         """
         for name in self._sources:
-            linear = name.removeprefix(ROOT).removesuffix(".lora_A.weight")
+            linear = name.removeprefix(self._family.adapter_layers).removesuffix(".lora_A.weight")
             if ".lora_A." in name and ".self_attn." in name and "r" in self.config and name in self:
                 rank, stated = (
                     self._rank(name),
-                    self._setting("rank_pattern", linear, _SPELLINGS, self.config["r"]),
+                    self._setting(
+                        "rank_pattern", linear, self._names.layer_spellings, self.config["r"]
+                    ),
                 )
                 if rank != stated:
                     raise ValueError(
@@ -321,9 +315,10 @@ class PeftAdapter:
         """The towers' linears with LoRA; both matrices of each must be there, of one rank. Their
         sizes are the module's to check.
         """
-        linears = sorted({name[len(THINKER) :].rsplit(".", 2)[0] for name in in_towers})
+        root = self._family.adapter_root
+        linears = sorted({name[len(root) :].rsplit(".", 2)[0] for name in in_towers})
         for linear in linears:
-            down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
+            down, up = (f"{root}{linear}.lora_{side}.weight" for side in "AB")
             for name in (down, up):
                 if name not in in_towers:
                     raise ValueError(f"{self.path}: misses tensor {name}")
@@ -434,13 +429,6 @@ def _linear(name: str) -> str:
     return name.rsplit(".", 3)[1]
 
 
-def _layer_and_linear(name: str) -> tuple[str, str]:
-    """("3", "q_proj") of a tensor of layer 3, whichever expert's; ("", "lm_head") of the head's."""
-    if not name.startswith(ROOT):
-        return "", _linear(name)
-    return name[len(ROOT) :].split(".")[0], _linear(name)
-
-
 def load_adapter(
     model, model_args: ModelArgs, parallel, adapter: PeftAdapter, *, more_linears: bool = True
 ) -> None:
@@ -468,7 +456,7 @@ def load_adapter(
             f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}"
         )
     _check_base(model, model_args, parallel, adapter)
-    in_towers = tower_tensors(model)
+    in_towers = tower_tensors(model, model_args)
     for part in adapter_slices(model, model_args, parallel):
         name, (rows, columns) = part.stored.name, part.stored.index
         if name not in adapter or adapter.is_empty(name):
@@ -505,19 +493,26 @@ def _check_base(model, model_args: ModelArgs, parallel, adapter: PeftAdapter) ->
 
 
 def save_tensors(
-    tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]
+    tensors: dict[str, Tensor],
+    folder: Path,
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
 ) -> None:
     """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
-    tensors were trained with. The lm_head's tensors are there under two names: unlike the others'
-    PEFT 0.21 looks for them on a thinker alone without "thinker.".
+    tensors were trained with. The lm_head's tensors are there under every root of the family:
+    unlike the others' PEFT 0.21 looks for them on a part of the whole model without its prefix.
 
     The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of
     chance.
     """
-    head = f"{THINKER}{HEAD}."
+    head = f"{family.adapter_root}{HEAD}."
     tensors = tensors | {
-        name.replace(".thinker.", ".", 1): tensor
+        f"base_model.model.{root}{name.removeprefix(family.adapter_root)}": tensor
         for name, tensor in tensors.items()
+        for root in family.adapter_roots
         if name.startswith(head)
     }
     record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})
@@ -547,6 +542,7 @@ def read_record(folder: Path) -> dict | None:
 
 
 def peft_config(
+    family: Family,
     *,
     rank: int,
     alpha: float,
@@ -558,14 +554,13 @@ def peft_config(
     """adapter_config.json for PEFT. towers: their linears with LoRA, by name.
 
     The decoder's names are bare (PEFT rewrites those of fused experts), so the towers without LoRA
-    and the talker, whose linears have the same names, are excluded. PEFT refuses dropout on fused
-    experts even at inference: an adapter with experts states 0.
+    and the other models, whose linears have the same names, are excluded. PEFT refuses dropout on
+    fused experts even at inference: an adapter with experts states 0.
     """
     has_experts = any(name in EXPERTS for name in targets)
     with_lora = {name.split(".")[0] for name in towers}
-    excluded = [
-        name for name in ("audio_tower", "visual", "talker", "code2wav") if name not in with_lora
-    ]
+    excluded = [name for name in family.excluded_modules if name not in with_lora]
+    exclude = {"exclude_modules": f".*({'|'.join(excluded)}).*"} if excluded else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -575,7 +570,7 @@ def peft_config(
         "lora_dropout": 0.0 if has_experts else dropout,
         "bias": "none",
         "target_modules": saved_targets(targets) + list(towers),
-        "exclude_modules": f".*({'|'.join(excluded)}).*",
+        **exclude,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "use_rslora": False,
