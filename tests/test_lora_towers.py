@@ -23,7 +23,7 @@ from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.verify import reference as thinker_versions
+from megatron_gkd.verify.reference import tower
 from tests.adapters import THINKER, load_peft, load_thinker, load_whole, random_adapter
 from tests.lora_runs import build, in_reducer, initialize, make_optimizer
 from tests.random_media import make_batch, make_rows
@@ -63,8 +63,7 @@ def folder(tmp_path_factory):
 
 def tower_linears(model) -> dict[str, torch.nn.Linear]:
     """Those that carry LoRA, of a transformers' thinker, under the names of the hub."""
-    audio = thinker_versions.audio_tower(model)
-    visual = model.model.visual if hasattr(model.model, "visual") else model.visual
+    audio, visual = tower(model, "audio_tower"), tower(model, "visual")
     linears = {
         f"audio_tower.layers.{i}.{name}": layer.get_submodule(name)
         for i, layer in enumerate(audio.layers)
