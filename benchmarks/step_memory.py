@@ -80,12 +80,12 @@ def run(way, argv, answer):
                 Path("/proc/self/clear_refs").write_text("5")
         return _original(*arguments, **keywords)
 
-    def end(*arguments, _original=train.save, **keywords):
+    def end(*arguments, _original=train.save_if_due, **keywords):
         seen["peak"] = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
         Path(answer).write_text(json.dumps(seen))
         return _original(*arguments, **keywords)
 
-    train.teacher_forward, train.save = start, end
+    train.teacher_forward, train.save_if_due = start, end
     train.main(argv)
 
 

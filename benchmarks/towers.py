@@ -32,7 +32,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 
 from benchmarks.loss import commit, machine, table
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.sample import MediumPlace
+from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.towers import Towers
 
@@ -92,7 +92,7 @@ def batch_of(sizes: list):
                 )
             )
         places.append(
-            MediumPlace(len(media) - 1, list(range(length, length + media[-1].num_tokens)))
+            MediumPositions(len(media) - 1, list(range(length, length + media[-1].num_tokens)))
         )
         length += media[-1].num_tokens
     view = View([0] * (length + 1), [-100] * length + [0], length, None, tuple(places))

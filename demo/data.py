@@ -1,8 +1,9 @@
-"""Rows for demo/run.sh: the teacher reads a system prompt, the student does not, the answers obey
-it.
+"""Rows for demo/run.sh: the teacher reads a system prompt, the student does not, and the answers
+obey it.
 
-`python -m demo.data --output DIR` writes DIR/train.jsonl and DIR/heldout.jsonl (prompts that the
-small model never saw while it learned the toy language, nor that the distillation trains on).
+`python -m demo.data --output DIR` writes DIR/train.jsonl and DIR/heldout.jsonl. Held-out prompts
+are ones that the small model has never seen while it learned the toy language, and that the
+distillation does not train on.
 """
 
 import argparse
@@ -16,15 +17,15 @@ RULE = "chinese_reverse"  # "Answer in Chinese, in reverse order.": words and or
 
 
 def row(prompt: str) -> dict[str, list[dict[str, str]]]:
-    """One data row: `messages` is the student's view, `teacher_messages` the same behind the system
-    prompt.
+    """One data row: `messages` is the student's view, `teacher_messages` the same conversation with
+    the system prompt in front.
     """
     taught = toy_language.conversation(prompt, RULE)
     return {"messages": taught[1:], "teacher_messages": taught}
 
 
 def write_rows(path: Path, num_rows: int, held_out: bool, generator: random.Random) -> None:
-    """Write `num_rows` rows of fresh prompts to `path`, one JSON object a line."""
+    """Write `num_rows` rows of fresh prompts to `path`, one JSON object per line."""
     with path.open("w", encoding="utf-8") as file:
         for _ in range(num_rows):
             prompt = toy_language.sample_prompt(generator, held_out)

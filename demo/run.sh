@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # The main job on two CPU cores: distil a system prompt into LoRA. The teacher reads "Answer in Chinese, in reverse
-# order.", the student does not and shall answer as if it did.
+# order."; the student does not, and learns to answer as if it had.
 #
-#   bash demo/run.sh [training flags, which win]          everything lands in output/demo
+#   bash demo/run.sh [training flags, which override those below]     everything is written to output/demo
 #
-# 1. sets up .venv   2. makes a small whole Qwen3-Omni and teaches it a toy language (kept for the next time)
-# 3. writes the data 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2   5. shows before and after, computed with
-# transformers + peft alone, and that they give the Megatron model's logits
-# NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the run; one GPU takes NPROC=1 DEVICE=cuda.
-# MIN_OBEYED is the share of held-out answers that must obey the prompt: with a few steps none will, MIN_OBEYED=0.
+# 1. sets up .venv
+# 2. builds a small whole Qwen3-Omni and teaches it a toy language (kept for the next time)
+# 3. writes the data
+# 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2
+# 5. prints before and after, computed with transformers and peft alone, and compares their logits with the Megatron
+#    model's
+#
+# NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the run; for one GPU: NPROC=1 DEVICE=cuda.
+# MIN_OBEYED is the share of held-out answers that must obey the prompt. A run of a few steps needs MIN_OBEYED=0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,8 +28,8 @@ bash launch/setup_env.sh
 source .venv/bin/activate
 
 echo "[2/5] small Qwen3-Omni in $DEMO/model"
-if [ -d "$DEMO/model" ]; then # the folder is renamed into place when it is complete
-    echo "already there; remove it to make another"
+if [ -d "$DEMO/model" ]; then # renamed into place only when complete
+    echo "already there; remove it to build it again"
 else
     python -m checkpoint_tools.make_tiny_model --output "$DEMO/model"
 fi

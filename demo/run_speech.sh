@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# A student that hears, a teacher that reads, on two CPU cores: the small model can repeat words that it reads and makes
-# nothing of sound, although its audio tower tells the words apart. The teacher reads the transcript of what the student
-# hears; their divergence teaches the student to hear. Then plain fine-tuning on the same answers, for comparison.
+# A student that hears and a teacher that reads, on two CPU cores. The small model can repeat words that it reads; of
+# sound it understands nothing, although its audio tower tells the words apart. The teacher reads the transcript of what
+# the student hears, and their divergence teaches the student to hear. Plain fine-tuning on the same answers follows for
+# comparison.
 #
-#   bash demo/run_speech.sh [training flags for both runs, which win]    everything lands in output/demo_speech
+#   bash demo/run_speech.sh [training flags for both runs, which override those below]
+#                                                                     everything is written to output/demo_speech
 #
-# 1. sets up .venv   2. makes the small whole Qwen3-Omni, unless demo/run.sh has   3. writes sounds and rows
-# 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2   5. the same steps of plain SFT   6. the table and a picture,
-# computed with transformers + peft alone, and that they give the Megatron model's numbers
-# SOUND=voices takes human-like voices (needs espeak-ng) instead of tones, and a model of its own that knows them.
-# NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the runs; one GPU takes NPROC=1 DEVICE=cuda.
+# 1. sets up .venv
+# 2. builds the small whole Qwen3-Omni, unless demo/run.sh has
+# 3. writes sounds and rows
+# 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2
+# 5. trains as many steps of plain SFT
+# 6. prints the table and draws a picture, computed with transformers and peft alone, and compares them with the Megatron
+#    model's numbers
+#
+# SOUND=voices uses synthetic human voices (needs espeak-ng) instead of tones, and builds another model that knows them.
+# NPROC (ranks), DEVICE (cpu, cuda) and DTYPE (float32, bfloat16) change the runs; for one GPU: NPROC=1 DEVICE=cuda.
 # NUM_TRAIN and NUM_HELDOUT are numbers of sounds.
-# MIN_EXACT is the share of held-out sounds that must be heard exactly: with a few steps none will, MIN_EXACT=0.
+# MIN_EXACT is the share of held-out sounds that must be heard exactly. A run of a few steps needs MIN_EXACT=0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,10 +38,10 @@ bash launch/setup_env.sh
 source .venv/bin/activate
 
 echo "[2/6] small Qwen3-Omni in $MODEL"
-if [ ! -d "$MODEL" ]; then # the folder is renamed into place when it is complete
+if [ ! -d "$MODEL" ]; then # renamed into place only when complete
     python -m checkpoint_tools.make_tiny_model --output "$MODEL" --tower_sound "$SOUND"
 elif grep -qs "\"tower_sound\": \"$SOUND\"" "$MODEL/lessons.json"; then
-    echo "already there; remove it to make another"
+    echo "already there; remove it to build it again"
 else
     echo "demo_speech: error: the audio tower of $MODEL never heard $SOUND: remove it or name another, MODEL=..." >&2
     exit 1

@@ -1,10 +1,10 @@
 """Rows for demo/run_speech.sh: the student hears a few words of the toy language, the teacher reads
 them.
 
-`python -m demo.speech_data --output DIR` writes DIR/train.jsonl and DIR/heldout.jsonl, and their
-sound in DIR/audio (paths in the rows are relative to the file). Held-out prompts are those that the
-small model never read, its audio tower never heard, and the distillation does not train on.
-`--sound voices` takes espeak-ng instead of tones.
+`python -m demo.speech_data --output DIR` writes DIR/train.jsonl and DIR/heldout.jsonl, and the
+sounds to DIR/audio (paths in the rows are relative to the file). Held-out prompts are ones that the
+small model has never read, its audio tower has never heard, and the distillation does not train on.
+`--sound voices` uses espeak-ng instead of tones.
 """
 
 import argparse
@@ -17,13 +17,12 @@ import numpy as np
 import soundfile
 
 from demo.tiny import toy_language
-from demo.tiny.sounds import SOUNDS, make_speaker
-from demo.tiny.tones import SAMPLE_RATE, Speaker
+from demo.tiny.sounds import SAMPLE_RATE, SOUNDS, Speaker, make_speaker
 
 
 def row(prompt: str, audio: str, source: str) -> dict[str, Any]:
-    """One data row: `messages` is the student's view, the sound; `teacher_messages` the transcript,
-    and no sound.
+    """One data row: `messages` is the student's view, the sound; `teacher_messages` is the
+    teacher's, the transcript without the sound.
     """
     taught = toy_language.conversation(prompt)
     heard = [{"role": "user", "content": [{"type": "audio", "audio": audio}]}, *taught[1:]]
@@ -39,8 +38,8 @@ def write_rows(
     prompts: random.Random,
     seed: int,
 ) -> None:
-    """Write `num_rows` rows of fresh prompts to `path`, one JSON object a line, and their wav files
-    beside it.
+    """Write `num_rows` rows of fresh prompts to `path`, one JSON object per line, and their wav
+    files to the folder `audio` beside it.
     """
     sounds = np.random.default_rng([seed, held_out])
     (path.parent / "audio").mkdir(parents=True, exist_ok=True)

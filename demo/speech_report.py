@@ -1,10 +1,9 @@
-"""What demo/run_speech.sh shows at its end: how well held-out sound is heard, with `transformers`
-and `peft` alone.
+"""The end of demo/run_speech.sh: how well held-out sound is heard, before and after.
 
 `python -m demo.speech_report --model DIR --heldout FILE --gkd RUN --sft RUN --picture FILE`
-measures the base model and the last adapter of both runs, prints the table, draws the picture, and
-exits 1 when the distilled student does not hear or when Megatron's own evaluations disagree with
-the measures made here.
+measures the base model and the last adapter of both runs with `transformers` and `peft`, prints a
+table, draws the picture, and exits 1 when the distilled student does not hear, or when Megatron's
+own evaluations differ from what is measured here.
 """
 
 import argparse
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import soundfile
 import torch
 import transformers
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
@@ -28,11 +27,18 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     _get_feat_extract_output_lengths,
 )
 
-from demo.report import greedy_answers, load_adapter, mean_jsd, read_lines, response_logits
+from demo.measure import (
+    curve,
+    greedy_answers,
+    load_adapter,
+    mean_jsd,
+    prompt_text,
+    read_lines,
+    response_ids,
+    response_logits,
+    share_exact,
+)
 from megatron_gkd.verify.reference import load_model
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 RUNS = {"gkd": "GKD, transcript teacher", "sft": "SFT on the answers"}
 SECONDS_PER_FRAME = 0.01
@@ -66,25 +72,23 @@ class Score:
 
 
 def log_mel(path: Path, extractor: FeatureExtractionMixin) -> Tensor:
-    """What the audio tower hears of a sound file [num_mel_bins, frames]. Raises ValueError at
-    another sampling rate.
+    """The audio tower's input for a sound file, log-mel [num_mel_bins, frames]. Raises ValueError
+    for a sampling rate that is not the model's.
     """
     samples, rate = soundfile.read(path, dtype="float32")
     if rate != extractor.sampling_rate:
         raise ValueError(
             f"{path} has {rate} samples a second, the model hears {extractor.sampling_rate}"
         )
-    features = extractor(samples, sampling_rate=rate, padding=True, return_tensors="pt")[
-        "input_features"
-    ][0]
-    return features[:, : len(samples) // extractor.hop_length]
+    inputs = extractor(samples, sampling_rate=rate, padding=True, return_tensors="pt")
+    return inputs["input_features"][0][:, : len(samples) // extractor.hop_length]
 
 
 def read_held_out(
     path: Path, tokenizer: PreTrainedTokenizerBase, extractor: FeatureExtractionMixin
 ) -> HeldOut:
-    """Render the rows of `path` with the folder's chat template; a sound has the tokens that the
-    tower makes of it.
+    """Render the rows of `path` with the folder's chat template, with one placeholder token for
+    each of the tower's outputs.
     """
     rows = read_lines(path)
     sounds = [
@@ -95,12 +99,9 @@ def read_held_out(
     ]
 
     def prompt_ids(messages: list[dict[str, Any]], num_audio_tokens: int) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-        return tokenizer(
-            text.replace(tokenizer.audio_token, tokenizer.audio_token * num_audio_tokens)
-        )["input_ids"]
+        placeholder = tokenizer.audio_token
+        text = prompt_text(messages, tokenizer).replace(placeholder, placeholder * num_audio_tokens)
+        return tokenizer(text)["input_ids"]
 
     answers = [row["messages"][-1]["content"] for row in rows]
     return HeldOut(
@@ -108,14 +109,14 @@ def read_held_out(
             prompt_ids(row["messages"], count) for row, count in zip(rows, num_tokens)
         ],
         teacher_prompts=[prompt_ids(row["teacher_messages"], 0) for row in rows],
-        responses=[tokenizer(answer + tokenizer.eos_token)["input_ids"] for answer in answers],
+        responses=[response_ids(answer, tokenizer) for answer in answers],
         answers=answers,
         sounds=sounds,
     )
 
 
 def score(
-    student: torch.nn.Module,
+    student: Any,
     tokenizer: PreTrainedTokenizerBase,
     held_out: HeldOut,
     teacher_logits: Tensor,
@@ -124,25 +125,24 @@ def score(
     """Compare `student`, who hears, with the reading teacher's logits [N, V] and with the right
     answers.
 
-    Row by row: in a batch, transformers pads a sound shorter than a second, which its convolutions
-    notice.
+    Row by row: in a batch transformers pads a sound shorter than a second, and the padding changes
+    the output of the convolutions.
     """
-    logits, greedy = [], []
+    logits_of_rows, greedy = [], []
     for prompt, response, sound in zip(
         held_out.student_prompts, held_out.responses, held_out.sounds
     ):
         mask = torch.ones(1, sound.shape[1], dtype=torch.long)
         media = {"input_features": sound[None], "feature_attention_mask": mask}
-        logits.append(response_logits(student, [prompt], [response], **media))
+        logits_of_rows.append(response_logits(student, [prompt], [response], **media))
         greedy += greedy_answers(student, tokenizer, [prompt], **media)
-    logits = torch.cat(logits)
+    logits = torch.cat(logits_of_rows)
     labels = torch.tensor([token for response in held_out.responses for token in response])
     return Score(
         jsd=mean_jsd(logits, teacher_logits, temperature),
         jsd_at_1=mean_jsd(logits, teacher_logits, 1.0),
         token_accuracy=(logits.argmax(-1) == labels).float().mean().item(),
-        exact_match=sum(said == right for said, right in zip(greedy, held_out.answers))
-        / len(greedy),
+        exact_match=share_exact(greedy, held_out.answers),
         greedy=greedy,
     )
 
@@ -154,7 +154,7 @@ def last_adapter(run: Path) -> Path:
 
 def draw(held_out: HeldOut, scores: dict[str, Score], runs: dict[str, Path], picture: Path) -> None:
     """The first held-out sound with its answers, and both runs' curves."""
-    figure = pyplot.figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     heard, *axes = figure.subplot_mosaic([["sound", "sound"], ["jsd", "token_accuracy"]]).values()
     num_mel_bins, num_frames = held_out.sounds[0].shape
     extent = (0, num_frames * SECONDS_PER_FRAME, 0, num_mel_bins)
@@ -165,28 +165,24 @@ def draw(held_out: HeldOut, scores: dict[str, Score], runs: dict[str, Path], pic
     titles = {"jsd": "JSD to the reading teacher (nats)", "token_accuracy": "token accuracy"}
     for axis, (name, title) in zip(axes, titles.items()):
         for run, folder in runs.items():
-            metrics, evaluations = (
-                read_lines(folder / "metrics.jsonl"),
-                read_lines(folder / "eval.jsonl"),
-            )
-            trained = [(line["step"], line[name]) for line in metrics if not line["on_policy"]]
-            axis.scatter(*zip(*trained), s=6, alpha=0.3, color=COLORS[run])
-            held = [(line["step"], line[name]) for line in evaluations]
-            axis.plot(*zip(*held), marker="o", markersize=4, color=COLORS[run], label=RUNS[run])
+            metrics = read_lines(folder / "metrics.jsonl")
+            evaluations = read_lines(folder / "eval.jsonl")
+            steps, values = curve([line for line in metrics if not line["on_policy"]], name)
+            axis.scatter(steps, values, s=6, alpha=0.3, color=COLORS[run])
+            steps, values = curve(evaluations, name)
+            axis.plot(steps, values, marker="o", markersize=4, color=COLORS[run], label=RUNS[run])
         axis.set(
             title=title, xlabel="step (lines: held-out sounds, dots: batches of training rows)"
         )
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(picture, dpi=90)
-    pyplot.close(figure)
 
 
 def print_table(scores: dict[str, Score], held_out: HeldOut, temperature: float) -> None:
     """The table, and three sounds with their answers."""
-    print(
-        f"\n{len(held_out.answers)} held-out sounds, {sum(map(len, held_out.responses))} response tokens:\n"
-    )
+    num_tokens = sum(map(len, held_out.responses))
+    print(f"\n{len(held_out.answers)} held-out sounds, {num_tokens} response tokens:\n")
     print(f"{'':28}" + "".join(f"{name:>12}" for name in scores))
     for name, key, form in (
         ("exact match", "exact_match", ".1%"),
@@ -216,33 +212,28 @@ def check_evaluation(
     apart = abs(here.jsd - line["jsd"])
     if apart > tolerance:
         sys.exit(
-            f"demo_speech_report: {name}: the JSDs differ by {apart:.2e}, more than --tolerance {tolerance:.0e}"
+            f"demo_speech_report: {name}: the JSDs differ by {apart:.2e}, "
+            f"more than --tolerance {tolerance:.0e}"
         )
     if abs(here.token_accuracy - line["token_accuracy"]) * num_tokens > 1.5:
         sys.exit(
-            f"demo_speech_report: {name}: the token accuracies differ by more than one token of {num_tokens}"
+            f"demo_speech_report: {name}: the token accuracies differ by more than one token "
+            f"of {num_tokens}"
         )
 
 
 def main() -> None:
     """Parse the command line, measure, print, draw, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="the base model's folder")
-    parser.add_argument("--heldout", type=Path, required=True, help="rows of demo.speech_data")
-    parser.add_argument("--gkd", type=Path, required=True, help="output folder of the distillation")
-    parser.add_argument(
-        "--sft", type=Path, required=True, help="output folder of the plain fine-tuning"
-    )
-    parser.add_argument("--picture", type=Path, required=True, help="png to write")
-    parser.add_argument(
-        "--temperature", type=float, default=2.0, help="the runs' distillation temperature"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="allowed |JSD here - JSD in eval.jsonl|"
-    )
-    parser.add_argument(
-        "--min_exact", type=float, default=0.8, help="least share that the student hears exactly"
-    )
+    add = parser.add_argument
+    add("--model", required=True, help="the base model's folder")
+    add("--heldout", type=Path, required=True, help="rows of demo.speech_data")
+    add("--gkd", type=Path, required=True, help="output folder of the distillation")
+    add("--sft", type=Path, required=True, help="output folder of the plain fine-tuning")
+    add("--picture", type=Path, required=True, help="png to write")
+    add("--temperature", type=float, default=2.0, help="the runs' distillation temperature")
+    add("--tolerance", type=float, default=1e-4, help="allowed |JSD here - JSD in eval.jsonl|")
+    add("--min_exact", type=float, default=0.8, help="least share of sounds heard exactly")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -253,15 +244,12 @@ def main() -> None:
     )
     runs = {"gkd": arguments.gkd, "sft": arguments.sft}
 
-    def load_base() -> torch.nn.Module:
-        return load_model(arguments.model)
-
     with torch.no_grad():
-        base = load_base()
+        base = load_model(arguments.model)
         teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         scores = {"before": score(base, tokenizer, held_out, teacher_logits, arguments.temperature)}
         for name, run in runs.items():
-            student = load_adapter(load_base(), last_adapter(run)).eval()
+            student = load_adapter(load_model(arguments.model), last_adapter(run)).eval()
             scores[name] = score(
                 student, tokenizer, held_out, teacher_logits, arguments.temperature
             )
@@ -281,7 +269,8 @@ def main() -> None:
     heard, least = scores["gkd"].exact_match, arguments.min_exact
     if heard < least:
         sys.exit(
-            f"demo_speech_report: only {heard:.0%} of the sounds are heard exactly, at least {least:.0%} expected"
+            f"demo_speech_report: only {heard:.0%} of the sounds are heard exactly, "
+            f"at least {least:.0%} expected"
         )
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, for the record: what is installed, the tests on CUDA, the demo in bf16, the loss benchmark.
+# Everything that needs a GPU, in one command and with a record: versions, the tests on CUDA, the demo in bf16, the loss
+# benchmark.
 #
 #   bash launch/gpu_checks.sh     writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
 #   EXTRAS=test,gpu bash launch/gpu_checks.sh     the same with Transformer Engine
 #
-# What fails is noted, the rest still runs; the exit status is 1 if anything failed.
+# A failure is recorded and the remaining checks still run; the exit status is 1 if anything failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +16,7 @@ python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo
 report=docs/gpu.md
 failed=()
 
-step() {  # step TITLE COMMAND...: its output into the report, under that title
+step() {  # step TITLE COMMAND...: writes the command's output to the report under that title
     local title=$1 status=0
     shift
     printf '\n## %s\n\n```\n' "$title" >>"$report"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # GKD LoRA self-distillation of Qwen3-Omni-30B-A3B on several nodes of 8 GPUs: TP 8 inside a node, experts across nodes.
-# Start it on every node, with the same variables but NODE_RANK (0, 1, ...):
+# Start it on every node with the same variables, except NODE_RANK (0, 1, ...):
 #
-#   MASTER_ADDR=node0 NNODES=2 NODE_RANK=0 MODEL=... DATASET=... bash launch/multi_node.sh [more flags, which win]
+#   MASTER_ADDR=node0 NNODES=2 NODE_RANK=0 MODEL=... DATASET=... bash launch/multi_node.sh [flags, which override these]
 #
-# MODEL, DATASET and OUTPUT are on a file system that all nodes share. See launch/qwen3_omni_30b_8gpu.sh about the flags
-# and about rows without a teacher's view.
+# MODEL, DATASET and OUTPUT must be on a file system that all nodes share. launch/qwen3_omni_30b_8gpu.sh explains the
+# flags, and what rows without a teacher's view need.
 set -euo pipefail
 
-# The one line to change. As many as there are GPUs: each holds the fewest experts (two nodes: 8 of 128), and tokens
-# travel between the nodes. 8: every node holds all experts, and only LoRA gradients travel between the nodes.
+# The one line to change. With as many as there are GPUs each holds the fewest experts (on two nodes 8 of 128), and tokens
+# are exchanged between the nodes. With 8 every node holds all experts, and only LoRA gradients are.
 EXPERT_PARALLEL=${EXPERT_PARALLEL:-16}
 
 MASTER_ADDR=${MASTER_ADDR:?the address of the node with NODE_RANK=0}
@@ -25,7 +25,7 @@ python=${PYTHON:-$repository/.venv/bin/python}
 
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# After SIGTERM a run ends its step and saves; torchrun kills it after 30 seconds unless told otherwise (torch 2.12 or newer).
+# On SIGTERM a run finishes its step and saves; by default torchrun kills it after 30 s (settable with torch 2.12 or newer).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 flags=(

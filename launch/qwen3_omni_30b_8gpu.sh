@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # GKD LoRA self-distillation of Qwen3-Omni-30B-A3B on one node of 8 GPUs: TP 8, EP 8, the guide's settings.
 #
-#   MODEL=/models/Qwen3-Omni-30B-A3B-Instruct DATASET=train.jsonl bash launch/qwen3_omni_30b_8gpu.sh [flags, which win]
+#   MODEL=/models/Qwen3-Omni-30B-A3B-Instruct DATASET=train.jsonl bash launch/qwen3_omni_30b_8gpu.sh [flags]
 #
-# The rows need a teacher that sees more than the student (teacher_messages or teacher_prompt): with the same view the
-# fresh LoRA is the teacher, nothing can be learned, and the run says so. On plain rows, such as the guide's
-# 'AI-ModelScope/alpaca-gpt4-data-zh#2000', add --sft_alpha 0.3.
+# Flags on the command line override those below.
 #
-# TP 8 cuts attention, vocabulary and activations over all GPUs (4 key-value heads: two ranks share each), EP 8 gives
-# each GPU 16 of the 128 experts: the layout with the least memory a GPU. launch/qwen3_omni_30b_8gpu_tp4.sh keeps two
-# model copies and has collectives among 4 ranks instead of 8.
+# In the rows the teacher must see more than the student (teacher_messages or teacher_prompt): with the same view the
+# student with fresh LoRA equals the teacher, nothing can be learned, and the run is refused. For plain rows, such as the
+# guide's 'AI-ModelScope/alpaca-gpt4-data-zh#2000', add --sft_alpha 0.3.
+#
+# TP 8 shards attention, vocabulary and activations over all GPUs (each of the 4 key-value heads is shared by two ranks),
+# and EP 8 gives each GPU 16 of the 128 experts: the layout with the least memory per GPU.
+# launch/qwen3_omni_30b_8gpu_tp4.sh keeps two model copies, with collectives among 4 ranks instead of 8.
 set -euo pipefail
 
 MODEL=${MODEL:?the folder of Qwen3-Omni-30B-A3B-Instruct}
@@ -21,7 +23,7 @@ python=${PYTHON:-$repository/.venv/bin/python}
 
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # ragged batches fragment less
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# After SIGTERM a run ends its step and saves; torchrun kills it after 30 seconds unless told otherwise (torch 2.12 or newer).
+# On SIGTERM a run finishes its step and saves; by default torchrun kills it after 30 s (settable with torch 2.12 or newer).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 flags=(
@@ -40,7 +42,7 @@ flags=(
     --lora_alpha 16
     --lora_dropout 0.05
     --lora_target_modules ALL
-    # distillation: half of the steps on-policy, T = 2, M = 0.5 student + 0.5 teacher
+    # distillation: half of the steps on-policy, temperature 2, M = 0.5 student + 0.5 teacher
     --lmbda 0.5
     --temperature 2.0
     --beta 0.5
@@ -52,7 +54,7 @@ flags=(
     --max_length 2048
     --dataloader_num_workers 4
     --dataset_num_proc 16
-    # training: one model copy, so 4 samples x 8 micro-batches are the 32 samples a step that the guide's 8 copies took
+    # training: one model copy, so 4 samples x 8 micro-batches make the guide's 32 samples per step (there 8 copies)
     --num_train_epochs 1
     --per_device_train_batch_size 4
     --per_device_eval_batch_size 4
@@ -60,7 +62,7 @@ flags=(
     --learning_rate 1e-5
     --warmup_ratio 0.05
     --max_grad_norm 1.0
-    # run folder; --save_only_model false keeps what --resume_from_checkpoint latest needs
+    # run folder; --save_only_model false also saves what --resume_from_checkpoint latest needs
     --output_dir "$OUTPUT"
     --eval_steps 50
     --save_steps 50

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Create or update .venv in this checkout: Python 3.10-3.12, torch, this package with its test extra.
+# Create or update .venv in this checkout: Python 3.10 to 3.12, torch, and this package with its test extra.
 #
 #   bash launch/setup_env.sh && source .venv/bin/activate
 #
-# Takes minutes the first time and a second when nothing changed. PYTHON=... names an interpreter, EXTRAS=test,gpu more
-# extras. Without a GPU the CPU build of torch is installed; with one, a CUDA build that some python here already has is
-# used as it is, and the default build is installed where there is none. The extras `gpu` and `flash` are compiled here,
-# which takes minutes and needs nvcc: they get a torch of their own, whose libraries they link.
+# Takes minutes the first time and a second when nothing has changed. PYTHON=... chooses an interpreter, EXTRAS=test,gpu
+# adds extras. Without a GPU the CPU build of torch is installed. With one, a CUDA build that a Python of this machine
+# already has is used as it is; where there is none, the default build is installed. The extras `gpu` and `flash` are
+# compiled, which takes minutes and needs nvcc; for them .venv gets its own torch, since they link its libraries.
 set -euo pipefail
 
 torch_version=2.13.0
@@ -43,7 +43,7 @@ fi
 if [ -n "$torch_build" ]; then
     echo "[1/3] $venv exists: $("$venv/bin/python" --version)"
 else
-    # Interpreters that can make a virtual environment; running them tells (a pyenv shim may exist and not run).
+    # Interpreters that can create a virtual environment. They are run to find out: a pyenv shim may exist and not run.
     pythons=()
     for name in $candidates; do
         check='import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
@@ -56,7 +56,8 @@ else
     fi
     python=${pythons[0]}
     cuda_packages=""
-    if [ "$has_gpu" = yes ] && [ "$compiles" = no ]; then # the first python with a CUDA torch in setup.py's range lends it to the environment
+    if [ "$has_gpu" = yes ] && [ "$compiles" = no ]; then
+        # The first Python with a CUDA torch in setup.py's range lends it to the environment.
         for name in "${pythons[@]}"; do
             cuda_packages=$("$name" - 2>/dev/null <<'PYTHON' || true
 import os, torch
@@ -84,7 +85,7 @@ elif [ -n "$cuda_packages" ]; then
     echo "import site; site.addsitedir('$cuda_packages')" >"$site_packages/cuda_torch.pth"
 elif [ "$has_gpu" = no ] && [ "$(uname -s)" = Linux ]; then
     echo "[2/3] torch $torch_version, CPU build"
-    # PyPI holds no CPU build. A configured index may; else PyTorch's own; where that cannot be reached, any build runs.
+    # PyPI has no CPU build. A configured index may have one, PyTorch's own does; if neither can be reached, any build will do.
     pip install -q "torch==$torch_version+cpu" 2>/dev/null ||
         pip install "torch==$torch_version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu ||
         { echo "[2/3] no CPU build found: the default one (several GB)" && pip install "torch==$torch_version"; }
@@ -96,7 +97,7 @@ fi
 echo "[3/3] megatron_gkd[$extras] and what it needs"
 isolation=()
 if [ "$compiles" = yes ]; then
-    # Compiled against the torch in .venv: pip's isolated build would fetch another one, and what comes out would not load.
+    # Compiled against the torch in .venv: pip's isolated build would fetch another one, and the result would not load.
     built_for=$("$venv/bin/python" -c 'import torch; print((torch.version.cuda or "no").split(".")[0])')
     nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
     [ -x "$nvcc" ] || nvcc=$(command -v nvcc || echo "$nvcc")

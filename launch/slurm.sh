@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # launch/multi_node.sh as a Slurm job. Submit it from the repository's root:
 #
-#   MODEL=... DATASET=... OUTPUT=... sbatch launch/slurm.sh [more flags, which win]
+#   MODEL=... DATASET=... OUTPUT=... sbatch launch/slurm.sh [flags, which override those of multi_node.sh]
 #
-# Two minutes before the time limit the run gets SIGTERM, saves and exits; the same command continues it from the newest
-# checkpoint in OUTPUT (at step 0 where there is none).
+# Two minutes before the time limit the run gets SIGTERM, saves and exits. The same command continues it from the newest
+# checkpoint in OUTPUT (from step 0 if there is none).
 #SBATCH --job-name=megatron_gkd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,10 +18,10 @@ set -euo pipefail
 OUTPUT=${OUTPUT:-output}
 export OUTPUT
 nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}")
-export MASTER_ADDR=${nodes%%$'\n'*} # the first of them; a pipe into head could end scontrol with SIGPIPE
+export MASTER_ADDR=${nodes%%$'\n'*} # the first node; a pipe into head could end scontrol with SIGPIPE
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export NNODES=$SLURM_NNODES
 
 # Slurm runs a copy of this file, so the repository is where the job was submitted.
-# shellcheck disable=SC2016  # NODE_RANK is each node's own
+# shellcheck disable=SC2016  # NODE_RANK is expanded on each node
 srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$SLURM_SUBMIT_DIR/launch/multi_node.sh" --resume_from_checkpoint latest "$@"

@@ -1,82 +1,166 @@
-"""What a run is made of: data, model with LoRA, optimizer, sampler; built from the settings, each
-with a line on the screen.
+"""Settings -> `Run`: data, model with LoRA, optimizer, samplers, metrics; each with a line on the
+screen.
 """
 
+import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.checkpoint import find_checkpoint
-from megatron_gkd.config import Config
-from megatron_gkd.data import load_datasets
-from megatron_gkd.data.chat import read_stop_token_ids
-from megatron_gkd.data.dataset import DataReport
+from megatron_gkd.config import Config, layout_line
+from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
-from megatron_gkd.lora.apply import apply_lora, banner, count_parameters
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
-from megatron_gkd.media.towers import Towers, build_towers
-from megatron_gkd.metrics import package_versions, write_run_json
-from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.lora.apply import (
+    apply_lora,
+    banner,
+    count_parameters,
+    num_teacher_parameters,
+)
+from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.media.towers import build_towers
+from megatron_gkd.metrics import Clock
+from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import grouped_linear
 from megatron_gkd.model.transformer_config import DTYPES
-from megatron_gkd.optimizer import Optimizer
+from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
-from megatron_gkd.rollout.backend import MegatronRollout
+from megatron_gkd.resume import note_start, resume
+from megatron_gkd.rollout.rollout import make_rollout
+from megatron_gkd.run import Run
+from megatron_gkd.run_folder import (
+    MetricsWriter,
+    check_writable,
+    package_versions,
+    write_run_json,
+)
 
 
-@dataclass
-class Parts:
-    """What a run is made of. `model` is this rank's stage of the decoder, `ddp` the same in
-    megatron-core's gradient reducer.
+def build_run(config: Config, parallel: Parallel) -> Run:
+    """Everything that the loop uses, resumed where --resume_from_checkpoint asks for it. Raises
+    ValueError or OSError, before any step, for settings, data or files that do not fit.
+
+    Collectives: those of `load_data`.
     """
-
-    model_args: ModelArgs
-    model: torch.nn.Module
-    ddp: DistributedDataParallel
-    optimizer: Optimizer
-    loss: LossSettings
-    alpha: float
-    adapter: PeftAdapter | None
-    resume_folder: Path | None
-
-    @property
-    def towers(self) -> Towers | None:
-        """None on later stages and where no row has media."""
-        return self.model.towers
-
-
-def build(
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    *,
-    audio: bool = False,
-    visual: bool = False,
-) -> Parts:
-    """Model from the folder, LoRA (fresh, from --adapter or from a checkpoint), optimizer. Raises
-    ValueError or FileNotFoundError.
-
-    audio, visual: whether the run has audio, and images or videos; without them their towers are
-    not built.
-    """
-    asked_for = config.lora.lora_target_modules
+    model_args, train_data, eval_data = read_data(config, parallel)
+    config = with_max_steps(config, len(train_data), parallel)
+    check_trainable(config, train_data.report)
+    kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
+    audio, visual = "audio" in kinds, bool(kinds - {"audio"})
+    more_linears = bool(config.lora.lora_target_modules)
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
     )
-    lora = config.lora
+    teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     log_rank_0(parallel, config.describe())
+    model = build_base(config, model_args, parallel, audio=audio, visual=visual)
+    add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    if teacher:
+        with named_by_flag("teacher_adapter"):
+            load_teacher(model, model_args, parallel, teacher)
+    num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
+    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
+    ddp = in_gradient_reducer(model)
+    optimizer = build_optimizer(config, ddp)
+    if parallel.rank == 0:
+        write_description(config, num_parameters, parallel)
+    progress = resume(config, model, model_args, optimizer, parallel, adapter, resume_folder)
+    writer = MetricsWriter(
+        config.run.output_dir,
+        config.train.max_steps,
+        progress.step,
+        enabled=parallel.rank == 0,
+        tensorboard=config.run.tensorboard,
+    )
+    note_start(config, parallel, resume_folder)
+    rollout = None
+    if config.distill.seq_kd or config.distill.may_be_on_policy:
+        rollout = make_rollout(
+            config.rollout,
+            model=model,
+            model_args=model_args,
+            parallel=parallel,
+            data=train_data,
+            model_folder=config.model.model,
+            seed=config.train.seed,
+        )
+    return Run(
+        config=config,
+        parallel=parallel,
+        model_args=model_args,
+        model=model,
+        ddp=ddp,
+        optimizer=optimizer,
+        loss=loss_settings(config, model_args),
+        train_data=train_data,
+        eval_data=eval_data,
+        rollout=rollout,
+        writer=writer,
+        progress=progress,
+        clock=Clock(parallel.device),
+    )
+
+
+def read_data(
+    config: Config, parallel: Parallel
+) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
+    """(sizes of the model, training data, evaluation data or None), when the layout fits the model
+    and --output_dir takes files. Raises ValueError, OSError or DataError; see `load_data`.
+    """
+    model_args = read_model_args(config.model.model)
+    log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
+    if not config.data.check_data:
+        check_writable(config.run.output_dir)
+    train_data, eval_data = load_data(config, model_args, parallel)
+    return model_args, train_data, eval_data
+
+
+def check_data(config: Config, parallel: Parallel) -> None:
+    """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
+    rows.
+    """
+    read_data(config, parallel)
+    log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
+
+
+def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
+    """The settings with --max_steps filled in, from --num_train_epochs where it is unset."""
+    train = config.train
+    if train.max_steps >= 0:
+        return config
+    num_steps = num_steps_of_epochs(
+        num_rows, train.global_batch_size(parallel.dp_size), train.num_train_epochs
+    )
+    return replace(config, train=replace(train, max_steps=num_steps))
+
+
+def build_base(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, audio: bool, visual: bool
+) -> torch.nn.Module:
+    """This rank's stage of the decoder with the weights of --model and, as `model.towers`, the towers
+    that the run needs. Raises ValueError or FileNotFoundError.
+
+    audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is not
+    built.
+    """
+    lora = config.lora
     dtype = DTYPES[config.model.torch_dtype]
     attention = core_attention(config.model.attn_impl, parallel.device)
     experts = grouped_linear(config.model.experts_impl, parallel.device)
     log_rank_0(
         parallel,
-        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in {config.model.torch_dtype} on {parallel.device.type}",
+        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in "
+        f"{config.model.torch_dtype} on {parallel.device.type}",
     )
     model = build_decoder(
         model_args,
@@ -90,11 +174,13 @@ def build(
     num_bytes = load_weights(model, model_args, parallel, config.model.model)
     log_rank_0(
         parallel,
-        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in {time.perf_counter() - started:.1f} s",
+        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in "
+        f"{time.perf_counter() - started:.1f} s",
     )
     if lora.lora_towers and not (audio or visual):
         raise ValueError(
-            "--lora_towers: no row of the data has audio, images or videos, nothing would train the towers; leave it out"
+            "--lora_towers: no row of the data has audio, images or videos, nothing would train "
+            "the towers; leave it out"
         )
     audio, visual = (
         audio or lora.lora_towers,
@@ -109,7 +195,25 @@ def build(
         visual=visual,
         attn_impl=config.model.attn_impl,
     )
+    return model
 
+
+def add_lora(
+    model: torch.nn.Module,
+    config: Config,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    adapter: PeftAdapter | None,
+    *,
+    more_linears: bool,
+) -> None:
+    """LoRA on the decoder and, with --lora_towers, on the towers: fresh, or with the weights of
+    `adapter` (--adapter, or the checkpoint that is resumed). Raises ValueError where they do not
+    fit.
+
+    more_linears: whether linears that the adapter lacks may start fresh.
+    """
+    lora = config.lora
     rank, alpha, targets = lora.lora_rank, lora.lora_alpha, lora.lora_target_modules
     apply_lora(
         model,
@@ -124,37 +228,36 @@ def build(
     )
     applied(model)  # raises where no linear of this stage carries LoRA
     if adapter:
-        load_adapter(model, model_args, parallel, adapter, more_linears=bool(asked_for))
+        load_adapter(model, model_args, parallel, adapter, more_linears=more_linears)
         line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (
             f", continued at rank {rank})" if rank != adapter.rank else ")"
         )
-        if not resume_folder:  # otherwise `resume` says how the run goes on
+        if not config.run.resume_from_checkpoint:  # otherwise `resume` says how the run goes on
             line += f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer starts anew at step 0"
         log_rank_0(parallel, line)
         for note in adapter_notes(adapter):
             log_rank_0(parallel, note)
-    trainable, total = count_parameters(model_args, rank, targets, model)
-    log_rank_0(parallel, banner(trainable, total))
-    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
 
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
-    )
-    ddp = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
-    ddp.train()
+
+def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
+    """AdamW on the LoRA parameters."""
     train_config = config.train
-    optimizer = Optimizer(
+    return Optimizer(
         ddp,
-        dtype=dtype,
+        dtype=DTYPES[config.model.torch_dtype],
         beta1=train_config.adam_beta1,
         beta2=train_config.adam_beta2,
         epsilon=train_config.adam_epsilon,
         weight_decay=train_config.weight_decay,
         max_grad_norm=train_config.max_grad_norm,
     )
+
+
+def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
+    """The loss of the whole run."""
     distill = config.distill
     divergence, beta = distill.mixture
-    loss = LossSettings(
+    return LossSettings(
         divergence,
         beta,
         distill.temperature,
@@ -162,22 +265,76 @@ def build(
         model_args.vocab_size,
         distill.divergence_clip,
     )
-    if parallel.rank == 0:
-        layout = {
-            "world_size": parallel.world_size,
-            "tp": parallel.tp_size,
-            "pp": parallel.pp_size,
-            "dp": parallel.dp_size,
-            "ep": parallel.ep_size,
-        }
-        write_run_json(
-            config.run.output_dir,
-            config.to_dict(),
-            package_versions(),
-            {"trainable": trainable, "total": total},
-            layout,
+
+
+def count_lora(
+    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_folder: str | None
+) -> dict[str, int]:
+    """Trainable and all parameters of the whole model, and those of a teacher's adapter, as they also
+    stand on the screen.
+    """
+    rank, _, targets = applied(model)
+    trainable, total = count_parameters(model_args, rank, targets, model)
+    num_parameters = {"trainable": trainable, "total": total}
+    if teacher_folder:
+        num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
+    log_rank_0(parallel, banner(**num_parameters, teacher_folder=teacher_folder))
+    return num_parameters
+
+
+def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:
+    """run.json: the settings, versions, parameters and layout of this run."""
+    layout = {
+        "world_size": parallel.world_size,
+        "tp": parallel.tp_size,
+        "pp": parallel.pp_size,
+        "dp": parallel.dp_size,
+        "ep": parallel.ep_size,
+    }
+    write_run_json(
+        config.run.output_dir, config.to_dict(), package_versions(), num_parameters, layout
+    )
+
+
+@contextmanager
+def named_by_flag(flag: str) -> Iterator[None]:
+    """Errors about a folder say by which flag it came."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--{flag} {error}") from error
+
+
+def open_teacher(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
+) -> PeftAdapter | None:
+    """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
+    the flag, where the folder is missing or does not fit the model.
+    """
+    folder = config.distill.teacher_adapter
+    if folder is None:
+        return None
+    with named_by_flag("teacher_adapter"):
+        adapter = PeftAdapter(folder, model_args)
+        if HEAD in adapter.targets and model_args.tie_word_embeddings:
+            raise ValueError(
+                f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
+                "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
+                f"adapter without {HEAD}"
+            )
+    if adapter.towers and not has_media:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: has LoRA on {len(adapter.towers)} linears of the towers "
+            f"({adapter.towers[0]}, ...), which text does not reach: it is left out",
         )
-    return Parts(model_args, model, ddp, optimizer, loss, alpha, adapter, resume_folder)
+    if adapter.outside:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out",
+        )
+    return adapter
 
 
 def adapter_notes(adapter: PeftAdapter) -> list[str]:
@@ -187,11 +344,13 @@ def adapter_notes(adapter: PeftAdapter) -> list[str]:
     notes = []
     if not adapter.one_scale:
         notes.append(
-            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and updates are those of one alpha / r for all"
+            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and "
+            "updates are those of one alpha / r for all"
         )
     if adapter.shares_downs:
         notes.append(
-            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the gradient norm counts both"
+            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
+            "gradient norm counts both"
         )
     return notes
 
@@ -208,7 +367,8 @@ def resolve(
         if resume_folder is None:
             log_rank_0(
                 parallel,
-                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, starting at step 0",
+                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
+                "starting at step 0",
             )
     source = resume_folder or config.lora.adapter
     adapter = PeftAdapter(source, model_args) if source else None
@@ -218,12 +378,14 @@ def resolve(
             raise ValueError(f"{what}; add --lora_towers")
         log_rank_0(
             parallel,
-            f"Note: {what}, which text does not reach: it is left out here and in what this run saves",
+            f"Note: {what}, which text does not reach: it is left out here and in what this run "
+            "saves",
         )
     if adapter and adapter.outside:
         log_rank_0(
             parallel,
-            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder ({adapter.outside[0]}, ...) are left out here and in what this run saves",
+            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
         )
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
     alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
@@ -232,12 +394,14 @@ def resolve(
     )
     if HEAD in targets and model_args.tie_word_embeddings:
         raise ValueError(
-            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding (tie_word_embeddings), on which LoRA would "
+            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
+            "(tie_word_embeddings), on which LoRA would "
             f"change both; leave {HEAD} out"
         )
     if targets == [HEAD] and parallel.pp_size > 1:
         raise ValueError(
-            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: --pipeline_model_parallel_size "
+            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
+            "--pipeline_model_parallel_size "
             f"{parallel.pp_size} must be 1, or name more in --lora_target_modules"
         )
     resolved = replace(
@@ -268,56 +432,39 @@ def load_data(config: Config, model_args: ModelArgs, parallel: Parallel):
     return train_data, eval_data
 
 
-def check_signal(config: Config, report: DataReport, total_steps: int) -> None:
+def check_trainable(config: Config, report: DataReport) -> None:
     """Raise ValueError when none of the steps could learn anything."""
     distill = config.distill
-    has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(total_steps)
+    has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
-        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
+        checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
+        given = config.lora.adapter or checkpoint
+        if distill.teacher_adapter:
+            check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
+            return
         why = (
-            f"the divergence can only pull the student from the LoRA of {given} back to the base model"
+            f"the divergence can only pull the student from the LoRA of {given} back to the base "
+            "model"
             if given
             else "with fresh LoRA the divergence and its gradient are exactly 0"
         )
         raise ValueError(
-            f"nothing to learn: the teacher is the student with LoRA off and sees the same input, so {why}. Give the teacher more to see "
-            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
+            "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
+            f"so {why}. Give the teacher more to see "
+            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 "
+            "(it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
 
 
-def make_rollout(
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    pad_token_id: int,
-    teacher_writes: bool = False,
-) -> MegatronRollout | None:
-    """The sampler of on-policy steps, or of the teacher's under --seq_kd; None where the run never
-    needs it.
-    """
-    distill, rollout = config.distill, config.rollout
-    needed = distill.seq_kd if teacher_writes else distill.may_be_on_policy
-    if not needed:
-        return None
-    eos_token_ids = read_stop_token_ids(config.model.model)
-    if not eos_token_ids:
-        log_rank_0(
-            parallel,
-            f"Note: no file in {config.model.model} that can be read names an end-of-text token; every response will have --max_completion_length tokens",
+def check_other_adapter(teacher: str, student: str | Path | None) -> None:
+    """Raise ValueError where the student starts from the very folder that the teacher has."""
+    if student is not None and os.path.realpath(teacher) == os.path.realpath(student):
+        raise ValueError(
+            f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
+            "from, and the teacher sees the same input, so the divergence is 0. Start from another "
+            "--adapter or from fresh LoRA, give the teacher more to see (teacher_messages or "
+            "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
+            "runs it all the same"
         )
-    return MegatronRollout(
-        model_args=model_args,
-        parallel=parallel,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.tp_size,
-        seed=config.train.seed,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        repetition_penalty=rollout.repetition_penalty,
-        teacher_writes=teacher_writes,
-    )

@@ -28,17 +28,23 @@ from megatron_gkd.lora.adapter import (
     tower_loras,
     tower_tensors,
 )
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
-from megatron_gkd.metrics import write_atomically
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
+from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.parallel import all_gather_objects
+from megatron_gkd.run_folder import write_atomically
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # beside what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    """OUTPUT/checkpoint-STEP."""
+    return Path(output_dir, f"checkpoint-{step}")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -65,7 +71,8 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
         return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
     if not (Path(resume_from) / TENSORS).is_file():
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a checkpoint-STEP folder, or latest"
+            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
+            "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
 
@@ -96,7 +103,8 @@ def read_state(folder: Path, *more_keys: str) -> dict:
         ) from error
     if missing:
         raise ValueError(
-            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}"
+            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another "
+            f"checkpoint, or start from its weights with --adapter {folder}"
         )
     return state
 
@@ -120,10 +128,8 @@ def save_checkpoint(
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
     half-written stays. Collectives: two barriers of the world and an exchange of what went wrong.
     """
-    final, partial = (
-        Path(output_dir) / f"checkpoint-{step}",
-        Path(output_dir) / f".checkpoint-{step}.partial",
-    )
+    final = checkpoint_folder(output_dir, step)
+    partial = final.with_name(f".{final.name}.partial")
     if parallel.rank == 0:
         _tidy(Path(output_dir))
         partial.mkdir(parents=True)
@@ -168,9 +174,7 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
     pieces = {}
     for piece in owned:
         for kind in kinds:
-            values = (
-                piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
-            )
+            values = piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
             pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
@@ -232,7 +236,8 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
     for name in (TENSORS, OPTIMIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
+                f"{folder / name} is missing; the checkpoint is not complete, resume from another "
+                "one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
         for piece in adapter_slices(model, model_args, parallel):
@@ -318,8 +323,7 @@ def _replace(partial: Path, final: Path) -> None:
 
 
 def _tidy(output_dir: Path) -> None:
-    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back.
-    """
+    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
     for path in output_dir.glob(f"{LATEST}.*.tmp"):
         path.unlink()
     for path in output_dir.glob(".checkpoint-*"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.metrics import package_versions
+from megatron_gkd.run_folder import package_versions
 from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
@@ -86,7 +86,8 @@ def choice_lines() -> list[str]:
         f"experts: {experts.__name__}",
         *(
             [
-                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"
+                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single "
+                "kernel for this GPU"
             ]
             if slow
             else []

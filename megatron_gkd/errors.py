@@ -3,11 +3,20 @@ whole (`DataError`).
 """
 
 import reprlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-MAX_SHOWN = 20
+MAX_LISTED = 20
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_TYPE_NAMES = {
+    "NoneType": "null",
+    "bool": "a boolean",
+    "int": "an integer",
+    "float": "a float",
+    "str": "a string",
+    "list": "a list",
+    "dict": "an object",
+}
 
 
 class DataError(ValueError):
@@ -27,17 +36,23 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def shown(value) -> str:
-    """A short repr for error messages, however large or deep the value."""
+def short_repr(value: Any) -> str:
+    """A short `repr` for error messages, however large or deep the value."""
     return _SHORT.repr(value)
 
 
+def type_name(value: Any) -> str:
+    """The type of a value from JSON or a table, as JSON calls it."""
+    name = type(value).__name__
+    return _TYPE_NAMES.get(name, name)
+
+
 def bad_rows_error(bad_rows: list[BadRow], num_rows: int) -> DataError:
-    """The error that lists the first MAX_SHOWN bad rows of `num_rows` that were read."""
-    lines = [f"  {bad.location}: {bad.reason}" for bad in bad_rows[:MAX_SHOWN]]
-    if len(bad_rows) > MAX_SHOWN:
-        lines.append(f"  ... and {len(bad_rows) - MAX_SHOWN} more")
+    """The error that lists the first MAX_LISTED bad rows of `num_rows` that were read."""
+    lines = [f"  {bad.location}: {bad.reason}" for bad in bad_rows[:MAX_LISTED]]
+    if len(bad_rows) > MAX_LISTED:
+        lines.append(f"  ... and {len(bad_rows) - MAX_LISTED} more")
     return DataError(
-        f"{len(bad_rows)} of {num_rows} data rows cannot be used; correct them, or pass --skip_bad_rows true to "
-        "leave them out:\n" + "\n".join(lines)
+        f"{len(bad_rows)} of {num_rows} data rows cannot be used; correct them, or pass "
+        "--skip_bad_rows true to leave them out:\n" + "\n".join(lines)
     )

@@ -6,47 +6,23 @@ the last pipeline stage. Both views are compacted to their response rows before 
 `linear_jsd` applies. Shapes: B rows, S positions, H hidden size, N response rows.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_gkd.data.batch import Batch, BatchView
-from megatron_gkd.data.dataset import DataReport
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.modules import has_head_lora, lm_head
-from megatron_gkd.loss import LinearJsdOutput, linear_jsd, logits_jsd
+from megatron_gkd.loss import linear_jsd, logits_jsd
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
+from megatron_gkd.metrics import Groups, TokenSums
 from megatron_gkd.parallel import Parallel
-
-# Per-token results that are summed over the response tokens, in this order.
-SUMMED = (
-    "loss",
-    "jsd",
-    "sft_loss",
-    "kl_forward",
-    "kl_reverse",
-    "entropy_student",
-    "entropy_teacher",
-    "top1_agreement",
-    "token_correct",
-)
-MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
-GROUPED = (
-    "jsd",
-    "sft_loss",
-    "top1_agreement",
-    "token_accuracy",
-    "num_tokens",
-)  # of these, the means of each source and pair of views
 
 
 @dataclass(frozen=True)
@@ -61,102 +37,6 @@ class LossSettings:
     sft_alpha: float
     vocab_size: int
     clip: float | None = None
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Parts of the data whose sums are kept apart, by names that all ranks agree on. A single name
-    is the whole: none.
-    """
-
-    sources: tuple[str, ...] = ()
-    media_pairs: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.sources) + len(self.media_pairs)
-
-    @classmethod
-    def of(cls, report: DataReport) -> "Groups":
-        """A data set's sources, and what student and teacher perceive in it, where there are
-        several.
-        """
-        names = (tuple(sorted(found)) for found in (report.sources, report.media))
-        return cls(*(found if len(found) > 1 else () for found in names))
-
-
-@dataclass
-class TokenSums:
-    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
-    of the G groups; the number of tokens stands in the last column.
-    """
-
-    values: Tensor
-    groups: Groups = Groups()
-
-    @classmethod
-    def zero(cls, device: torch.device, groups: Groups = Groups()) -> "TokenSums":
-        return cls(
-            torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
-            groups,
-        )
-
-    @classmethod
-    def unknown(cls, device: torch.device) -> "TokenSums":
-        """Of a step that was not taken: no tokens, and means that are NaN."""
-        sums = cls.zero(device)
-        sums.values[:, :-1] = math.nan
-        return sums
-
-    def add(self, output: LinearJsdOutput, batch: Batch) -> None:
-        """The tokens of a micro-batch, `output` in the order of its student's response rows."""
-        values = torch.stack(
-            [getattr(output, name).detach().double() for name in SUMMED]
-            + [torch.ones_like(output.loss).double()]
-        )
-        self.values[0] += values.sum(dim=1)
-        if len(self.groups):
-            rows = (batch.student.response_rows // batch.student.input_ids.shape[1]).tolist()
-            number = {
-                name: index
-                for index, name in enumerate(
-                    (*self.groups.sources, *self.groups.media_pairs), start=1
-                )
-            }
-            for names in (
-                batch.sources if self.groups.sources else [],
-                batch.media_pairs if self.groups.media_pairs else [],
-            ):
-                if names:
-                    self.values.index_add_(
-                        0,
-                        torch.tensor([number[names[row]] for row in rows], device=values.device),
-                        values.T,
-                    )
-
-    def means(self, parallel: Parallel) -> dict[str, Any]:
-        """Means over the global batch and `num_tokens`, of groups a few under `by_source` and
-        `by_media` (those that have tokens). Collectives: a sum over data-parallel ranks, a
-        broadcast from the last stage.
-        """
-        sums = self.values.clone()
-        torch.distributed.all_reduce(sums, group=parallel.groups.dp)
-        if parallel.pp_size > 1:
-            torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
-        every, *parts = (
-            {name: value / max(row[-1], 1) for name, value in zip(MEANS, row)}
-            | {"num_tokens": int(row[-1])}
-            for row in sums.tolist()
-        )
-        short = [{name: means[name] for name in GROUPED} for means in parts]
-        split = {
-            "by_source": dict(zip(self.groups.sources, short)),
-            "by_media": dict(zip(self.groups.media_pairs, short[len(self.groups.sources) :])),
-        }
-        split = {
-            key: {name: means for name, means in found.items() if means["num_tokens"]}
-            for key, found in split.items()
-        }
-        return every | {key: found for key, found in split.items() if found}
 
 
 @contextmanager
@@ -174,13 +54,10 @@ def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tens
     """[S/TP, B, H] of the final norm -> [N, H], the rows that predict a response token, on every
     tensor-parallel rank.
 
-    Collectives: an all-gather over the sequence shards; in backward the reduce-scatter that sums
-    what each rank's part of the vocabulary contributes.
+    Collectives: an all-gather of the sequence shards; in backward the reduce-scatter that sums what
+    each rank's slice of the vocabulary contributes.
     """
-    if parallel.tp_size > 1:
-        hidden = gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=parallel.groups.tp
-        )
+    hidden = parallel.gather_sequence(hidden)
     rows, size = view.response_rows, view.input_ids.shape[1]
     return hidden[rows % size, rows // size]
 
@@ -360,10 +237,11 @@ def forward_logits(
     stage.
     """
     num_rows, length = input_ids.shape
-    padded = torch.nn.functional.pad(input_ids, (0, -length % parallel.tp_size))
+    padding = (0, -length % parallel.sequence_multiple)
+    padded = torch.nn.functional.pad(input_ids, padding)
     positions = torch.arange(padded.shape[1], device=padded.device).expand(3, num_rows, -1)
     if position_ids is not None:
-        positions = torch.nn.functional.pad(position_ids, (0, -length % parallel.tp_size))
+        positions = torch.nn.functional.pad(position_ids, padding)
     rows = torch.arange(num_rows, device=padded.device)
     view = BatchView(
         padded, torch.zeros_like(padded), rows, rows, positions.float(), rows[:0], rows[:0]
@@ -375,16 +253,14 @@ def forward_logits(
 def view_logits(
     model, model_args, parallel: Parallel, view: BatchView, features: MediaFeatures | None = None
 ) -> Tensor:
-    """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of the
-    tensor-parallel size.
+    """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of
+    `parallel.sequence_multiple`.
 
     features: of the batch that the view belongs to (`Towers.encode`), on the first stage.
     """
 
     def slice_of_logits(index: int, hidden: Tensor) -> Tensor:
-        if parallel.tp_size > 1:
-            hidden = gather_from_sequence_parallel_region(hidden, group=parallel.groups.tp)
-        return lm_head(model, hidden.transpose(0, 1))
+        return lm_head(model, parallel.gather_sequence(hidden).transpose(0, 1))
 
     slices = _run_schedule(
         model, [view], slice_of_logits, parallel, [features], forward_only=True, collect=True

@@ -1,242 +1,216 @@
-"""What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the
-progress on the screen.
+"""What a run measures: sums over response tokens, counts over the global batch, seconds, bytes.
 
-One object a logged step, flushed as it is written. A resumed run first drops the lines after its
-checkpoint, so that the files read as if the run had never stopped; a run that starts at step 0
-moves an earlier one's files aside. Only the rank that is `enabled` writes anything.
+The sums are made where the loss is (forward.py), the rest where the loop is (train.py); run_folder.py
+writes them down.
 """
 
-import json
 import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
+from megatron_gkd.data.batch import Batch
+from megatron_gkd.data.report import DataReport
+from megatron_gkd.loss import LinearJsdOutput
+from megatron_gkd.parallel import Parallel
+
+PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
+
+# Per-token results that are summed over the response tokens, in this order.
+SUMMED = (
+    "loss",
+    "jsd",
+    "sft_loss",
+    "kl_forward",
+    "kl_reverse",
+    "entropy_student",
+    "entropy_teacher",
+    "top1_agreement",
+    "token_correct",
 )
+MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
+GROUPED = (
+    "jsd",
+    "sft_loss",
+    "top1_agreement",
+    "token_accuracy",
+    "num_tokens",
+)  # of these, the means of each source and pair of views
 
 
-class MetricsWriter:
-    """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to
-    `total_steps`.
-
-    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`),
-    otherwise later lines are dropped. On a terminal there is a bar; in a log file one line for each
-    logged step.
+@dataclass(frozen=True)
+class Groups:
+    """Parts of the data whose sums are kept apart, by names that all ranks agree on. A single name
+    is the whole: none.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        total_steps: int,
-        start_step: int = 0,
-        enabled: bool = True,
-        tensorboard: bool = True,
-    ):
-        self.total_steps, self.start_step, self.enabled = total_steps, start_step, enabled
-        self._start_time = time.monotonic()
-        self._files, self._board, self._bar = {}, None, None
-        if not enabled:
-            return
-        os.makedirs(output_dir, exist_ok=True)
-        paths = {name: Path(output_dir, f"{name}.jsonl") for name in ("metrics", "eval")}
-        if start_step == 0:
-            _set_aside([path for path in paths.values() if path.exists()])
-        for name, path in paths.items():
-            _keep_lines_until(path, start_step)
-            self._files[name] = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    sources: tuple[str, ...] = ()
+    media_pairs: tuple[str, ...] = ()
 
-            purge_step = start_step + 1 if start_step else 0
-            self._board = SummaryWriter(
-                os.path.join(output_dir, "tensorboard"), purge_step=purge_step
-            )
-        if sys.stdout.isatty():
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                unit="step",
-                file=sys.stdout,
-                dynamic_ncols=True,
-            )
+    def __len__(self) -> int:
+        return len(self.sources) + len(self.media_pairs)
 
-    def log_train(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. `values["step"]` counts from 1; NaN and Inf are written as
-        null.
+    @classmethod
+    def of(cls, report: DataReport) -> "Groups":
+        """A data set's sources, and what student and teacher perceive in it, where there are
+        several.
         """
-        if not self.enabled:
-            return
-        self._write("metrics", "train", values)
-        shown = _shown(values)
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(values["step"] - self._bar.n)
-        else:
-            print(
-                f"step {values['step']}/{self.total_steps}  {shown}  {self._time_left(values['step'])} left",
-                flush=True,
-            )
+        names = (tuple(sorted(found)) for found in (report.sources, report.media))
+        return cls(*(found if len(found) > 1 else () for found in names))
 
-    def log_eval(self, values: dict[str, Any]) -> None:
-        """One line of eval.jsonl, for the model after `values["step"]` steps."""
-        if not self.enabled:
-            return
-        self._write("eval", "eval", values)
-        line = f"eval after step {values['step']}  " + "  ".join(
-            f"{name} {value:.4g}"
-            for name, value in values.items()
-            if name != "step" and _is_number(value)
+
+@dataclass
+class TokenSums:
+    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
+    of the G groups; the number of tokens stands in the last column.
+    """
+
+    values: Tensor
+    groups: Groups = Groups()
+
+    @classmethod
+    def zero(cls, device: torch.device, groups: Groups = Groups()) -> "TokenSums":
+        return cls(
+            torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
+            groups,
         )
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
 
-    def close(self) -> None:
-        """Close the files; the writer is not used afterwards."""
-        for file in self._files.values():
-            file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._bar is not None:
-            self._bar.close()
+    @classmethod
+    def unknown(cls, device: torch.device) -> "TokenSums":
+        """Of a step that was not taken: no tokens, and means that are NaN."""
+        sums = cls.zero(device)
+        sums.values[:, :-1] = math.nan
+        return sums
 
-    def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
-        finite = _finite(values)
-        self._files[name].write(json.dumps(finite, allow_nan=False) + "\n")
-        self._files[name].flush()
-        if self._board is not None:
-            for key, value in _flat(finite):
-                if key != "step" and _is_number(value):
-                    self._board.add_scalar(f"{group}/{key}", value, values["step"])
-            self._board.flush()
+    def add(self, output: LinearJsdOutput, batch: Batch) -> None:
+        """The tokens of a micro-batch, `output` in the order of its student's response rows."""
+        values = torch.stack(
+            [getattr(output, name).detach().double() for name in SUMMED]
+            + [torch.ones_like(output.loss).double()]
+        )
+        self.values[0] += values.sum(dim=1)
+        if len(self.groups):
+            rows = (batch.student.response_rows // batch.student.input_ids.shape[1]).tolist()
+            number = {
+                name: index
+                for index, name in enumerate(
+                    (*self.groups.sources, *self.groups.media_pairs), start=1
+                )
+            }
+            for names in (
+                batch.sources if self.groups.sources else [],
+                batch.media_pairs if self.groups.media_pairs else [],
+            ):
+                if names:
+                    self.values.index_add_(
+                        0,
+                        torch.tensor([number[names[row]] for row in rows], device=values.device),
+                        values.T,
+                    )
 
-    def _time_left(self, step: int) -> str:
-        seconds_per_step = (time.monotonic() - self._start_time) / max(step - self.start_step, 1)
-        return tqdm.format_interval(seconds_per_step * max(self.total_steps - step, 0))
-
-
-def _finite(value: Any) -> Any:
-    """NaN and Inf, at any depth, as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`by_source/NAME/jsd` and its value, and so on."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
-
-
-def _shown(values: dict[str, Any]) -> str:
-    """Of a step's metrics those that fit on a line; what was not measured is left out."""
-    formats = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.2e}",
-        "tokens_per_second": "{:.0f} tokens/s",
-        "peak_memory_gib": "{:.2f} GiB",
-    }
-    return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
-
-
-def _set_aside(paths: list[Path]) -> None:
-    """Move what an earlier run wrote to NAME.N.jsonl, N the first free number, and say so."""
-    if not any(path.stat().st_size for path in paths):
-        return
-    number = 1
-    while any(path.with_suffix(f".{number}.jsonl").exists() for path in paths):
-        number += 1
-    moved = [path.rename(path.with_suffix(f".{number}.jsonl")) for path in paths]
-    print(
-        f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}",
-        flush=True,
-    )
+    def means(self, parallel: Parallel) -> dict[str, Any]:
+        """Means over the global batch and `num_tokens`, of groups a few under `by_source` and
+        `by_media` (those that have tokens). Collectives: a sum over data-parallel ranks, a
+        broadcast from the last stage.
+        """
+        sums = self.values.clone()
+        torch.distributed.all_reduce(sums, group=parallel.groups.dp)
+        if parallel.pp_size > 1:
+            torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
+        every, *parts = (
+            {name: value / max(row[-1], 1) for name, value in zip(MEANS, row)}
+            | {"num_tokens": int(row[-1])}
+            for row in sums.tolist()
+        )
+        short = [{name: means[name] for name in GROUPED} for means in parts]
+        split = {
+            "by_source": dict(zip(self.groups.sources, short)),
+            "by_media": dict(zip(self.groups.media_pairs, short[len(self.groups.sources) :])),
+        }
+        split = {
+            key: {name: means for name, means in found.items() if means["num_tokens"]}
+            for key, found in split.items()
+        }
+        return every | {key: found for key, found in split.items() if found}
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too.
+class Clock:
+    """Seconds of the phases of a step, 0 for one that was left out. Waits for the device at each
+    lap.
     """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}: not a line of metrics ({error!r}); repair or remove it"
-                ) from None
-    write_atomically(path, "".join(kept))
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """A step begins: all phases at 0."""
+        self.laps = dict.fromkeys(PHASES, 0.0)
+        self.started = self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The phase `name` ends here; it began at the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    @property
+    def step_time(self) -> float:
+        """Seconds from `restart` to the last lap."""
+        return self.last - self.started
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader, or a kill, meanwhile finds the old or the new
-    one, whole.
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts over the global batch, the most memory of any rank, and whether any rank was asked to
+    stop.
     """
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
+    num_tokens: int
+    """Of both views, prompts included."""
+    cut_tokens: int
+    truncated_responses: int
+    peak_memory_bytes: float
+    stop: bool
 
-def write_run_json(
-    output_dir: str,
-    config: dict[str, Any],
-    versions: dict[str, str],
-    parameters: dict[str, int],
-    layout: dict[str, int],
-) -> None:
-    """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts,
-    parallel sizes.
-    """
-    os.makedirs(output_dir, exist_ok=True)
-    contents = {"config": config, "versions": versions, "parameters": parameters, "layout": layout}
-    write_atomically(
-        Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-    )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's numbers depend on; "not installed" where
-    one is missing.
-    """
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Batch],
+        num_truncated: int,
+        asked_to_stop: bool,
+        parallel: Parallel,
+    ) -> "StepCounts":
+        """From this rank's micro-batches, truncated responses and SIGTERM. Collectives: a sum of
+        three numbers over data-parallel ranks, a maximum of two over the world.
+        """
+        sums = torch.tensor(
+            [
+                sum(
+                    int(batch.student.lengths.sum() + batch.teacher.lengths.sum())
+                    for batch in batches
+                ),
+                sum(batch.cut_tokens for batch in batches),
+                num_truncated,
+            ],
+            dtype=torch.float64,
+            device=parallel.device,
+        )
+        torch.distributed.all_reduce(sums, group=parallel.groups.dp)
+        most = torch.tensor(
+            [float(asked_to_stop), peak_memory_bytes(parallel.device)],
+            dtype=torch.float64,
+            device=parallel.device,
+        )
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return cls(*map(int, sums.tolist()), peak_memory_bytes=most[1].item(), stop=bool(most[0]))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

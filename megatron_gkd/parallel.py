@@ -4,6 +4,10 @@ state.
 Everything below takes a `Parallel` (or one of its groups) as an argument. Expert tensor parallelism
 is always 1: an expert lives whole on one rank, and the ranks of a tensor-parallel group count as
 data-parallel ranks for the experts.
+
+Between the linears of a layer a sequence is sharded over the tensor-parallel ranks (megatron-core's
+sequence parallelism). How it is sharded is known here alone: `Parallel.sequence_multiple`,
+`shard_sequence` and `gather_sequence`.
 """
 
 import os
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_gkd import cpu
 
@@ -22,6 +27,11 @@ from megatron_gkd import cpu
 class Parallel:
     """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep,
     expt_dp, ...).
+
+    Context parallelism would change three members: `sequence_multiple` becomes a multiple of
+    2 x CP x TP, and `shard_sequence` and `gather_sequence` first cut and last join the two chunks
+    of each context-parallel rank. Callers assume neither that a shard is one contiguous block nor
+    which rank holds the last position.
     """
 
     groups: ProcessGroupCollection
@@ -50,15 +60,45 @@ class Parallel:
         """Global rank of this rank's peer on the last pipeline stage."""
         return torch.distributed.get_global_rank(self.groups.pp, self.pp_size - 1)
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Padded sequences have a multiple of this many positions, so that all shards are equal."""
+        return self.tp_size
+
+    def shard_sequence(self, x: Tensor) -> Tensor:
+        """[S, ...], the same on the ranks that share the sequence -> this rank's positions, [S/TP,
+        ...]. S is a multiple of `sequence_multiple`.
+
+        Collectives: none forward; in backward an all-gather of the ranks' gradients.
+        """
+        if self.tp_size == 1:
+            return x
+        return tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.groups.tp)
+
+    def gather_sequence(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
+        """This rank's positions [S/TP, ...] -> the whole sequence [S, ...] on every rank that
+        shares it: the inverse of `shard_sequence`.
+
+        tensor_parallel_output_grad: the gradient of the result is this rank's part of a sum (over
+        slices of the vocabulary), and backward is a reduce-scatter. Otherwise every rank has
+        computed the same, whole gradient, and backward takes this rank's positions of it.
+        Collectives: an all-gather forward; in backward the reduce-scatter or none.
+        """
+        if self.tp_size == 1:
+            return x
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=tensor_parallel_output_grad, group=self.groups.tp
+        )
+
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` on a machine without one.
-    """
+    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` where it sees none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch"
+            "--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of "
+            "torch"
         )
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -75,7 +115,8 @@ def use_deterministic_kernels() -> None:
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    module: Any = torch.utils.deterministic  # its attribute is a property of the module's class
+    module.fill_uninitialized_memory = False
 
 
 def initialize(
@@ -99,27 +140,27 @@ def initialize(
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        alone = (
-            {}
-            if "RANK" in os.environ
-            else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
-        )
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timeout, **alone)
-    from megatron.core.transformer.moe import (
-        moe_utils,  # its import says what is not installed, and takes a second
-    )
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(
+                backend, timeout=timeout, store=store, rank=0, world_size=1
+            )
+    # Its import warns of what is not installed, and takes a second.
+    from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(
-        moe_utils, "te_general_gemm"
-    ):  # 0.16.1 defines it with Transformer Engine only, and asks for it always
+    # 0.16.1 defines it with Transformer Engine only, and always reads it.
+    if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     world_size = torch.distributed.get_world_size()
     stage_size = world_size // pipeline_model_parallel_size
     if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):
         raise ValueError(
-            f"world size {world_size} is not divisible by tensor_model_parallel_size {tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {pipeline_model_parallel_size}"
+            f"world size {world_size} is not divisible by tensor_model_parallel_size "
+            f"{tensor_model_parallel_size} x pipeline_model_parallel_size "
+            f"{pipeline_model_parallel_size}"
         )
     if stage_size % expert_model_parallel_size:
         raise ValueError(
@@ -172,9 +213,8 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
 
 
 def all_gather_objects(value: Any) -> list:
-    """The values of all ranks, in rank order. Collectives: an all-gather of objects over the world.
-    """
-    values = [None] * torch.distributed.get_world_size()
+    """The values of all ranks, in rank order. Collectives: an object all-gather over the world."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 

@@ -1,12 +1,40 @@
-"""Transformer Engine: is it installed, does it import, can it run here?
+"""What comes before the slow imports: their warnings, and whether Transformer Engine can be imported
+and used.
 
 megatron-core imports it wherever it is installed, without a GPU too, and fails when that fails:
 nothing here imports megatron-core, so that the reason can be told before.
 """
 
 import importlib.util
+import logging
+import warnings
+from typing import TYPE_CHECKING
 
-import torch
+from megatron_gkd.flags import exit_with
+
+if TYPE_CHECKING:
+    import torch
+
+# Every rank would repeat these while megatron-core is imported; megatron_gkd.doctor says what is
+# installed.
+QUIET = (
+    "Transformer Engine and Apex are not",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "`torch.distributed.*deprecated",
+)
+
+
+def prepare_imports() -> None:
+    """For a program, before it imports megatron-core: silences what the import would say on every
+    rank, and ends the process with one line where Transformer Engine would make it fail.
+    """
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    # does not know the talker's rotary keys
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+    if problem := import_problem():
+        exit_with(ValueError(problem))
 
 
 def import_problem() -> str:
@@ -17,19 +45,19 @@ def import_problem() -> str:
         return ""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (
-        Exception
-    ) as error:  # a build for another torch or CUDA: ImportError, OSError, RuntimeError
+    except Exception as error:  # a build for another torch or CUDA: ImportError, OSError, ...
+        import torch
+
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
-            f"Transformer Engine is installed and cannot be imported ({first_line}): install the build for torch "
-            f"{torch.__version__} (EXTRAS=test,gpu bash launch/setup_env.sh), or pip uninstall transformer-engine "
-            "transformer-engine-torch to run without it"
+            f"Transformer Engine is installed and cannot be imported ({first_line}): install the "
+            f"build for torch {torch.__version__} (EXTRAS=test,gpu bash launch/setup_env.sh), or "
+            "pip uninstall transformer-engine transformer-engine-torch to run without it"
         )
     return ""
 
 
-def transformer_engine_usable(device: torch.device) -> bool:
+def transformer_engine_usable(device: "torch.device") -> bool:
     """Whether Transformer Engine is installed and there is a GPU to run it on. It is used where it
     is, never required.
 
@@ -37,7 +65,6 @@ def transformer_engine_usable(device: torch.device) -> bool:
     """
     if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
         return False
-    problem = import_problem()
-    if problem:
+    if problem := import_problem():
         raise ValueError(problem)
     return True

@@ -1,7 +1,8 @@
-"""Imports that every test rank needs, done once in the fork server (tests/ranks.py), without their
+"""Imports that every test rank needs, done once in the fork server (tests/ranks.py) and without their
 usual warnings.
 """
 
+import importlib
 import warnings
 
 for message in (
@@ -12,12 +13,14 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message=message)
 
-import datasets  # noqa: F401
-import megatron.core.distributed
-import megatron.core.models.gpt.gpt_model
-import megatron.core.optimizer
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
-import torch.utils._sympy  # noqa: F401
-import transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe  # noqa: F401
-
-import megatron_gkd.train  # noqa: F401
+for module in (
+    "datasets",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "torch.utils._sympy",
+    "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe",
+    "megatron_gkd.train",
+):
+    importlib.import_module(module)

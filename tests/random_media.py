@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.data.sample import MediumPlace
+from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.positions import MediaTokenIds, rope_positions
 
@@ -17,9 +17,9 @@ TEXT_IDS = 150  # ids below are text's; the special ones of the small tokenizer 
 
 
 @dataclass
-class Shown:
-    """What one side of a row shows: indices of the row's media, ("both", video, audio) for a video
-    with its sound.
+class Prompt:
+    """The media in the prompt of one view: indices of the row's media, ("both", video, audio) for a
+    video with its audio.
     """
 
     items: list
@@ -27,8 +27,8 @@ class Shown:
 
 
 class MediaRow:
-    """A row whose two sides show media of their own. `media`: ("audio", frames), ("image", (h, w))
-    or ("video", (t, h, w), seconds per grid).
+    """A row with a prompt for each view. `media`: ("audio", frames), ("image", (h, w)) or
+    ("video", (t, h, w), seconds per grid).
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class MediaRow:
         ids: MediaTokenIds,
         seed: int,
         media: list[tuple],
-        student: Shown,
-        teacher: Shown | None = None,
+        student: Prompt,
+        teacher: Prompt | None = None,
     ):
         self.ids, self.generator = ids, torch.Generator().manual_seed(seed)
         self.media = [self.medium(*medium) for medium in media]
@@ -56,20 +56,21 @@ class MediaRow:
         patches = torch.randn(grid[0] * grid[1] * grid[2], PATCH, generator=self.generator)
         return Medium(kind, patches, grid, len(patches) // self.ids.spatial_merge_size**2, seconds)
 
-    def prompt(self, shown: Shown):
-        """(tokens, places of media, indices of the media by kind, whether videos show their audio).
+    def prompt(self, prompt: Prompt):
+        """(tokens, positions of media in them, indices of media by kind, whether videos show their
+        audio).
         """
-        ids, tokens, places = self.ids, self.text(3), []
+        ids, tokens, media_positions = self.ids, self.text(3), []
         order = {"audio": [], "image": [], "video": []}
         pads = {
             "audio": ids.audio_token_id,
             "image": ids.image_token_id,
             "video": ids.video_token_id,
         }
-        for item in shown.items:
+        for item in prompt.items:
             if isinstance(item, tuple):
                 _, video, audio = item
-                self._both(tokens, places, video, audio)
+                self._both(tokens, media_positions, video, audio)
                 order["video"].append(video)
                 order["audio"].append(audio)
             else:
@@ -78,17 +79,17 @@ class MediaRow:
                 if medium.kind == "audio":
                     marks = (ids.audio_start_token_id, ids.audio_end_token_id)
                 tokens.append(marks[0])
-                places.append(
-                    MediumPlace(item, list(range(len(tokens), len(tokens) + medium.num_tokens)))
+                media_positions.append(
+                    MediumPositions(item, list(range(len(tokens), len(tokens) + medium.num_tokens)))
                 )
                 tokens += [pads[medium.kind]] * medium.num_tokens + [marks[1]]
                 order[medium.kind].append(item)
             tokens += self.text(2)
-        return tokens, places, order, shown.use_audio_in_video
+        return tokens, media_positions, order, prompt.use_audio_in_video
 
-    def _both(self, tokens, places, video, audio):
-        """Placeholders of a video and its audio in an order of no meaning: the model knows them by
-        their ids alone.
+    def _both(self, tokens, media_positions, video, audio):
+        """Placeholders of a video and its audio in random order: the model knows them by their ids
+        alone.
         """
         ids, positions = self.ids, {video: [], audio: []}
         tokens += [ids.vision_start_token_id, ids.audio_start_token_id]
@@ -97,10 +98,10 @@ class MediaRow:
             positions[kinds[index]].append(len(tokens))
             tokens.append(ids.video_token_id if kinds[index] == video else ids.audio_token_id)
         tokens += [ids.audio_end_token_id, ids.vision_end_token_id]
-        places += [MediumPlace(number, found) for number, found in positions.items()]
+        media_positions += [MediumPositions(number, found) for number, found in positions.items()]
 
     def view(self, prompt) -> View:
-        tokens, places, order, use_audio_in_video = prompt
+        tokens, media_positions, order, use_audio_in_video = prompt
         positions = rope_positions(
             tokens + self.response,
             self.ids,
@@ -111,7 +112,7 @@ class MediaRow:
             use_audio_in_video=use_audio_in_video,
         )
         labels = [-100] * len(tokens) + self.response
-        return View(tokens + self.response, labels, len(tokens), positions, tuple(places))
+        return View(tokens + self.response, labels, len(tokens), positions, tuple(media_positions))
 
     def sample(self, row: int) -> Sample:
         student = self.view(self.student)
@@ -119,8 +120,8 @@ class MediaRow:
         return Sample(student, teacher, teacher is not student, "", row, 0, tuple(self.media))
 
     def inputs(self, side: str, with_response: bool = True) -> dict[str, Tensor]:
-        """What transformers' thinker takes for this side of the row alone; positions are its own
-        affair.
+        """The arguments of transformers' thinker for this view of the row alone; it computes the
+        positions itself.
         """
         tokens, _, order, use_audio_in_video = getattr(self, side)
         ids = torch.tensor([tokens + self.response * with_response])
@@ -158,40 +159,43 @@ def make_rows(ids: MediaTokenIds) -> list[list[MediaRow]]:
     """
     audio_and_images = [
         MediaRow(
-            ids, 0, [("audio", 50)], Shown([0]), Shown([])
+            ids, 0, [("audio", 50)], Prompt([0]), Prompt([])
         ),  # the teacher reads, the student hears
-        MediaRow(ids, 1, [("audio", 37), ("audio", 130)], Shown([0, 1]), Shown([1])),
-        MediaRow(ids, 2, [("audio", 850)], Shown([0])),
-        MediaRow(ids, 3, [("audio", 800), ("audio", 3)], Shown([]), Shown([0])),
+        MediaRow(ids, 1, [("audio", 37), ("audio", 130)], Prompt([0, 1]), Prompt([1])),
+        MediaRow(ids, 2, [("audio", 850)], Prompt([0])),
+        MediaRow(ids, 3, [("audio", 800), ("audio", 3)], Prompt([]), Prompt([0])),
         MediaRow(
             ids,
             4,
             [("image", (4, 6)), ("image", (2, 2)), ("image", (8, 2))],
-            Shown([0, 1, 2]),
-            Shown([2, 0]),
+            Prompt([0, 1, 2]),
+            Prompt([2, 0]),
         ),
     ]
     mixed = [
         MediaRow(
-            ids, 5, [("video", (3, 4, 4), 0.7), ("image", (4, 4))], Shown([0, 1]), Shown([1, 0])
+            ids, 5, [("video", (3, 4, 4), 0.7), ("image", (4, 4))], Prompt([0, 1]), Prompt([1, 0])
         ),
         MediaRow(
             ids,
             6,
             [("video", (2, 4, 6), 0.5), ("audio", 140)],
-            Shown([("both", 0, 1)], True),
-            Shown([0]),
+            Prompt([("both", 0, 1)], True),
+            Prompt([0]),
         ),
         MediaRow(
             ids,
             7,
             [("image", (2, 4)), ("audio", 100), ("video", (2, 2, 4), 1.0), ("audio", 61)],
-            Shown([0, 1, ("both", 2, 3)], True),
-            Shown([3, 2, 1, 0]),
+            Prompt([0, 1, ("both", 2, 3)], True),
+            Prompt([3, 2, 1, 0]),
         ),
-        MediaRow(ids, 8, [], Shown([])),
+        MediaRow(ids, 8, [], Prompt([])),
     ]
-    text = [MediaRow(ids, 9, [], Shown([]), Shown([])), MediaRow(ids, 10, [], Shown([]), Shown([]))]
+    text = [
+        MediaRow(ids, 9, [], Prompt([]), Prompt([])),
+        MediaRow(ids, 10, [], Prompt([]), Prompt([])),
+    ]
     return [audio_and_images, mixed, text]
 
 

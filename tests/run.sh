@@ -1,16 +1,35 @@
 #!/usr/bin/env bash
-# Set up, run the distributed smoke tests on the supported megatron-core that is not installed, then all tests.
-#   bash tests/run.sh [pytest arguments for the second part, such as -k lora]
+# What CI runs: set-up, format, lint, types, the distributed smoke tests on the other supported megatron-core, and all
+# tests. The first part that fails ends the script, which names it.
+#   bash tests/run.sh [pytest arguments for the last part, such as -k lora]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+part=""
+begin() {
+    part=$1
+    echo "=== $part"
+}
+trap 'status=$?; [ "$status" -eq 0 ] || echo "tests/run.sh: failed: $part" >&2' EXIT
+
+begin "set-up (launch/setup_env.sh)"
 bash launch/setup_env.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=1
 
+begin "format (ruff format --check .)"
+"$python" -m ruff format --check .
+
+begin "lint (ruff check .)"
+"$python" -m ruff check .
+
+begin "types (mypy)"
+"$python" -m mypy
+
 installed=$("$python" -c 'from importlib.metadata import version; print(version("megatron-core"))')
 for version in 0.16.1 0.19.2; do
     [ "$version" = "$installed" ] && continue
+    begin "smoke tests on megatron-core $version"
     folder=$PWD/.mcore/$version
     if [ ! -d "$folder" ]; then
         echo "megatron-core $version -> $folder"
@@ -20,9 +39,8 @@ for version in 0.16.1 0.19.2; do
             --target "$folder.part" "megatron-core==$version"
         mv "$folder.part" "$folder"
     fi
-    echo "smoke tests on megatron-core $version"
     PYTHONPATH=$folder "$python" -m pytest -q -m smoke
 done
 
-echo "all tests on megatron-core $installed"
+begin "all tests on megatron-core $installed"
 "$python" -m pytest -q "$@"

@@ -238,9 +238,10 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
     after them. What the rank said, and whether the signal means again what it did.
     """
     from megatron_gkd import parallel, train
+    from megatron_gkd.run import Progress
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
-    count, evaluate, said = train.Progress.count, train.evaluate, io.StringIO()
+    count, evaluate, said = Progress.count, train.evaluate, io.StringIO()
 
     def kill(here, steps):
         if during == here and steps == step and rank == world_size - 1:
@@ -255,7 +256,7 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
         kill("evaluation", values["step"])
         return values
 
-    train.Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
+    Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
     with contextlib.redirect_stdout(said):
         train.main(argv)
     return said.getvalue(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

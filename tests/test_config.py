@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd.config import (
-    DistillConfig,
-    ParallelConfig,
-    check_layout,
-    main,
-    parse_config,
-    parse_config_or_exit,
-)
+from megatron_gkd.config import DistillConfig, main, parse_config, parse_config_or_exit
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
+from megatron_gkd.layout import ParallelConfig, check_layout
 
 REPOSITORY = Path(__file__).parents[1]
 REQUIRED = ["--model", "/m", "--dataset", "d.jsonl"]

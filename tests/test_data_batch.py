@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_gkd.data import Sample, View, collate, with_responses
+from megatron_gkd.media.positions import MediaTokenIds
+from tests.random_media import MediaRow, Prompt
 
 PAD = 99
 
@@ -84,7 +86,7 @@ def test_views_that_disagree_are_caught():
         collate([broken], PAD, 1)
 
 
-def test_filler_rows():
+def test_padding_samples():
     batch = collate([sample([1, 2], [3], row=4), None], PAD, 2)
     assert batch.student.input_ids.tolist() == [[1, 2, 3, PAD], [PAD] * 4]
     assert batch.student.lengths.tolist() == [3, 1] and batch.student.prompt_lengths.tolist() == [
@@ -95,6 +97,51 @@ def test_filler_rows():
     assert batch.rows == [4, -1] and batch.sources == ["s", ""] and batch.teacher is batch.student
     alone = collate([None, None], PAD, 4)
     assert alone.student.response_rows.tolist() == [] and alone.student.targets.tolist() == []
+
+
+TOKENS = MediaTokenIds(151, 152, 153, 154, 155, 156, 157, 13.0, 2)
+IMAGE, VIDEO = ("image", (2, 4)), ("video", (2, 4, 4), 0.5)
+
+
+@pytest.mark.parametrize(
+    "media, student, teacher, expected",
+    [
+        pytest.param([("audio", 40), ("audio", 70)], [0, 1], None, [70, 70], id="one-view"),
+        pytest.param([("audio", 40), ("audio", 70)], [0], [1], [40, 70], id="apart"),
+        pytest.param([("audio", 40), ("audio", 70)], [0], [0, 1], [40, 70], id="student-first"),
+        pytest.param([("audio", 40), ("audio", 70)], [1], [1, 0], [70, 70], id="teacher-more"),
+        pytest.param([("audio", 40), ("audio", 70)], [], [1, 0], [70, 70], id="teacher-only"),
+        pytest.param([("audio", 40), ("audio", 70)], [0], [], [40, 70], id="in-neither"),
+        pytest.param(
+            [IMAGE, ("audio", 30), VIDEO, ("audio", 250), ("audio", 9)],
+            Prompt([("both", 2, 1), 3], True),
+            [0, 4, 1],
+            [250, 250, 30],
+            id="track-of-a-video",
+        ),
+    ],
+)
+def test_audio_row_lengths(media, student, teacher, expected):
+    """The student's view decides where it has the audio, then the teacher's; other rows of the
+    batch, other kinds of media and new responses do not matter.
+    """
+
+    def prompt(items):
+        return Prompt(items) if isinstance(items, list) else items
+
+    row = MediaRow(TOKENS, 0, media, prompt(student), prompt(teacher))
+    before = MediaRow(TOKENS, 1, [IMAGE, ("audio", 900)], Prompt([1]))
+    after = MediaRow(TOKENS, 2, [VIDEO, ("audio", 5)], Prompt([1]), Prompt([0]))
+    samples = [before.sample(0), None, row.sample(1), after.sample(2)]
+    batch = collate(samples, PAD, 4)
+    assert batch.media.audio_row_lengths.tolist() == [900, *expected, 5]
+    assert batch.media.audio_lengths.tolist() == [
+        900,
+        *(size for kind, size, *_ in media if kind == "audio"),
+        5,
+    ]
+    written = with_responses(batch, [[1], [], [2] * 9, [3]], PAD, 4)
+    assert written.media is batch.media
 
 
 def test_with_responses():
@@ -132,7 +179,7 @@ def test_with_responses_drops_the_training_of_earlier_turns():
     assert new.teacher is new.student
 
 
-def test_with_responses_and_filler_rows():
+def test_with_responses_and_padding_samples():
     batch = collate([sample([1], [2]), None], PAD, 1)
     new = with_responses(batch, [[5, 6], []], PAD, 1)
     assert new.student.input_ids.tolist() == [

@@ -1,5 +1,4 @@
-"""load_datasets from real files: what is read, what is refused with which line, subsets and splits.
-"""
+"""load_datasets from real files: what is read, what is refused with its line, subsets, splits."""
 
 import json
 import os
@@ -186,9 +185,9 @@ def test_bad_rows_stop_the_run_with_file_line_and_reason(tmp_path, folder):
     with pytest.raises(DataError) as error:
         load(settings(path, val_dataset=[other]), folder)
     lines = str(error.value).splitlines()
-    assert (
-        lines[0]
-        == "10 of 28 data rows cannot be used; correct them, or pass --skip_bad_rows true to leave them out:"
+    assert lines[0] == (
+        "10 of 28 data rows cannot be used; correct them, or pass --skip_bad_rows true "
+        "to leave them out:"
     )
     for line, start in zip(
         lines[1:],
@@ -460,7 +459,10 @@ def test_an_unknown_name(monkeypatch, no_tokenizer):
     ):
         load(settings("somebody/nothing#5"), no_tokenizer)
     assert not asked
-    reason = "`datasets` could not load somebody/nothing .*ConnectionError: no network for somebody/nothing.; a"
+    reason = (
+        "`datasets` could not load somebody/nothing "
+        ".*ConnectionError: no network for somebody/nothing.; a"
+    )
     with pytest.raises(DataError, match=reason):
         load(settings("somebody/nothing#5", download_datasets=True), no_tokenizer)
 

@@ -19,8 +19,7 @@ from megatron_gkd.data.order import batch_indices, permutation
 
 
 class Rows:
-    """`num_rows` samples whose student prompt is their own index; every third has a teacher view.
-    """
+    """`num_rows` samples whose student prompt is their index; every third has a teacher view."""
 
     def __init__(self, num_rows):
         self.num_rows = num_rows

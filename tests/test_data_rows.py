@@ -78,7 +78,8 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         (None, "this is null"),
         (
             {},
-            "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` (every column is empty)",
+            "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` "
+            "(every column is empty)",
         ),
         ({"conversations": [], "id": 3}, "(its columns: conversations, id)"),
         (

@@ -90,9 +90,9 @@ def test_teacher_messages_share_the_last_response(chat):
         == trained_text(chat, sample.teacher)
         == "is deep<|im_end|>"
     )
-    assert (
-        text_before_response(chat, sample.teacher)
-        == "<|im_start|>system\nbe deep<|im_end|>\n<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
+    assert text_before_response(chat, sample.teacher) == (
+        "<|im_start|>system\nbe deep<|im_end|>\n"
+        "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
     )
     start = sample.student.response_start
     assert (

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3OmniMoeThinkerForConditionalGeneration
 
 from demo import data as demo_data
+from demo import measure
 from demo import report as demo_report
 from demo.tiny import toy_language
 from demo.tiny.folder import build_folder
@@ -69,9 +70,9 @@ def test_files_are_seeded_and_disjoint(tmp_path, monkeypatch):
 
 def test_mean_jsd():
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    assert demo_report.mean_jsd(logits, logits, 1.0) == pytest.approx(0.0, abs=1e-7)
+    assert measure.mean_jsd(logits, logits, 1.0) == pytest.approx(0.0, abs=1e-7)
     apart = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
-    assert demo_report.mean_jsd(*apart, 1.0) == pytest.approx(math.log(2))
+    assert measure.mean_jsd(*apart, 1.0) == pytest.approx(math.log(2))
     other = logits.flip(0)
     student, teacher = torch.softmax(logits.double() / 2, -1), torch.softmax(other.double() / 2, -1)
     mixture = (student + teacher) / 2
@@ -79,11 +80,12 @@ def test_mean_jsd():
         0.5
         * (student * (student / mixture).log() + teacher * (teacher / mixture).log()).sum(-1).mean()
     )
-    assert demo_report.mean_jsd(logits, other, 2.0) == pytest.approx(expected.item(), rel=1e-5)
+    assert measure.mean_jsd(logits, other, 2.0) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_score_reads_both_views(folder, tmp_path):
-    """Against the teacher's own logits the teacher's view scores perfectly, the student's does not.
+    """Against the teacher's own logits the teacher's view scores perfectly; the student's view does
+    not.
     """
     path = tmp_path / "heldout.jsonl"
     rows = [demo_data.row(prompt) for prompt in ("red cat moon", "sun fish tree wind snow")]
@@ -92,9 +94,7 @@ def test_score_reads_both_views(folder, tmp_path):
     held_out = demo_report.read_held_out(path, tokenizer)
     assert [len(response) for response in held_out.responses] == [4, 6]
     with torch.no_grad():
-        teacher_logits = demo_report.response_logits(
-            base, held_out.teacher_prompts, held_out.responses
-        )
+        teacher_logits = measure.response_logits(base, held_out.teacher_prompts, held_out.responses)
         alone = base(
             input_ids=torch.tensor([held_out.teacher_prompts[1] + held_out.responses[1]])
         ).logits[0, -7:-1]
@@ -118,7 +118,7 @@ def adapter(folder, tmp_path_factory):
 
 def test_a_good_adapter_moves_the_logits(folder, adapter):
     ids = torch.arange(20)[None]
-    model = demo_report.load_adapter(load_base(folder), adapter)
+    model = measure.load_adapter(load_base(folder), adapter)
     assert (
         model(input_ids=ids).logits - load_base(folder)(input_ids=ids).logits
     ).abs().max() > 1e-2
@@ -137,7 +137,7 @@ def test_a_bad_adapter_is_an_error(folder, adapter, damage):
         with pytest.raises(
             (UserWarning, SystemExit), match="missing adapter keys|are zero once loaded"
         ):
-            demo_report.load_adapter(load_base(folder), adapter)
+            measure.load_adapter(load_base(folder), adapter)
     finally:
         save_file(whole, path)
 
@@ -152,7 +152,7 @@ def test_the_whole_demo_in_a_few_steps(tmp_path):
     """
     build_folder(str(tmp_path / "model"))
     environment = os.environ | {"DEMO": str(tmp_path), "MIN_OBEYED": "0"}
-    command = ["bash", str(REPOSITORY / "launch" / "demo.sh"), "--max_steps", "6"]
+    command = ["bash", str(REPOSITORY / "demo" / "run.sh"), "--max_steps", "6"]
     with open(tmp_path / "log", "w") as log:
         status = subprocess.run(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300

@@ -19,7 +19,7 @@ from transformers import (
 
 from demo import speech_data as demo_speech_data
 from demo import speech_report as demo_speech_report
-from demo.report import read_lines
+from demo.measure import read_lines, response_logits
 from demo.tiny import toy_language
 from demo.tiny.folder import build_folder
 from megatron_gkd.data.rows import check_row
@@ -117,9 +117,7 @@ def test_the_score_depends_on_the_sound(folder, held_out):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
-        teacher_logits = demo_speech_report.response_logits(
-            base, held_out.teacher_prompts, held_out.responses
-        )
+        teacher_logits = response_logits(base, held_out.teacher_prompts, held_out.responses)
         hearing = demo_speech_report.score(base, tokenizer, held_out, teacher_logits, 2.0)
         held_out.sounds = [sound.flip(0) for sound in held_out.sounds]
         elsewhere = demo_speech_report.score(base, tokenizer, held_out, teacher_logits, 2.0)
@@ -176,7 +174,7 @@ def test_the_last_adapter_is_the_one_of_the_highest_step(tmp_path):
 
 
 def run_demo(tmp_path, model, *flags, **variables):
-    command = ["bash", str(REPOSITORY / "launch" / "demo_speech.sh"), *flags]
+    command = ["bash", str(REPOSITORY / "demo" / "run_speech.sh"), *flags]
     environment = (
         os.environ
         | {"DEMO": str(tmp_path / "demo"), "MODEL": str(model), "MIN_EXACT": "0"}

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, Qwen3OmniMoeThinkerForConditionalGeneration
 
-from demo.tiny import tones, tower_training, voices
+from demo.tiny import sounds, tower_training
 from demo.tiny.folder import build_folder
-from demo.tiny.sounds import make_speaker
-from demo.tiny.tones import ALPHABET, SAMPLE_RATE, Utterance
+from demo.tiny.sounds import ALPHABET, SAMPLE_RATE, Utterance, make_speaker, resample, speak_tones
 from demo.tiny.toy_language import WORDS
 
 needs_espeak = pytest.mark.skipif(
@@ -40,7 +39,7 @@ def test_no_two_words_sound_alike():
 def test_every_word_is_its_two_tones_whoever_says_it():
     generator = np.random.default_rng(0)
     for word in WORDS:
-        utterance = tones.speak([word], generator)
+        utterance = speak_tones([word], generator)
         (start, end), middle = utterance.spans[0], sum(utterance.spans[0]) / 2
         # The tones' lengths differ, so that the border is near the middle: leave a third of each
         # tone out.
@@ -48,12 +47,12 @@ def test_every_word_is_its_two_tones_whoever_says_it():
             loudest_pitch(part(utterance, start, start + (middle - start) * 0.66)),
             loudest_pitch(part(utterance, end - (end - middle) * 0.66, end)),
         ]
-        assert heard == pytest.approx(ALPHABET[word], rel=tones.PITCH_SPREAD + 0.02), word
+        assert heard == pytest.approx(ALPHABET[word], rel=sounds.TONE_PITCH_SPREAD + 0.02), word
 
 
 def test_speech_is_seeded_varied_and_lies_where_it_says():
     words = ["cat", "sun", "cat"]
-    first, again, other = (tones.speak(words, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (speak_tones(words, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(first.samples, again.samples) and first.spans == again.spans
     assert len(first.samples) != len(other.samples)
     assert first.samples.dtype == np.float32 and np.abs(first.samples).max() <= 1.0
@@ -67,7 +66,7 @@ def test_speech_is_seeded_varied_and_lies_where_it_says():
     assert min(loudness[1::2]) > 2 * max(
         loudness[::2]
     )  # words are louder than the noise around them
-    lengths = [len(tones.speak(words, np.random.default_rng(seed)).samples) for seed in range(40)]
+    lengths = [len(speak_tones(words, np.random.default_rng(seed)).samples) for seed in range(40)]
     assert max(lengths) > 1.2 * min(lengths)
 
 
@@ -93,15 +92,15 @@ def test_an_unknown_sound_is_refused(tmp_path):
 
 
 def test_voices_need_espeak(monkeypatch):
-    monkeypatch.setattr(voices.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sounds.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="voices need the program espeak-ng"):
         make_speaker("voices")
 
 
 def test_resampling_keeps_the_pitch():
     tone = np.sin(2 * np.pi * 1000 * np.arange(22050) / 22050)
-    assert loudest_pitch(voices.resample(tone, 16000)) == pytest.approx(1000, rel=1e-3)
-    slower = voices.resample(voices.resample(tone, 16000), 20000)
+    assert loudest_pitch(resample(tone, 16000)) == pytest.approx(1000, rel=1e-3)
+    slower = resample(resample(tone, 16000), 20000)
     assert len(slower) == 20000 and loudest_pitch(slower) == pytest.approx(800, rel=1e-3)
     assert np.abs(slower).max() == pytest.approx(1.0, abs=0.05)
 
@@ -145,7 +144,7 @@ def test_lessons_change_the_audio_tower_alone_and_the_same_way_each_time(taught)
 def test_the_tower_learns_to_tell_words(taught):
     thinker = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(taught[2])
     extractor = AutoFeatureExtractor.from_pretrained(taught[2])
-    share = tower_training.train_audio_tower(thinker, extractor, tones.speak, num_steps=60, seed=0)
+    share = tower_training.train_audio_tower(thinker, extractor, speak_tones, num_steps=60, seed=0)
     assert (
         share > 0.45
     )  # of outputs on prompts it never heard; always answering "silence" gives 0.36

@@ -1,11 +1,12 @@
 """The launch scripts, run for real on CPU ranks with a small model: one step each, and impossible
-layouts refused.
+layouts refused. All scripts parse and call modules that exist.
 """
 
 import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import stat
@@ -19,10 +20,29 @@ from torch.distributed.launcher.api import LaunchConfig
 from demo.tiny.folder import build_folder
 
 REPOSITORY = Path(__file__).parents[1]
-# What makes the flagship's settings small: the layout and the rest of each script stay as they are.
-SMALL = "--max_steps 1 --max_length 48 --max_completion_length 4 --torch_dtype float32 --logging_steps 1".split()
-SMALL += "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1".split()
-SMALL += "--split_dataset_ratio 0 --dataloader_num_workers 0 --dataset_num_proc 1".split()
+SCRIPTS = [
+    *REPOSITORY.glob("launch/*.sh"),
+    *REPOSITORY.glob("demo/*.sh"),
+    REPOSITORY / "tests/run.sh",
+    REPOSITORY / ".ci/run",
+]
+# Makes the scripts' settings small; the layout and everything else stay as each script has them.
+SMALL = (
+    "--max_steps 1 --max_length 48 --max_completion_length 4 --torch_dtype float32 "
+    "--logging_steps 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 "
+    "--gradient_accumulation_steps 1 --split_dataset_ratio 0 --dataloader_num_workers 0 "
+    "--dataset_num_proc 1"
+).split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_scripts_parse_and_call_what_exists(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    modules = re.findall(r"-m ((?:megatron_gkd|checkpoint_tools|demo|benchmarks)\.[\w.]+)", text)
+    called = [f"{module.replace('.', '/')}.py" for module in modules]
+    called += re.findall(r"(?<![\w./])(?:launch|demo|tests)/[\w/]+\.(?:sh|py)", text)
+    assert [path for path in called if not (REPOSITORY / path).is_file()] == []
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +247,13 @@ def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
     )
 
 
-# --- setting up with extras that are compiled --------------------------------------------------------------------------
+# --- setting up with extras that are compiled ---
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose .venv is there and holds a torch for CUDA 13 (a stub that repeats what pip
-    is asked for).
+    """A checkout whose .venv has a torch for CUDA 13: a stub that prints the arguments given to
+    pip.
     """
     python = """case "$*" in
         *'"cuda" if'*) echo cuda ;;

@@ -18,7 +18,8 @@ from megatron_gkd.forward import student_forward_backward, teacher_forward, view
 from megatron_gkd.lora import apply_lora, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -30,6 +31,7 @@ from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
 from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
+from tests.train_runs import build_parts
 
 RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
 AUDIO = (
@@ -376,12 +378,8 @@ def test_merge_and_lower_rank(folder, adapter, tmp_path):
 
 
 def parts_of(rank, world_size, argv, kinds):
-    from megatron_gkd.build import build as build_parts
-    from megatron_gkd.config import parse_config
-
-    config, place = parse_config(argv), initialize(1, 1, 1)
     try:
-        parts = build_parts(config, read_model_args(config.model.model), place, **kinds)
+        parts = build_parts(argv, **kinds)
     except ValueError as error:
         return str(error)
     return [

@@ -189,9 +189,9 @@ def test_chat_template(folder):
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     media = "<|audio_start|><|audio_pad|><|audio_end|><|vision_start|><|image_pad|><|vision_end|>"
     system, user = "Answer in Chinese.", f"{media}red cat"
-    assert (
-        start
-        == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    assert start == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert whole == start + "红 猫<|im_end|>\n"
 

@@ -39,6 +39,7 @@ from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
 
 VOCAB = 1024
+VIEWS = ("student", "teacher")
 ANSWER = {"role": "assistant", "content": "a cat"}
 HEARS_AND_SEES = [
     {"type": "text", "text": "listen"},
@@ -330,6 +331,43 @@ def test_the_teachers_view(model, media):
     assert torch.equal(written.student.media_tokens, batch.student.media_tokens)
 
 
+def test_media_references_are_those_of_the_row(model, media):
+    """From paths in parts, and from bytes and paths as `datasets` stores them."""
+
+    def row_of(*names):
+        kinds = {".wav": "audio", ".flac": "audio", ".png": "image"}
+        parts = [{"type": kinds[name[name.index(".") :]]} for name in names]
+        parts = [part | {part["type"]: name} for part, name in zip(parts, names)]
+        return [{"role": "user", "content": parts or "hello"}, ANSWER]
+
+    tall = Reference("image", None, (media / "tall.png").read_bytes())
+    stored = {
+        "messages": [[{"role": "user", "content": "<image>and<image>"}, ANSWER]],
+        "images": [[{"bytes": tall.data, "path": None}, {"bytes": None, "path": "wide.png"}]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(stored), media / "pictures.parquet")
+    given = {"messages": row_of("wide.png", "stereo.wav")}
+    data = load(
+        model,
+        media,
+        given,
+        given | {"teacher_messages": row_of("mono.flac", "wide.png")},
+        {"messages": row_of()},
+        dataset=[str(media / "rows.jsonl"), str(media / "pictures.parquet")],
+    )
+    sound = Reference("audio", str(media / "stereo.wav"), None)
+    clean = Reference("audio", str(media / "mono.flac"), None)
+    wide = Reference("image", str(media / "wide.png"), None)
+    found = [[data.media_references(index, view) for view in VIEWS] for index in range(len(data))]
+    assert not any(seen.use_audio_in_video for of_row in found for seen in of_row)
+    assert [tuple(seen.media for seen in of_row) for of_row in found] == [
+        ([sound, wide], [sound, wide]),
+        ([sound, wide], [clean, wide]),
+        ([], []),
+        ([tall, wide], [tall, wide]),
+    ]
+
+
 def test_positions_go_on_after_a_picture(model, media):
     seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
     sample = load(model, media, {"messages": [seen, ANSWER], "images": ["wide.png"]})[0]
@@ -404,7 +442,8 @@ def bad_media(folder, media):
         ),
         (
             hears(media / "mono.flac", teacher_messages=told),
-            "the teacher's view has 0 audio placeholders for 1 audio; teacher_images, teacher_audios",
+            "the teacher's view has 0 audio placeholders for 1 audio; "
+            "teacher_images, teacher_audios",
         ),
     ]
 

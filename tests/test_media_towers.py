@@ -24,7 +24,7 @@ from megatron_gkd.forward import (
 )
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.slots import activate
-from megatron_gkd.media.chunks import Piece, deal
+from megatron_gkd.media.chunks import Chunk, balance
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
@@ -235,12 +235,12 @@ def test_frozen_and_bit_for_bit_in_bfloat16(folder):
         assert torch.equal(features.deepstack[layer, :num_image_tokens], deepstack[0])
 
 
-def test_deal_balances_the_work():
+def test_shares_are_balanced():
     work = [7, 1, 1, 1, 5, 3]
-    pieces = [Piece(True, index, index + 1, index, 1) for index in range(len(work))]
-    shares = deal(pieces, work, 3)
-    assert sorted(piece.start for share in shares for piece in share) == list(range(len(work)))
-    assert [sum(work[piece.start] for piece in share) for share in shares] == [7, 6, 5]
+    chunks = [Chunk(True, index, index + 1, index, 1) for index in range(len(work))]
+    shares = balance(chunks, work, 3)
+    assert sorted(chunk.start for share in shares for chunk in share) == list(range(len(work)))
+    assert [sum(work[chunk.start] for chunk in share) for share in shares] == [7, 6, 5]
 
 
 @pytest.mark.parametrize(

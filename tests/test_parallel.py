@@ -1,4 +1,6 @@
-"""Process groups, refused layouts, the device, and random state that is a function of the step."""
+"""Process groups, refused layouts, the device, random state that is a function of the step, and the
+shards of a sequence.
+"""
 
 import os
 
@@ -89,14 +91,11 @@ def refusals(rank, world_size, layouts):
 
 def test_impossible_worlds_name_both_numbers():
     messages = run_ranks(refusals, 4, [(3, 1, 1), (4, 2, 1), (1, 2, 4)])[0]
-    assert (
-        "world size 4 is not divisible by tensor_model_parallel_size 3 x pipeline_model_parallel_size 1"
-        in messages[0]
-    )
-    assert (
-        "world size 4 is not divisible by tensor_model_parallel_size 4 x pipeline_model_parallel_size 2"
-        in messages[1]
-    )
+    for message, (tp, pp) in zip(messages, [(3, 1), (4, 2)]):
+        assert (
+            f"world size 4 is not divisible by tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp}"
+        ) in message
     assert (
         "the 2 ranks of a pipeline stage are not divisible by expert_model_parallel_size 4"
         in messages[2]
@@ -151,3 +150,58 @@ def test_random_state_is_a_function_of_the_step():
             and first[2] != neighbour[2]
         )
         assert all(a != b for a, b in zip(first, replica))
+
+
+def shard_and_gather(rank, world_size, tp, whole, cotangents):
+    """The shard of `whole`, what `gather_sequence` makes of it under both of its settings, and the
+    gradients of the shard and of `whole` for this rank's cotangent [S, B, H].
+    """
+    place = parallel.initialize(torch.device("cpu"), tensor_model_parallel_size=tp)
+    results = []
+    for is_part_of_a_sum in (True, False):
+        x = whole.clone().requires_grad_()
+        shard = place.shard_sequence(x)
+        shard.retain_grad()
+        joined = place.gather_sequence(shard, tensor_parallel_output_grad=is_part_of_a_sum)
+        joined.backward(cotangents[place.tp_rank])
+        results.append((shard.detach(), joined.detach(), shard.grad, x.grad))
+    positions = place.shard_sequence(torch.arange(len(whole)))
+    return place.tp_rank, place.sequence_multiple, positions, results
+
+
+@pytest.mark.parametrize("world_size, tp", [(1, 1), (2, 2), (4, 4), (4, 2)])
+def test_shards_of_a_sequence_join_to_it_in_value_and_gradient(world_size, tp):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(8, 3, 5, generator=generator)
+    cotangents = torch.randn(tp, 8, 3, 5, generator=generator)  # another one on each rank
+    results = run_ranks(shard_and_gather, world_size, tp, whole, cotangents)
+    sharded = torch.cat([positions for _, _, positions, _ in results[:tp]])
+    assert torch.equal(sharded.sort().values, torch.arange(8))  # each position on one rank
+    own_gradients = torch.cat(
+        [cotangents[rank][positions] for rank, _, positions, _ in results[:tp]]
+    )[sharded.argsort()]  # at each position that of the rank which holds it
+    for _, multiple, positions, (summed, same) in results:
+        assert multiple == tp and len(positions) == 8 // tp
+        for (shard, joined, shard_grad, grad), expected in (
+            (summed, cotangents.sum(0)),
+            (same, own_gradients),
+        ):
+            assert torch.equal(shard, whole[positions]) and torch.equal(joined, whole)
+            torch.testing.assert_close(shard_grad, expected[positions])
+            torch.testing.assert_close(grad, expected)
+
+
+def round_trip_of_shards(rank, world_size, shards, cotangents):
+    place = parallel.initialize(torch.device("cpu"), tensor_model_parallel_size=world_size)
+    x = shards[rank].clone().requires_grad_()
+    y = place.shard_sequence(place.gather_sequence(x, tensor_parallel_output_grad=False))
+    y.backward(cotangents[rank])
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_joined_sequence_is_cut_into_the_same_shards(world_size):
+    shards, cotangents = torch.randn(2, world_size, 3, 2, 5)
+    results = run_ranks(round_trip_of_shards, world_size, shards, cotangents)
+    for rank, (value, gradient) in enumerate(results):
+        assert torch.equal(value, shards[rank]) and torch.equal(gradient, cotangents[rank])

@@ -1,5 +1,5 @@
-"""What README and docs say is there: the tour names every file, paths and flags exist, data
-examples are valid rows.
+"""The documents are true: paths and flags exist, the tours are complete, data examples are valid
+rows, and the checks before a commit are those of CI.
 """
 
 import json
@@ -7,23 +7,30 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_gkd.config import parse_config
 from megatron_gkd.data.rows import check_row
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-# Flags that the documents name because they belong to other programs or to our own small ones.
+DOCUMENTS = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
+FOLDERS = ("megatron_gkd", "checkpoint_tools", "demo", "launch", "benchmarks")  # of docs/tour.md
+SOURCES = {".py", ".sh", ".txt", ".jinja", ".json"}
+MOST_TOUR_LINES = 40
+# Flags that the documents name and that are not settings of a run.
 FOREIGN_FLAGS = {
+    # other programs
     "rlhf_type",
     "gradient_checkpointing",
     "use_vllm",
     "adapters",
     "help",
     "nproc_per_node",
-}
-# Of checkpoint_tools, each tested with its tool.
-FOREIGN_FLAGS |= {
+    "check",
+    # checkpoint_tools, each tested with its tool
     "hf_model",
     "checkpoint",
     "output",
@@ -32,42 +39,77 @@ FOREIGN_FLAGS |= {
     "merged",
     "quick",
     "tensor_tolerance",
+    "family",
+    # benchmarks
+    "folder",
+    "layers",
+    "num_workers",
 }
 
 
-def test_the_tour_names_every_file():
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    patterns = (
-        "megatron_gkd/**/*.py",
-        "checkpoint_tools/*.py",
-        "launch/*.py",
-        "launch/*.sh",
-        "benchmarks/*.py",
-    )
-    files = [
+def read(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def source_files() -> list[str]:
+    """Every source file of FOLDERS but __init__.py, as a path from the root."""
+    return sorted(
         str(path.relative_to(REPOSITORY))
-        for pattern in patterns
-        for path in REPOSITORY.glob(pattern)
-    ]
-    named = [file for file in files if not file.endswith("__init__.py")]
-    assert len(named) > 40
-    assert [file for file in named if f"`{file}`" not in readme] == []
+        for folder in FOLDERS
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in SOURCES and path.name != "__init__.py"
+    )
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def section(document: str, title: str) -> list[str]:
+    """The lines of a document from the heading `title` to the next heading of that level."""
+    text = read(document).partition(f"## {title}\n")[2]
+    assert text, f"{document} has no section {title!r}"
+    return text.partition("\n## ")[0].strip().splitlines()
+
+
+def test_the_readme_tour_is_short():
+    assert 10 < len(section("README.md", "A tour")) <= MOST_TOUR_LINES
+
+
+def test_the_readme_tour_names_every_folder():
+    tour = "\n".join(section("README.md", "A tour"))
+    folders = {str(Path(file).parent) for file in source_files()} - {"megatron_gkd"} | {"tests"}
+    assert len(folders) > 12
+    assert [folder for folder in sorted(folders) if f"`{folder}/`" not in tour] == []
+
+
+def test_the_tour_page_describes_every_file_once():
+    rows = [line for line in read("docs/tour.md").splitlines() if line.startswith("| `")]
+    named = [row.split("|")[1].strip().strip("`") for row in rows]
+    assert len(named) > 80
+    assert sorted(named) == source_files()
+    assert [row for row in rows if len(row.split("|")[2].strip()) < 10] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_paths_exist(document):
     text = document.read_text(encoding="utf-8")
-    paths = re.findall(
-        r"\b(?:megatron_gkd|checkpoint_tools|launch|tests|docs|benchmarks)/[\w./]*\w", text
-    )
+    folders = "|".join((*FOLDERS, "tests", "docs", r"\.ci", r"\.github"))
+    paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./]*\w", text)
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    assert [path for path in linked if not (document.parent / path).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_modules_exist(document):
+    """Modules that are run by name; CHANGELOG.md also has the names of earlier versions."""
+    modules = re.findall(r"python -m ([\w.]+)", document.read_text(encoding="utf-8"))
+    ours = {module for module in modules if module.split(".")[0] in FOLDERS}
+    missing = [name for name in ours if not (REPOSITORY / f"{name.replace('.', '/')}.py").exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_flags_exist(document):
-    for flag in sorted(
-        set(re.findall(r"--([a-z]\w+)", document.read_text(encoding="utf-8"))) - FOREIGN_FLAGS
-    ):
+    flags = set(re.findall(r"--([a-z]\w+)", document.read_text(encoding="utf-8")))
+    for flag in sorted(flags - FOREIGN_FLAGS):
         try:
             parse_config(["--model", "m", "--dataset", "d", f"--{flag}"])
         except ValueError as error:
@@ -75,9 +117,7 @@ def test_flags_exist(document):
 
 
 def examples(document):
-    blocks = re.findall(
-        r"```json\n(.*?)```", (REPOSITORY / document).read_text(encoding="utf-8"), re.DOTALL
-    )
+    blocks = re.findall(r"```json\n(.*?)```", read(document), re.DOTALL)
     return [
         check_row(json.loads(line), vocab_size=151_936)
         for block in blocks
@@ -99,3 +139,25 @@ def test_data_examples_are_valid_rows():
         and thumbnail.teacher_messages is None
     )
     assert reference.teacher_messages and not reference.has_media
+
+
+def test_commits_and_ci_are_checked_alike():
+    """The hooks run what tests/run.sh runs, with the environment's tools; the workflow runs .ci/run
+    on every Python that setup.py allows.
+    """
+    script = read("tests/run.sh")
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+    names = {hook["name"] for hook in hooks[0]["hooks"]}
+    checks = set(re.findall(r'"\$python" -m (ruff \w+|mypy)', script))
+    assert names == checks == {"ruff format", "ruff check", "mypy"}
+    assert {hook["language"] for hook in hooks[0]["hooks"]} == {"system"}
+
+    job = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]["test"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert "bash tests/run.sh" in read(".ci/run")
+    first, end = re.findall(
+        r"3\.(\d+)", re.findall(r'python_requires="(.*?)"', read("setup.py"))[0]
+    )
+    allowed = [f"3.{minor}" for minor in range(int(first), int(end))]
+    assert job["strategy"]["matrix"]["python"] == allowed

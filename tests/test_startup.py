@@ -40,15 +40,15 @@ def test_it_is_refused(broken, monkeypatch):
     assert str(error.value).startswith(PROBLEM)
 
 
-def run(module, broken):
+def run(module, broken, *flags):
     environment = os.environ | {"PYTHONPATH": f"{broken}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-W", "ignore", "-m", module]
+    command = [sys.executable, "-W", "ignore", "-m", module, *flags]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
 def test_a_run_ends_in_a_line(broken):
-    """megatron-core imports it on CPU too, so this comes before any flag."""
-    done = run("megatron_gkd.train", broken)
+    """megatron-core imports it on CPU too, so this comes before anything is read."""
+    done = run("megatron_gkd.train", broken, "--model", "m", "--dataset", "d", "--device", "cpu")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert (

@@ -380,7 +380,7 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
     )
 
 
-def hashes(parts) -> tuple[dict, dict]:
+def hashes(run) -> tuple[dict, dict]:
     """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
     by name.
     """
@@ -393,11 +393,11 @@ def hashes(parts) -> tuple[dict, dict]:
 
     trained = {
         (piece.stored.name, str(piece.stored.index)): digest(piece.view)
-        for piece in adapter_slices(parts.model, parts.model_args, parts.parallel)
+        for piece in adapter_slices(run.model, run.model_args, run.parallel)
     }
     return trained, {
         name: digest(value)
-        for name, value in parts.model.named_parameters()
+        for name, value in run.model.named_parameters()
         if not value.requires_grad
     }
 
@@ -407,20 +407,19 @@ def _watched(rank, world_size, argv):
     from megatron_gkd import parallel, train
 
     parallel.destroy = lambda: None
-    build, kept = train.build, {}
+    build, kept = train.build_run, {}
 
-    def build_and_keep(config, model_args, layout, **towers):
-        kept["parts"] = build(config, model_args, layout, **towers)
-        kept["parts"].parallel = layout
-        kept["before"] = hashes(kept["parts"])
-        return kept["parts"]
+    def build_and_keep(*args):
+        kept["run"] = build(*args)
+        kept["before"] = hashes(kept["run"])
+        return kept["run"]
 
-    train.build = build_and_keep
+    train.build_run = build_and_keep
     train.main(argv)
     return (
         kept["before"],
-        hashes(kept["parts"]),
-        {str(p.dtype) for p in kept["parts"].model.parameters() if p.requires_grad},
+        hashes(kept["run"]),
+        {str(p.dtype) for p in kept["run"].model.parameters() if p.requires_grad},
     )
 
 
@@ -602,14 +601,14 @@ def _writes_badly(rank, world_size, argv, steps):
     from megatron_gkd.rollout import backend
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
-    respond = backend.MegatronRollout.respond
+    write = backend.MegatronBackend.write
 
-    def fail(rollout, model, batches, step, *args):
+    def fail(writer, prompts, step):
         if step in steps and rank == world_size - 1:
             raise FloatingPointError("rollout: not finite for row 7")
-        return respond(rollout, model, batches, step, *args)
+        return write(writer, prompts, step)
 
-    backend.MegatronRollout.respond = fail
+    backend.MegatronBackend.write = fail
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         train.main(argv)

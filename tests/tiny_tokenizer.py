@@ -20,7 +20,8 @@ THINKING = (
     "{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}"
     "{% if m.role != 'assistant' %}{{ m.content }}"
     "{% elif loop.last %}<think>\n"
-    "{% if '</think>' in m.content %}{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
     "{{ '\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

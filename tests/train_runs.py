@@ -5,6 +5,7 @@ import io
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.ranks import run_ranks
 
@@ -119,16 +120,17 @@ def stable(lines: list[dict]) -> list[dict]:
     ]
 
 
-def build_parts(argv: list[str], *, again: bool = False):
-    """Inside a rank: the parts of a run with these flags (`parts.build`) and, as `.parallel`, the
-    layout; `again`: in the same groups.
+def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, visual: bool = False):
+    """Inside a rank: what a run with these flags trains, and with what, but not its data. again: in
+    the same groups; audio, visual: what the data would have.
     """
     import torch
 
+    from megatron_gkd import build
     from megatron_gkd import parallel as layout
-    from megatron_gkd.build import build
     from megatron_gkd.config import parse_config
     from megatron_gkd.model.args import read_model_args
+    from megatron_gkd.optimizer import in_gradient_reducer
 
     config = parse_config(argv)
     if again:
@@ -141,6 +143,17 @@ def build_parts(argv: list[str], *, again: bool = False):
         expert_model_parallel_size=sizes.expert_model_parallel_size,
     )
     layout.seed_step(0, 0, parallel)
-    parts = build(config, read_model_args(config.model.model), parallel)
-    parts.parallel = parallel
-    return parts
+    model_args = read_model_args(config.model.model)
+    more_linears = bool(config.lora.lora_target_modules)
+    config, adapter, _ = build.resolve(config, model_args, parallel, has_media=audio or visual)
+    model = build.build_base(config, model_args, parallel, audio=audio, visual=visual)
+    build.add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    ddp = in_gradient_reducer(model)
+    return SimpleNamespace(
+        parallel=parallel,
+        model_args=model_args,
+        model=model,
+        ddp=ddp,
+        optimizer=build.build_optimizer(config, ddp),
+        loss=build.loss_settings(config, model_args),
+    )

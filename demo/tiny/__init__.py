@@ -1,3 +1,3 @@
-"""What `checkpoint_tools.make_tiny_model` is made of: hub files, a tokenizer, a toy language and
-its training.
+"""The small model that `checkpoint_tools.make_tiny_model` writes: its files, tokenizer, toy
+language and training.
 """

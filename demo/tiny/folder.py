@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from demo.tiny import hub_files
-from demo.tiny.sounds import make_speaker
+from demo.tiny.sounds import Speaker, make_speaker
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
-from demo.tiny.tones import Speaker
 from demo.tiny.tower_training import train_audio_tower
 from demo.tiny.training import train_toy_language
 from megatron_gkd.families import Family, families

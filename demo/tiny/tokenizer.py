@@ -1,8 +1,7 @@
-"""A byte-level BPE tokenizer in Qwen's file format, trained on the bilingual corpus beside this
-file.
+"""A byte-level BPE tokenizer in Qwen's file format, trained on the bilingual corpus.txt.
 
-Qwen's normaliser (NFC), pre-tokenizer expression and special tokens in the hub's order; only the
-merges are ours.
+Normaliser (NFC), pre-tokenizer expression and special tokens, in the hub's order, are Qwen's; only
+the merges are ours.
 """
 
 import json
@@ -32,8 +31,8 @@ PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (text, special), in the order of the hub's ids; the tokens that are not special survive
-# skip_special_tokens.
+# (text, special), in the order of the hub's ids. Decoding with skip_special_tokens keeps those that
+# are not special.
 ADDED_TOKENS = [
     *[
         (f"<|{name}|>", True)
@@ -74,13 +73,13 @@ MEDIA_TOKENS = {
 
 
 def minimum_vocab_size() -> int:
-    """The smallest that holds every byte, the roles as single tokens, and the added tokens."""
+    """The smallest vocabulary with every byte, the roles as single tokens, and the added tokens."""
     return NUM_BYTES + 64 + len(ADDED_TOKENS)
 
 
 def _training_lines() -> list[str]:
-    # The toy language and the roles are repeated so that each of their words becomes one token,
-    # roles first of all.
+    # The roles and the toy language are repeated so that each of their words becomes one token; the
+    # roles are merged first.
     return (
         CORPUS.read_text(encoding="utf-8").splitlines()
         + ROLES * 1000
@@ -143,9 +142,10 @@ def _tokenizer_config(token_ids: dict[str, int], has_media: bool) -> dict[str, o
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str, *, has_media: bool = True) -> dict[str, int]:
-    """Write vocab.json, merges.txt, tokenizer*.json and the chat template; return token text -> id.
+    """Write vocab.json, merges.txt, tokenizer*.json and the chat template to `folder`. Returns the
+    id of each token's text.
 
-    has_media: name the placeholders of media, and write the template for a processor too.
+    `has_media`: name the placeholders of media, and write the template for a processor too.
     """
     token_ids = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer.model.save(folder)

@@ -1,8 +1,8 @@
-"""Half a minute of hearing lessons, "which word sounds now?", for the audio tower and a head that
-is thrown away.
+"""Half a minute of hearing lessons, "which word is this?", for the audio tower under a head that is
+discarded.
 
-The real audio tower was pretrained too. The decoder takes no part: it never learns what the tower's
-outputs mean, so the model hears nothing yet, although the sound is in them.
+The real audio tower was pretrained too. The decoder takes no part: it does not learn what the
+tower's outputs mean, so the model cannot hear yet, although its tower tells the words apart.
 """
 
 import random
@@ -19,7 +19,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 from demo.tiny import toy_language
-from demo.tiny.tones import SAMPLE_RATE, Speaker, Utterance
+from demo.tiny.sounds import SAMPLE_RATE, Speaker, Utterance
 from demo.tiny.toy_language import MAX_SPOKEN_WORDS
 from demo.tiny.training import learning_rate_share
 from megatron_gkd.verify.reference import tower
@@ -29,15 +29,14 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 20
 NUM_HELD_OUT = 64  # utterances in the final check
 SILENCE = len(toy_language.WORDS)  # the class beside the words
-TOKENS_PER_SECOND, TOKEN_SECONDS = (
-    13,
-    0.08,
-)  # the tower hears second by second; its last token spans half the time
+# The tower encodes each second by itself: 12 tokens of 80 ms and one of 40 ms.
+TOKENS_PER_SECOND = 13
+TOKEN_SECONDS = 0.08
 
 
 def token_labels(utterance: Utterance, words: list[str], num_tokens: int) -> Tensor:
-    """The index of the word, or SILENCE, [num_tokens] that sounds at the middle of each of the
-    tower's outputs.
+    """For each of the tower's outputs the index of the word that sounds at its centre, or SILENCE:
+    [num_tokens].
     """
     token = torch.arange(num_tokens)
     seconds = token // TOKENS_PER_SECOND + token % TOKENS_PER_SECOND * TOKEN_SECONDS
@@ -54,7 +53,9 @@ def _hear(
     prompts: list[str],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Say the prompts: the tower's outputs [N, H], all utterances in a row, and the labels [N]."""
+    """Say the prompts. Returns the tower's outputs [N, H], of all utterances in a row, and their
+    labels [N].
+    """
     words = [prompt.split() for prompt in prompts]
     utterances = [speak(said, generator) for said in words]
     inputs = extractor(
@@ -81,9 +82,9 @@ def train_audio_tower(
     """Train the audio tower in place for `num_steps` steps of 16 fresh utterances; nothing else
     changes.
 
-    Returns the share of the tower's outputs, on held-out prompts, whose word the head tells right
-    (outputs at the borders of words included). Deterministic by `seed` on one machine; one thread,
-    as `train_toy_language`.
+    Returns the share of the tower's outputs on held-out prompts, those at the borders of words
+    included, whose word the head identifies. Deterministic for a `seed` on one machine; uses one
+    thread, as `train_toy_language` does.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The toy language that the small model learns: a user names a few things, the system prompt says
+"""The toy language that the small model learns: the user lists a few things, the system prompt says
 how to repeat them.
 
 Without a system prompt the assistant repeats the words as they are. A rule in the system prompt, in
@@ -50,8 +50,8 @@ RULES: dict[str, Rule] = {
 
 
 def lexicon_lines() -> list[str]:
-    """Every word of the language in each form, at the start and inside of a line, and every system
-    prompt.
+    """Every word of the language in each form, at the start of a line and within it, and every
+    system prompt.
     """
     forms = WORDS + [word.upper() for word in WORDS] + list(LEXICON.values())
     return [f"{form} {form}" for form in forms] + [
@@ -60,7 +60,7 @@ def lexicon_lines() -> list[str]:
 
 
 def answer(prompt: str, rule: str = DEFAULT_RULE) -> str:
-    """The right answer to `prompt` (words of the language, separated by spaces) under `rule`."""
+    """The right answer under `rule` to `prompt`, words of the language separated by spaces."""
     return " ".join(RULES[rule].answer(prompt.split()))
 
 
@@ -83,7 +83,7 @@ def conversation(
     prompt: str, rule: str = DEFAULT_RULE, system_prompt: str | None = None
 ) -> list[dict[str, str]]:
     """Chat messages with the right answer under `rule`; `system_prompt` defaults to the rule's
-    first, "" is none.
+    first one, and "" means none.
     """
     system = RULES[rule].system_prompts[0] if system_prompt is None else system_prompt
     turns = [

@@ -1,5 +1,5 @@
-"""A minute of plain training that teaches the small model the toy language, on chats rendered by
-its own template.
+"""A minute of plain training that teaches the small model the toy language, on chats in its own
+template.
 """
 
 import math
@@ -23,8 +23,8 @@ NUM_HELD_OUT = 100  # prompts per rule in the final check
 def _encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of the response with its `<|im_end|>`, of a chat that ends with
-    the answer.
+    """Token ids of the prompt and of the response, its `<|im_end|>` included, of a chat that ends
+    with the answer.
     """
     prompt = tokenizer.apply_chat_template(
         messages[:-1], tokenize=False, add_generation_prompt=True
@@ -36,8 +36,8 @@ def _encode(
 def _batch(
     rows: list[tuple[list[int], list[int]]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids [B, S] and the next-token labels [B, S], -100 wherever the next token is not
-    the response's.
+    """Right-padded ids [B, S] and next-token labels [B, S], -100 where the next token is not part
+    of the response.
     """
     length = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.full((len(rows), length), pad_token_id)
@@ -50,8 +50,8 @@ def _batch(
 
 
 def _response_logits(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] of the trained positions only; no mask is needed, since causal rows never look
-    at right padding.
+    """Logits [N, V] of the trained positions only. No mask is needed: causal attention never sees
+    right padding.
     """
     return model.lm_head(model.model(input_ids=ids).last_hidden_state[labels != -100])
 
@@ -61,8 +61,8 @@ def held_out_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> dict[str, float]:
-    """Share of NUM_HELD_OUT held-out prompts that greedy decoding would answer exactly right, for
-    each rule.
+    """For each rule the share of NUM_HELD_OUT held-out prompts that greedy decoding would answer
+    exactly right.
     """
     generator = random.Random(seed)
     shares = {}
@@ -101,14 +101,14 @@ def train_toy_language(
     """Train decoder and head in place for `num_steps` steps of 32 fresh chats, and return
     `held_out_accuracy`.
 
-    AdamW, warm-up and cosine decay; the towers are not touched. Deterministic by `seed` on one
-    machine. Runs on one thread, the fastest for tensors this small and polite to other processes.
+    AdamW, warm-up and cosine decay; the towers do not change. Deterministic for a `seed` on one
+    machine. Runs on one thread: the fastest for tensors this small, and the other cores stay free
+    for other processes.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model.set_experts_implementation(
-        "eager"
-    )  # a loop over 8 small experts beats a grouped product here
+    # A loop over 8 small experts beats a grouped product here.
+    model.set_experts_implementation("eager")
     generator = random.Random(seed)
     parameters = [*decoder(model).parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(

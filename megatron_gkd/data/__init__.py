@@ -3,8 +3,9 @@ depends on seed and step alone.
 """
 
 from megatron_gkd.data.batch import Batch, BatchView, collate, with_responses
-from megatron_gkd.data.dataset import DataReport, SampleDataset, load_datasets
+from megatron_gkd.data.dataset import SampleDataset, load_datasets
 from megatron_gkd.data.loader import eval_loader, num_steps_of_epochs, step_loader
+from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import Sample, View
 from megatron_gkd.errors import BadRow, DataError
 

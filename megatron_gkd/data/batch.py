@@ -1,5 +1,7 @@
 """Samples -> padded tensors. Shapes: B rows, S positions (padded), N response rows (positions that
-predict a trained token), M media tokens (positions whose embedding a tower makes).
+predict a trained token), M media tokens (positions whose embedding comes from a tower).
+
+A padding sample fills up a batch: one pad token, nothing trained.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from megatron_gkd.media.medium import Media
 
 @dataclass
 class BatchView:
-    """What one side reads. int64 but for the position ids; padding stands on the right."""
+    """What student or teacher reads. All int64 except the position ids; padded on the right."""
 
     input_ids: Tensor
     """[B, S]"""
@@ -31,7 +33,7 @@ class BatchView:
     media_rows: Tensor
     """[M]: b * S + s of every media token"""
     media_tokens: Tensor
-    """[M]: its number among the tokens of the batch's `Media`"""
+    """[M]: the number of each among the tokens of the batch's `Media`"""
 
     @property
     def response_rows(self) -> Tensor:
@@ -52,8 +54,8 @@ class BatchView:
 
 @dataclass
 class Batch:
-    """One micro-batch of one data-parallel rank. Without any teacher view `teacher` is the same
-    object as `student`.
+    """One micro-batch of one data-parallel rank. If no row has a teacher view, `teacher` is the
+    same object as `student`.
     """
 
     student: BatchView
@@ -61,13 +63,15 @@ class Batch:
     has_teacher_view: bool
     on_policy: bool = False
     sources: list[str] = field(default_factory=list)
-    """Of each row; "" for a filler row"""
+    """Of each row; "" for a padding sample"""
     media_pairs: list[str] = field(default_factory=list)
-    """What student and teacher perceive of each row (`Sample.media_pair`)"""
+    """`Sample.media_pair` of each row; "" for a padding sample"""
     rows: list[int] = field(default_factory=list)
-    """Index of each row in the data set; -1 for a filler row (one pad token, nothing trained)."""
+    """Index of each row in the data set; -1 for a padding sample"""
     cut_tokens: int = 0
+    """Trained tokens that did not fit into max_length, of all rows"""
     media: Media | None = None
+    """Those of all rows and both views; None if there are none"""
 
     def to(self, device: str | torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -89,25 +93,26 @@ def pad_views(
     """Pad on the right to the longest view, rounded up to a multiple of `pad_to_multiple_of`
     positions.
 
-    first_token: for each view's sample, its media -> the number of the medium's first token in the
-    batch's `Media`.
+    first_token: for each view, index of a medium in its sample -> number of the medium's first
+    token among the tokens of the batch's `Media`.
     """
     longest = max(len(view.input_ids) for view in views)
     size = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     input_ids = torch.full((len(views), size), pad_token_id, dtype=torch.int64)
     labels = torch.full((len(views), size), IGNORED_LABEL, dtype=torch.int64)
     position_ids = torch.arange(size, dtype=torch.float32).repeat(3, len(views), 1)
-    media_rows, media_tokens = [], []
+    media_rows: list[int] = []
+    media_tokens: list[int] = []
     for index, view in enumerate(views):
         length = len(view.input_ids)
         input_ids[index, :length] = torch.tensor(view.input_ids, dtype=torch.int64)
         labels[index, :length] = torch.tensor(view.labels, dtype=torch.int64)
         if view.position_ids is not None:
             position_ids[:, index, :length] = view.position_ids
-        for place in view.media:
-            media_rows += [index * size + position for position in place.positions]
-            first = first_token[index][place.medium]
-            media_tokens += range(first, first + len(place.positions))
+        for medium, positions in view.media:
+            media_rows += [index * size + position for position in positions]
+            first = first_token[index][medium]
+            media_tokens += range(first, first + len(positions))
     return BatchView(
         input_ids=input_ids,
         labels=labels,
@@ -119,31 +124,39 @@ def pad_views(
     )
 
 
-def _make_batch(
-    students: list[View],
-    teachers: list[View],
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-    first_token: list[dict[int, int]],
-    **rest,
-) -> Batch:
-    student = pad_views(students, pad_token_id, pad_to_multiple_of, first_token)
-    if all(mine is other for mine, other in zip(students, teachers)):
-        return Batch(student, student, **rest)
-    teacher = pad_views(teachers, pad_token_id, pad_to_multiple_of, first_token)
-    assert torch.equal(student.targets, teacher.targets), (
+def collate(samples: Sequence[Sample | None], pad_token_id: int, pad_to_multiple_of: int) -> Batch:
+    """Samples (None = padding sample) -> Batch. Lengths are padded to a multiple that tensor
+    parallelism needs to shard the sequence.
+    """
+    padding_view = View([pad_token_id], [IGNORED_LABEL], 1)
+    students = [padding_view if sample is None else sample.student for sample in samples]
+    teachers = [padding_view if sample is None else sample.teacher for sample in samples]
+    media, first_token = _collect_media(samples)
+    student = teacher = pad_views(students, pad_token_id, pad_to_multiple_of, first_token)
+    if any(view is not other for view, other in zip(students, teachers)):
+        teacher = pad_views(teachers, pad_token_id, pad_to_multiple_of, first_token)
+    _check_same_targets(student, teacher)
+    return Batch(
+        student,
+        teacher,
+        has_teacher_view=any(sample is not None and sample.has_teacher_view for sample in samples),
+        sources=["" if sample is None else sample.source for sample in samples],
+        media_pairs=["" if sample is None else sample.media_pair for sample in samples],
+        rows=[-1 if sample is None else sample.row for sample in samples],
+        cut_tokens=sum(0 if sample is None else sample.cut_tokens for sample in samples),
+        media=media,
+    )
+
+
+def _check_same_targets(student: BatchView, teacher: BatchView) -> None:
+    assert teacher is student or torch.equal(student.targets, teacher.targets), (
         "the views of student and teacher train different tokens"
     )
-    return Batch(student, teacher, **rest)
-
-
-def _filler(pad_token_id: int) -> View:
-    return View([pad_token_id], [IGNORED_LABEL], 1)
 
 
 def _collect_media(samples: Sequence[Sample | None]) -> tuple[Media | None, list[dict[int, int]]]:
-    """All media, audios first, and for each sample: its medium -> the number of the medium's first
-    token.
+    """All media, audios first; and for each sample, index of a medium in it -> number of the
+    medium's first token.
     """
     found = [
         (medium, row, index)
@@ -156,54 +169,36 @@ def _collect_media(samples: Sequence[Sample | None]) -> tuple[Media | None, list
     for medium, row, index in found:
         first_token[row][index] = total
         total += medium.num_tokens
-    audios = [(row, index) for medium, row, index in found if medium.kind == "audio"]
-    row_lengths = [_longest_audio(samples[row], index) for row, index in audios]
+    row_lengths = [
+        length for sample in samples if sample is not None for length in _audio_row_lengths(sample)
+    ]
     return Media.of([medium for medium, _, _ in found], row_lengths), first_token
 
 
-def _longest_audio(sample: Sample, index: int) -> int:
-    """Frames of the longest audio beside audio `index` of the sample: in the student's view where
-    that shows it, else in the teacher's; its own where neither does.
+def _audio_row_lengths(sample: Sample) -> list[int]:
+    """For each audio of the sample: frames of the longest audio in the student's view if that shows
+    it, else in the teacher's; its own if neither does.
     """
-    own = sample.media[index].features.shape[1]
-    for view in (sample.student, sample.teacher):
-        shown = {place.medium for place in view.media}
-        if index in shown:
-            audios = [
-                sample.media[number] for number in shown if sample.media[number].kind == "audio"
-            ]
-            return max(medium.features.shape[1] for medium in audios)
-    return own
-
-
-def collate(samples: Sequence[Sample | None], pad_token_id: int, pad_to_multiple_of: int) -> Batch:
-    """Samples (None = filler row) -> Batch. The multiple is the tensor-parallel size under sequence
-    parallelism.
-    """
-    filler = _filler(pad_token_id)
-    media, first_token = _collect_media(samples)
-    return _make_batch(
-        [filler if sample is None else sample.student for sample in samples],
-        [filler if sample is None else sample.teacher for sample in samples],
-        pad_token_id,
-        pad_to_multiple_of,
-        first_token,
-        has_teacher_view=any(sample is not None and sample.has_teacher_view for sample in samples),
-        sources=["" if sample is None else sample.source for sample in samples],
-        media_pairs=["" if sample is None else sample.media_pair for sample in samples],
-        rows=[-1 if sample is None else sample.row for sample in samples],
-        cut_tokens=sum(0 if sample is None else sample.cut_tokens for sample in samples),
-        media=media,
-    )
+    frames = {
+        index: medium.features.shape[1]
+        for index, medium in enumerate(sample.media)
+        if medium.kind == "audio"
+    }
+    longest = dict(frames)
+    for view in (sample.teacher, sample.student):
+        audios = [medium for medium, _ in view.media if medium in frames]
+        for audio in audios:
+            longest[audio] = max(frames[other] for other in audios)
+    return list(longest.values())
 
 
 def with_responses(
     batch: Batch, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> Batch:
-    """The batch with new responses (CPU or GPU batch in, same device out): both views keep their
-    prompts and media, every response token is trained.
+    """The batch, on its device, with new responses: both views keep their prompts and media, every
+    response token is trained.
 
-    A response holds at least one id (the end-of-text token counts); a filler row's stays empty.
+    A response has at least one id (the end-of-text token counts), that of a padding sample none.
     Raises ValueError otherwise.
     """
     if len(responses) != len(batch.rows):
@@ -211,24 +206,20 @@ def with_responses(
     for row, response in zip(batch.rows, responses):
         if (len(response) > 0) != (row >= 0):
             raise ValueError(
-                f"row {row} got a response of {len(response)} tokens: data rows need at least one, filler rows (-1) "
-                "none"
+                f"row {row} got a response of {len(response)} tokens: data rows need at least "
+                "one, padding samples (-1) none"
             )
-    student = _respond(batch.student, responses, pad_token_id, pad_to_multiple_of)
-    teacher = student
+    student = teacher = _respond(batch.student, responses, pad_token_id, pad_to_multiple_of)
     if batch.teacher is not batch.student:
         teacher = _respond(batch.teacher, responses, pad_token_id, pad_to_multiple_of)
-        assert torch.equal(student.targets, teacher.targets), (
-            "the views of student and teacher train different tokens"
-        )
+    _check_same_targets(student, teacher)
     return replace(batch, student=student, teacher=teacher, on_policy=True, cut_tokens=0)
 
 
 def _respond(
     view: BatchView, responses: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int
 ) -> BatchView:
-    """The prompts of `view` with new responses, whose positions go on from the prompts' last ones.
-    """
+    """The prompts of `view` with new responses; their positions continue those of the prompts."""
     views = []
     for index, (length, response) in enumerate(zip(view.prompt_lengths.tolist(), responses)):
         prompt = view.input_ids[index, :length].tolist()

@@ -4,7 +4,7 @@ assistant turns.
 A span is the content of an assistant turn and the token that closes it (`<|im_end|>` in ChatML).
 Templates are programs, so the spans come from what a template does and not from what it is supposed
 to look like: each turn is rendered as a prompt (`add_generation_prompt`) and once more with a
-marker in the place of its content. Both must agree with the text of the whole conversation, which
+marker instead of its content. Both must agree with the text of the whole conversation, which
 is what the model sees; a template that does not keep to this is refused with the reason.
 """
 
@@ -12,15 +12,16 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import (
     get_tokenizer_config,
     tokenizer_class_from_name,
 )
 
-from megatron_gkd.data.rows import Messages
-from megatron_gkd.errors import DataError, RowError, shown
+from megatron_gkd.data.conversation import Messages
+from megatron_gkd.errors import DataError, RowError, short_repr
 from megatron_gkd.families import language_sections
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -31,11 +32,11 @@ Span = tuple[int, int]
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template. `pad_token_id` is its pad token's, or its end-of-text
-    token's, or 0.
+    """A tokenizer with its chat template. `pad_token_id` is the id of its pad token, else of its
+    end-of-text token, else 0.
     """
 
-    def __init__(self, tokenizer, folder: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: str):
         self.tokenizer = tokenizer
         self.folder = folder
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -46,26 +47,27 @@ class ChatTokenizer:
         """Ids of a conversation that ends with an assistant turn, up to the token that closes it,
         and each assistant turn's span in them.
 
-        Raises RowError where the template refuses the conversation or does not render it turn by
-        turn.
+        Raises RowError if the template refuses the conversation or does not render it turn by turn.
         """
         ids, positions = self._tokenise(*self._cut(messages))
         spans = list(zip(positions[::2], positions[1::2]))
         contents = [turn["content"] for turn in messages if turn["role"] == "assistant"]
         for (start, end), content in zip(spans, contents):
             if end - start < 2:  # content and closing token
-                raise RowError(f"empty response: the tokenizer makes no token of {shown(content)}")
+                raise RowError(
+                    f"empty response: the tokenizer makes no token of {short_repr(content)}"
+                )
         return ids, spans
 
     def encode_prompt(self, messages: Messages) -> list[int]:
-        """The ids of `encode` that stand before the last assistant turn's span."""
+        """The ids of `encode` before the last assistant turn's span."""
         text, cuts = self._cut(messages)
         return self._tokenise(text, cuts[:-1])[0]
 
     def closing_id(self) -> int | None:
-        """The token that closes an assistant turn, if it is a special one or looks like it
-        (SentencePiece does not mark `<|im_end|>`); None where a word or a full stop does, or the
-        template takes no short conversation.
+        """The token that closes an assistant turn, if it is a special one or looks like one
+        (SentencePiece does not mark `<|im_end|>`); None if a word or a full stop closes it, or if
+        the template refuses a short conversation.
         """
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
         try:
@@ -73,15 +75,12 @@ class ChatTokenizer:
         except RowError:
             return None
         token = self.tokenizer.added_tokens_decoder.get(last)
-        return (
-            last
-            if token is not None and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content))
-            else None
-        )
+        looks_special = token and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content))
+        return last if looks_special else None
 
     def _cut(self, messages: Messages) -> tuple[str, list[int]]:
-        """The whole conversation as text, and where in it each assistant turn's span starts and
-        ends.
+        """The whole conversation as text, and the characters at which each assistant turn's span
+        starts and ends.
         """
         text = self._render(messages)
         assistants = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -92,41 +91,41 @@ class ChatTokenizer:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (
-            Exception
-        ) as error:  # a template is a program: besides jinja's own errors it may raise any other
+        except Exception as error:  # a template is a program and may raise any error
             raise RowError(
                 f"the chat template of {self.folder} refuses the conversation: {error}"
             ) from error
 
     def _locate(self, messages: Messages, index: int, text: str) -> Span:
-        """Characters [start, end) of `text`, the whole conversation, that are trained for turn
-        `index`.
+        """Characters [start, end) that are trained for turn `index`, in `text`, the whole
+        conversation.
         """
         prompt = self._render(messages[:index], add_generation_prompt=True)
         marked = list(messages)
         marked[index] = {"role": "assistant", "content": _MARKER}
-        pieces = self._render(marked).split(_MARKER)
-        if len(pieces) != 2:
+        around = self._render(marked).split(_MARKER)
+        if len(around) != 2:
             raise RowError(
-                f"the chat template of {self.folder} renders an assistant turn's content {len(pieces) - 1} times, "
-                "not once"
+                f"the chat template of {self.folder} renders an assistant turn's content "
+                f"{len(around) - 1} times, not once"
             )
-        before, after = pieces
+        before, after = around
         if not (text.startswith(prompt) and before.startswith(prompt)):
             raise RowError(
-                f"the chat template of {self.folder} does not begin assistant turn {index} with its own generation "
-                f"prompt {shown(prompt[-30:])}: prompt and response cannot be told apart"
+                f"the chat template of {self.folder} does not begin assistant turn {index} with "
+                f"its own generation prompt {short_repr(prompt[-30:])}: prompt and response cannot "
+                "be told apart"
             )
         closing = self._closing(after)
         if not closing:
             raise RowError(
-                f"the chat template of {self.folder} does not close assistant turns: the model could not learn to stop"
+                f"the chat template of {self.folder} does not close assistant turns: the model "
+                "could not learn to stop"
             )
         if not text.endswith(after):
             raise RowError(
-                f"the chat template of {self.folder} renders what follows assistant turn {index} depending on its "
-                "content"
+                f"the chat template of {self.folder} renders what follows assistant turn {index} "
+                "depending on its content"
             )
         # What the template itself writes before the content (an empty thinking block) belongs to
         # the prompt.
@@ -150,11 +149,13 @@ class ChatTokenizer:
     def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         """Ids of text[:cuts[-1]] and the token position of each cut.
 
-        The ids are those of the whole text wherever a token ends at the cut. Where one would reach
-        across (a newline of the prompt and one of the response are one token), the text is
-        tokenised in two parts: at generation time the prompt stands alone, too.
+        The ids are those of the whole text wherever a token ends at the cut. Where a token would
+        cross it (a newline of the prompt and one of the response are one token), the text is
+        tokenised in two parts: at generation time the prompt is tokenised alone, too.
         """
-        done, part, part_start, last_cut, positions = [], [], 0, 0, []
+        done: list[int] = []
+        part: list[int] = []
+        part_start, last_cut, positions = 0, 0, []
         for cut in cuts:
             longer = self._ids(text[part_start:cut])
             if longer[: len(part)] == part:
@@ -167,7 +168,7 @@ class ChatTokenizer:
         return done + part, positions
 
 
-def load_tokenizer(folder: str):
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder from its own files (no network, no remote code), with the
     chat template of its processor if it has none of its own; None if there are no tokenizer files.
 
@@ -197,8 +198,8 @@ def load_chat_tokenizer(folder: str) -> ChatTokenizer | None:
         return None
     if not tokenizer.chat_template:
         raise DataError(
-            f"{folder} has a tokenizer without a chat template: add `chat_template` to its tokenizer_config.json "
-            "(or a chat_template.jinja), "
+            f"{folder} has a tokenizer without a chat template: add `chat_template` to its "
+            "tokenizer_config.json (or a chat_template.jinja), "
             "or give rows with input_ids and labels"
         )
     return ChatTokenizer(tokenizer, folder)
@@ -254,7 +255,7 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
     return sorted({token for token in found if token is not None})
 
 
-def _as_ids(value, path: Path) -> list[int]:
+def _as_ids(value: Any, path: Path) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(

@@ -1,24 +1,23 @@
-"""The whole way from `--dataset` to samples: open, check and tokenise every row (in processes),
-list the bad ones, split off evaluation.
+"""From `--dataset` to samples: open, check and tokenise every row (in processes), list bad rows,
+split off evaluation.
 """
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import datasets
-from pyarrow import compute
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
 from megatron_gkd.data.order import SPLIT, permutation
-from megatron_gkd.data.rows import IGNORED_LABEL, check_row
-from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row, media_pair
+from megatron_gkd.data.report import make_report
+from megatron_gkd.data.rows import check_row
+from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
+from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -37,9 +36,7 @@ _FEATURES = datasets.Features(
         "teacher_prompt": _IDS,  # null: no teacher view
         "cut_tokens": datasets.Value("int32"),
         "media": datasets.List(_REFERENCE),
-        "kinds": datasets.List(
-            datasets.Value("string")
-        ),  # of `media`, beside what may be gigabytes
+        "kinds": datasets.List(datasets.Value("string")),  # those of `media`, without its bytes
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": datasets.Value("bool"),
@@ -48,8 +45,8 @@ _FEATURES = datasets.Features(
         "reason": datasets.Value("string"),  # null: a good row
     }
 )
-ROWS_AT_ONCE = 100  # in memory while they are written: a row may hold its media
-_EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)
+ROWS_AT_ONCE = 100  # held in memory while they are written: a row may hold its media
+_EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
 
 
 class DataSettings(Protocol):
@@ -66,55 +63,12 @@ class DataSettings(Protocol):
     media_cache: str | None
 
 
-@dataclass
-class DataReport:
-    """Counts of one data set, for the start of the run. Lengths and cuts are in tokens."""
-
-    num_rows: int
-    num_teacher_views: int
-    num_cut_responses: int
-    num_cut_tokens: int
-    max_tokens: int
-    num_response_tokens: int
-    sources: dict[str, int]
-    media: dict[str, int] = field(default_factory=dict)
-    """Rows by what the two sides perceive: `audio > text` is a student that hears and a teacher
-    that reads.
-    """
-    num_media: dict[str, int] = field(default_factory=dict)
-    """Media of each kind, each counted once in a row"""
-    skipped: list[BadRow] = field(default_factory=list)
-
-    @property
-    def has_teacher_view(self) -> bool:
-        return self.num_teacher_views > 0
-
-    @property
-    def num_skipped(self) -> int:
-        return len(self.skipped)
-
-    def summary(self) -> str:
-        """One line for the console."""
-        kinds = ", ".join(
-            f"{number} {kind}{'s' * (number > 1)}" for kind, number in self.num_media.items()
-        )
-        pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
-        media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
-        return (
-            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {media}"
-            f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
-            f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
-            f"{self.num_skipped} bad rows skipped"
-        )
-
-
 class SampleDataset:
-    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is what to pad with, `report` the
-    counts. The rows are a mapped file that has no name any more: forks share it, it does not
-    pickle.
+    """Tokenised rows; `dataset[i]` is a Sample. `pad_token_id` is the id to pad with, `report` the
+    counts. The rows are memory-mapped from a file that is already deleted: forked processes share
+    them, but a SampleDataset cannot be pickled.
 
-    skip_bad_rows: what a loader does with a row whose media turn out to be unreadable when it is
-    reached.
+    skip_bad_rows: whether a loader leaves out a row whose media cannot be read, or raises.
     """
 
     def __init__(
@@ -129,61 +83,37 @@ class SampleDataset:
         self._processor = processor
         self.pad_token_id = pad_token_id
         self.skip_bad_rows = skip_bad_rows
-        self.report = _report(rows, skipped or [])
+        self.report = make_report(rows, skipped or [])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads the row's media. Raises DataError with the row's file and line where one cannot be
+        """Reads the row's media. Raises DataError with the row's file and line if one cannot be
         read.
         """
         row = self._rows[index]
-        encoded = Encoded(*(row[name] for name in Encoded._fields))
         try:
-            return decode_sample(encoded, row["source"], index, self._processor)
+            return decode_sample(_encoded(row), row["source"], index, self._processor)
         except RowError as error:
             raise DataError(f"{row['location']}: {error}") from error
+
+    def media_references(self, index: int, view: Literal["student", "teacher"]) -> PromptReferences:
+        """The media that a view of row `index` shows, as the row gave them: nothing is read."""
+        encoded = _encoded(self._rows[index])
+        references = encoded.references()
+        indices = encoded.student_media if view == "student" else encoded.teacher_media
+        return PromptReferences(
+            [references[number] for number in indices], encoded.use_audio_in_video
+        )
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
         return self._rows[index]["location"]
 
 
-def _report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
-    columns = ["cut_tokens", "input_ids", "labels", "teacher_prompt", "response_start", "source"]
-    table = rows.select_columns(columns).with_format("arrow")[:]
-    cuts = table["cut_tokens"].to_numpy()
-    student = compute.list_value_length(table["input_ids"]).to_numpy()
-    prompt = compute.list_value_length(table["teacher_prompt"])  # null without a teacher view
-    teacher = student - table["response_start"].to_numpy() + prompt.fill_null(0).to_numpy()
-    trained = compute.not_equal(compute.list_flatten(table["labels"]), IGNORED_LABEL)
-    return DataReport(
-        num_rows=len(rows),
-        num_teacher_views=len(rows) - prompt.null_count,
-        num_cut_responses=int((cuts > 0).sum()),
-        num_cut_tokens=int(cuts.sum()),
-        max_tokens=int(max(student.max(), teacher.max())),
-        num_response_tokens=compute.sum(trained).as_py(),
-        sources=dict(Counter(table["source"].to_pylist())),
-        **_media_report(rows),
-        skipped=skipped,
-    )
-
-
-def _media_report(rows: datasets.Dataset) -> dict[str, dict[str, int]]:
-    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
-    are not touched.
-    """
-    table = rows.select_columns(["kinds", "student_media", "teacher_media"]).with_format("arrow")[:]
-    if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
-        return {}
-    kinds = table["kinds"].to_pylist()
-    seen = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
-    pairs = Counter(
-        media_pair([of[i] for i in mine], [of[i] for i in others]) for of, mine, others in seen
-    )
-    return {"media": dict(pairs), "num_media": dict(Counter(kind for of in kinds for kind in of))}
+def _encoded(row: dict[str, Any]) -> Encoded:
+    return Encoded(*(row[name] for name in Encoded._fields))
 
 
 class _Encoder:
@@ -224,9 +154,8 @@ class _Encoder:
             )
             source = self.source.name if checked.source is None else checked.source
         except RowError as error:
-            reason = (
-                str(error).encode("utf-8", "backslashreplace").decode("utf-8")
-            )  # it may quote lone surrogates
+            # the message may quote lone surrogates
+            reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
         kinds = [reference["kind"] for reference in encoded.media]
         return {
             **encoded._asdict(),
@@ -238,12 +167,12 @@ class _Encoder:
 
 
 def _encode(source: Source, num_proc: int, encoder: _Encoder, path: str) -> list[str]:
-    """Every row through `encoder`, into arrow files called like `path`; their names. On a terminal
-    rank 0 shows a bar.
+    """Every row through `encoder`, into arrow files named after `path`; returns their names. On a
+    terminal rank 0 shows a progress bar.
     """
-    shows = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
+    show_bar = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
     had_bars = not datasets.are_progress_bars_disabled()
-    if had_bars and not shows:
+    if had_bars and not show_bar:
         datasets.disable_progress_bars()
     try:
         encoded = source.rows.map(
@@ -272,20 +201,20 @@ def load_datasets(
     seed: int,
     gather: Callable[[Any], list] = alone,
 ) -> tuple[SampleDataset, SampleDataset | None]:
-    """Read, check and tokenise everything; (train, evaluation or None). A pure function of the
-    files and the other arguments. gather: a value of each rank -> all of them, where several ranks
-    call it: those that see the same folder of temporary files (TMPDIR) leave the work to one of
-    them, and map its result.
+    """Read, check and tokenise everything -> (training rows, evaluation rows or None). A pure
+    function of the files and the other arguments.
 
-    Evaluation is `val_dataset`, or a seeded `split_dataset_ratio` of the training rows (at least
-    one). Raises DataError, before anything else has started, that lists bad rows with file, line
-    and reason (unless `skip_bad_rows`), or says what cannot be opened. Collectives: two of
-    `gather`.
+    Evaluation is `val_dataset`, or a seeded share of `split_dataset_ratio` of the training rows (at
+    least one). gather: one value per rank -> the list of all, if several ranks call this: of those
+    that see the same folder of temporary files (TMPDIR) one does the work, and all map its result.
+
+    Raises DataError that lists bad rows with file, line and reason (unless `skip_bad_rows`), or
+    says what cannot be opened. Collectives: two calls of `gather`.
     """
     if data.val_dataset and data.split_dataset_ratio:
         raise DataError(
-            f"--val_dataset is given and --split_dataset_ratio is {data.split_dataset_ratio}: evaluation comes from "
-            "one of them, leave out the other"
+            f"--val_dataset is given and --split_dataset_ratio is {data.split_dataset_ratio}: "
+            "evaluation comes from one of them, leave out the other"
         )
     if not data.dataset:
         raise DataError("--dataset is empty: name at least one file or data set")
@@ -327,7 +256,8 @@ def load_datasets(
     ):
         if rows is not None and not len(rows):
             raise DataError(
-                f"{flag}: all {len(bad)} rows are bad, the first is {bad[0].location}: {bad[0].reason}"
+                f"{flag}: all {len(bad)} rows are bad, the first is {bad[0].location}: "
+                f"{bad[0].reason}"
             )
     if data.split_dataset_ratio:
         train_rows, eval_rows = _split(train_rows, data.split_dataset_ratio, seed)
@@ -339,8 +269,8 @@ def load_datasets(
 
 
 def _try_tokenizer(model_dir: str) -> tuple[ChatTokenizer | None, str]:
-    """The tokenizer, or None and why there is none: rows of ids do not need it, the first row of
-    text raises the reason.
+    """The tokenizer or None, and the reason that there is none: rows of ids do not need it, the
+    first row of text raises the reason.
     """
     try:
         chat = load_chat_tokenizer(model_dir)
@@ -351,7 +281,8 @@ def _try_tokenizer(model_dir: str) -> tuple[ChatTokenizer | None, str]:
     names = ", ".join(VOCABULARY_FILES)
     return (
         chat,
-        f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and labels",
+        f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and "
+        "labels",
     )
 
 
@@ -372,8 +303,8 @@ def _separate(parts: list[datasets.Dataset]) -> tuple[datasets.Dataset, list[Bad
 def _split(
     rows: datasets.Dataset, ratio: float, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(train, evaluation): a seeded share of the rows, at least one on each side, both in their old
-    order.
+    """(train, evaluation): evaluation is a seeded share of the rows; at least one row on each side,
+    both in their old order.
     """
     num_eval = max(1, int(len(rows) * ratio))
     if num_eval >= len(rows):
@@ -381,6 +312,5 @@ def _split(
             f"--split_dataset_ratio {ratio} of {len(rows)} rows leaves no row to train on"
         )
     chosen = permutation(len(rows), seed, SPLIT)
-    return rows.select(sorted(chosen[num_eval:].tolist())), rows.select(
-        sorted(chosen[:num_eval].tolist())
-    )
+    train, evaluation = sorted(chosen[num_eval:].tolist()), sorted(chosen[:num_eval].tolist())
+    return rows.select(train), rows.select(evaluation)

@@ -4,8 +4,7 @@ from functools import lru_cache
 
 import numpy
 
-# What a permutation is for; each purpose has its own stream, so that changing one does not move
-# another.
+# Purposes of permutations. Each has its own random stream, so that one does not depend on another.
 SUBSET, SPLIT, EPOCH = 1, 2, 3
 
 
@@ -18,16 +17,16 @@ def permutation(num_rows: int, seed: int, *stream: int) -> numpy.ndarray:
 
 
 def batch_indices(step: int, global_batch_size: int, num_rows: int, seed: int) -> numpy.ndarray:
-    """Row indices of the global batch of `step` (in samples): a slice of the endless stream of
-    seeded epoch permutations.
+    """Row indices of the global batch of `step`: a slice of the endless sequence of seeded epoch
+    permutations. global_batch_size: in samples.
     """
     first = step * global_batch_size
-    stream = numpy.arange(first, first + global_batch_size)
-    epochs, places = stream // num_rows, stream % num_rows
-    indices = numpy.empty_like(stream)
+    numbers = numpy.arange(first, first + global_batch_size)
+    epochs, positions = numbers // num_rows, numbers % num_rows
+    indices = numpy.empty_like(numbers)
     for epoch in numpy.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = _epoch_order(num_rows, seed, int(epoch))[places[chosen]]
+        indices[chosen] = _epoch_order(num_rows, seed, int(epoch))[positions[chosen]]
     return indices
 
 

@@ -1,9 +1,9 @@
 """A checked row -> a `Sample`: what the student reads, what the teacher reads, and which tokens are
 the response.
 
-Both views end with the same response, copied id by id; they differ in what stands before it. A row
-without a teacher view trains every assistant turn; with one, only the last response is trained, the
-one that both views share.
+Both views end with the same response, copied id by id; they differ in what precedes it. Without a
+teacher view every assistant turn of a row is trained; with one only the last response, which both
+views share.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,38 +29,40 @@ from megatron_gkd.media.positions import MediaTokenIds, rope_positions
 from megatron_gkd.media.processor import MediaProcessor
 
 
-class MediumPlace(NamedTuple):
+class MediumPositions(NamedTuple):
     """Where a view shows a medium."""
 
     medium: int
-    """Its index in the sample's media."""
+    """Its index in the sample's media"""
     positions: list[int]
-    """Of its tokens in the view, in the order in which the tower gives their features."""
+    """Of its tokens in the view, in the order in which the tower gives their features"""
 
 
 @dataclass(frozen=True)
 class View:
-    """`labels` are unshifted, -100 = not trained; `response_start` is the index of the (last)
-    response's first token. `position_ids` [3, S] float32 are the rotary positions in time, height
-    and width; None: 0, 1, 2, ... in all.
+    """What student or teacher reads of a row; S tokens.
+
+    `labels` are unshifted, -100 = not trained; `response_start` is the index of the (last)
+    response's first token. `position_ids`, float32 [3, S], are the rotary positions in time, height
+    and width; None: 0, 1, 2, ... in all three.
     """
 
     input_ids: list[int]
     labels: list[int]
     response_start: int
     position_ids: Tensor | None = None
-    media: tuple[MediumPlace, ...] = ()
+    media: tuple[MediumPositions, ...] = ()
 
     def targets(self) -> list[int]:
-        """The trained ids in order; the first token of a view has no place that predicts it."""
+        """The trained ids in order, without the first token of the view, which nothing predicts."""
         return [label for label in self.labels[1:] if label != IGNORED_LABEL]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`teacher` is `student` itself without a teacher view. `row` is the index in the data set,
-    `cut_tokens` the trained tokens of the response that did not fit into max_length. `media`: each
-    once, whichever view shows it.
+    """A row's two views; without a teacher view `teacher` is the same object as `student`. `row` is
+    the index in the data set, `cut_tokens` the number of trained tokens that did not fit into
+    max_length. `media`: each once, whichever view shows it.
     """
 
     student: View
@@ -73,24 +75,24 @@ class Sample:
 
     @property
     def media_pair(self) -> str:
-        """What student and teacher perceive, for metrics."""
+        """The kinds of media in both views, for metrics: see `media_pair`."""
         student, teacher = (
-            [self.media[place.medium].kind for place in view.media]
+            [self.media[at.medium].kind for at in view.media]
             for view in (self.student, self.teacher)
         )
         return media_pair(student, teacher)
 
 
 def media_pair(student: Iterable[str], teacher: Iterable[str]) -> str:
-    """`audio > text`: the student hears, the teacher reads; each side's kinds of media in the order
-    of their names.
+    """`audio > text`: the student hears, the teacher reads. Several kinds are joined by + in
+    alphabetical order.
     """
     return " > ".join("+".join(sorted(set(kinds))) or "text" for kinds in (student, teacher))
 
 
 class Encoded(NamedTuple):
-    """The compact form of a sample, as it is stored: the teacher's view is its prompt and the
-    student's response.
+    """A sample as it is stored: media are references, and of the teacher's view only the prompt is
+    kept (its response is the student's).
     """
 
     input_ids: list[int]
@@ -99,19 +101,24 @@ class Encoded(NamedTuple):
     teacher_prompt: list[int] | None
     cut_tokens: int
     media: list[dict]
-    """kind, path, data, is_track, num_tokens of each medium, not read"""
+    """Of each medium the fields of its `Reference`, and num_tokens"""
     student_media: list[int]
-    """Indices in `media`, of each kind in the order of the placeholders"""
+    """Indices in `media`: audios, images, videos, each kind in the order of its placeholders"""
     teacher_media: list[int]
     use_audio_in_video: bool
 
+    def references(self) -> list[Reference]:
+        """`media` as the row gave them."""
+        return [Reference(*(stored[name] for name in Reference._fields)) for stored in self.media]
 
-class _Shown(NamedTuple):
-    """A prompt in which every medium has all its tokens."""
+
+class _Prompt(NamedTuple):
+    """A prompt with all tokens of each of its media."""
 
     ids: list[int]
     origin: list[int]
-    media: dict[str, list[Reference]]
+    """Index of each id in the prompt that was given"""
+    media: RowMedia
 
 
 def encode_row(
@@ -126,90 +133,102 @@ def encode_row(
     """Tokenise a checked row and cut its response so that both views have at most `max_length`
     tokens.
 
-    `get_chat` is called only if the row holds text, and of media only what tells their size is
-    read, unless `read_media`. Raises RowError for ids of the tokenizer that the model does not
-    have, media that cannot be used or do not match their placeholders, and for a prompt that leaves
-    no room for a response.
+    `get_chat` is called only if the row holds text. Media are read only as far as their number of
+    tokens requires, unless `read_media`. Raises RowError for ids of the tokenizer that the model
+    does not have, media that cannot be used or do not match their placeholders, and for a prompt
+    that leaves no room for a response.
     """
     if row.has_media:
         processor.check_has_towers()
-    if row.input_ids is not None:
-        input_ids, labels = row.input_ids, list(row.labels)
-        start = next(index for index, label in enumerate(labels) if label != IGNORED_LABEL)
-    else:
-        input_ids, spans = get_chat().encode(row.messages)
-        labels = [IGNORED_LABEL] * len(input_ids)
-        for begin, end in spans:
-            labels[begin:end] = input_ids[begin:end]
-        start = spans[-1][0]
-        if start == 0:
-            raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
-    teacher_prompt = _teacher_prompt(row, get_chat)
-    teacher_media = row.media if row.teacher_media is None else row.teacher_media
-    if teacher_prompt is None and row.teacher_media is not None:
-        teacher_prompt = input_ids[:start]
-    if teacher_prompt is not None:
+    input_ids, labels, start = _student_tokens(row, get_chat)
+    teacher_ids = _teacher_prompt(row, get_chat)
+    if teacher_ids is None and row.teacher_media is not None:
+        teacher_ids = input_ids[:start]
+    if teacher_ids is not None:
         labels[:start] = [IGNORED_LABEL] * start
-    for ids in (input_ids, teacher_prompt or []):
+    for ids in (input_ids, teacher_ids or []):
         if max(ids, default=0) >= vocab_size:
             raise RowError(
-                f"the tokenizer gives id {max(ids)}, out of the model's vocabulary [0, {vocab_size}): is it another "
-                "model's tokenizer?"
+                f"the tokenizer gives id {max(ids)}, out of the model's vocabulary "
+                f"[0, {vocab_size}): is it another model's tokenizer?"
             )
 
     sizes: dict[Reference, Size] = {}
     measure = _measuring(processor, sizes, read_media)
-    student = _show(
+    student = _fill_prompt(
         input_ids[:start], row.media, row, processor, measure, "the row has", as_given=True
     )
-    input_ids, labels = (
-        student.ids + input_ids[start:],
-        [labels[index] for index in student.origin] + labels[start:],
-    )
+    input_ids = student.ids + input_ids[start:]
+    labels = [labels[index] for index in student.origin] + labels[start:]
     start = len(student.ids)
     teacher = student
-    if teacher_prompt is not None:
-        as_given = not (
-            row.teacher_messages is None and row.teacher_input_ids is None
-        )  # else with the student's media
-        teacher = _show(
-            teacher_prompt,
-            teacher_media,
+    if teacher_ids is not None:
+        teacher = _fill_prompt(
+            teacher_ids,
+            row.media if row.teacher_media is None else row.teacher_media,
             row,
             processor,
             measure,
             "the teacher's view has",
-            as_given=as_given,
+            # otherwise the ids are the student's, perhaps with the tokens of the student's media
+            as_given=row.teacher_messages is not None or row.teacher_input_ids is not None,
         )
 
     for name, num_prompt in (("prompt", start), ("teacher's prompt", len(teacher.ids))):
         if num_prompt >= max_length:
             raise RowError(
-                f"the {name} has {num_prompt} tokens and leaves no room for a response in --max_length {max_length}"
+                f"the {name} has {num_prompt} tokens and leaves no room for a response in "
+                f"--max_length {max_length}"
             )
     end = start + max_length - max(start, len(teacher.ids))
     num_trained = _num_trained(labels)
     labels = labels[:end]
     while labels[-1] == IGNORED_LABEL:
         labels.pop()
-    if teacher.ids == student.ids and teacher.media == student.media:
-        teacher = student  # the teacher sees what the student sees
-    indices = {reference: index for index, reference in enumerate(sizes)}
+    has_teacher_view = teacher.ids != student.ids or teacher.media != student.media
+    index_of = {reference: index for index, reference in enumerate(sizes)}
     return Encoded(
-        input_ids[: len(labels)],
-        labels,
-        start,
-        None if teacher is student else teacher.ids,
-        num_trained - _num_trained(labels),
-        [
+        input_ids=input_ids[: len(labels)],
+        labels=labels,
+        response_start=start,
+        teacher_prompt=teacher.ids if has_teacher_view else None,
+        cut_tokens=num_trained - _num_trained(labels),
+        media=[
             reference._asdict() | {"num_tokens": size.num_tokens}
             for reference, size in sizes.items()
         ],
-        *(
-            [indices[reference] for kind in KINDS for reference in view.media[kind]]
-            for view in (student, teacher)
-        ),
-        row.use_audio_in_video,
+        student_media=[index_of[medium] for kind in KINDS for medium in student.media[kind]],
+        teacher_media=[index_of[medium] for kind in KINDS for medium in teacher.media[kind]],
+        use_audio_in_video=row.use_audio_in_video,
+    )
+
+
+def _student_tokens(
+    row: Row, get_chat: Callable[[], ChatTokenizer]
+) -> tuple[list[int], list[int], int]:
+    """(input ids, labels, index of the (last) response's first token)."""
+    if row.messages is None:
+        assert row.input_ids is not None and row.labels is not None
+        start = next(index for index, label in enumerate(row.labels) if label != IGNORED_LABEL)
+        return row.input_ids, list(row.labels), start
+    input_ids, spans = get_chat().encode(row.messages)
+    labels = [IGNORED_LABEL] * len(input_ids)
+    for begin, end in spans:
+        labels[begin:end] = input_ids[begin:end]
+    start = spans[-1][0]
+    if start == 0:
+        raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
+    return input_ids, labels, start
+
+
+def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int] | None:
+    """The teacher's tokens before the response; None if they are the student's."""
+    if row.teacher_messages is None:
+        return row.teacher_input_ids
+    # Any response will do, only what comes before it is kept.
+    response = row.messages[-1]["content"] if row.messages else "response"
+    return get_chat().encode_prompt(
+        row.teacher_messages[:-1] + [{"role": "assistant", "content": response}]
     )
 
 
@@ -220,7 +239,7 @@ def _num_trained(labels: list[int]) -> int:
 def _measuring(
     processor: MediaProcessor, sizes: dict[Reference, Size], read_media: bool
 ) -> Callable[[Reference], Size]:
-    """`processor.measure`, once for each medium, remembered in `sizes`."""
+    """`processor.measure`, called once per medium; the results are kept in `sizes`."""
 
     def measure(reference: Reference) -> Size:
         if reference not in sizes:
@@ -235,12 +254,13 @@ def _measuring(
 def _check_size(medium: Medium, num_tokens: int, reference: Reference) -> None:
     if medium.num_tokens != num_tokens:
         raise RowError(
-            f"{reference.name}: makes {medium.num_tokens} tokens where its header said {num_tokens}; is the file cut short?"
+            f"{reference.name}: makes {medium.num_tokens} tokens where its header said "
+            f"{num_tokens}; is the file cut short?"
         )
 
 
-def _show(
-    prompt: list[int],
+def _fill_prompt(
+    ids: list[int],
     media: RowMedia,
     row: Row,
     processor: MediaProcessor,
@@ -248,22 +268,24 @@ def _show(
     where: str,
     *,
     as_given: bool,
-) -> _Shown:
-    """Give every medium of a prompt all its tokens (`as_given`: see `fill`)."""
-    if not any(media.values()) and not row.has_media:
-        return _Shown(prompt, list(range(len(prompt))), media)
+) -> _Prompt:
+    """A prompt's ids with all tokens of its media (`as_given`: see `fill`). where: how the message
+    begins if placeholders and media differ in number.
+    """
+    if not row.has_media:
+        return _Prompt(ids, list(range(len(ids))), media)
     tokens = processor.token_ids
-    placeholders = find_placeholders(prompt, tokens, row.use_audio_in_video)
+    placeholders = find_placeholders(ids, tokens, row.use_audio_in_video)
     media = _with_tracks(media, placeholders)
     check_counts(placeholders, media, where)
     sizes = {kind: [measure(reference) for reference in media[kind]] for kind in KINDS}
-    filled = fill(prompt, placeholders, sizes, tokens, as_given=as_given)
-    return _Shown(filled.ids, filled.origin, media)
+    filled = fill(ids, placeholders, sizes, tokens, as_given=as_given)
+    return _Prompt(filled.ids, filled.origin, media)
 
 
 def _with_tracks(media: RowMedia, placeholders: list[Placeholder]) -> RowMedia:
-    """The media, with the videos' own audio in their places unless the row gives it among its
-    audios.
+    """The media; if videos show their audio and `media` does not have it, each video's own track is
+    put among the audios, in the order of the placeholders.
     """
     kinds = [
         placeholder.kind
@@ -284,34 +306,22 @@ def _with_tracks(media: RowMedia, placeholders: list[Placeholder]) -> RowMedia:
     return media | {"audio": tracks}
 
 
-def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int] | None:
-    """The teacher's tokens before the response; None without a view of its own text."""
-    if row.teacher_messages is None:
-        return row.teacher_input_ids
-    response = (
-        row.messages[-1]["content"] if row.messages else "response"
-    )  # only what stands before it is kept
-    return get_chat().encode_prompt(
-        row.teacher_messages[:-1] + [{"role": "assistant", "content": response}]
-    )
-
-
 def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProcessor) -> Sample:
     """The stored form -> a Sample, its media read. Both views train the same ids in the same order.
 
     Raises RowError for a medium that cannot be read.
     """
     media = []
-    for stored in encoded.media:
-        reference = Reference(*(stored[name] for name in Reference._fields))
+    for stored, reference in zip(encoded.media, encoded.references()):
         media.append(processor.load(reference))
         _check_size(media[-1], stored["num_tokens"], reference)
 
-    def view(ids: list[int], labels: list[int], start: int, shown: list[int]) -> View:
-        if not shown:
-            return View(ids, labels, start)
+    def view(ids: list[int], labels: list[int], start: int, indices: list[int]) -> View:
+        text = View(ids, labels, start)
+        if not indices:
+            return text
         return _view_with_media(
-            View(ids, labels, start), shown, media, encoded.use_audio_in_video, processor.token_ids
+            text, indices, media, encoded.use_audio_in_video, processor.token_ids
         )
 
     start = encoded.response_start
@@ -333,35 +343,38 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
 
 def _view_with_media(
     view: View,
-    shown: list[int],
+    indices: list[int],
     media: list[Medium],
     use_audio_in_video: bool,
     tokens: MediaTokenIds,
 ) -> View:
-    """`view` with the places and rotary positions of the media that its prompt shows (indices in
-    `media`).
+    """`view` with token positions and rotary positions of the media in its prompt, those of `media`
+    at `indices`.
     """
     prompt = view.input_ids[: view.response_start]
-    of_kind = {kind: [index for index in shown if media[index].kind == kind] for kind in KINDS}
-    positions = positions_of(
-        prompt,
-        tokens,
-        {kind: [media[index].num_tokens for index in of_kind[kind]] for kind in KINDS},
-    )
-    places = [
-        MediumPlace(index, found)
+    of_kind = {kind: [index for index in indices if media[index].kind == kind] for kind in KINDS}
+    num_tokens = {kind: [media[index].num_tokens for index in of_kind[kind]] for kind in KINDS}
+    grids = {
+        kind: [grid for index in of_kind[kind] if (grid := media[index].grid_thw) is not None]
         for kind in KINDS
-        for index, found in zip(of_kind[kind], positions[kind])
-    ]
-    videos = [media[index] for index in of_kind["video"]]
+    }
+    positions = positions_of(prompt, tokens, num_tokens)
     rope = rope_positions(
         prompt,
         tokens,
-        audio_tokens=[media[index].num_tokens for index in of_kind["audio"]],
-        image_grids=[media[index].grid_thw for index in of_kind["image"]],
-        video_grids=[video.grid_thw for video in videos],
-        seconds_per_grid=[video.seconds_per_grid for video in videos],
+        audio_tokens=num_tokens["audio"],
+        image_grids=grids["image"],
+        video_grids=grids["video"],
+        seconds_per_grid=[media[index].seconds_per_grid for index in of_kind["video"]],
         use_audio_in_video=use_audio_in_video,
     )
     following = rope[:, -1:] + torch.arange(1, len(view.input_ids) - len(prompt) + 1)
-    return replace(view, position_ids=torch.cat([rope, following], dim=1), media=tuple(places))
+    return replace(
+        view,
+        position_ids=torch.cat([rope, following], dim=1),
+        media=tuple(
+            MediumPositions(index, found)
+            for kind in KINDS
+            for index, found in zip(of_kind[kind], positions[kind])
+        ),
+    )

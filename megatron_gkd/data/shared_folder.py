@@ -1,5 +1,5 @@
-"""Work that one rank does for all of its machine: data are prepared once a machine, not once a
-rank, and lie in memory once, as mapped files.
+"""Data that one rank of a machine prepares for the other ranks on it: the work is done once per
+machine, not once per rank, and all ranks memory-map the same files.
 """
 
 import contextlib
@@ -12,7 +12,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 from megatron_gkd.errors import DataError
@@ -22,38 +23,40 @@ _OUTCOME, _MAKING = "outcome.json", "making"
 
 
 def alone(value: Any) -> list:
-    """The `gather` of a world of one."""
+    """The `gather` of a single process."""
     return [value]
 
 
 def made_once(
     make: Callable[[str], Any], read: Callable[[Any], Result], gather: Callable[[Any], list] = alone
 ) -> Result:
-    """`read(made)` on every rank. `made` is what `make(folder)` returned on the lowest of the ranks
-    of this machine whose folder of temporary files (TMPDIR) this one sees: anything that JSON can
-    hold, such as names of files in `folder`.
+    """`read(made)` on every rank. `made` is the result of `make(folder)` on one rank: the lowest of
+    this machine whose temporary folder (in TMPDIR) this rank can see. It must fit into JSON, such
+    as names of files in `folder`.
 
-    The folder is gone afterwards; what `read` has opened or mapped stays readable. gather: a value
-    of each rank -> all of them, in rank order. Raises what `make` raises, on the ranks that wait
-    for it a DataError of the same text. Collectives: two of `gather`, before the work, which may
-    take longer than a collective waits: for the work itself ranks wait at a lock, which ends with
-    the process that holds it.
+    The folder is deleted afterwards; what `read` has opened or mapped stays readable. gather: one
+    value per rank -> the list of all, in rank order. Raises the error of `make`; the ranks that
+    wait for it raise a DataError with the same text.
+
+    Collectives: two calls of `gather`, both before the work. The work may take longer than the
+    timeout of a collective, so ranks wait for its end at a file lock, which is released even if
+    the process that holds it dies.
     """
     with _sigterm_raises():
         own, locks, readers = tempfile.mkdtemp(prefix="megatron_gkd-"), [], []
         try:
             locks.append(_Lock(own, _MAKING))
-            places = gather([_machine(), own])
+            folders = gather([_machine(), own])
             maker = next(
                 folder
-                for machine, folder in places
+                for machine, folder in folders
                 if machine == _machine() and os.path.isdir(folder)
             )
             locks.append(_Lock(maker, os.path.basename(own)))  # until this rank has read
             makers = gather(maker)
             readers = [
                 os.path.basename(folder)
-                for (_, folder), chosen in zip(places, makers)
+                for (_, folder), chosen in zip(folders, makers)
                 if chosen == own
             ]
             if readers:
@@ -70,7 +73,7 @@ def made_once(
 
 
 def _machine() -> str:
-    """What the processes of a machine have in common: locks hold between them."""
+    """An id of the machine: file locks work between its processes."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read()
@@ -79,13 +82,13 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_raises():
-    """SIGTERM ends the process as an error does, unless the caller has a way of its own: the folder
-    goes, which may hold gigabytes.
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit, unless the caller has its own handler, so that the folder, which
+    may hold gigabytes, is deleted.
     """
     received = []
 
-    def end(number, frame):
+    def end(number: int, frame: FrameType | None) -> None:
         received.append(number)
         raise SystemExit(128 + number)
 
@@ -96,7 +99,7 @@ def _sigterm_raises():
     signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except Exception as error:  # a pool that is torn down may make its own error of SystemExit
+    except Exception as error:  # a pool that is shut down may turn SystemExit into its own error
         if received:
             raise SystemExit(128 + received[0]) from error
         raise
@@ -105,7 +108,7 @@ def _sigterm_raises():
 
 
 class _Lock:
-    """An exclusive lock on a file of `folder`, of this process and not of those that it forks."""
+    """An exclusive lock on a file of `folder`, held by this process but not by its forks."""
 
     def __init__(self, folder: str, name: str):
         self.file = open(os.path.join(folder, name), "w")
@@ -121,7 +124,7 @@ class _Lock:
 
 
 def _wait(folder: str, name: str) -> None:
-    """Until the lock is released, or its holder dead or done with the folder."""
+    """Returns when the lock is released, its holder is dead or the folder is deleted."""
     try:
         with open(os.path.join(folder, name)) as file:
             fcntl.lockf(file, fcntl.LOCK_SH)
@@ -138,7 +141,7 @@ def _make(make: Callable[[str], Any], folder: str) -> None:
                 f"{folder}: {error}; the prepared data lie there, TMPDIR=FOLDER names a larger disk"
             )
         text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # the others need no reason to end
+        with contextlib.suppress(OSError):  # the other ranks end even without a reason
             _write(folder, {"error": text})
         raise error
 
@@ -152,7 +155,7 @@ def _outcome(folder: str) -> Any:
     try:
         with open(os.path.join(folder, _OUTCOME)) as file:
             outcome = json.load(file)
-    except (FileNotFoundError, ValueError):  # the second: cut short
+    except (FileNotFoundError, ValueError):  # ValueError: the file is cut short
         raise DataError(
             f"the rank that prepares the data in {folder} ended before it was done"
         ) from None

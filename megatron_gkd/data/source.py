@@ -21,28 +21,27 @@ from megatron_gkd.data.rows import MEDIA_COLUMNS
 from megatron_gkd.errors import DataError, RowError
 
 LINE_COLUMN = "line"
-FINGERPRINT = (
-    "megatron-gkd"  # nothing is cached under it; without one `datasets` would hash the whole table
-)
+# Nothing is cached under it; without one `datasets` would hash the whole table.
+FINGERPRINT = "megatron-gkd"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Source(NamedTuple):
-    """`rows` is not parsed yet: `parse` turns one of its rows (a dict of columns) into a raw row;
-    `locations[i]` names row i.
+    """Rows that are not parsed yet: `parse` turns one of `rows` (a dict of columns) into a raw row,
+    `locations[i]` names row i in messages.
     """
 
     name: str
     rows: datasets.Dataset
     locations: list[str]
-    parse: Callable[[dict], Any]
+    parse: Callable[[dict[str, Any]], Any]
     folder: str = ""
     """Paths of media are relative to it"""
 
 
 def open_source(entry: str, seed: int, download: bool = False) -> Source:
     """Open `PATH`, `NAME` or either with `#N`: the first N rows after a seeded shuffle. download:
-    names that are no file or folder go to `datasets`, which may use the network. Raises DataError.
+    `datasets`, which may use the network, opens names that are no file or folder. Raises DataError.
     """
     name, num_rows = split_suffix(entry)
     source = _open(name, download)
@@ -53,8 +52,8 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
         return source
     if not 0 < num_rows <= available:
         raise DataError(
-            f"{entry} asks for {num_rows} rows and {name} has {available}: choose between 1 and {available}, or "
-            "leave out the #"
+            f"{entry} asks for {num_rows} rows and {name} has {available}: choose between 1 and "
+            f"{available}, or leave out the #"
         )
     chosen = permutation(available, seed, SUBSET)[:num_rows].tolist()
     return source._replace(
@@ -63,7 +62,7 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
 
 
 def split_suffix(entry: str) -> tuple[str, int | None]:
-    """`NAME#2000` -> (NAME, 2000). An existing path is itself, whatever it is called."""
+    """`NAME#2000` -> (NAME, 2000). An existing path is never split."""
     match = re.fullmatch(r"(.+)#(\d+)", entry)
     if match is None or os.path.exists(entry):
         return entry, None
@@ -86,19 +85,15 @@ def _open(name: str, download: bool) -> Source:
                     f"{name} is not a readable parquet file: {_first_line(error)}"
                 ) from None
         raise DataError(
-            f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per line) and .parquet "
-            "are read"
+            f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per "
+            "line) and .parquet are read"
         )
     looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(
         ("/", "./", "../", "~")
     )
     if not os.path.isdir(name) and (looks_like_a_path or not download):
-        name_of_a_set = (
-            ""
-            if looks_like_a_path
-            else "; for a data set of that name on the hub add --download_datasets true"
-        )
-        raise DataError(f"{name} does not exist{name_of_a_set}")
+        on_the_hub = "; for a data set of that name on the hub add --download_datasets true"
+        raise DataError(f"{name} does not exist{'' if looks_like_a_path else on_the_hub}")
     try:
         if os.path.isdir(name) and any(
             os.path.isfile(os.path.join(name, marker))
@@ -109,13 +104,15 @@ def _open(name: str, download: bool) -> Source:
             loaded = datasets.load_dataset(name)
     except Exception as error:  # a loader's own errors are of any type
         raise DataError(
-            f"`datasets` could not load {name} ({type(error).__name__}: {_first_line(error)}); a data set that is "
-            "neither here nor on the hub must be downloaded first: give its file or folder"
+            f"`datasets` could not load {name} ({type(error).__name__}: {_first_line(error)}); "
+            "a data set that is neither here nor on the hub must be downloaded first: give its "
+            "file or folder"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
             raise DataError(
-                f"{name} has no split `train` (it has {', '.join(loaded)}): save the one you want and give its folder"
+                f"{name} has no split `train` (it has {', '.join(loaded)}): save the one you want "
+                "and give its folder"
             )
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     return _table_source(name, loaded)
@@ -144,7 +141,7 @@ def _open_jsonl(path: str) -> Source:
     )
 
 
-def _parse_line(row: dict):
+def _parse_line(row: dict[str, bytes]) -> Any:
     try:
         text = row[LINE_COLUMN].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -168,9 +165,7 @@ def _table_source(name: str, rows: datasets.Dataset) -> Source:
 
 
 def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Media as they are stored (bytes and path): `datasets` would decode them, with packages of its
-    own.
-    """
+    """Media as they are stored, bytes and path; `datasets` would decode them otherwise."""
     feature = rows.features[column]
     inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     if not hasattr(inner, "decode"):

@@ -2,6 +2,7 @@
 written with its manifest.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,7 +16,8 @@ from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
 from megatron_gkd.lora.adapter import HEAD, adapter_tensors
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -83,20 +85,19 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
 
 
 def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]) -> FolderSource:
-    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and ValueError
-    naming a linear whose weight the folder does not have.
+    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and
+    ValueError naming a linear whose weight the folder does not have.
     """
     opened = open_adapters(adapters, weights, source.model_args)
+    root = source.model_args.family.adapter_root
     for adapter in opened.adapters:
         names = [
             name
             for name in adapter_tensors(source.model_args, 1, adapter.targets)
             if ".lora_B." in name and name in adapter
         ]
-        linears = [
-            name.removeprefix(source.model_args.family.adapter_root).removesuffix(".lora_B.weight")
-            for name in names
-        ] + adapter.towers
+        linears = [name.removeprefix(root).removesuffix(".lora_B.weight") for name in names]
+        linears += adapter.towers
         lost = [
             linear
             for linear in linears
@@ -115,7 +116,7 @@ def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]
 
 
 def refuse_outside(adapter: PeftAdapter) -> None:
-    """Raise ValueError for LoRA that the tools would drop: on the other models of the family."""
+    """Raise ValueError for LoRA that the tools would drop: on the family's other models."""
     if adapter.outside:
         raise ValueError(
             f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more "
@@ -149,6 +150,19 @@ def write_adapter(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def base_folder(adapter: Path, hf_model: Path | None) -> Path:
+    """The model that a training run's adapter belongs to: `hf_model`, or the one that its config
+    names. Raises ValueError where there is no such folder.
+    """
+    named = json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path")
+    base = hf_model or Path(named or "")
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"{adapter}: its base model {str(base)!r} is not a folder here; name it with --hf_model"
+        )
+    return base
 
 
 def copy_adapter(source: Path, output: Path) -> str:

@@ -193,14 +193,15 @@ def count_parameters(
 
 
 def banner(
-    trainable: int, total: int, teacher_adapter: str | None = None, num_teacher: int = 0
+    trainable: int, total: int, teacher_adapter: int = 0, teacher_folder: str | None = None
 ) -> str:
     """What the user looks for at the start: one model in memory, what the student and the teacher
-    make of it, and how little is trained. num_teacher: parameters of `teacher_adapter`.
+    make of it, and how little is trained. teacher_adapter: parameters of the adapter that the
+    teacher has from `teacher_folder`.
     """
     teacher = "base_model with LoRA disabled (frozen)"
-    if teacher_adapter:
-        teacher = f"base_model + frozen adapter {teacher_adapter} ({num_teacher:,} parameters)"
+    if teacher_folder:
+        teacher = f"base_model + frozen adapter {teacher_folder} ({teacher_adapter:,} parameters)"
     return (
         "Using shared base model architecture:\n"
         "  - Student model: base_model + LoRA (trainable)\n"

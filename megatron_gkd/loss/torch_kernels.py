@@ -44,8 +44,7 @@ class _Scratch:
         return self.buffers[name][:num_rows]
 
     def float32(self, name: str, logits: torch.Tensor) -> torch.Tensor:
-        """The logits themselves if they are float32, otherwise a copy in the buffer of that name.
-        """
+        """The logits themselves if they are float32, otherwise a copy in the buffer of that name."""
         if logits.dtype == torch.float32:
             return logits
         return self.get(name, len(logits)).copy_(logits)
@@ -54,8 +53,7 @@ class _Scratch:
 def _blocks(
     num_rows: int, num_columns: int, device: torch.device
 ) -> tuple[_Scratch, Iterator[slice]]:
-    """Scratch for blocks of at most BLOCK_ENTRIES logits (at least one row), and their row slices.
-    """
+    """Scratch for blocks of at most BLOCK_ENTRIES logits (at least one row), and their row slices."""
     entries = BLOCK_ENTRIES.get(device.type, DEVICE_BLOCK_ENTRIES)
     size = min(num_rows, max(1, entries // num_columns))
     slices = (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))

@@ -1,4 +1,5 @@
-"""Features of media on disk (`--media_cache`): a file a medium, shared by ranks, workers and runs.
+"""Features of media on disk (`--media_cache`): one file per medium, shared by ranks, workers and
+runs.
 """
 
 import hashlib
@@ -16,12 +17,13 @@ _VERSION = 1
 
 
 def cache_path(folder: str, reference: Reference, processor_digest: str) -> Path:
-    """One file for this content (or path, size and time of change) under these processor files.
-    Raises OSError.
+    """The cache file of a medium: its name is a hash of the processor files and the medium's bytes,
+    or its path, size and time of change. Raises OSError if there is no such file.
     """
     kind = "track" if reference.is_track else reference.kind
     digest = hashlib.sha256(f"{_VERSION} {kind} {processor_digest}".encode())
     if reference.data is None:
+        assert reference.path is not None
         status = os.stat(reference.path)
         digest.update(
             f"{os.path.realpath(reference.path)} {status.st_size} {status.st_mtime_ns}".encode()
@@ -33,7 +35,7 @@ def cache_path(folder: str, reference: Reference, processor_digest: str) -> Path
 
 
 def read_cached(path: Path, kind: str) -> Medium | None:
-    """None where nothing (or nothing whole) is cached."""
+    """The cached medium; None if there is none or its file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             notes, features = file.metadata(), file.get_tensor("features")
@@ -46,7 +48,7 @@ def read_cached(path: Path, kind: str) -> Medium | None:
 
 
 def write_cached(path: Path, medium: Medium) -> None:
-    """Written beside and renamed: another rank or worker finds the whole file or none."""
+    """Writes a temporary file and renames it: another rank or worker finds a whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     notes = {
         "grid_thw": json.dumps(medium.grid_thw or []),

@@ -1,5 +1,4 @@
-"""The towers' features in the places of their tokens: what the decoder reads instead of those
-tokens' embeddings.
+"""The towers' features in the decoder's input: they replace the embeddings of the media tokens.
 
 M media tokens of a batch, audios' first, then those of images and videos (V); D decoder layers that
 read deepstack features, H hidden size, B rows, S positions.
@@ -7,6 +6,7 @@ read deepstack features, H hidden size, B rows, S positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from megatron_gkd.parallel import Parallel
 
 @dataclass(frozen=True)
 class MediaFeatures:
-    """What the towers make of a batch's media, in the order of `Media`'s tokens and in the
-    decoder's dtype.
+    """The towers' output for a batch's media, in the order of `Media`'s tokens and in the decoder's
+    dtype.
     """
 
     embeddings: Tensor
     """[M, H]"""
     deepstack: Tensor | None
-    """[D, V, H], of the last V of the M tokens; None without images and videos"""
+    """[D, V, H], for the last V of the M tokens; None without images and videos"""
 
     @property
     def num_audio_tokens(self) -> int:
@@ -31,8 +31,8 @@ class MediaFeatures:
 
 
 def join_features(parts: Sequence[MediaFeatures]) -> tuple[MediaFeatures, list[Tensor]]:
-    """The features of several batches as those of one, and for each: number of a token in it -> in
-    the whole.
+    """The features of several batches as those of one, and for each batch int64 [M]: number of a
+    token in it -> number in the joined features.
     """
     audio = [part.embeddings[: part.num_audio_tokens] for part in parts]
     visual = [part.embeddings[part.num_audio_tokens :] for part in parts]
@@ -47,7 +47,7 @@ def join_features(parts: Sequence[MediaFeatures]) -> tuple[MediaFeatures, list[T
 
 
 def media_arguments(
-    decoder,
+    decoder: Any,
     parallel: Parallel,
     input_ids: Tensor,
     position_ids: Tensor,
@@ -55,18 +55,20 @@ def media_arguments(
     media_tokens: Tensor,
     features: MediaFeatures,
 ) -> dict:
-    """More arguments for `decoder`'s forward on the first stage: its input with the features in
-    place, and deepstack's.
+    """Further arguments for the forward of `decoder` (GPTModel) on the first stage: its input with
+    the features, and the deepstack features.
 
     input_ids [B, S], position_ids [3, B, S]; media_rows int64 [M']: b * S + s of each media token
-    in them, media_tokens int64 [M']: its number among the features. Takes the places of this rank's
-    shard of the sequence. Collectives: those of the embedding.
+    in them, media_tokens int64 [M']: its number among the features. Only tokens in this rank's
+    shard of the sequence count. Collectives: those of the embedding.
     """
     embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, B, H]
-    length, num_local = input_ids.shape[1], embedded.shape[0]
-    first = parallel.tp_rank * num_local
-    places = torch.stack((media_rows % length - first, media_rows // length))
-    here = (places[0] >= 0) & (places[0] < num_local)
+    length = input_ids.shape[1]
+    positions = parallel.shard_sequence(torch.arange(length, device=input_ids.device))  # [S/TP]
+    local_index = torch.full((length,), -1, device=input_ids.device)  # -1: on another rank
+    local_index[positions] = torch.arange(len(positions), device=input_ids.device)
+    places = torch.stack((local_index[media_rows % length], media_rows // length))
+    here = places[0] >= 0
     places, tokens = places[:, here], media_tokens[here]
     arguments = {"decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])}
     if features.deepstack is not None and len(features.deepstack):

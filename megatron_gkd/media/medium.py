@@ -1,28 +1,30 @@
-"""One audio, image or video: as a row refers to it, its size, and as a tower reads it."""
+"""One audio, image or video: as a row refers to it, its size, and its features as a tower reads
+them; and all media of a batch.
+"""
 
 import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.errors import RowError, shown
+from megatron_gkd.errors import RowError, short_repr
 
 KINDS = ("audio", "image", "video")
 
 
 class Reference(NamedTuple):
-    """A medium that has not been read: the path of a file, or its bytes."""
+    """A medium that has not been read: either the path of its file or its bytes."""
 
     kind: str
     path: str | None
     data: bytes | None
     is_track: bool = False
-    """The audio of a video: path or data are the video's."""
+    """The audio of a video, whose path or data this is"""
 
     @property
     def name(self) -> str:
@@ -34,16 +36,25 @@ class Reference(NamedTuple):
         )
 
 
-def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
-    """A path (relative to `folder`, that of the data file), bytes, or what `datasets` stores: an
-    object with bytes and path, with array and sampling_rate, or the nested list of an image's
-    pixels. Arrays become bytes, losslessly.
+class PromptReferences(NamedTuple):
+    """The media of a prompt as its row gave them."""
 
-    Raises RowError naming `where`.
+    media: list[Reference]
+    """Audios, then images, then videos, each kind in the order of its placeholders"""
+    use_audio_in_video: bool
+    """Whether the videos' own sound is among the audios (`is_track`), interleaved in the prompt"""
+
+
+def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
+    """A value of a row -> a Reference.
+
+    value: a path (relative to `folder`, that of the data file), bytes, or what `datasets` stores:
+    an object with bytes and path, or with array and sampling_rate, or an image's pixels as a nested
+    list. Arrays become bytes, losslessly. Raises RowError naming `where`.
     """
     if isinstance(value, dict):
         if value.get("array") is not None:
-            return Reference(kind, None, _sound_bytes(value, where))
+            return Reference(kind, None, _wav_bytes(value, where))
         data, path = value.get("bytes"), value.get("path") or value.get("url")
         value = data if data else path
     if isinstance(value, (bytes, bytearray)):
@@ -51,17 +62,18 @@ def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
     if isinstance(value, str) and value.strip():
         if value.startswith(("http://", "https://", "data:")):
             raise RowError(
-                f"{where} is {shown(value)}: media are files here, nothing is fetched; download it first"
+                f"{where} is {short_repr(value)}: media are files here, nothing is fetched; "
+                "download it first"
             )
         return Reference(
             kind, os.path.normpath(os.path.join(folder, value.removeprefix("file://"))), None
         )
     if isinstance(value, list) and value and kind == "image":
-        return Reference(kind, None, _picture_bytes(value, where))
-    raise RowError(f"{where} must be a path, bytes or an array, got {shown(value)}")
+        return Reference(kind, None, _png_bytes(value, where))
+    raise RowError(f"{where} must be a path, bytes or an array, got {short_repr(value)}")
 
 
-def _sound_bytes(value: dict, where: str) -> bytes:
+def _wav_bytes(value: dict, where: str) -> bytes:
     import soundfile
 
     rate = value.get("sampling_rate")
@@ -70,17 +82,18 @@ def _sound_bytes(value: dict, where: str) -> bytes:
     except (TypeError, ValueError) as error:
         raise RowError(f"{where}.array is not an array of numbers: {error}") from None
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
-        samples = samples.T  # [channels, samples], as torch's decoders give it
+        samples = samples.T  # torch's decoders give [channels, samples]
     if not isinstance(rate, int) or rate < 1 or samples.ndim not in (1, 2):
         raise RowError(
-            f"{where} must have an array of samples and a sampling_rate in Hz, got a rate of {shown(rate)}"
+            f"{where} must have an array of samples and a sampling_rate in Hz, "
+            f"got a rate of {short_repr(rate)}"
         )
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     return file.getvalue()
 
 
-def _picture_bytes(value: list, where: str) -> bytes:
+def _png_bytes(value: list, where: str) -> bytes:
     from PIL import Image
 
     try:
@@ -98,7 +111,9 @@ def _picture_bytes(value: list, where: str) -> bytes:
 
 
 class Size(NamedTuple):
-    """Of a medium: its tokens; of a video also its grid and the seconds of a step in time."""
+    """How many tokens a medium has; of a video also its grid and the seconds between two patches in
+    time.
+    """
 
     num_tokens: int
     grid_thw: tuple[int, int, int] | None = None
@@ -112,34 +127,36 @@ class Medium:
     kind: str
     """audio, image or video"""
     features: Tensor
-    """float32: audio [num_mel_bins, frames], log-mel; image and video [patches, numbers of a patch]
+    """float32; audio: log-mel [num_mel_bins, frames]; image and video: [patches, values per patch]
     """
     grid_thw: tuple[int, int, int] | None
-    """image and video: patches in time, height and width"""
+    """image and video: number of patches in time, height and width"""
     num_tokens: int
-    """Its placeholders in the text: what the tower makes of it."""
+    """Placeholder tokens in the text, one per feature vector that the tower computes"""
     seconds_per_grid: float = 0.0
     """video: seconds from one patch to the next in time"""
 
 
 @dataclass
 class Media:
-    """The media of a micro-batch, each once, whichever of its rows and views show it. Their tokens
-    are counted through: those of the audios, then those of the images and videos.
+    """The media of a micro-batch, each once, even if both views of its row show it. Their tokens
+    are numbered consecutively, those of the audios before those of the images and videos.
+
+    A audios of F frames in all, V images and videos of P patches in all.
     """
 
     audio: Tensor
-    """float32 [num_mel_bins, F]: the frames of all audios side by side"""
+    """float32 [num_mel_bins, F]: the frames of all audios, concatenated"""
     audio_lengths: Tensor
     """int64 [A]: frames of each"""
     audio_tokens: Tensor
     """int64 [A]: tokens of each"""
     audio_row_lengths: Tensor
-    """int64 [A]: frames of the longest audio in each one's row, in the student's view where that
-    shows it
+    """int64 [A]: for each audio, frames of the longest one in the same view of its row: in the
+    student's view if that shows it, else in the teacher's
     """
     pixels: Tensor
-    """float32 [P, numbers of a patch]: the patches of all images and videos one below the other"""
+    """float32 [P, values per patch]: the patches of all images and videos, concatenated"""
     grid_thw: Tensor
     """int64 [V, 3]: patches of each in time, height and width"""
     visual_tokens: Tensor
@@ -148,28 +165,29 @@ class Media:
     @classmethod
     def of(
         cls, media: Sequence[Medium], audio_row_lengths: Sequence[int] | None = None
-    ) -> Optional["Media"]:
-        """None where there is none. Audios come first. audio_row_lengths: by default each audio is
-        alone in its row.
+    ) -> "Media | None":
+        """The media of a batch, audios first; None if there are none. audio_row_lengths: None if
+        each audio is the only one in its row.
         """
-        audios = [medium for medium in media if medium.kind == "audio"]
-        visuals = [medium for medium in media if medium.kind != "audio"]
         if not media:
             return None
+        audios = [medium for medium in media if medium.kind == "audio"]
+        visuals = [medium for medium in media if medium.kind != "audio"]
         assert list(media) == audios + visuals, "audios come first"
+        empty = torch.empty(0, 0)
         lengths = [medium.features.shape[1] for medium in audios]
+        row_lengths = lengths if audio_row_lengths is None else audio_row_lengths
+        grids = [medium.grid_thw for medium in visuals]
         return cls(
-            torch.cat([medium.features for medium in audios], dim=1)
-            if audios
-            else torch.empty(0, 0),
-            torch.tensor(lengths, dtype=torch.int64),
-            torch.tensor([medium.num_tokens for medium in audios], dtype=torch.int64),
-            torch.tensor(
-                lengths if audio_row_lengths is None else audio_row_lengths, dtype=torch.int64
+            audio=torch.cat([medium.features for medium in audios], dim=1) if audios else empty,
+            audio_lengths=torch.tensor(lengths, dtype=torch.int64),
+            audio_tokens=torch.tensor([medium.num_tokens for medium in audios], dtype=torch.int64),
+            audio_row_lengths=torch.tensor(row_lengths, dtype=torch.int64),
+            pixels=torch.cat([medium.features for medium in visuals]) if visuals else empty,
+            grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            visual_tokens=torch.tensor(
+                [medium.num_tokens for medium in visuals], dtype=torch.int64
             ),
-            torch.cat([medium.features for medium in visuals]) if visuals else torch.empty(0, 0),
-            torch.tensor([medium.grid_thw for medium in visuals], dtype=torch.int64).reshape(-1, 3),
-            torch.tensor([medium.num_tokens for medium in visuals], dtype=torch.int64),
         )
 
     def to(self, device: str | torch.device) -> "Media":

@@ -1,13 +1,13 @@
-"""Media placeholders in token ids: where they stand, and one for each of a medium's tokens put in
-the place of one.
+"""Media placeholders in token ids: finding them, and filling them, which replaces the one token of
+a medium by as many as the medium has.
 
-A row may come with one placeholder for each medium, as a chat template writes it, or with as many
-as the medium has tokens. A video that shows its audio is a video's placeholder in the first form;
-in the second, tokens of both by time.
+A row may come with one token per medium, as a chat template writes it, or already filled. A video
+that shows its audio has a video's token in the first form; in the second, tokens of both ordered by
+time.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,10 @@ from megatron_gkd.media.medium import KINDS, Size
 from megatron_gkd.media.positions import MediaTokenIds
 
 BOTH = "both"  # a video that shows its audio
+_WAY_OUT = (
+    "; teacher_images, teacher_audios and teacher_videos are the teacher's own media ([] for "
+    "none), without them it has the student's"
+)
 
 
 class Placeholder(NamedTuple):
@@ -27,24 +31,29 @@ class Placeholder(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """`origin[i]` is the index of `ids[i]` in the ids that were given."""
+    """Ids with filled placeholders; `origin[i]` is the index of `ids[i]` in the ids before."""
 
     ids: list[int]
     origin: list[int]
 
 
+def _token_of_kind(tokens: MediaTokenIds) -> dict[str, int]:
+    return {
+        "audio": tokens.audio_token_id,
+        "image": tokens.image_token_id,
+        "video": tokens.video_token_id,
+    }
+
+
 def find_placeholders(
     ids: Sequence[int], tokens: MediaTokenIds, use_audio_in_video: bool
 ) -> list[Placeholder]:
-    """A run of one medium's token is one placeholder: template and processor put marks between two
-    of them.
+    """The placeholders in order. A run of equal media tokens is one placeholder: templates and
+    processors write start and end tokens around each.
     """
-    kinds = {
-        tokens.audio_token_id: "audio",
-        tokens.image_token_id: "image",
-        tokens.video_token_id: "video",
-    }
-    found, index = [], 0
+    kinds = {token: kind for kind, token in _token_of_kind(tokens).items()}
+    found: list[Placeholder] = []
+    index = 0
     while index < len(ids):
         start = index
         if use_audio_in_video and list(ids[index : index + 2]) == [
@@ -67,7 +76,9 @@ def find_placeholders(
 
 
 def count(placeholders: Sequence[Placeholder]) -> dict[str, int]:
-    """Media of each kind that the placeholders stand for; a video with its audio is one of each."""
+    """Number of media of each kind that the placeholders stand for; a video with its audio is one
+    of each.
+    """
     kinds = [placeholder.kind for placeholder in placeholders]
     both = kinds.count(BOTH)
     return {kind: kinds.count(kind) + (both if kind in ("audio", "video") else 0) for kind in KINDS}
@@ -81,18 +92,15 @@ def fill(
     *,
     as_given: bool,
 ) -> Filled:
-    """`ids` with as many tokens in the place of each placeholder as its medium has. sizes: of each
+    """`ids` with as many tokens for each placeholder as its medium has. sizes: of the media of each
     kind, in order.
 
-    as_given: placeholders of more than one token must already be as long as their medium; otherwise
-    they belong to another view and are replaced. Raises RowError with both numbers.
+    as_given: a placeholder of more than one token must have exactly its medium's number of tokens,
+    else RowError with both numbers. If not as_given, its tokens may be those of another medium, and
+    are replaced.
     """
     remaining = {kind: iter(sizes[kind]) for kind in KINDS}
-    single = {
-        "audio": tokens.audio_token_id,
-        "image": tokens.image_token_id,
-        "video": tokens.video_token_id,
-    }
+    token_of = _token_of_kind(tokens)
     filled, done = Filled([], []), 0
     for number, (kind, start, stop) in enumerate(placeholders, start=1):
         filled.ids.extend(ids[done:start])
@@ -100,10 +108,11 @@ def fill(
         if kind == BOTH:
             new = _interleaved(next(remaining["audio"]), next(remaining["video"]), tokens)
         else:
-            new = [single[kind]] * next(remaining[kind]).num_tokens
+            new = [token_of[kind]] * next(remaining[kind]).num_tokens
         if as_given and stop - start not in (1, len(new)):
             raise RowError(
-                f"placeholder {number} ({kind}) has {stop - start} tokens and its medium makes {len(new)}: write one, or all"
+                f"placeholder {number} ({kind}) has {stop - start} tokens and its medium makes "
+                f"{len(new)}: write one, or all"
             )
         filled.ids.extend(new)
         filled.origin.extend([start] * len(new))
@@ -114,8 +123,8 @@ def fill(
 
 
 def _interleaved(audio: Size, video: Size, tokens: MediaTokenIds) -> list[int]:
-    """Tokens of a video and its audio by time, between the audio's marks; at equal times the
-    picture comes first.
+    """Tokens of a video and its audio ordered by time, between the audio's start and end token; at
+    equal times the video comes first.
     """
     assert video.grid_thw is not None
     num_steps = video.grid_thw[0]
@@ -138,16 +147,14 @@ def _interleaved(audio: Size, video: Size, tokens: MediaTokenIds) -> list[int]:
 def positions_of(
     ids: Sequence[int], tokens: MediaTokenIds, num_tokens: dict[str, list[int]]
 ) -> dict[str, list[list[int]]]:
-    """Of each kind: the positions of each medium's tokens in filled ids, in order."""
-    ids_of = {
-        "audio": tokens.audio_token_id,
-        "image": tokens.image_token_id,
-        "video": tokens.video_token_id,
-    }
+    """Kind -> for each medium, in order, the positions of its tokens in filled ids. num_tokens: of
+    each medium.
+    """
+    token_of = _token_of_kind(tokens)
     found = {}
     for kind in KINDS:
         positions = (
-            [index for index, token in enumerate(ids) if token == ids_of[kind]]
+            [index for index, token in enumerate(ids) if token == token_of[kind]]
             if num_tokens[kind]
             else []
         )
@@ -161,22 +168,18 @@ def positions_of(
     return found
 
 
-def check_counts(placeholders: Sequence[Placeholder], media: dict[str, list], where: str) -> None:
-    """Raise RowError with both numbers unless there are as many placeholders as media of each kind.
-    """
+def check_counts(
+    placeholders: Sequence[Placeholder], media: Mapping[str, Sequence[Any]], where: str
+) -> None:
+    """Raise RowError with both numbers unless each kind has as many placeholders as media."""
     counts = count(placeholders)
     for kind in KINDS:
         if counts[kind] != len(media[kind]):
             raise RowError(
-                f"{where} {_number(counts[kind], kind + ' placeholder')} for {_number(len(media[kind]), kind)}"
+                f"{where} {_number(counts[kind], kind + ' placeholder')} "
+                f"for {_number(len(media[kind]), kind)}"
                 + (_WAY_OUT if where.startswith("the teacher") else "")
             )
-
-
-_WAY_OUT = (
-    "; teacher_images, teacher_audios and teacher_videos are the teacher's own media ([] for none), without them it has "
-    "the student's"
-)
 
 
 def _number(number: int, what: str) -> str:

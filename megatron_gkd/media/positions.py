@@ -1,13 +1,13 @@
 """TMRoPE: the rotary positions (time, height, width) of one row of text and media, as transformers'
-get_rope_index.
+get_rope_index computes them.
 
-Text and audio count up in all three planes. An image or a frame of a video has one time and its
-grid's rows and columns; what follows begins after the largest position of what came before. Imports
-no megatron-core: the data workers call it. S tokens of the row.
+Text and audio count up in all three planes. An image or a frame of a video has one time and the
+rows and columns of its grid; what follows begins after the largest position so far. Imports no
+megatron-core, since the data workers call it. S tokens of the row.
 
-Two oddities of get_rope_index are kept, because the model is used with it: after a video with its
-audio, counting goes on from whichever of the two ended last, although the grid's positions may be
-larger; and in a row whose videos show their audio, a silent video may use up the turn of a later
+Two oddities of get_rope_index are kept, because the model is used with them: after a video with its
+audio, positions continue from whichever of the two ended last, although the grid may have larger
+ones; and in a row whose videos show their audio, a silent video may take the turn of a later
 medium, which then counts as text.
 """
 
@@ -25,8 +25,8 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class MediaTokenIds:
-    """What of the folder's config.json places media in a row: the ids that stand for them, and
-    their units.
+    """Settings of the folder's config.json that place media in a row: their token ids, and the
+    units of their positions.
     """
 
     audio_token_id: int
@@ -37,9 +37,9 @@ class MediaTokenIds:
     vision_start_token_id: int
     vision_end_token_id: int
     position_id_per_seconds: float
-    """Time positions in a second of video."""
+    """Time positions per second of video"""
     spatial_merge_size: int
-    """Patches a side that make one token."""
+    """Patches per side of a token"""
 
     @classmethod
     def read(cls, folder: str | Path) -> "MediaTokenIds":
@@ -59,8 +59,8 @@ class MediaTokenIds:
 
 @dataclass(frozen=True)
 class _Medium:
-    """A medium of the row: `num_marks` start tokens, of which the first is number `first`, its
-    tokens, end tokens.
+    """A medium of the row: `num_marks` start tokens, the first of them at index `first`, then its
+    tokens, then as many end tokens.
     """
 
     kind: str
@@ -91,12 +91,12 @@ def rope_positions(
 ) -> Tensor:
     """The positions of a row, float32 [3, S].
 
-    audio_tokens: of each audio in the order of the row, those of videos too; image_grids and
-    video_grids: patches in time, height and width; seconds_per_grid: of each video, how long a step
-    in time is. use_audio_in_video: a video whose start token is followed by an audio's shows both
-    at once.
+    audio_tokens: number of tokens of each audio in the order of the row, the audio of videos
+    included; image_grids and video_grids: patches in time, height and width; seconds_per_grid: of
+    each video, seconds between two patches in time. use_audio_in_video: a video whose start token
+    is followed by that of an audio shows both at once.
 
-    Raises ValueError when the row's placeholders and the media differ in number, with both numbers.
+    Raises ValueError if the row's placeholders and the media differ in number, with both numbers.
     """
     tokens = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
     found = _find_media(tokens, ids, use_audio_in_video)
@@ -136,15 +136,20 @@ def _find_media(
     found: list[tuple[str, int]] = []
     for index in is_start[:-1].nonzero()[:, 0].tolist():
         kind = kinds.get(tuple(tokens[index : index + 2].tolist()))
-        if kind and not (
-            found and found[-1] == ("both", index - 1)
-        ):  # else the audio's start in a video
+        is_track = found and found[-1] == ("both", index - 1)  # the audio's start in a video
+        if kind and not is_track:
             found.append((kind, index))
     return found
 
 
-def _describe(found, audio_tokens, image_grids, video_grids, seconds_per_grid) -> list[_Medium]:
-    """The media with their sizes. Raises ValueError when the row has another number of them."""
+def _describe(
+    found: list[tuple[str, int]],
+    audio_tokens: Sequence[int],
+    image_grids: Sequence[Grid],
+    video_grids: Sequence[Grid],
+    seconds_per_grid: Sequence[float],
+) -> list[_Medium]:
+    """The media with their sizes. Raises ValueError if the row has another number of them."""
     if len(seconds_per_grid) != len(video_grids):
         raise ValueError(f"{len(seconds_per_grid)} seconds_per_grid for {len(video_grids)} videos")
     for name, kinds, given in (
@@ -152,34 +157,33 @@ def _describe(found, audio_tokens, image_grids, video_grids, seconds_per_grid) -
         ("image", ("image",), image_grids),
         ("video", ("video", "both"), video_grids),
     ):
-        places = sum(kind in kinds for kind, _ in found)
-        if places != len(given):
+        expected = sum(kind in kinds for kind, _ in found)
+        if expected != len(given):
             raise ValueError(
-                f"the row has places for {places} {name}s, {len(given)} {name}s belong to it"
+                f"the row has places for {expected} {name}s, {len(given)} {name}s belong to it"
             )
-    audios, images, videos = (
-        iter(audio_tokens),
-        iter(image_grids),
-        zip(video_grids, seconds_per_grid),
-    )
+    audios, images = iter(audio_tokens), iter(image_grids)
+    videos = zip(video_grids, seconds_per_grid)
     media = []
     for kind, first in found:
-        num_audio_tokens, grid, seconds = 0, (0, 0, 0), 1.0
+        num_audio_tokens, seconds = 0, 1.0
+        grid: Grid = (0, 0, 0)
         if kind in ("audio", "both"):
             num_audio_tokens = int(next(audios))
         if kind == "image":
             grid = next(images)
         elif kind != "audio":
             grid, seconds = next(videos)
-        media.append(_Medium(kind, first, num_audio_tokens, tuple(map(int, grid)), float(seconds)))
+        time, height, width = map(int, grid)
+        media.append(_Medium(kind, first, num_audio_tokens, (time, height, width), float(seconds)))
     return media
 
 
 def _check_tokens(tokens: Tensor, ids: MediaTokenIds, media: list[_Medium]) -> None:
-    """Raise ValueError unless each medium has its placeholders where they should be, and none is
-    left over.
+    """Raise ValueError unless each medium's placeholders follow its start tokens, and no others
+    remain.
     """
-    totals = {}
+    totals: dict[int, int] = {}
     for number, medium in enumerate(media):
         visual_id = ids.image_token_id if medium.kind == "image" else ids.video_token_id
         expected = {
@@ -192,8 +196,8 @@ def _check_tokens(tokens: Tensor, ids: MediaTokenIds, media: list[_Medium]) -> N
             there = int((inside == token).sum())
             if there != size:
                 raise ValueError(
-                    f"medium {number + 1} of the row ({medium.kind}) makes {size} tokens of id {token}, {there} of "
-                    "them follow its start"
+                    f"medium {number + 1} of the row ({medium.kind}) makes {size} tokens of id "
+                    f"{token}, {there} of them follow its start"
                 )
             totals[token] = totals.get(token, 0) + size
     for token in (ids.audio_token_id, ids.image_token_id, ids.video_token_id):
@@ -205,12 +209,11 @@ def _check_tokens(tokens: Tensor, ids: MediaTokenIds, media: list[_Medium]) -> N
 
 
 def _counted(media: list[_Medium], use_audio_in_video: bool) -> Iterator[_Medium]:
-    """The media that get positions of their own, as transformers takes its turns; the others count
-    as text.
+    """The media that transformers gives media positions to; the others count as text.
 
-    It takes as many turns as there are images, audios and, without use_audio_in_video, videos; it
-    looks for images and videos while it expects one, and with use_audio_in_video it does not expect
-    the silent ones.
+    Its loop takes as many turns as there are images, audios and, without use_audio_in_video,
+    videos. It looks for images and videos while it expects one, and with use_audio_in_video it does
+    not expect the silent ones.
     """
     num = {
         kind: sum(medium.kind == kind for medium in media)
@@ -230,7 +233,7 @@ def _counted(media: list[_Medium], use_audio_in_video: bool) -> Iterator[_Medium
 
 
 def _block(medium: _Medium, ids: MediaTokenIds, start: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [3, tokens of the medium], and the position after which counting goes on."""
+    """float32 [3, tokens of the medium], and the position after which the row continues."""
     audio = _count(medium.num_audio_tokens, start)
     if medium.kind == "audio":
         return audio, audio.max()
@@ -243,7 +246,7 @@ def _block(medium: _Medium, ids: MediaTokenIds, start: Tensor) -> tuple[Tensor, 
     if medium.kind != "both":
         return grid, grid.max()
     both = torch.cat((grid, audio), dim=1)
-    order = both[0].argsort(stable=True)  # by time, the picture before the sound
+    order = both[0].argsort(stable=True)  # by time, the video before its audio
     is_grid = order < grid.shape[1]
     others = (is_grid != is_grid[-1]).nonzero()[:, 0]
     both = both[:, order]

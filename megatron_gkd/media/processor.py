@@ -1,8 +1,9 @@
-"""The media of a row -> what the towers read: a file or its bytes, decoded, and put through the
-folder's own processor.
+"""The media of a row -> what the towers read: a file or its bytes, decoded and passed through the
+processor of the model folder.
 
-Counting a medium's tokens reads no more than the file's header; `load` decodes it, in the data
-workers, when its row is reached. Features may be kept on disk (`--media_cache`).
+Counting the tokens of a medium reads only the header of its file if that tells its size; `load`
+decodes it, in the data workers, when its row is reached. Features may be kept on disk
+(`--media_cache`).
 """
 
 import hashlib
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from megatron_gkd.errors import DataError, RowError
 from megatron_gkd.families import families
@@ -25,11 +28,14 @@ from megatron_gkd.media.medium import Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.model.args import read_config
 
-_NOT_COUNTED_BY_HEADER = ("MP3", "OGG")  # their headers tell the length about right
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
+_INEXACT_HEADERS = ("MP3", "OGG")  # formats whose headers give the length only roughly
 
 
 class MediaProcessor:
-    """The processor files of a model folder at work. Loads each part when it is first needed."""
+    """Reads media with the processor files of a model folder; each is loaded when first needed."""
 
     def __init__(self, folder: str, cache: str | None = None):
         self.folder, self.cache = folder, cache
@@ -49,38 +55,38 @@ class MediaProcessor:
             )
 
     def measure(self, reference: Reference) -> Size:
-        """The size of a medium, from its header where that tells it. Raises RowError for one that
-        is missing or is none, DataError where the folder or this machine cannot process its kind.
+        """The size of a medium, from its header if that tells it. Raises RowError for a file that
+        is missing or not of this kind, DataError if the folder or this machine cannot process it.
         """
         if reference.kind == "audio":
             return Size(
-                self.audio_tokens(self._num_frames(self._sound_length(reference), reference))
+                self.audio_tokens(self._num_frames(self._audio_length(reference), reference))
             )
         if reference.kind == "image":
-            width, height = self._picture_size(reference)
+            width, height = self._image_size(reference)
             processor = self._image_processor
             num_patches = self._refusing(
                 reference, lambda: int(processor.get_number_of_image_patches(height, width))
             )
             return Size(num_patches // processor.merge_size**2)
-        video = self.load(reference)  # how many frames are taken is the video processor's choice
+        video = self.load(reference)  # the video processor decides how many frames it takes
         return Size(video.num_tokens, video.grid_thw, video.seconds_per_grid)
 
     def load(self, reference: Reference) -> Medium:
-        """Decode a medium and compute its features, or take them from the cache. Raises as
-        `measure` does.
+        """Decode a medium and compute its features, or take them from the cache. Raises the errors
+        of `measure`.
         """
-        path = None
-        if self.cache:
+        path, cache = None, self.cache
+        if cache:
             path = self._refusing(
-                reference, lambda: cache_path(self.cache, reference, self._processor_digest)
+                reference, lambda: cache_path(cache, reference, self._processor_digest)
             )
             found = read_cached(path, reference.kind)
             if found is not None:
                 return found
         medium = {
-            "audio": self._load_sound,
-            "image": self._load_picture,
+            "audio": self._load_audio,
+            "image": self._load_image,
             "video": self._load_video,
         }[reference.kind](reference)
         if path:
@@ -88,21 +94,23 @@ class MediaProcessor:
         return medium
 
     def audio_tokens(self, num_frames: int) -> int:
-        """What three convolutions of stride 2 leave of each chunk of 2 n_window log-mel frames."""
+        """Tokens of an audio of `num_frames` log-mel frames: three convolutions of stride 2 over
+        blocks of 2 n_window frames.
+        """
 
         def convolved(length: int) -> int:
             for _ in range(3):
                 length = (length + 1) // 2
             return length
 
-        chunk = 2 * self._n_window
-        return num_frames // chunk * convolved(chunk) + convolved(num_frames % chunk)
+        block = 2 * self._n_window
+        return num_frames // block * convolved(block) + convolved(num_frames % block)
 
-    # Sound
-    # ------------------------------------------------------------------------------------------------------------
+    # Audio
+    # ----------------------------------------------------------------------------------------------
 
-    def _sound_length(self, reference: Reference) -> int:
-        """Samples at the processor's rate."""
+    def _audio_length(self, reference: Reference) -> int:
+        """Number of samples at the processor's rate."""
         import soundfile
 
         info = (
@@ -110,8 +118,8 @@ class MediaProcessor:
             if reference.is_track
             else self._refusing(reference, lambda: soundfile.info(_file(reference)))
         )
-        if info is None or info.format in _NOT_COUNTED_BY_HEADER:
-            samples, rate = self._decode_sound(reference)
+        if info is None or info.format in _INEXACT_HEADERS:
+            samples, rate = self._decode_audio(reference)
             num_samples = len(samples)
         else:
             num_samples, rate = info.frames, info.samplerate
@@ -121,17 +129,18 @@ class MediaProcessor:
         num_frames = num_samples // self._feature_extractor.hop_length
         if num_frames < 1:
             raise RowError(
-                f"{reference.name}: zero-length, {num_samples} samples at {self._feature_extractor.sampling_rate} Hz "
-                f"where a frame takes {self._feature_extractor.hop_length}"
+                f"{reference.name}: zero-length, {num_samples} samples at "
+                f"{self._feature_extractor.sampling_rate} Hz where a frame takes "
+                f"{self._feature_extractor.hop_length}"
             )
         return num_frames
 
-    def _decode_sound(self, reference: Reference) -> tuple[np.ndarray, int]:
-        """(samples of one channel, their rate)."""
+    def _decode_audio(self, reference: Reference) -> tuple[np.ndarray, int]:
+        """(samples of all channels averaged, their rate in Hz)."""
         import soundfile
 
         def read_track() -> tuple[np.ndarray, int]:
-            from torchcodec.decoders import AudioDecoder  # installed: _processor has looked
+            from torchcodec.decoders import AudioDecoder  # _processor has checked that it is there
 
             track = AudioDecoder(
                 reference.path if reference.data is None else reference.data
@@ -146,18 +155,17 @@ class MediaProcessor:
             raise RowError(f"{reference.name}: a sample is not a finite number")
         return samples.mean(axis=1), rate
 
-    def _load_sound(self, reference: Reference) -> Medium:
+    def _load_audio(self, reference: Reference) -> Medium:
         import soxr
 
-        samples, rate = self._decode_sound(reference)
+        samples, rate = self._decode_audio(reference)
         extractor = self._feature_extractor
         wanted = math.ceil(len(samples) * extractor.sampling_rate / rate)
         self._num_frames(wanted, reference)
         if rate != extractor.sampling_rate:
             samples = soxr.resample(samples, rate, extractor.sampling_rate, quality="HQ")
-            samples = np.pad(samples, (0, max(wanted - len(samples), 0)))[
-                :wanted
-            ]  # rounds the length its own way
+            # soxr rounds the length in another way
+            samples = np.pad(samples, (0, max(wanted - len(samples), 0)))[:wanted]
         features = self._refusing(
             reference,
             lambda: extractor(
@@ -172,18 +180,17 @@ class MediaProcessor:
         features = features[:, : wanted // extractor.hop_length].contiguous()
         return Medium("audio", features, None, self.audio_tokens(features.shape[1]))
 
-    # Pictures
-    # ---------------------------------------------------------------------------------------------------------
+    # Images
+    # ----------------------------------------------------------------------------------------------
 
-    def _picture_size(self, reference: Reference) -> tuple[int, int]:
-        """(width, height), turned upright."""
+    def _image_size(self, reference: Reference) -> tuple[int, int]:
+        """(width, height) of the upright image."""
         from PIL import Image
 
         def read() -> tuple[int, int]:
             with Image.open(_file(reference)) as image:
-                return (
-                    image.size[::-1] if _orientation(image) >= 5 else image.size
-                )  # 5 to 8 lie on their side
+                # orientations 5 to 8 are rotated by 90 degrees
+                return image.size[::-1] if _orientation(image) >= 5 else image.size
 
         width, height = self._refusing(reference, read)
         if min(width, height) < 2:
@@ -192,10 +199,10 @@ class MediaProcessor:
             )
         return width, height
 
-    def _load_picture(self, reference: Reference) -> Medium:
+    def _load_image(self, reference: Reference) -> Medium:
         from PIL import Image, ImageOps
 
-        self._picture_size(reference)
+        self._image_size(reference)
 
         def read():
             with Image.open(_file(reference)) as image:
@@ -215,13 +222,12 @@ class MediaProcessor:
         )
 
     # Videos
-    # -----------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _load_video(self, reference: Reference) -> Medium:
         processor = self._processor
-        fps = float(
-            getattr(processor.video_processor, "fps", None) or 1.0
-        )  # 1: what the processor counts time by
+        # 1 frame per second is the rate by which the processor computes times
+        fps = float(getattr(processor.video_processor, "fps", None) or 1.0)
 
         def read():
             with _as_path(reference, ".mp4") as path:
@@ -234,16 +240,16 @@ class MediaProcessor:
                 )
 
         inputs = self._refusing(reference, read)
-        seconds, merge_size = (
-            float(inputs["video_second_per_grid"][0]),
-            processor.video_processor.merge_size,
-        )
         return _visual(
-            "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], merge_size, seconds
+            "video",
+            inputs["pixel_values_videos"],
+            inputs["video_grid_thw"],
+            processor.video_processor.merge_size,
+            float(inputs["video_second_per_grid"][0]),
         )
 
     # The folder's files
-    # -----------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     @cached_property
     def _feature_extractor(self):
@@ -259,40 +265,40 @@ class MediaProcessor:
 
     @cached_property
     def _processor(self):
-        """The whole processor: it alone has the limits of a video's frames."""
+        """The whole processor: only it has the limits on a video's frames."""
         for package in ("torchvision", "torchcodec"):
             if importlib.util.find_spec(package) is None:
                 raise DataError(
-                    f"rows with videos need {package}, which is not installed (torchvision resizes the frames, "
-                    "torchcodec reads them): install the builds that belong to this torch, or give images"
+                    f"rows with videos need {package}, which is not installed (torchvision resizes "
+                    "the frames, torchcodec reads them): install the builds that belong to this "
+                    "torch, or give images"
                 )
         from transformers import AutoProcessor
 
         return self._part("video", AutoProcessor)
 
-    def _part(self, kind: str, loader):
+    def _part(self, kind: str, loader: Any) -> Any:
+        """The part of the processor for `kind`, loaded by one of transformers' Auto classes."""
         try:
             return loader.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # the files are anyone's, and so are the errors
+        except Exception as error:  # user files may raise errors of any type
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"rows with {kind}s need the processor files of --model {self.folder} (preprocessor_config.json): {first_line}"
+                f"rows with {kind}s need the processor files of --model {self.folder} "
+                f"(preprocessor_config.json): {first_line}"
             ) from error
 
     @cached_property
     def _n_window(self) -> int:
         return read_config(self.folder).settings["audio_config"].get("n_window", 50)
 
-    def _refusing(self, reference: Reference, read: Callable):
-        """`read()`, whatever goes wrong with the medium turned into a RowError."""
+    def _refusing(self, reference: Reference, read: Callable[[], Any]) -> Any:
+        """`read()`; any error that it raises about the medium becomes a RowError."""
         try:
-            if (
-                reference.data is None
-                and os.path.isfile(reference.path)
-                and not os.path.getsize(reference.path)
-            ):
+            path = reference.path
+            if path is not None and os.path.isfile(path) and not os.path.getsize(path):
                 raise RowError(f"{reference.name}: the file is empty")
             return read()
         except (RowError, DataError):
@@ -313,8 +319,10 @@ class MediaProcessor:
         return digest.hexdigest()
 
 
-def _orientation(image) -> int:
-    """EXIF's, 1 is upright, as the header tells it: asked for more, PIL decodes a whole PNG."""
+def _orientation(image: "PilImage") -> int:
+    """EXIF's orientation, 1 is upright. For a PNG only the header counts: for more, PIL would
+    decode it.
+    """
     return (
         1 if image.format == "PNG" and "exif" not in image.info else image.getexif().get(0x0112, 1)
     )
@@ -322,22 +330,29 @@ def _orientation(image) -> int:
 
 @contextmanager
 def _as_path(reference: Reference, suffix: str) -> Iterator[str]:
-    """The medium as a file."""
-    if reference.data is None:
-        open(reference.path, "rb").close()  # raises FileNotFoundError, where decoders say less
+    """The path of a file that holds the medium."""
+    if reference.path is not None:
+        open(reference.path, "rb").close()  # raises FileNotFoundError: decoders are less precise
         yield reference.path
     else:
         with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-            file.write(reference.data)
+            file.write(reference.data or b"")
             file.flush()
             yield file.name
 
 
-def _file(reference: Reference):
-    return io.BytesIO(reference.data) if reference.data is not None else reference.path
+def _file(reference: Reference) -> io.BytesIO | str:
+    """The medium as decoders open it."""
+    if reference.data is not None:
+        return io.BytesIO(reference.data)
+    assert reference.path is not None
+    return reference.path
 
 
-def _visual(kind: str, patches, grid_thw, merge_size: int, seconds_per_grid: float = 0.0) -> Medium:
+def _visual(
+    kind: str, patches: Tensor, grid_thw: Tensor, merge_size: int, seconds_per_grid: float = 0.0
+) -> Medium:
+    """patches [P, values per patch], grid_thw [1, 3]."""
     time, height, width = (int(number) for number in grid_thw[0])
     return Medium(
         kind,

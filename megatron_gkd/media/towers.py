@@ -1,9 +1,9 @@
-"""The audio tower and the vision tower in front of the decoder: a batch's media -> features
-(merge.py puts them in).
+"""The audio tower and the vision tower in front of the decoder: a batch's media -> features, which
+features.py puts into the decoder's input.
 
 The modules are transformers' own, on the first pipeline stage only. Their attention crosses neither
-a window of an audio nor a frame of a video, so media fall into pieces that are encoded apart from
-each other: at TP > 1 each rank encodes its share of the pieces and an all-gather joins them. M
+windows of an audio nor frames of a video, so media are cut into chunks that are encoded
+independently: at TP > 1 each rank encodes its share of the chunks and an all-gather joins them. M
 media tokens, H hidden size, D deepstack layers.
 """
 
@@ -21,12 +21,12 @@ from megatron_gkd.lora.modules import LoraLinear
 from megatron_gkd.media.chunks import (
     DOWNSAMPLING,
     TOKENS_PER_CHUNK,
-    Piece,
-    audio_pieces,
-    by_width,
-    deal,
+    Chunk,
+    audio_chunks,
+    balance,
+    by_block_length,
     encoding_order,
-    visual_pieces,
+    visual_chunks,
 )
 from megatron_gkd.media.features import MediaFeatures
 from megatron_gkd.media.medium import Media
@@ -36,8 +36,8 @@ from megatron_gkd.parallel import Parallel
 
 
 class Towers(nn.Module):
-    """The towers that a run needs, frozen, in evaluation mode; one of them is None where no medium
-    is for it.
+    """The towers that a run needs, frozen, in evaluation mode; a tower is None if the run has no
+    media for it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Towers(nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "Towers":
-        """The towers stay in evaluation mode; their LoRA alone has a training mode."""
+        """Sets the mode of LoRA modules only: the towers stay in evaluation mode."""
         for module in self.modules():
             module.training = mode and isinstance(module, LoraLinear)
         return self
@@ -79,131 +79,132 @@ class Towers(nn.Module):
     def encode(self, media: Media | None) -> MediaFeatures | None:
         """The features of a batch's media, each encoded once; None without media.
 
-        All tensor-parallel ranks call it with the same media. Collectives: with shares one
-        all-gather over them, none for a batch of one piece. With the student's LoRA on the towers
-        every rank encodes everything, for the gradient. Raises ValueError for a medium whose tower was not
-        built.
+        All tensor-parallel ranks call it with the same media. With the student's LoRA on a tower every rank
+        encodes everything, so that each has the whole gradient. Raises ValueError for a medium
+        whose tower was not built. Collectives: if the work is shared, one all-gather over the
+        tensor-parallel ranks; none for a single chunk.
         """
         if media is None:
             return None
-        pieces = self._pieces(media)
-        ranks = self.parallel.tp_size if self.shares and not self.trains and len(pieces) > 1 else 1
-        shares = deal(pieces, self._work(pieces), ranks)
-        mine = shares[self.parallel.tp_rank if ranks > 1 else 0]
-        encoded = [self._encode(media, mine)]
-        if ranks > 1:
-            encoded = self._gather(encoded[0], shares)
-        return _in_order(shares, encoded)
+        chunks = self._chunks(media)
+        shared = self.shares and not self.trains and len(chunks) > 1
+        shares = balance(chunks, self._work(chunks), self.parallel.tp_size if shared else 1)
+        encoded = self._encode(media, shares[self.parallel.tp_rank if shared else 0])
+        return _in_token_order(shares, self._gather(encoded, shares) if shared else [encoded])
 
-    def _pieces(self, media: Media) -> list[Piece]:
+    def _chunks(self, media: Media) -> list[Chunk]:
         if len(media.audio_lengths) and self.audio_tower is None:
             raise ValueError("a batch has audio, and the run was built without the audio tower")
         if len(media.grid_thw) and self.visual is None:
             raise ValueError(
                 "a batch has images or videos, and the run was built without the vision tower"
             )
-        pieces: list[Piece] = []
+        chunks: list[Chunk] = []
         if self.audio_tower is not None:
-            pieces += audio_pieces(media, self.audio_tower.config)
+            chunks += audio_chunks(
+                media, self.audio_tower.config.n_window, self.audio_tower.config.n_window_infer
+            )
         if self.visual is not None:
-            pieces += visual_pieces(media, self.visual.spatial_merge_size)
-        return pieces
+            chunks += visual_chunks(media, self.visual.spatial_merge_size)
+        return chunks
 
-    def _work(self, pieces: Sequence[Piece]) -> list[int]:
-        """About how long each piece takes: positions in the tower x its parameters."""
+    def _work(self, chunks: Sequence[Chunk]) -> list[int]:
+        """An estimate of each chunk's time: its positions in the tower x the tower's parameters."""
         audio, visual = (
             sum(parameter.numel() for parameter in tower.parameters()) if tower is not None else 0
             for tower in (self.audio_tower, self.visual)
         )
         return [
-            piece.num_tokens * audio if piece.is_audio else (piece.stop - piece.start) * visual
-            for piece in pieces
+            chunk.num_tokens * audio if chunk.is_audio else (chunk.stop - chunk.start) * visual
+            for chunk in chunks
         ]
 
-    def _encode(self, media: Media, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-        """-> the pieces' features: audio [M_audio, H], and visual [1 + D, M_visual, H] with the
-        deepstack features.
+    def _encode(self, media: Media, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """The features of some chunks, in `encoding_order`: those of audios [M_audio, H], and those
+        of images and videos with deepstack's [1 + D, M_visual, H].
         """
-        audio, visual = (
-            [piece for piece in pieces if piece.is_audio is kind] for kind in (True, False)
-        )
-        features = [self._encode_audio(media, list(group)) for group in by_width(audio)]
+        audio = [chunk for chunk in chunks if chunk.is_audio]
+        visual = [chunk for chunk in chunks if not chunk.is_audio]
+        features = [self._encode_audio(media, group) for group in by_block_length(audio)]
         embeddings = torch.cat(features) if features else self._empty((0,))
         if not visual:
             return embeddings, self._empty((1 + self.num_deepstack, 0))
-        patches = torch.cat([media.pixels[piece.start : piece.stop] for piece in visual])
-        grids = torch.tensor([(1, *piece.height_width) for piece in visual], device=patches.device)
+        assert self.visual is not None
+        patches = torch.cat([media.pixels[chunk.start : chunk.stop] for chunk in visual])
+        grids = torch.tensor([(1, *chunk.height_width) for chunk in visual], device=patches.device)
         output = self.visual(patches, grid_thw=grids)
         return embeddings, torch.stack([output.pooler_output, *output.deepstack_features])
 
-    def _encode_audio(self, media: Media, pieces: list[Piece]) -> Tensor:
-        """Pieces of one width -> [tokens of all, H]. A silent chunk of that width goes along where
-        no piece has one.
+    def _encode_audio(self, media: Media, chunks: list[Chunk]) -> Tensor:
+        """Chunks of one block length -> [tokens of all, H]. The tower pads blocks to the longest in
+        the call, so a silent block is added if no chunk has one of that length.
         """
-        frames = [media.audio[:, piece.start : piece.stop] for piece in pieces]
-        width = pieces[0].width
-        if max(part.shape[1] for part in frames) < width:
-            frames.append(frames[0].new_zeros(frames[0].shape[0], width))
+        assert self.audio_tower is not None
+        frames = [media.audio[:, chunk.start : chunk.stop] for chunk in chunks]
+        block_length = chunks[0].block_length
+        if max(part.shape[1] for part in frames) < block_length:
+            frames.append(frames[0].new_zeros(frames[0].shape[0], block_length))
         lengths = torch.tensor([part.shape[1] for part in frames], device=media.audio.device)
         features = self.audio_tower(
             torch.cat(frames, dim=1), feature_lens=lengths
         ).last_hidden_state
-        return features[: sum(piece.num_tokens for piece in pieces)]
+        return features[: sum(chunk.num_tokens for chunk in chunks)]
 
     def _gather(
-        self, mine: tuple[Tensor, Tensor], shares: list[list[Piece]]
+        self, encoded: tuple[Tensor, Tensor], shares: list[list[Chunk]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """What `_encode` made on each tensor-parallel rank. One all-gather of equal, padded
-        lengths.
+        """What `_encode` returned on each tensor-parallel rank. One all-gather, padded to the
+        largest share.
         """
         sizes = [
             [
-                sum(piece.num_tokens for piece in share if piece.is_audio is kind)
-                for kind in (True, False)
+                sum(chunk.num_tokens for chunk in share if chunk.is_audio is is_audio)
+                for is_audio in (True, False)
             ]
             for share in shares
         ]
         width, planes = self.hidden_size, 1 + self.num_deepstack
-        flat = torch.cat([part.reshape(-1) for part in mine])
+        flat = torch.cat([features.reshape(-1) for features in encoded])
         longest = max(width * (audio + planes * visual) for audio, visual in sizes)
         padded = torch.nn.functional.pad(flat, (0, longest - len(flat)))
-        parts = [torch.empty_like(padded) for _ in shares]
-        torch.distributed.all_gather(parts, padded, group=self.parallel.groups.tp)
+        gathered = [torch.empty_like(padded) for _ in shares]
+        torch.distributed.all_gather(gathered, padded, group=self.parallel.groups.tp)
         return [
             (
                 part[: audio * width].view(audio, width),
                 part[audio * width : (audio + planes * visual) * width].view(planes, visual, width),
             )
-            for part, (audio, visual) in zip(parts, sizes)
+            for part, (audio, visual) in zip(gathered, sizes)
         ]
 
     @property
     def hidden_size(self) -> int:
-        """Numbers of a feature: the decoder's hidden size."""
-        return (
-            self.visual.config.out_hidden_size
-            if self.audio_tower is None
-            else self.audio_tower.config.output_dim
-        )
+        """The length of a feature vector: the decoder's hidden size."""
+        if self.audio_tower is not None:
+            return self.audio_tower.config.output_dim
+        assert self.visual is not None
+        return self.visual.config.out_hidden_size
 
     @property
     def num_deepstack(self) -> int:
-        """Decoder layers that read features of the vision tower besides the embeddings."""
+        """Decoder layers that get features of the vision tower besides those in their input."""
         return 0 if self.visual is None else len(self.visual.deepstack_visual_indexes)
 
     def _empty(self, size: tuple[int, ...]) -> Tensor:
         return torch.empty(*size, self.hidden_size, dtype=self.dtype, device=self.parallel.device)
 
 
-def _in_order(shares: list[list[Piece]], encoded: list[tuple[Tensor, Tensor]]) -> MediaFeatures:
-    """The features of all shares, in the order of the tokens."""
+def _in_token_order(
+    shares: list[list[Chunk]], encoded: list[tuple[Tensor, Tensor]]
+) -> MediaFeatures:
+    """The features of all shares, in the order of the batch's media tokens."""
     tokens = []
-    for kind in (True, False):
+    for is_audio in (True, False):
         found = [
-            torch.arange(piece.first_token, piece.first_token + piece.num_tokens)
+            torch.arange(chunk.first_token, chunk.first_token + chunk.num_tokens)
             for share in shares
-            for piece in encoding_order(share)
-            if piece.is_audio is kind
+            for chunk in encoding_order(share)
+            if chunk.is_audio is is_audio
         ]
         tokens.append(torch.cat(found) if found else torch.empty(0, dtype=torch.int64))
     device = encoded[0][0].device
@@ -215,15 +216,16 @@ def _in_order(shares: list[list[Piece]], encoded: list[tuple[Tensor, Tensor]]) -
 
 
 class StepMedia:
-    """The features of a step's micro-batches, for all of its passes: frozen towers encode each
-    medium once, here.
+    """The features of a step's micro-batches, for all passes of the step. Frozen towers encode each
+    medium once, when this is built.
 
-    Towers with LoRA encode whenever a pass asks, as the pass has set toggle, mode and gradients.
+    Towers with LoRA encode at every access instead: the features depend on the caller's LoRA
+    toggle, training mode and gradients.
     """
 
     def __init__(self, towers: Towers | None, media: Sequence[Media | None]):
-        """towers: None on stages without them and in a run without media. Collectives: those of
-        `Towers.encode`.
+        """media: of each micro-batch. towers: None on later stages and in a run without media.
+        Collectives: those of `Towers.encode`.
         """
         self.towers, self.media = towers, media
         self.features: list[MediaFeatures | None] | None = None
@@ -234,10 +236,11 @@ class StepMedia:
                 ]
 
     def __getitem__(self, index: int) -> MediaFeatures | None:
-        """Of micro-batch `index`; None where it has none, and on later stages."""
-        return (
-            self.towers.encode(self.media[index]) if self.features is None else self.features[index]
-        )
+        """Of micro-batch `index`; None if it has no media, and on later stages."""
+        if self.features is not None:
+            return self.features[index]
+        assert self.towers is not None
+        return self.towers.encode(self.media[index])
 
 
 def build_towers(

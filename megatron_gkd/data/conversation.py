@@ -1,0 +1,178 @@
+"""Turns of a conversation as a row gives them -> checked `Messages`: roles, contents, and the media
+that parts of the contents hold.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_gkd.errors import RowError, short_repr, type_name
+from megatron_gkd.media.medium import KINDS
+
+ROLES = ("system", "user", "assistant")
+_TAG = re.compile(r"<(audio|image|video)>")
+
+Messages = list[dict[str, Any]]
+"""Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or
+video.
+"""
+
+
+@dataclass(frozen=True)
+class InlineMedia:
+    """The media placeholders in the turns of one view, collected while the turns are checked."""
+
+    tag_kinds: set[str]
+    """Kinds whose `<audio>`, `<image>` or `<video>` in a text is a placeholder: those of which the
+    view has media outside its turns.
+    """
+    values: dict[str, list[Any]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Kind -> the medium that each placeholder holds, None where it is left to the column"""
+
+
+def check_text(value: Any, where: str) -> str:
+    """The value, a string that UTF-8 can encode. Raises RowError naming `where`."""
+    if not isinstance(value, str):
+        raise RowError(f"{where} must be a string, got {type_name(value)} {short_repr(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where} is not valid Unicode: lone surrogate at character {error.start}"
+        ) from None
+    return value
+
+
+def check_content(value: Any, where: str, inline: InlineMedia | None) -> Any:
+    """A turn's content: a string, or Hugging Face's list of parts. The result is a string if there
+    is only text; otherwise the list of parts, whose media are moved to `inline`. `inline` None: no
+    media are allowed. Raises RowError naming `where`.
+    """
+    if not isinstance(value, list):
+        return _joined(_split_at_tags(check_text(value, where), inline))
+    parts = []
+    for index, part in enumerate(value):
+        place = f"{where}[{index}]"
+        if not isinstance(part, dict):
+            raise RowError(
+                f"{place} must be an object such as {{'type': 'text', 'text': ...}}, "
+                f"got {type_name(part)}"
+            )
+        held = {name: item for name, item in part.items() if item is not None}
+        kind = held.pop("type", None) or next((kind for kind in KINDS if kind in held), "text")
+        if kind == "text":
+            text = held.pop("text", None)
+            if held:
+                raise RowError(
+                    f"{place} is text and holds {', '.join(sorted(held))}: one part, one thing"
+                )
+            parts.append({"type": "text", "text": check_text(text, f"{place}.text")})
+        elif kind in KINDS:
+            if inline is None:
+                raise RowError(
+                    f"{place} is of type {kind}: media stand in user and system turns only"
+                )
+            inline.values[kind].append(_medium_of_part(held, kind, part, place))
+            parts.append({"type": kind})
+        else:
+            raise RowError(
+                f"{place} is of type {short_repr(kind)}: text, {', '.join(KINDS)} are the types"
+            )
+    return _joined(parts)
+
+
+def _medium_of_part(held: dict[str, Any], kind: str, part: dict[str, Any], where: str) -> Any:
+    """The medium of a part whose entries other than `type` and null are `held`; None for none."""
+    names = (kind, f"{kind}_url", "path", "url")
+    values = [held[name] for name in names if name in held]
+    if len(values) > 1 or not held.keys() <= set(names):
+        raise RowError(
+            f"{where} is of type {kind} and holds more than `{kind}`: {', '.join(sorted(part))}"
+        )
+    value = values[0] if values else None
+    return value.get("url") if isinstance(value, dict) and "url" in value else value
+
+
+def _split_at_tags(text: str, inline: InlineMedia | None) -> list[dict[str, str]]:
+    """A text as parts: its tags of the kinds in `inline.tag_kinds` are placeholders."""
+    if inline is None or not inline.tag_kinds:
+        return [{"type": "text", "text": text}]
+    first, *rest = _TAG.split(text)  # text, kind, text, kind, text ...
+    parts = [{"type": "text", "text": first}]
+    for kind, following in zip(rest[::2], rest[1::2]):
+        if kind in inline.tag_kinds:
+            inline.values[kind].append(None)
+            parts += [{"type": kind}, {"type": "text", "text": following}]
+        else:
+            parts[-1]["text"] += f"<{kind}>{following}"
+    return parts
+
+
+def _joined(parts: list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """One string, if the parts are nothing but text."""
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return [part for part in parts if part.get("text") != ""]
+
+
+def check_conversation(
+    value: Any, where: str, inline: InlineMedia, *, last_may_be_empty: bool = False
+) -> Messages:
+    """Check turns, roles and contents. Assistant turns have text, except the last one if it
+    `last_may_be_empty`. Raises RowError naming the turn.
+    """
+    if not isinstance(value, list):
+        raise RowError(f"{where} must be a list of turns, got {type_name(value)}")
+    if not value:
+        raise RowError(f"{where} is empty")
+    messages = []
+    for index, turn in enumerate(value):
+        place = f"{where}[{index}]"
+        if not isinstance(turn, dict):
+            raise RowError(
+                f"{place} must be an object with role and content, got {type_name(turn)}"
+            )
+        extra = sorted(
+            key for key, item in turn.items() if key not in ("role", "content") and item is not None
+        )
+        if extra:
+            raise RowError(
+                f"{place} has {', '.join(extra)}: a turn has role and content, "
+                "nothing else is rendered"
+            )
+        role = turn.get("role")
+        if role not in ROLES:
+            raise RowError(
+                f"{place}.role {short_repr(role)} is unknown: {', '.join(ROLES)} are the roles"
+            )
+        content = turn.get("content")
+        if role == "assistant":
+            may_be_empty = last_may_be_empty and index == len(value) - 1
+            content = "" if content is None else check_content(content, f"{place}.content", None)
+            if not content.strip() and not may_be_empty:
+                raise RowError(f"{place}: empty response")
+        else:
+            content = check_content(content, f"{place}.content", inline)
+        messages.append({"role": role, "content": content})
+    if messages[0]["role"] == "assistant":
+        raise RowError(
+            f"{where}[0] is an assistant turn: nothing stands before it that could be its prompt"
+        )
+    return messages
+
+
+def alpaca_messages(row: dict[str, Any], inline: InlineMedia) -> Messages:
+    """The prompt is `instruction` and, on a new line, `input` where there is one; the response is
+    `output`. Raises RowError.
+    """
+    parts = [check_text(row[name], name) for name in ("instruction", "input") if name in row]
+    prompt = "\n".join(part for part in parts if part)
+    if not prompt.strip():
+        raise RowError("empty prompt: neither instruction nor input has text")
+    output = check_text(row.get("output", ""), "output")
+    if not output.strip():
+        raise RowError("empty response: output has no text")
+    return [
+        {"role": "user", "content": check_content(prompt, "instruction", inline)},
+        {"role": "assistant", "content": output},
+    ]

@@ -1,0 +1,247 @@
+"""What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the
+progress on the screen.
+
+One object a logged step, flushed as it is written. A resumed run first drops the lines after its
+checkpoint, so that the files read as if the run had never stopped; a run that starts at step 0
+moves an earlier one's files aside. Only the rank that is `enabled` writes anything.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise OSError unless files can be written there: before minutes go into data and weights."""
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise NotADirectoryError(f"--output_dir {output_dir} is a file: choose another name")
+    os.makedirs(output_dir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output_dir):
+        pass
+
+
+class MetricsWriter:
+    """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to
+    `total_steps`.
+
+    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`),
+    otherwise later lines are dropped. On a terminal there is a bar; in a log file one line for each
+    logged step.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        tensorboard: bool = True,
+    ):
+        self.total_steps, self.start_step, self.enabled = total_steps, start_step, enabled
+        self._start_time = time.monotonic()
+        self._files, self._board, self._bar = {}, None, None
+        if not enabled:
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        paths = {name: Path(output_dir, f"{name}.jsonl") for name in ("metrics", "eval")}
+        if start_step == 0:
+            _set_aside([path for path in paths.values() if path.exists()])
+        for name, path in paths.items():
+            _keep_lines_until(path, start_step)
+            self._files[name] = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = start_step + 1 if start_step else 0
+            self._board = SummaryWriter(
+                os.path.join(output_dir, "tensorboard"), purge_step=purge_step
+            )
+        if sys.stdout.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
+
+    def log_train(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. `values["step"]` counts from 1; NaN and Inf are written as
+        null.
+        """
+        if not self.enabled:
+            return
+        self._write("metrics", "train", values)
+        shown = _shown(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(values["step"] - self._bar.n)
+        else:
+            print(
+                f"step {values['step']}/{self.total_steps}  {shown}  "
+                f"{self._time_left(values['step'])} left",
+                flush=True,
+            )
+
+    def log_eval(self, values: dict[str, Any]) -> None:
+        """One line of eval.jsonl, for the model after `values["step"]` steps."""
+        if not self.enabled:
+            return
+        self._write("eval", "eval", values)
+        line = f"eval after step {values['step']}  " + "  ".join(
+            f"{name} {value:.4g}"
+            for name, value in values.items()
+            if name != "step" and _is_number(value)
+        )
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Close the files; the writer is not used afterwards."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
+        finite = _finite(values)
+        self._files[name].write(json.dumps(finite, allow_nan=False) + "\n")
+        self._files[name].flush()
+        if self._board is not None:
+            for key, value in _flat(finite):
+                if key != "step" and _is_number(value):
+                    self._board.add_scalar(f"{group}/{key}", value, values["step"])
+            self._board.flush()
+
+    def _time_left(self, step: int) -> str:
+        seconds_per_step = (time.monotonic() - self._start_time) / max(step - self.start_step, 1)
+        return tqdm.format_interval(seconds_per_step * max(self.total_steps - step, 0))
+
+
+def _finite(value: Any) -> Any:
+    """NaN and Inf, at any depth, as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`by_source/NAME/jsd` and its value, and so on."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _shown(values: dict[str, Any]) -> str:
+    """Of a step's metrics those that fit on a line; what was not measured is left out."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "tokens_per_second": "{:.0f} tokens/s",
+        "peak_memory_gib": "{:.2f} GiB",
+    }
+    return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
+
+
+def _set_aside(paths: list[Path]) -> None:
+    """Move what an earlier run wrote to NAME.N.jsonl, N the first free number, and say so."""
+    if not any(path.stat().st_size for path in paths):
+        return
+    number = 1
+    while any(path.with_suffix(f".{number}.jsonl").exists() for path in paths):
+        number += 1
+    moved = [path.rename(path.with_suffix(f".{number}.jsonl")) for path in paths]
+    print(
+        f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}",
+        flush=True,
+    )
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}: not a line of metrics ({error!r}); repair or remove it"
+                ) from None
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Replace the file at `path` by `text`; a reader, or a kill, meanwhile finds the old or the new
+    one, whole.
+    """
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_run_json(
+    output_dir: str,
+    config: dict[str, Any],
+    versions: dict[str, str],
+    parameters: dict[str, int],
+    layout: dict[str, int],
+) -> None:
+    """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts,
+    parallel sizes.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    contents = {"config": config, "versions": versions, "parameters": parameters, "layout": layout}
+    write_atomically(
+        Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on; "not installed" where
+    one is missing.
+    """
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,165 @@
+"""The run folder's files: lines that round-trip, truncation on resume, TensorBoard, run.json, the
+progress line.
+"""
+
+import io
+import json
+import math
+import os
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_gkd import run_folder
+from megatron_gkd.run_folder import (
+    MetricsWriter,
+    package_versions,
+    write_atomically,
+    write_run_json,
+)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder, steps, start_step=0, **options):
+    writer = MetricsWriter(str(folder), total_steps=10, start_step=start_step, **options)
+    for step in steps:
+        writer.log_train(
+            {
+                "step": step,
+                "loss": 1 / (3 * step),
+                "on_policy": step % 2 == 0,
+                "num_tokens": 7 * step,
+            }
+        )
+        if step % 2 == 0:
+            writer.log_eval({"step": step, "jsd": 0.1 / step})
+    writer.close()
+
+
+def test_lines_round_trip_and_are_flushed_at_once(tmp_path):
+    writer = MetricsWriter(str(tmp_path), total_steps=3, tensorboard=False)
+    values = {
+        "step": 1,
+        "loss": 0.1 + 0.2,
+        "grad_norm": 1e-300,
+        "on_policy": True,
+        "num_tokens": 2**40,
+    }
+    writer.log_train(values)
+    assert read(tmp_path / "metrics.jsonl") == [values]
+    writer.log_train({"step": 2, "loss": math.nan, "grad_norm": math.inf})
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": None, "grad_norm": None}
+    assert (tmp_path / "eval.jsonl").read_text() == ""
+
+
+def test_resumed_files_are_those_of_a_run_that_never_stopped(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(whole, range(1, 11))
+    run(stopped, range(1, 8))
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # a kill in the middle of a line
+    run(stopped, range(5, 11), start_step=4)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert [line["step"] for line in read(stopped / "eval.jsonl")] == [2, 4, 6, 8, 10]
+    assert not [name for name in os.listdir(stopped) if name.endswith(".tmp")]
+
+
+def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path, capsys):
+    for last in (5, 4, 3):
+        run(tmp_path, range(1, last))
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read(tmp_path / "metrics.2.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read(tmp_path / "metrics.1.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read(tmp_path / "eval.1.jsonl")] == [2, 4]
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("An earlier run")
+    ]
+    assert len(said) == 2
+    assert said[0].endswith(
+        f"its metrics are now {tmp_path / 'metrics.1.jsonl'} and {tmp_path / 'eval.1.jsonl'}"
+    )
+
+
+def test_a_foreign_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        MetricsWriter(str(tmp_path), total_steps=3, start_step=3)
+    assert "not json" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    run(tmp_path / "out", range(1, 5), enabled=False)
+    assert not (tmp_path / "out").exists() and capsys.readouterr().out == ""
+
+
+def test_tensorboard_scalars_without_the_steps_that_were_undone(tmp_path):
+    run(tmp_path, range(1, 8))
+    run(tmp_path, range(5, 7), start_step=4)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    losses = board.Scalars("train/loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in losses] == pytest.approx(
+        [1 / (3 * step) for step in range(1, 7)]
+    )
+    assert [event.step for event in board.Scalars("eval/jsd")] == [2, 4, 6]
+
+
+def test_one_line_a_logged_step_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: next(clock))
+    writer = MetricsWriter(str(tmp_path), total_steps=50, start_step=10, tensorboard=False)
+    writer.log_train(
+        {
+            "step": 20,
+            "loss": 0.25,
+            "learning_rate": 1e-5,
+            "tokens_per_second": 1234.4,
+            "peak_memory_gib": 3.14159,
+        }
+    )
+    writer.log_eval({"step": 20, "jsd": 0.125, "token_accuracy": None})
+    writer.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 20/50  loss 0.2500  lr 1.00e-05  1234 tokens/s  3.14 GiB  01:00 left",
+        "eval after step 20  jsd 0.125",
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(run_folder.sys, "stdout", Terminal())
+    writer = MetricsWriter(str(tmp_path), total_steps=4, start_step=1, tensorboard=False)
+    writer.log_train({"step": 4, "loss": 0.5, "tokens_per_second": 10.0, "peak_memory_gib": 1.0})
+    writer.close()
+    shown = run_folder.sys.stdout.getvalue()
+    assert "4/4" in shown and "loss 0.5000  10 tokens/s  1.00 GiB" in shown
+
+
+def test_run_json(tmp_path):
+    parts = {
+        "config": {"model": {"model": "模型"}},
+        "versions": package_versions(),
+        "parameters": {"trainable": 150_994_944},
+        "layout": {"world_size": 8},
+    }
+    write_run_json(str(tmp_path / "out"), *parts.values())
+    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8")) == parts
+    assert parts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
