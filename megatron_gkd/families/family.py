@@ -25,7 +25,7 @@ class Tower:
     """Its list of layers"""
     lora_linears: tuple[str, ...]
     """What `--lora_towers` wraps in each layer"""
-    load_class: Callable[[], type]
+    load_class: Callable[[], Any]
     """transformers' class of it"""
 
 

@@ -76,8 +76,14 @@ def lower_rank(
     )
 
     def fill(folder: Path) -> None:
-        lora = {"rank": rank, "alpha": scale * rank, "targets": adapter.targets}
-        save_tensors(tensors, folder, model_args.family, **lora)
+        save_tensors(
+            tensors,
+            folder,
+            model_args.family,
+            rank=rank,
+            alpha=scale * rank,
+            targets=adapter.targets,
+        )
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
     write_adapter(output, "lower_rank", fill, [adapter.folder, Path(hf_model)])
