@@ -29,6 +29,7 @@ from tests.adapters import (
     EXPERTS,
     linear_sizes,
     load_peft,
+    load_text_model,
     load_thinker,
     make_batches,
     peft_gradients,
@@ -59,6 +60,7 @@ CASES = {  # folder, targets, rank, alpha
     "gate and up, rank 3": ("4 KV heads", ["gate_proj", "up_proj"], 3, 4),
     "down, rank 16": ("4 KV heads", ["down_proj"], 16, 32),
     "all and lm_head, rank 3": ("2 KV heads, odd sizes", [*ALL, "lm_head"], 3, 5),
+    "text, all and lm_head, rank 2": ("text", [*ALL, "lm_head"], 2, 6),
 }
 DROPOUT = 0.3
 
@@ -114,7 +116,8 @@ class Reference:
     """
 
     def __init__(self, folder: str, adapter: str, model_args, rank: int):
-        model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
+        load = load_text_model if model_args.model_type == "qwen3_moe" else load_thinker
+        model, missing = load_peft(load(folder), adapter, is_trainable=True)
         assert not missing
         self.logits, self.gradients, self.num_tokens = [], [], []
         for batch in make_batches(VOCAB_SIZE):
