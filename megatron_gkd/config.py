@@ -32,7 +32,9 @@ from megatron_gkd.model.args import ModelArgs, read_model_args
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
     "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
-    "teacher_deepspeed": "the teacher is the student's own base model with LoRA off, so it is sharded with it",
+    "teacher_deepspeed": (
+        "the teacher is the student's own base model with LoRA off, so it is sharded with it"
+    ),
 }
 
 
@@ -68,17 +70,14 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        same = self.teacher_model is None or os.path.realpath(
-            self.teacher_model
-        ) == os.path.realpath(self.model)
-        way_out = "drop the flag: the teacher is this model with its LoRA modules off, no second one is loaded"
-        require(
-            same,
-            "teacher_model",
-            self.teacher_model,
-            f"the same folder as --model {self.model}",
-            way_out,
+        teacher = self.teacher_model
+        same = teacher is None or os.path.realpath(teacher) == os.path.realpath(self.model)
+        allowed = f"the same folder as --model {self.model}"
+        way_out = (
+            "drop the flag: the teacher is this model with its LoRA modules off, no second one is "
+            "loaded"
         )
+        require(same, "teacher_model", teacher, allowed, way_out)
         way_out = "only LoRA weights are trained, the base they sit on is the teacher"
         require(self.train_type == "lora", "train_type", self.train_type, "lora", way_out)
 
@@ -133,6 +132,18 @@ class LoraConfig:
             "ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed
         )
         self.lora_target_modules = names
+
+    @property
+    def rank(self) -> int:
+        """--lora_rank, where it is set or has been filled in (adapters.py)."""
+        assert self.lora_rank is not None
+        return self.lora_rank
+
+    @property
+    def alpha(self) -> float:
+        """--lora_alpha, where it is set or has been filled in."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha
 
 
 @dataclass
@@ -493,7 +504,8 @@ def parse_config(argv: list[str]) -> Config:
     Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a
     missing flag, a bad value. Rank 0 prints one line for each DeepSpeed flag.
     """
-    parser = Parser([group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train")
+    groups: list[Any] = [group.type for group in fields(Config)]
+    parser = Parser(groups, prog="torchrun -m megatron_gkd.train")
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
@@ -502,11 +514,11 @@ def parse_config(argv: list[str]) -> Config:
     for flag, answer in REPLACED_FLAGS.items():
         parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
     refuse_unknown(argv, parser)
-    groups, others = parser.parse(with_config_file(argv, parser))
+    settings, others = parser.parse(with_config_file(argv, parser))
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
-    return Config(*groups)
+    return Config(*settings)
 
 
 def parse_config_or_exit(argv: list[str]) -> Config:

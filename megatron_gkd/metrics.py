@@ -1,7 +1,7 @@
 """What a run measures: sums over response tokens, counts over the global batch, seconds, bytes.
 
-The sums are made where the loss is (forward.py), the rest where the loop is (train.py); run_folder.py
-writes them down.
+The sums are made where the loss is (forward.py), the rest where the loop is (train.py);
+run_folder.py writes them down.
 """
 
 import math
@@ -210,7 +210,14 @@ class StepCounts:
             device=parallel.device,
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return cls(*map(int, sums.tolist()), peak_memory_bytes=most[1].item(), stop=bool(most[0]))
+        num_tokens, cut_tokens, truncated_responses = map(int, sums.tolist())
+        return cls(
+            num_tokens,
+            cut_tokens,
+            truncated_responses,
+            peak_memory_bytes=most[1].item(),
+            stop=bool(most[0]),
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
