@@ -1,8 +1,8 @@
-"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
+"""What the tools' command lines share: flags from a dataclass, one-line errors, exit status 2."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -35,9 +35,9 @@ def parse_flags(settings: type[Settings], description: str) -> Settings:
 
 
 @contextmanager
-def refusals_in_one_line():
-    """A refusal inside is one line on stderr, from rank 0 where there are several, and exit status
-    2.
+def refusals_in_one_line() -> Iterator[None]:
+    """An expected error inside becomes one line on stderr, from rank 0 where there are several, and
+    exit status 2.
     """
     try:
         yield

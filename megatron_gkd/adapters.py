@@ -18,7 +18,8 @@ from megatron_gkd.lora.apply import (
     count_parameters,
     num_teacher_parameters,
 )
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
+from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, log_rank_0
 

@@ -14,7 +14,6 @@ from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teache
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
-from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
@@ -27,7 +26,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.resume import note_start, resume
-from megatron_gkd.rollout.backend import MegatronRollout
+from megatron_gkd.rollout.rollout import make_rollout
 from megatron_gkd.run import Run
 from megatron_gkd.run_folder import (
     MetricsWriter,
@@ -72,7 +71,17 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         tensorboard=config.run.tensorboard,
     )
     note_start(config, parallel, resume_folder)
-    pad_token_id = train_data.pad_token_id
+    rollout = None
+    if config.distill.seq_kd or config.distill.may_be_on_policy:
+        rollout = make_rollout(
+            config.rollout,
+            model=model,
+            model_args=model_args,
+            parallel=parallel,
+            data=train_data,
+            model_folder=config.model.model,
+            seed=config.train.seed,
+        )
     return Run(
         config=config,
         parallel=parallel,
@@ -83,10 +92,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         loss=loss_settings(config, model_args),
         train_data=train_data,
         eval_data=eval_data,
-        student_rollout=make_rollout(config, model_args, parallel, pad_token_id),
-        teacher_rollout=make_rollout(
-            config, model_args, parallel, pad_token_id, teacher_writes=True
-        ),
+        rollout=rollout,
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
@@ -273,40 +279,3 @@ def check_other_adapter(teacher: str, student: str | Path | None) -> None:
             "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
             "runs it all the same"
         )
-
-
-def make_rollout(
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    pad_token_id: int,
-    teacher_writes: bool = False,
-) -> MegatronRollout | None:
-    """The sampler of on-policy steps, or of the teacher's under --seq_kd; None where the run never
-    needs it.
-    """
-    distill, rollout = config.distill, config.rollout
-    needed = distill.seq_kd if teacher_writes else distill.may_be_on_policy
-    if not needed:
-        return None
-    eos_token_ids = read_stop_token_ids(config.model.model)
-    if not eos_token_ids:
-        log_rank_0(
-            parallel,
-            f"Note: no file in {config.model.model} that can be read names an end-of-text token; "
-            "every response will have --max_completion_length tokens",
-        )
-    return MegatronRollout(
-        model_args=model_args,
-        parallel=parallel,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.sequence_multiple,
-        seed=config.train.seed,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        repetition_penalty=rollout.repetition_penalty,
-        teacher_writes=teacher_writes,
-    )

@@ -30,7 +30,8 @@ from megatron_gkd.lora.adapter import (
     tower_loras,
     tower_tensors,
 )
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
+from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer

@@ -17,7 +17,7 @@ from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update, learning_rate
 from megatron_gkd.parallel import Parallel, seed_step
-from megatron_gkd.rollout.backend import RolloutBackend
+from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.run_folder import MetricsWriter
 
 
@@ -57,7 +57,7 @@ class StepResult:
 @dataclass
 class Run:
     """Everything that the loop uses. `model` is this rank's stage of the decoder, `ddp` the same in
-    megatron-core's gradient reducer; the rollouts are None where the run never needs them.
+    megatron-core's gradient reducer; `rollout` is None where the run never needs it.
     """
 
     config: Config
@@ -69,8 +69,7 @@ class Run:
     loss: LossSettings
     train_data: SampleDataset
     eval_data: SampleDataset | None
-    student_rollout: RolloutBackend | None
-    teacher_rollout: RolloutBackend | None
+    rollout: Rollout | None
     writer: MetricsWriter
     progress: Progress
     clock: Clock
@@ -203,3 +202,9 @@ class Run:
             "step_time": step_time,
             **self.clock.laps,
         }
+
+    def close(self) -> None:
+        """The end of the run, however it ends: its files, and the engine of its rollouts."""
+        self.writer.close()
+        if self.rollout is not None:
+            self.rollout.close()

@@ -33,32 +33,34 @@ from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.optimizer import Update
 from megatron_gkd.parallel import Parallel, any_rank, log_rank_0
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
-from megatron_gkd.rollout.backend import respond_or_skip
+from megatron_gkd.rollout.backend import Author
 from megatron_gkd.run import Run, StepResult
 
 
 def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 prints and writes."""
     run = build_run(config, parallel)
-    if run.progress.step == 0 and run.eval_data:
-        run.writer.log_eval(evaluate(run))
-    with closing(run.batches()) as steps, stop_requests() as requests:
-        for batches in steps:
-            result = train_step(run, batches)
-            run.count(result)
-            counts = StepCounts.of(result.batches, result.num_truncated, bool(requests), parallel)
-            stop = counts.stop
-            if run.is_logging_step(result, stop):
-                run.writer.log_train(run.step_metrics(result, counts))
-            check_health(run)
-            if run.is_eval_step:
-                run.writer.log_eval(evaluate(run))
-                stop = any_rank(bool(requests), parallel.device)  # it may take longer than a step
-            save_if_due(run, result.update, ends=stop or run.is_complete)
-            if stop and not run.is_complete:
-                log_rank_0(parallel, stopped_line(run))
-                break
-    run.writer.close()
+    with closing(run):
+        if run.progress.step == 0 and run.eval_data:
+            run.writer.log_eval(evaluate(run))
+        with closing(run.batches()) as steps, stop_requests() as requests:
+            for batches in steps:
+                result = train_step(run, batches)
+                run.count(result)
+                counts = StepCounts.of(
+                    result.batches, result.num_truncated, bool(requests), parallel
+                )
+                stop = counts.stop
+                if run.is_logging_step(result, stop):
+                    run.writer.log_train(run.step_metrics(result, counts))
+                check_health(run)
+                if run.is_eval_step:  # it may take longer than a step
+                    run.writer.log_eval(evaluate(run))
+                    stop = any_rank(bool(requests), parallel.device)
+                save_if_due(run, result.update, ends=stop or run.is_complete)
+                if stop and not run.is_complete:
+                    log_rank_0(parallel, stopped_line(run))
+                    break
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:
@@ -69,9 +71,11 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     media = StepMedia(run.towers, [batch.media for batch in batches])
     on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)
     # None: the data set's own responses
-    rollout = run.student_rollout if on_policy else run.teacher_rollout
-    if rollout is not None:
-        batches = respond_or_skip(rollout, run.model, batches, step, media, parallel)
+    author: Author | None = (
+        "student" if on_policy else "teacher" if run.config.distill.seq_kd else None
+    )
+    if author is not None and run.rollout is not None:
+        batches = run.rollout.respond_or_skip(batches, step, author, media)
     clock.lap("rollout_time")
     if batches:
         teacher_hidden = teacher_forward(run.model, batches, parallel, media)
@@ -87,7 +91,7 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     else:  # a response of some rank was not finite: no rank takes the step
         means = TokenSums.unknown(parallel.device).means(parallel)
         update = Update(applied=False, grad_norm=math.nan)
-    num_truncated = rollout.num_truncated(batches) if rollout is not None else 0
+    num_truncated = run.rollout.num_truncated(batches) if run.rollout is not None else 0
     return StepResult(batches, num_truncated, on_policy, run.learning_rate(), means, update)
 
 

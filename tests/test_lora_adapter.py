@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.lora.adapter_sum import refuse_outside
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.verify.reference import decoder
 from tests.adapters import (

@@ -28,8 +28,8 @@ NUM_MERGES = 640  # beyond this the corpus has few pairs left that occur twice
 ROLES = ["system", "user", "assistant"]
 
 PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # (text, special), in the order of the hub's ids. Decoding with skip_special_tokens keeps those that
 # are not special.
@@ -95,8 +95,8 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     """
     if vocab_size < minimum_vocab_size():
         raise ValueError(
-            f"--vocab_size {vocab_size} is too small for the tokenizer: "
-            f"at least {minimum_vocab_size()} are needed"
+            f"--vocab_size {vocab_size} is too small for the tokenizer: at least "
+            f"{minimum_vocab_size()} are needed"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -142,9 +142,10 @@ def _tokenizer_config(token_ids: dict[str, int], has_media: bool) -> dict[str, o
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str, *, has_media: bool = True) -> dict[str, int]:
-    """Write vocab.json, merges.txt, tokenizer*.json and the chat template; return token text -> id.
+    """Write vocab.json, merges.txt, tokenizer*.json and the chat template to `folder`. Returns the
+    id of each token's text.
 
-    has_media: name the placeholders of media, and write the template for a processor too.
+    `has_media`: name the placeholders of media, and write the template for a processor too.
     """
     token_ids = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer.model.save(folder)

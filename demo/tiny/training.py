@@ -1,5 +1,5 @@
-"""A minute of plain training that teaches the small model the toy language, on chats rendered by
-its own template.
+"""A minute of plain training that teaches the small model the toy language, on chats in its own
+template.
 """
 
 import math
@@ -50,8 +50,8 @@ def _batch(
 
 
 def _response_logits(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] of the trained positions only; no mask is needed, since causal rows never look
-    at right padding.
+    """Logits [N, V] of the trained positions only. No mask is needed: causal attention never sees
+    right padding.
     """
     return model.lm_head(model.model(input_ids=ids).last_hidden_state[labels != -100])
 
