@@ -57,7 +57,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
     add_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
-    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
+    log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
@@ -199,15 +199,8 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
 
 def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     """The loss of the whole run."""
-    distill = config.distill
-    divergence, beta = distill.mixture
     return LossSettings(
-        divergence,
-        beta,
-        distill.temperature,
-        distill.sft_alpha,
-        model_args.vocab_size,
-        distill.divergence_clip,
+        config.distill.loss_divergence, config.distill.sft_alpha, model_args.vocab_size
     )
 
 

@@ -78,7 +78,7 @@ def choice_lines() -> list[str]:
         warnings.catch_warnings()
     ):  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
-        from megatron_gkd.loss.divergence import passes_for
+        from megatron_gkd.loss.passes import select_kernels
         from megatron_gkd.model.decoder import core_attention
         from megatron_gkd.model.experts import FAST_GROUPED_MM, grouped_linear
         from megatron_gkd.parallel import resolve_device
@@ -101,7 +101,7 @@ def choice_lines() -> list[str]:
             if slow
             else []
         ),
-        f"loss: {passes_for(device).__name__}",
+        f"loss: {select_kernels(device).__name__}",
     ]
 
 

@@ -65,6 +65,9 @@ class Groups:
         return cls(*(found if len(found) > 1 else () for found in names))
 
 
+NO_GROUPS = Groups()
+
+
 @dataclass
 class TokenSums:
     """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
@@ -72,10 +75,10 @@ class TokenSums:
     """
 
     values: Tensor
-    groups: Groups = Groups()
+    groups: Groups = NO_GROUPS
 
     @classmethod
-    def zero(cls, device: torch.device, groups: Groups = Groups()) -> "TokenSums":
+    def zero(cls, device: torch.device, groups: Groups = NO_GROUPS) -> "TokenSums":
         return cls(
             torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
             groups,
