@@ -218,13 +218,13 @@ def _join_files(
     """The ranks' pieces as the files of a checkpoint."""
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
-    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
+    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     weights = _join(partial, "weight", shapes, parallel.world_size)
     saved = weights | zero_tensors(model_args, rank, targets)
-    save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
+    save_tensors(saved, partial, model_args.family, rank=rank, alpha=alpha, targets=targets)
     _sync(partial / TENSORS)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-    config = peft_config(**lora, base_model=base_model, towers=towers)
+    config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
     _save_json(config, partial / CONFIG)
     if optimizer is not None:
         joined = {

@@ -241,7 +241,8 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
 def test_yaml_file_and_flags_win(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: /m\ndataset: [a.jsonl, b.jsonl]\nlearning_rate: 2e-5\nlmbda: 0:0.25,10:1\nseq_kd: true\nadapter: null\n"
+        "model: /m\ndataset: [a.jsonl, b.jsonl]\nlearning_rate: 2e-5\nlmbda: 0:0.25,10:1\nseq_kd: "
+        "true\nadapter: null\n"
         "target_modules: q_proj,v_proj\nsave_only_model: no\nval_dataset: []\n"
     )
     config = parse_config(["--learning_rate", "3e-5", "--config", str(path)])
@@ -425,7 +426,8 @@ def test_check_layout_command(tmp_path):
     good = check("--tensor_model_parallel_size", "2", "--expert_model_parallel_size", "4")
     assert good.returncode == 0, good.stderr
     assert (
-        "4 ranks = TP 2 x PP 1 x DP 2; EP 4: 2 of 8 experts a rank; 2 of 2 layers a stage; a step takes 8 samples"
+        "4 ranks = TP 2 x PP 1 x DP 2; EP 4: 2 of 8 experts a rank; 2 of 2 layers a stage; a step "
+        "takes 8 samples"
         in good.stdout
     )
     bad = check("--tensor_model_parallel_size", "3")

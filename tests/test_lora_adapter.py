@@ -777,8 +777,7 @@ def test_the_head_that_peft_saves_beside_lora(tiny_folder, tmp_path):
 
 
 def second_stage(rank, world_size, folder, adapter, more_linears):
-    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank.
-    """
+    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank."""
     place, model_args = initialize(1, 1, 1), read_model_args(folder)
     opened = PeftAdapter(adapter, model_args)
     _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)

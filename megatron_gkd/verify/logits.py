@@ -45,9 +45,7 @@ def transformers_trace(model: Any, rows: Rows) -> tuple[Trace, Tensor]:
     """(hidden states and logits, position ids [3, B, S]). model: transformers' model, or peft's
     around it.
     """
-    text_model: Any = decoder(
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )
+    text_model: Any = decoder(model.get_base_model() if hasattr(model, "get_base_model") else model)
     layers: dict[int, Tensor] = {}
     entered: dict[str, Any] = {}
     with ExitStack() as hooks, torch.no_grad():
