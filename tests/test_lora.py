@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_gkd import cpu, parallel
-from megatron_gkd.build import resolve
+from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
