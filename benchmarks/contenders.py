@@ -92,8 +92,7 @@ def run_plain(student, teacher, settings, group=None, chunk_rows=64):
 
 
 def run_read_write(student, teacher):
-    """The limit of everything on logits: one read of both sides, one write of the gradient's size.
-    """
+    """The limit of everything on logits: one read of both sides, one write of the gradient's size."""
     first, second = student.detach(), teacher.detach()
     return lambda: torch.add(first, second)
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_gkd.loss import triton_kernels as kernels
-from megatron_gkd.loss.divergence import KINDS
+from megatron_gkd.loss.divergence import KINDS, Divergence
 
 # Types of the arguments by name; what is not here is a compile-time constant.
 TYPES = {
@@ -29,7 +29,9 @@ TYPES = {
     ),
     **dict.fromkeys(("first_column", "num_rows"), "i32"),
     **dict.fromkeys(("scale", "beta", "clip"), "fp32"),
-    **dict.fromkeys(("rows", "divergence_factor", "gradient_sum", "cross_entropy_factor"), "*fp32"),
+    **dict.fromkeys(
+        ("scalars", "divergence_factor", "gradient_sum", "cross_entropy_factor"), "*fp32"
+    ),
     **dict.fromkeys(("labels", "label_columns"), "*i64"),
 }
 NOT_ALIGNED = (
@@ -95,12 +97,13 @@ def count_all(dtype, metrics=False, beta=0.5, capability=90):
         compile_kernel(kernels._statistics_kernel, dtype, block | flags, capability)
     )
     totals = {}
-    for number, kind in enumerate(KINDS):
-        constants = block | {"KIND": number, "HALF": beta == 0.5, "CLIP": False}
+    for kind in KINDS:
+        divergence = Divergence(kind, beta)
+        constants = block | kernels.rule_constants(divergence)
         totals[kind] = 2 * statistics + sum(
             instructions_a_logit(compile_kernel(function, dtype, constants | more, capability))
             for function, more in (
-                (kernels._compare_kernel, {"METRICS": metrics}),
+                (kernels._compare_kernel, kernels.sum_constants(divergence, metrics)),
                 (kernels._gradient_kernel, {"CROSS_ENTROPY": metrics}),
             )
         )

@@ -35,9 +35,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks import contenders
-from megatron_gkd.loss.divergence import SideStatistics, Sums
 from megatron_gkd.loss.linear import _chunk_rows
-from megatron_gkd.loss.rows import gather_statistics, reduce_sums
+from megatron_gkd.loss.passes import gather_statistics, reduce_sums
+from megatron_gkd.loss.rows import SideStatistics, Sums
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = {

@@ -1,8 +1,8 @@
-"""What the tools' command lines share: flags from a dataclass, errors in one line, exit status 2."""
+"""What the tools' command lines share: flags from a dataclass, one-line errors, exit status 2."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -28,16 +28,16 @@ def check_num_workers(num_workers: int) -> None:
 
 def parse_flags(settings: type[Settings], description: str) -> Settings:
     """The command line. Raises ValueError naming the flag."""
-    parser = Parser(settings, description=description.strip().splitlines()[0], allow_abbrev=False)
+    parser = Parser([settings], description=description.strip().splitlines()[0])
     refuse_unknown(sys.argv[1:], parser)
-    (config,) = parser.parse_args_into_dataclasses()
+    (config,), _ = parser.parse(sys.argv[1:])
     return config
 
 
 @contextmanager
-def refusals_in_one_line():
-    """A refusal inside is one line on stderr, from rank 0 where there are several, and exit status
-    2.
+def refusals_in_one_line() -> Iterator[None]:
+    """An expected error inside becomes one line on stderr, from rank 0 where there are several, and
+    exit status 2.
     """
     try:
         yield

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
-from megatron_gkd.config import ParallelConfig, check_layout
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.megatron_writer import open_checkpoint_source, write_megatron_folder
 from megatron_gkd.formats.stored_tensor import SHARD_BYTES
+from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs
 
 
 @dataclass
 class HfToMegatronConfig:
-    hf_model: str = field(
-        metadata={"help": "Hugging Face model folder."}
-    )
+    hf_model: str = field(metadata={"help": "Hugging Face model folder."})
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     tensor_model_parallel_size: int = setting(
         1, "Layout of the training to come: pads the vocabulary, cuts the pieces."

@@ -28,8 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, help="folder to write; must not exist or be empty"
     )
-    for name, default in build_folder.__kwdefaults__.items():
-        default = TRAINED.get(name, default)
+    for name, default in ((build_folder.__kwdefaults__ or {}) | TRAINED).items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true")
         else:

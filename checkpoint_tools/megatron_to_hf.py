@@ -7,7 +7,6 @@ checkpoint-STEP of a training run: its adapter merged into the base model, or al
 adapter. --adapter adds adapters to any of them.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,32 +96,15 @@ def _write(
 def _export_training(
     config: MegatronToHfConfig, checkpoint: Path, hf_model: Path | None, shard_bytes: int
 ) -> str:
-    if config.export == "adapter":
-        from megatron_gkd.lora.adapter_sum import copy_adapter
+    from megatron_gkd.lora.adapter_sum import base_folder, copy_adapter
 
+    if config.export == "adapter":
         for flag in ("hf_model", "adapter", "weight"):
             if getattr(config, flag):
                 raise ValueError(f"--{flag} has no effect with --export adapter; leave it out")
         return copy_adapter(checkpoint, Path(config.output))
-    return _write(
-        config,
-        _base_of(checkpoint, hf_model),
-        hf_model,
-        [str(checkpoint), *config.adapter],
-        shard_bytes,
-    )
-
-
-def _base_of(checkpoint: Path, hf_model: Path | None) -> Path:
-    """The model that a training run's adapter belongs to."""
-    named = json.loads((checkpoint / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    base = hf_model or Path(named or "")
-    if not (base / "config.json").is_file():
-        raise ValueError(
-            f"{checkpoint}: its base model {str(base)!r} is not a folder here; "
-            "name it with --hf_model"
-        )
-    return base
+    base, adapters = base_folder(checkpoint, hf_model), [str(checkpoint), *config.adapter]
+    return _write(config, base, hf_model, adapters, shard_bytes)
 
 
 if __name__ == "__main__":

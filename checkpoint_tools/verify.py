@@ -44,7 +44,8 @@ class VerifyConfig:
     tolerance: float = setting(1e-4, "Largest difference of a logit that passes.")
     tensor_tolerance: float = setting(
         0.0,
-        "Largest difference of a weight that passes, in fp32, whatever the types. 0: the same bits.",
+        "Largest difference of a weight that passes, in fp32, whatever the types. "
+        "0: the same bits.",
     )
 
     def __post_init__(self):
@@ -81,7 +82,7 @@ def verify(config: VerifyConfig) -> bool:
         expert_model_parallel_size=config.expert_model_parallel_size,
         timeout=_TIMEOUT,
     )
-    passed = [check_tensors() if parallel.rank == 0 else None]
+    passed = [parallel.rank == 0 and check_tensors()]
     torch.distributed.broadcast_object_list(passed)
     try:
         return report_logits(config.folders, config.tolerance, parallel) and passed[0]

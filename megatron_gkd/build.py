@@ -13,9 +13,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.checkpoint import find_checkpoint
-from megatron_gkd.config import Config, describe_layout
+from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
-from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
@@ -26,7 +25,8 @@ from megatron_gkd.lora.apply import (
     count_parameters,
     num_teacher_parameters,
 )
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter, load_teacher
+from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
@@ -36,7 +36,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.resume import note_start, resume
-from megatron_gkd.rollout.backend import MegatronRollout
+from megatron_gkd.rollout.rollout import make_rollout
 from megatron_gkd.run import Run
 from megatron_gkd.run_folder import (
     MetricsWriter,
@@ -69,7 +69,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         with named_by_flag("teacher_adapter"):
             load_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
-    log_rank_0(parallel, f"Loss: {config.distill.mixture_line()}")
+    log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
@@ -83,7 +83,17 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         tensorboard=config.run.tensorboard,
     )
     note_start(config, parallel, resume_folder)
-    pad_token_id = train_data.pad_token_id
+    rollout = None
+    if config.distill.seq_kd or config.distill.may_be_on_policy:
+        rollout = make_rollout(
+            config.rollout,
+            model=model,
+            model_args=model_args,
+            parallel=parallel,
+            data=train_data,
+            model_folder=config.model.model,
+            seed=config.train.seed,
+        )
     return Run(
         config=config,
         parallel=parallel,
@@ -94,10 +104,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         loss=loss_settings(config, model_args),
         train_data=train_data,
         eval_data=eval_data,
-        student_rollout=make_rollout(config, model_args, parallel, pad_token_id),
-        teacher_rollout=make_rollout(
-            config, model_args, parallel, pad_token_id, teacher_writes=True
-        ),
+        rollout=rollout,
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
@@ -111,7 +118,7 @@ def read_data(
     and --output_dir takes files. Raises ValueError, OSError or DataError; see `load_data`.
     """
     model_args = read_model_args(config.model.model)
-    log_rank_0(parallel, describe_layout(parallel.world_size, model_args, config))
+    log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
         check_writable(config.run.output_dir)
     train_data, eval_data = load_data(config, model_args, parallel)
@@ -152,7 +159,8 @@ def build_base(
     experts = grouped_linear(config.model.experts_impl, parallel.device)
     log_rank_0(
         parallel,
-        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in {config.model.torch_dtype} on {parallel.device.type}",
+        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in "
+        f"{config.model.torch_dtype} on {parallel.device.type}",
     )
     model = build_decoder(
         model_args,
@@ -166,11 +174,13 @@ def build_base(
     num_bytes = load_weights(model, model_args, parallel, config.model.model)
     log_rank_0(
         parallel,
-        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in {time.perf_counter() - started:.1f} s",
+        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in "
+        f"{time.perf_counter() - started:.1f} s",
     )
     if lora.lora_towers and not (audio or visual):
         raise ValueError(
-            "--lora_towers: no row of the data has audio, images or videos, nothing would train the towers; leave it out"
+            "--lora_towers: no row of the data has audio, images or videos, nothing would train "
+            "the towers; leave it out"
         )
     audio, visual = (
         audio or lora.lora_towers,
@@ -246,15 +256,7 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
 def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     """The loss of the whole run."""
     distill = config.distill
-    divergence, beta = distill.mixture
-    return LossSettings(
-        divergence,
-        beta,
-        distill.temperature,
-        distill.sft_alpha,
-        model_args.vocab_size,
-        distill.divergence_clip,
-    )
+    return LossSettings(distill.loss_divergence, distill.sft_alpha, model_args.vocab_size)
 
 
 def count_lora(
@@ -334,11 +336,13 @@ def adapter_notes(adapter: PeftAdapter) -> list[str]:
     notes = []
     if not adapter.one_scale:
         notes.append(
-            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and updates are those of one alpha / r for all"
+            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and "
+            "updates are those of one alpha / r for all"
         )
     if adapter.shares_downs:
         notes.append(
-            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the gradient norm counts both"
+            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
+            "gradient norm counts both"
         )
     return notes
 
@@ -355,7 +359,8 @@ def resolve(
         if resume_folder is None:
             log_rank_0(
                 parallel,
-                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, starting at step 0",
+                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
+                "starting at step 0",
             )
     source = resume_folder or config.lora.adapter
     adapter = PeftAdapter(source, model_args) if source else None
@@ -365,12 +370,14 @@ def resolve(
             raise ValueError(f"{what}; add --lora_towers")
         log_rank_0(
             parallel,
-            f"Note: {what}, which text does not reach: it is left out here and in what this run saves",
+            f"Note: {what}, which text does not reach: it is left out here and in what this run "
+            "saves",
         )
     if adapter and adapter.outside:
         log_rank_0(
             parallel,
-            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder ({adapter.outside[0]}, ...) are left out here and in what this run saves",
+            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
         )
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
     alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
@@ -379,12 +386,14 @@ def resolve(
     )
     if HEAD in targets and model_args.tie_word_embeddings:
         raise ValueError(
-            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding (tie_word_embeddings), on which LoRA would "
+            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
+            "(tie_word_embeddings), on which LoRA would "
             f"change both; leave {HEAD} out"
         )
     if targets == [HEAD] and parallel.pp_size > 1:
         raise ValueError(
-            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: --pipeline_model_parallel_size "
+            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
+            "--pipeline_model_parallel_size "
             f"{parallel.pp_size} must be 1, or name more in --lora_target_modules"
         )
     resolved = replace(
@@ -427,13 +436,16 @@ def check_trainable(config: Config, report: DataReport) -> None:
             check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
             return
         why = (
-            f"the divergence can only pull the student from the LoRA of {given} back to the base model"
+            f"the divergence can only pull the student from the LoRA of {given} back to the base "
+            "model"
             if given
             else "with fresh LoRA the divergence and its gradient are exactly 0"
         )
         raise ValueError(
-            f"nothing to learn: the teacher is the student with LoRA off and sees the same input, so {why}. Give the teacher more to see "
-            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
+            "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
+            f"so {why}. Give the teacher more to see "
+            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 "
+            "(it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
 
@@ -448,39 +460,3 @@ def check_other_adapter(teacher: str, student: str | Path | None) -> None:
             "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
             "runs it all the same"
         )
-
-
-def make_rollout(
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    pad_token_id: int,
-    teacher_writes: bool = False,
-) -> MegatronRollout | None:
-    """The sampler of on-policy steps, or of the teacher's under --seq_kd; None where the run never
-    needs it.
-    """
-    distill, rollout = config.distill, config.rollout
-    needed = distill.seq_kd if teacher_writes else distill.may_be_on_policy
-    if not needed:
-        return None
-    eos_token_ids = read_stop_token_ids(config.model.model)
-    if not eos_token_ids:
-        log_rank_0(
-            parallel,
-            f"Note: no file in {config.model.model} that can be read names an end-of-text token; every response will have --max_completion_length tokens",
-        )
-    return MegatronRollout(
-        model_args=model_args,
-        parallel=parallel,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-        pad_to_multiple_of=parallel.sequence_multiple,
-        seed=config.train.seed,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        repetition_penalty=rollout.repetition_penalty,
-        teacher_writes=teacher_writes,
-    )

@@ -28,7 +28,8 @@ from megatron_gkd.lora.adapter import (
     tower_loras,
     tower_tensors,
 )
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, peft_config, save_tensors, zero_tensors
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
+from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.parallel import all_gather_objects
@@ -70,7 +71,8 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
         return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
     if not (Path(resume_from) / TENSORS).is_file():
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a checkpoint-STEP folder, or latest"
+            f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
+            "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
 
@@ -101,7 +103,8 @@ def read_state(folder: Path, *more_keys: str) -> dict:
         ) from error
     if missing:
         raise ValueError(
-            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another checkpoint, or start from its weights with --adapter {folder}"
+            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another "
+            f"checkpoint, or start from its weights with --adapter {folder}"
         )
     return state
 
@@ -233,7 +236,8 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
     for name in (TENSORS, OPTIMIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing; the checkpoint is not complete, resume from another one"
+                f"{folder / name} is missing; the checkpoint is not complete, resume from another "
+                "one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
         for piece in adapter_slices(model, model_args, parallel):

@@ -1,26 +1,33 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
-flags.py turns them into flags, each class checks its own values when it is built, and
-`check_layout` checks the parallel sizes against the model. `python -m megatron_gkd.config
---check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
-work; the guide's ranges are recommendations.
+flags.py turns them into flags, and each class checks its own values when it is built; those of the
+parallel layout are in layout.py. `python -m megatron_gkd.config --check_layout RANKS FLAGS` prints
+the layout of a run, or why there is none. Refused is what cannot work; the guide's ranges are
+recommendations. Imports nothing slow, so that a misspelt flag is answered at once.
 """
 
 import argparse
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from megatron_gkd.flags import (
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
     Parser,
     exit_with,
     refuse_unknown,
     require,
     require_at_least,
+    require_in,
     setting,
-    yaml_flags,
+    with_config_file,
 )
+from megatron_gkd.layout import ParallelConfig, describe_layout
+from megatron_gkd.loss.divergence import KINDS, Divergence, Name
 from megatron_gkd.model.args import ModelArgs, read_model_args
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
@@ -48,11 +55,13 @@ class ModelConfig:
     )
     attn_impl: Literal["auto", "flash_attention_2", "flash", "sdpa", "eager", "te"] = setting(
         "flash",
-        "Attention; what is not installed falls back to torch's scaled-dot-product attention, and the run says so.",
+        "Attention; what is not installed falls back to torch's scaled-dot-product attention, and "
+        "the run says so.",
     )
     experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
         "auto",
-        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else torch's grouped_mm.",
+        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else "
+        "torch's grouped_mm.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
     recompute: Literal["none", "full"] = setting(
@@ -76,37 +85,6 @@ class ModelConfig:
 
 
 @dataclass
-class ParallelConfig:
-    _argument_group_name = "parallel layout"
-
-    tensor_model_parallel_size: int = setting(
-        1, "Ranks that share each layer's weights, its sequence and the vocabulary."
-    )
-    pipeline_model_parallel_size: int = setting(1, "Stages that the layers are cut into.")
-    expert_model_parallel_size: int = setting(
-        1, "Ranks that share the experts of a layer; inside one pipeline stage."
-    )
-    context_parallel_size: int = setting(1, "Only 1 is supported.")
-
-    def __post_init__(self):
-        require_at_least(
-            self,
-            1,
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-        )
-        way_out = "a long sequence is already sharded over --tensor_model_parallel_size ranks (sequence parallelism)"
-        require(
-            self.context_parallel_size == 1,
-            "context_parallel_size",
-            self.context_parallel_size,
-            "1",
-            way_out,
-        )
-
-
-@dataclass
 class LoraConfig:
     _argument_group_name = "LoRA"
 
@@ -119,7 +97,8 @@ class LoraConfig:
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
-        "ALL (all-linear), or names such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
+        "ALL (all-linear), or names such as "
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
         "which needs all logits of a micro-batch at once. "
         "Default: the adapter's, or ALL.",
         ["--target_modules"],
@@ -136,14 +115,8 @@ class LoraConfig:
         if self.lora_rank is not None:
             require_at_least(self, 1, "lora_rank")
         if self.lora_alpha is not None:
-            require(
-                0 < self.lora_alpha < math.inf,
-                "lora_alpha",
-                self.lora_alpha,
-                "above 0",
-                "twice the rank is usual",
-            )
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+            require_in(self, POSITIVE, "lora_alpha", way_out="twice the rank is usual")
+        require_in(self, BELOW_1, "lora_dropout")
         names = [
             name for word in self.lora_target_modules for name in word.replace(",", " ").split()
         ]
@@ -178,12 +151,15 @@ class DataConfig:
     )
     download_datasets: bool = setting(
         False,
-        "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of the network.",
+        "Let `datasets` fetch names of --dataset that are no file or folder here: the one use of "
+        "the network.",
     )
     max_length: int = setting(
         2048,
-        "Tokens of a data row, prompt and response together; a longer response is cut at its end and counted. A response that "
-        "is written in the run has up to --max_completion_length tokens after the prompt, whatever this says.",
+        "Tokens of a data row, prompt and response together; a longer response is cut at its end "
+        "and counted. A response that "
+        "is written in the run has up to --max_completion_length tokens after the prompt, "
+        "whatever this says.",
     )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
@@ -196,32 +172,18 @@ class DataConfig:
     )
     media_cache: str | None = setting(
         None,
-        "Keep the features of audio, images and videos in this folder; ranks and runs may share it.",
+        "Keep the features of audio, images and videos in this folder; ranks and runs may share "
+        "it.",
     )
 
     def __post_init__(self):
-        ratio = self.split_dataset_ratio
-        require(
-            0 <= ratio < 1,
-            "split_dataset_ratio",
-            ratio,
-            "in [0, 1)",
-            "0.01 sets one row in a hundred aside",
-        )
+        way_out = "0.01 sets one row in a hundred aside"
+        require_in(self, BELOW_1, "split_dataset_ratio", way_out=way_out)
         require_at_least(self, 2, "max_length")
         require_at_least(self, 0, "dataloader_num_workers")
         require_at_least(self, 1, "dataset_num_proc")
         for name in self.dataset + self.val_dataset:
             require(bool(name.strip()), "dataset", repr(name), "a file or a name")
-
-
-class Mixture(NamedTuple):
-    """What the loss compares: `beta` is the weight of the **student** in M, without effect in the
-    two KLs.
-    """
-
-    divergence: str
-    beta: float
 
 
 @dataclass
@@ -230,7 +192,8 @@ class DistillConfig:
 
     lmbda: str = setting(
         "0.5",
-        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as 0:0.3,500:0.5,1000:0.7.",
+        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as "
+        "0:0.3,500:0.5,1000:0.7.",
     )
     temperature: float = setting(
         2.0,
@@ -238,19 +201,19 @@ class DistillConfig:
     )
     beta: float = setting(
         0.5,
-        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see --beta_convention.",
+        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see "
+        "--beta_convention.",
     )
     beta_convention: Literal["guide", "paper"] = setting(
         "guide",
-        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward KL, 1 reverse KL.",
+        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward "
+        "KL, 1 reverse KL.",
     )
-    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = setting(
-        "jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t)."
-    )
+    divergence: Name = setting("jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t).")
     divergence_clip: float | None = setting(
         None,
-        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it gives no gradient. "
-        "Default: no limit.",
+        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
+        "gives no gradient. Default: no limit.",
     )
     teacher_adapter: str | None = setting(
         None,
@@ -284,10 +247,13 @@ class DistillConfig:
                 "above 0",
                 "leave it out for no limit",
             )
-        if self.divergence != "jsd" or self.beta_convention == "paper":
+        if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
             require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
         else:
-            way_out = "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, --beta_convention paper"
+            way_out = (
+                "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, "
+                "--beta_convention paper"
+            )
             require(
                 0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out
             )
@@ -310,31 +276,29 @@ class DistillConfig:
         )
 
     @property
-    def mixture(self) -> Mixture:
-        """The divergence that is computed and the student's weight in it, whichever convention
-        --beta was given in.
+    def loss_divergence(self) -> Divergence:
+        """The divergence that is computed, with the student's weight in its mixture, whichever
+        convention --beta was given in.
         """
-        if self.divergence != "jsd":
-            return Mixture(self.divergence, 0.5)
-        if self.beta_convention == "guide":
-            return Mixture("jsd", self.beta)
-        if self.beta in (0, 1):
-            return Mixture("reverse_kl" if self.beta == 1 else "forward_kl", 0.5)
-        return Mixture("jsd", 1 - self.beta)
+        name, limits, beta = self.divergence, KINDS[self.divergence].limits, 0.5
+        if limits and self.beta_convention == "guide":
+            beta = self.beta
+        elif limits and self.beta in (0, 1):
+            name = limits[int(self.beta)]
+        elif limits:
+            beta = 1 - self.beta
+        return Divergence(name, beta, self.temperature, self.divergence_clip)
 
-    def mixture_line(self) -> str:
+    def loss_line(self) -> str:
         """One line for the start of a run: what the loss is, in numbers."""
-        divergence, student = self.mixture
-        formula = {
-            "jsd": f"M = {student:.2f} student + {1 - student:.2f} teacher, "
-            f"JSD = {student:.2f} KL(student || M) + {1 - student:.2f} KL(teacher || M)",
-            "forward_kl": "forward KL = KL(teacher || student)",
-            "reverse_kl": "reverse KL = KL(student || teacher)",
-        }[divergence]
+        divergence = self.loss_divergence
+        formula = KINDS[divergence.kind].formula.format(
+            student=divergence.beta, teacher=1 - divergence.beta
+        )
         used = (
             f"--beta {self.beta:g}, {self.beta_convention} convention"
-            if self.divergence == "jsd"
-            else f"--divergence {divergence}"
+            if KINDS[self.divergence].uses_beta
+            else f"--divergence {self.divergence}"
         )
         clip = (
             "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
@@ -420,7 +384,8 @@ class TrainConfig:
     )
     deterministic: bool = setting(
         False,
-        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's mostly do not.",
+        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's "
+        "mostly do not.",
     )
     max_bad_steps: int = setting(
         10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped."
@@ -435,32 +400,13 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "max_bad_steps",
         )
-        require(
-            0 <= self.learning_rate < math.inf,
-            "learning_rate",
-            self.learning_rate,
-            "0 or more",
-            "1e-5 is usual",
-        )
-        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
-        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "in [0, 1)")
-        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
-        require(0 < self.adam_epsilon < math.inf, "adam_epsilon", self.adam_epsilon, "above 0")
-        way_out = "a large number switches clipping off"
-        require(
-            0 < self.max_grad_norm < math.inf,
-            "max_grad_norm",
-            self.max_grad_norm,
-            "above 0",
-            way_out,
-        )
-        require(
-            0 < self.num_train_epochs < math.inf,
-            "num_train_epochs",
-            self.num_train_epochs,
-            "above 0",
-        )
+        require_in(self, NOT_NEGATIVE, "learning_rate", way_out="1e-5 is usual")
+        require_in(self, SHARE, "warmup_ratio")
+        require_in(self, NOT_NEGATIVE, "weight_decay")
+        require_in(self, BELOW_1, "adam_beta1", "adam_beta2")
+        require_in(self, POSITIVE, "adam_epsilon")
+        require_in(self, POSITIVE, "max_grad_norm", way_out="a large number switches clipping off")
+        require_in(self, POSITIVE, "num_train_epochs")
         way_out = "-1 leaves the length to --num_train_epochs"
         require(
             self.max_steps == -1 or self.max_steps >= 1,
@@ -487,7 +433,8 @@ class RunConfig:
     )
     save_total_limit: int = setting(
         2,
-        "Checkpoints that are kept, the newest; one more until a good step has followed the newest.",
+        "Checkpoints that are kept, the newest; one more until a good step has followed the "
+        "newest.",
     )
     logging_steps: int = setting(5, "Write a line of metrics after every so many steps.")
     save_only_model: bool = setting(
@@ -529,22 +476,6 @@ class Config:
         return "\n".join(["Settings:"] + lines)
 
 
-def _make_parser() -> Parser:
-    parser = Parser(
-        [group.type for group in fields(Config)],
-        prog="torchrun -m megatron_gkd.train",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="Settings as `flag: value` lines; flags on the command line win.",
-    )
-    for flag, answer in REPLACED_FLAGS.items():
-        parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
-    return parser
-
-
 def parse_config(argv: list[str]) -> Config:
     """Settings from `argv` (without the program's name) and the YAML file that --config names; the
     flags win.
@@ -552,17 +483,16 @@ def parse_config(argv: list[str]) -> Config:
     Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a
     missing flag, a bad value. Rank 0 prints one line for each DeepSpeed flag.
     """
-    parser = _make_parser()
-    file_parser = Parser([], add_help=False, allow_abbrev=False)
-    file_parser.add_argument("--config")
-    path = file_parser.parse_known_args(argv)[0].config
-    refuse_unknown(argv, parser)
-    arguments = (yaml_flags(path, parser) if path else []) + list(argv)
-    *groups, others, rest = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
+    parser = Parser([group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Settings as `flag: value` lines; flags on the command line win.",
     )
-    if rest:
-        raise ValueError(f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value")
+    for flag, answer in REPLACED_FLAGS.items():
+        parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
+    refuse_unknown(argv, parser)
+    groups, others = parser.parse(with_config_file(argv, parser))
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
@@ -577,74 +507,14 @@ def parse_config_or_exit(argv: list[str]) -> Config:
         exit_with(error)
 
 
-def check_layout(
-    world_size: int,
-    parallel: ParallelConfig,
-    *,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    num_experts: int,
-    num_layers: int,
-) -> int:
-    """The data-parallel size of this layout; ValueError with both numbers and the way out where
-    there is none.
-
-    Experts are not cut further (expert tensor parallel size 1), so an expert group lies inside one
-    pipeline stage.
-    """
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size
-    if world_size % (tp * pp):
-        raise ValueError(
-            f"{world_size} ranks cannot be cut into model copies of --tensor_model_parallel_size {tp} x "
-            f"--pipeline_model_parallel_size {pp} = {tp * pp} ranks; start a multiple of that, or lower a size"
-        )
-    stage = world_size // pp
-    for flag, size, number, of_what in (
-        (
-            "expert_model_parallel_size",
-            ep,
-            stage,
-            f"ranks of a pipeline stage ({world_size} ranks / PP {pp})",
-        ),
-        ("expert_model_parallel_size", ep, num_experts, "experts of the model"),
-        ("tensor_model_parallel_size", tp, num_attention_heads, "attention heads of the model"),
-        ("pipeline_model_parallel_size", pp, num_layers, "layers of the model"),
-    ):
-        if number % size:
-            raise ValueError(
-                f"--{flag} {size} does not divide the {number} {of_what}; choose a divisor of {number}"
-            )
-    if num_key_value_heads % tp and tp % num_key_value_heads:
-        raise ValueError(
-            f"--tensor_model_parallel_size {tp} and the model's {num_key_value_heads} key-value heads: "
-            "one must divide the other"
-        )
-    return world_size // (tp * pp)
-
-
-def describe_layout(world_size: int, model_args: ModelArgs, config: Config) -> str:
-    """One line on how `world_size` ranks share a model of these sizes; ValueError where they
-    cannot.
-    """
-    parallel, train = config.parallel, config.train
-    data_parallel_size = check_layout(
+def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
+    """`describe_layout` of a run with these settings on `world_size` ranks."""
+    return describe_layout(
         world_size,
-        parallel,
-        num_attention_heads=model_args.num_attention_heads,
-        num_key_value_heads=model_args.num_key_value_heads,
-        num_experts=model_args.num_experts,
-        num_layers=model_args.num_layers,
-    )
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size
-    samples, micro_batches = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return (
-        f"Layout: {world_size} ranks = TP {tp} x PP {pp} x DP {data_parallel_size}; "
-        f"EP {ep}: {model_args.num_experts // ep} of {model_args.num_experts} experts a rank; "
-        f"{model_args.num_layers // pp} of {model_args.num_layers} layers a stage; "
-        f"a step takes {samples * micro_batches * data_parallel_size} samples "
-        f"({samples} x {micro_batches} micro-batches x {data_parallel_size} data-parallel ranks)"
+        model_args,
+        config.parallel,
+        micro_batch_size=config.train.per_device_train_batch_size,
+        num_micro_batches=config.train.gradient_accumulation_steps,
     )
 
 
@@ -660,8 +530,7 @@ def main() -> None:
     config = parse_config_or_exit(flags)
     try:
         print(
-            describe_layout(own.check_layout, read_model_args(config.model.model), config),
-            flush=True,
+            layout_line(config, own.check_layout, read_model_args(config.model.model)), flush=True
         )
     except (ValueError, OSError) as error:
         exit_with(error)

@@ -68,7 +68,8 @@ def enable() -> None:
         return
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         raise RuntimeError(
-            "this process already uses a GPU, and --device cpu was asked for: start it with CUDA_VISIBLE_DEVICES= (nothing)"
+            "this process already uses a GPU, and --device cpu was asked for: start it with "
+            "CUDA_VISIBLE_DEVICES= (nothing)"
         )
     _enabled = True
 

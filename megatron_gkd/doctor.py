@@ -69,7 +69,7 @@ def choice_lines() -> list[str]:
         warnings.catch_warnings()
     ):  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
-        from megatron_gkd.loss.divergence import passes_for
+        from megatron_gkd.loss.passes import select_kernels
         from megatron_gkd.model.decoder import core_attention
         from megatron_gkd.model.experts import FAST_GROUPED_MM, grouped_linear
         from megatron_gkd.parallel import resolve_device
@@ -86,12 +86,13 @@ def choice_lines() -> list[str]:
         f"experts: {experts.__name__}",
         *(
             [
-                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single kernel for this GPU"
+                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single "
+                "kernel for this GPU"
             ]
             if slow
             else []
         ),
-        f"loss: {passes_for(device).__name__}",
+        f"loss: {select_kernels(device).__name__}",
     ]
 
 

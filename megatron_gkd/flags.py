@@ -1,20 +1,24 @@
-"""Fields of dataclasses as the flags of a command line, or the lines of a YAML file: what they say
-when something is wrong.
+"""Dataclass fields as the flags of a command line, or the lines of a YAML file: parsing, and what is
+said when something is wrong.
 
-`transformers.HfArgumentParser` does the parsing. Used by the training command and by the tools.
+argparse does the parsing, as `transformers.HfArgumentParser` would (whose import alone takes more
+than a second). Used by the training command and by the tools.
 """
 
+import argparse
 import difflib
+import math
 import os
 import re
 import sys
 import time
-from dataclasses import field
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end the others
 # Names from other programs -> the setting that does it here.
@@ -22,13 +26,13 @@ OTHER_NAMES = {
     "lr": "learning_rate",
     "gradient_checkpointing": "recompute",
     "tp": "tensor_model_parallel_size",
-}
-OTHER_NAMES |= {
     "pp": "pipeline_model_parallel_size",
     "ep": "expert_model_parallel_size",
     "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "bf16": "torch_dtype",
 }
-OTHER_NAMES |= {"batch_size": "per_device_train_batch_size", "bf16": "torch_dtype"}
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def setting(default: Any, help: str, aliases: list[str] | None = None) -> Any:
@@ -57,16 +61,105 @@ def require_at_least(config: Any, low: int, *flags: str) -> None:
         require(getattr(config, flag) >= low, flag, getattr(config, flag), f"{low} or more")
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser whose complaints are ValueErrors of one line, not a page of usage and an
-    exit.
+class Range(NamedTuple):
+    """Numbers that a setting may have: in words for the error, and as a test that NaN fails."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
+SHARE = Range("in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_1 = Range("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def require_in(config: Any, allowed: Range, *flags: str, way_out: str = "") -> None:
+    """Raise ValueError for the first of the settings `flags` of `config` that is not in `allowed`."""
+    for flag in flags:
+        value = getattr(config, flag)
+        require(allowed.holds(value), flag, value, allowed.words, way_out)
+
+
+def boolean(text: str) -> bool:
+    """True or false in their usual spellings; argparse.ArgumentTypeError for another word."""
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(
+            f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, "
+            "1/0 (case insensitive)."
+        )
+    return text.lower() in TRUE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse on dataclasses: `--name VALUE`, also spelled `--na-me`, for each of their fields.
+
+    A bool without a value is true; one that is true by default has `--no_name` too; a list takes
+    several values. Complaints are ValueErrors of one line, not a page of usage and an exit.
     """
 
-    def error(self, message: str):
+    def __init__(self, dataclasses: Sequence[type] = (), **options: Any):
+        """Each of `dataclasses` is a group in --help if it has an `_argument_group_name`."""
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options
+        )
+        self.dataclasses = dataclasses
+        for owner in dataclasses:
+            group = self
+            if name := getattr(owner, "_argument_group_name", ""):
+                group = self.add_argument_group(name)
+            types = get_type_hints(owner)
+            for found in fields(owner):
+                add_flag(group.add_argument, found, types[found.name])
+
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists the flags)")
 
+    def parse(self, argv: Sequence[str]) -> tuple[list[Any], argparse.Namespace]:
+        """(an instance of each dataclass, the values of flags that were added besides). Raises
+        ValueError for a missing flag, a bad value, a word that belongs to no flag.
+        """
+        others, rest = self.parse_known_args(argv)
+        if rest:
+            raise ValueError(
+                f"{rest[0]!r} belongs to no flag; flags are --name value, or --name=value"
+            )
+        values = vars(others)
+        return [
+            owner(**{found.name: values.pop(found.name) for found in fields(owner)})
+            for owner in self.dataclasses
+        ], others
 
-def unknown_flag(name: str, where: str, parser: Parser) -> ValueError:
+
+def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
+    """The flag of one dataclass field of type `kind`, with the defaults and metadata of `of`: a type
+    that argparse can call, a Literal, a list of such a type, bool; each of them `| None`.
+    """
+    if NoneType in get_args(kind):
+        (kind,) = set(get_args(kind)) - {NoneType}
+    options: dict[str, Any] = {"help": of.metadata["help"], "type": kind}
+    if of.default_factory is not MISSING:
+        options["default"] = of.default_factory()
+    elif of.default is not MISSING:
+        options["default"] = of.default
+    else:
+        options["required"] = True
+    if get_origin(kind) is Literal:
+        options |= {"type": str, "choices": get_args(kind)}
+    elif get_origin(kind) is list:
+        options |= {"type": get_args(kind)[0], "nargs": "+"}
+    elif kind is bool:
+        options |= {"type": boolean, "nargs": "?", "const": True}
+    spellings = dict.fromkeys([f"--{of.name}", f"--{of.name.replace('_', '-')}"])
+    add_argument(*spellings, *of.metadata.get("aliases", []), **options)
+    if kind is bool and of.default is True:
+        spellings = dict.fromkeys([f"--no_{of.name}", f"--no-{of.name.replace('_', '-')}"])
+        add_argument(
+            *spellings, dest=of.name, action="store_false", default=False, help=options["help"]
+        )
+
+
+def unknown_flag(name: str, where: str, parser: argparse.ArgumentParser) -> ValueError:
     """The error for a `name` that `parser` does not have, found at `where`: it gives the nearest
     one that is there.
     """
@@ -84,7 +177,7 @@ def unknown_flag(name: str, where: str, parser: Parser) -> ValueError:
     )
 
 
-def refuse_unknown(arguments: list[str], parser: Parser) -> None:
+def refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Raise the error of `unknown_flag` for the first word that looks like a flag and is none.
     Before parsing, which would first miss the flag that was meant.
     """
@@ -97,7 +190,15 @@ def refuse_unknown(arguments: list[str], parser: Parser) -> None:
             raise unknown_flag(flag.lstrip("-"), flag, parser)
 
 
-def yaml_flags(path: str, parser: Parser) -> list[str]:
+def with_config_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of the YAML file that `--config` in `argv` names, if it does, and then `argv`."""
+    file_parser = Parser(add_help=False)
+    file_parser.add_argument("--config")
+    path = file_parser.parse_known_args(argv)[0].config
+    return (yaml_flags(path, parser) if path else []) + list(argv)
+
+
+def yaml_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or
     `null` ones are unset.
 

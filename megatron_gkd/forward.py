@@ -3,12 +3,13 @@ schedules.
 
 The teacher's hidden states of the response rows (not its logits) wait between the two passes, on
 the last pipeline stage. Both views are compacted to their response rows before the lm_head, which
-`linear_jsd` applies. Shapes: B rows, S positions, H hidden size, N response rows.
+`linear_divergence` applies. Shapes: B rows, S positions, H hidden size, N response rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -18,7 +19,7 @@ from torch import Tensor
 from megatron_gkd.data.batch import Batch, BatchView
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.modules import has_head_lora, lm_head
-from megatron_gkd.loss import linear_jsd, logits_jsd
+from megatron_gkd.loss import Divergence, linear_divergence, logits_divergence
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import Groups, TokenSums
@@ -27,16 +28,11 @@ from megatron_gkd.parallel import Parallel
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The arguments of `linear_jsd` that hold for the whole run. `beta` is the student's weight in
-    the mixture.
-    """
+    """What the loss of a whole run is: (1 - sft_alpha) divergence + sft_alpha cross-entropy."""
 
-    divergence: str
-    beta: float
-    temperature: float
+    divergence: Divergence
     sft_alpha: float
-    vocab_size: int
-    clip: float | None = None
+    vocab_size: int  # without padding
 
 
 @contextmanager
@@ -138,13 +134,18 @@ def teacher_forward(
 
 
 def _loss_function(
-    model, batches, teacher_hidden, settings: LossSettings, parallel: Parallel, sums: TokenSums
+    model: Any,
+    batches: Sequence[Batch],
+    teacher_hidden: list[Tensor],
+    settings: LossSettings,
+    parallel: Parallel,
+    sums: TokenSums,
 ) -> Callable[[int, Tensor], tuple]:
     """What the schedule calls on the last stage: (sum of the loss, response tokens, nothing to
     report) of a micro-batch; adds to `sums`.
 
-    The lm_head is applied chunk by chunk in `linear_jsd`; where it carries LoRA both sides' logits
-    [N, V/TP] are made, in fp32.
+    The lm_head is applied chunk by chunk in `linear_divergence`; where it carries LoRA both sides'
+    logits [N, V/TP] are made, in fp32.
     """
 
     def loss(index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -153,22 +154,25 @@ def _loss_function(
         arguments = dict(
             labels=batch.student.targets,
             sft_alpha=0.0 if batch.on_policy else settings.sft_alpha,
-            beta=settings.beta,
-            temperature=settings.temperature,
-            divergence=settings.divergence,
             group=parallel.groups.tp if parallel.tp_size > 1 else None,
             vocab_size=settings.vocab_size,
-            clip=settings.clip,
         )
         if not has_head_lora(decoder):
-            # response_hidden's backward sums the gradient over the ranks
-            output = linear_jsd(
-                student, teacher, decoder.output_layer.weight, reduce_hidden_grad=False, **arguments
+            output = linear_divergence(
+                student,
+                teacher,
+                decoder.output_layer.weight,
+                settings.divergence,
+                reduce_hidden_grad=False,  # response_hidden's backward sums it over the ranks
+                **arguments,
             )
         else:
             with torch.no_grad(), as_teacher(decoder):
                 teacher_logits = lm_head(decoder, teacher)
-            output = logits_jsd(lm_head(decoder, student), teacher_logits, **arguments)
+            student_logits = lm_head(decoder, student)
+            output = logits_divergence(
+                student_logits, teacher_logits, settings.divergence, **arguments
+            )
         num_tokens = len(output.loss)
         if num_tokens:
             sums.add(output, batch)

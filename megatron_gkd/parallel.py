@@ -79,10 +79,10 @@ class Parallel:
         """This rank's positions [S/TP, ...] -> the whole sequence [S, ...] on every rank that
         shares it: the inverse of `shard_sequence`.
 
-        tensor_parallel_output_grad: the gradient of the result is this rank's part of a sum (its
-        slice of the vocabulary), and backward is a reduce-scatter. Otherwise every rank has computed
-        the same, whole gradient, and backward takes this rank's positions of it. Collectives: an
-        all-gather forward; in backward the reduce-scatter or none.
+        tensor_parallel_output_grad: the gradient of the result is this rank's part of a sum (over
+        slices of the vocabulary), and backward is a reduce-scatter. Otherwise every rank has
+        computed the same, whole gradient, and backward takes this rank's positions of it.
+        Collectives: an all-gather forward; in backward the reduce-scatter or none.
         """
         if self.tp_size == 1:
             return x
@@ -92,7 +92,7 @@ class Parallel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` on a machine without one."""
+    """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` where it sees none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -213,7 +213,7 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
 
 
 def all_gather_objects(value: Any) -> list:
-    """The values of all ranks, in rank order. Collectives: an all-gather of objects over the world."""
+    """The values of all ranks, in rank order. Collectives: an object all-gather over the world."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

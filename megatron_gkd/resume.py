@@ -50,8 +50,10 @@ def resume(
     if not same_scale or lora != {name: before[name] for name in lora}:
         log_rank_0(
             parallel,
-            f"New stage from {folder}: LoRA rank {before['rank']} -> {rank}, alpha {before['alpha']:g} -> {alpha:g}, "
-            f"on {', '.join(targets)}{' and the towers' if config.lora.lora_towers else ''}. The function is unchanged; the optimizer starts anew at step 0",
+            f"New stage from {folder}: LoRA rank {before['rank']} -> {rank}, alpha "
+            f"{before['alpha']:g} -> {alpha:g}, "
+            f"on {', '.join(targets)}{' and the towers' if config.lora.lora_towers else ''}. The "
+            "function is unchanged; the optimizer starts anew at step 0",
         )
         return Progress()
     state = read_state(folder, "settings", *Progress.__dataclass_fields__)
@@ -62,14 +64,16 @@ def resume(
         if state["settings"].get(name) != value:
             log_rank_0(
                 parallel,
-                f"Note: {name} was {state['settings'].get(name)} and is {value}: the resumed run will differ from one that was never stopped",
+                f"Note: {name} was {state['settings'].get(name)} and is {value}: the resumed run "
+                "will differ from one that was never stopped",
             )
     total_steps = config.train.max_steps
     log_rank_0(parallel, f"Resumed {folder} at step {state['step']} of {total_steps}")
     if state["step"] >= total_steps:
         log_rank_0(
             parallel,
-            f"Nothing is left to do: the checkpoint is at step {state['step']}, the run ends at {total_steps} (--max_steps, --num_train_epochs)",
+            f"Nothing is left to do: the checkpoint is at step {state['step']}, the run ends at "
+            f"{total_steps} (--max_steps, --num_train_epochs)",
         )
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     return replace(progress, bad_in_a_row=0)
@@ -135,7 +139,8 @@ def note_start(config: Config, parallel: Parallel, resume_folder: Path | None) -
     if earlier and resume_folder is None:
         log_rank_0(
             parallel,
-            f"Note: an earlier run's checkpoints stay in {config.run.output_dir} ({', '.join(earlier)}); latest_checkpoint names this run's newest",
+            f"Note: an earlier run's checkpoints stay in {config.run.output_dir} "
+            f"({', '.join(earlier)}); latest_checkpoint names this run's newest",
         )
     note_latest(config.run.output_dir, resume_folder)
 
@@ -192,8 +197,10 @@ def check_health(run: Run) -> None:
     progress, most = run.progress, run.config.train.max_bad_steps
     if progress.bad_in_a_row >= most:
         raise FloatingPointError(
-            f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient (--max_bad_steps {most}); "
-            f"all were skipped. {last_good_checkpoint(run.config.run.output_dir, progress)} {non_finite_hint(progress)}"
+            f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient "
+            f"(--max_bad_steps {most}); "
+            f"all were skipped. {last_good_checkpoint(run.config.run.output_dir, progress)} "
+            f"{non_finite_hint(progress)}"
         )
 
 

@@ -17,7 +17,7 @@ from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update, learning_rate
 from megatron_gkd.parallel import Parallel, seed_step
-from megatron_gkd.rollout.backend import RolloutBackend
+from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.run_folder import MetricsWriter
 
 
@@ -57,7 +57,7 @@ class StepResult:
 @dataclass
 class Run:
     """Everything that the loop uses. `model` is this rank's stage of the decoder, `ddp` the same in
-    megatron-core's gradient reducer; the rollouts are None where the run never needs them.
+    megatron-core's gradient reducer; `rollout` is None where the run never needs it.
     """
 
     config: Config
@@ -69,8 +69,7 @@ class Run:
     loss: LossSettings
     train_data: SampleDataset
     eval_data: SampleDataset | None
-    student_rollout: RolloutBackend | None
-    teacher_rollout: RolloutBackend | None
+    rollout: Rollout | None
     writer: MetricsWriter
     progress: Progress
     clock: Clock
@@ -85,9 +84,15 @@ class Run:
         return self.model.towers
 
     @property
-    def groups(self) -> Groups:
+    def train_groups(self) -> Groups:
         """Parts of the training data whose means are logged apart."""
         return Groups.of(self.train_data.report)
+
+    @property
+    def eval_groups(self) -> Groups:
+        """The same of the evaluation data, which the run must have."""
+        assert self.eval_data is not None
+        return Groups.of(self.eval_data.report)
 
     @property
     def total_steps(self) -> int:
@@ -142,17 +147,18 @@ class Run:
                 self.clock.lap("data_time")
                 yield batches
 
-    def eval_batches(self, data: SampleDataset) -> Iterator[Batch]:
-        """This rank's micro-batches of evaluation data, on the device: each row once over all ranks,
-        padding samples at the end.
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the evaluation data, on the device: each row once over all
+        ranks, padding samples at the end.
         """
+        assert self.eval_data is not None
         loader = eval_loader(
-            data,
+            self.eval_data,
             per_device_batch_size=self.config.train.per_device_eval_batch_size,
             dp_rank=self.parallel.dp_rank,
             dp_size=self.parallel.dp_size,
             num_workers=0,
-            pad_token_id=data.pad_token_id,
+            pad_token_id=self.eval_data.pad_token_id,
             pad_to_multiple_of=self.parallel.sequence_multiple,
         )
         for batch in loader:
@@ -195,3 +201,9 @@ class Run:
             "step_time": step_time,
             **self.clock.laps,
         }
+
+    def close(self) -> None:
+        """The end of the run, however it ends: its files, and the engine of its rollouts."""
+        self.writer.close()
+        if self.rollout is not None:
+            self.rollout.close()

@@ -98,7 +98,8 @@ class MetricsWriter:
             self._bar.update(values["step"] - self._bar.n)
         else:
             print(
-                f"step {values['step']}/{self.total_steps}  {shown}  {self._time_left(values['step'])} left",
+                f"step {values['step']}/{self.total_steps}  {shown}  "
+                f"{self._time_left(values['step'])} left",
                 flush=True,
             )
 

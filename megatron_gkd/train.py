@@ -26,40 +26,41 @@ from safetensors import SafetensorError
 
 from megatron_gkd import parallel as parallel_layout
 from megatron_gkd.build import build_run, check_data
-from megatron_gkd.data import SampleDataset
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
-from megatron_gkd.metrics import Groups, StepCounts, TokenSums
+from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.optimizer import Update
 from megatron_gkd.parallel import Parallel, any_rank, log_rank_0
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
-from megatron_gkd.rollout.backend import respond_or_skip
+from megatron_gkd.rollout.backend import Author
 from megatron_gkd.run import Run, StepResult
 
 
 def train(config: Config, parallel: Parallel) -> None:
     """The whole run. Every rank calls it; rank 0 prints and writes."""
     run = build_run(config, parallel)
-    if run.progress.step == 0 and run.eval_data:
-        run.writer.log_eval(evaluate(run, run.eval_data))
-    with closing(run.batches()) as steps, stop_requests() as requests:
-        for batches in steps:
-            result = train_step(run, batches)
-            run.count(result)
-            counts = StepCounts.of(result.batches, result.num_truncated, bool(requests), parallel)
-            stop = counts.stop
-            if run.is_logging_step(result, stop):
-                run.writer.log_train(run.step_metrics(result, counts))
-            check_health(run)
-            if run.is_eval_step:
-                run.writer.log_eval(evaluate(run, run.eval_data))
-                stop = any_rank(bool(requests), parallel.device)  # it may take longer than a step
-            save_if_due(run, result.update, ends=stop or run.is_complete)
-            if stop and not run.is_complete:
-                log_rank_0(parallel, stopped_line(run))
-                break
-    run.writer.close()
+    with closing(run):
+        if run.progress.step == 0 and run.eval_data:
+            run.writer.log_eval(evaluate(run))
+        with closing(run.batches()) as steps, stop_requests() as requests:
+            for batches in steps:
+                result = train_step(run, batches)
+                run.count(result)
+                counts = StepCounts.of(
+                    result.batches, result.num_truncated, bool(requests), parallel
+                )
+                stop = counts.stop
+                if run.is_logging_step(result, stop):
+                    run.writer.log_train(run.step_metrics(result, counts))
+                check_health(run)
+                if run.is_eval_step:  # it may take longer than a step
+                    run.writer.log_eval(evaluate(run))
+                    stop = any_rank(bool(requests), parallel.device)
+                save_if_due(run, result.update, ends=stop or run.is_complete)
+                if stop and not run.is_complete:
+                    log_rank_0(parallel, stopped_line(run))
+                    break
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:
@@ -68,16 +69,18 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     media = StepMedia(run.towers, [batch.media for batch in batches])
     on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)
     # None: the data set's own responses
-    rollout = run.student_rollout if on_policy else run.teacher_rollout
-    if rollout is not None:
-        batches = respond_or_skip(rollout, run.model, batches, step, media, parallel)
+    author: Author | None = (
+        "student" if on_policy else "teacher" if run.config.distill.seq_kd else None
+    )
+    if author is not None and run.rollout is not None:
+        batches = run.rollout.respond_or_skip(batches, step, author, media)
     clock.lap("rollout_time")
     if batches:
         teacher_hidden = teacher_forward(run.model, batches, parallel, media)
         clock.lap("teacher_time")
         run.optimizer.zero_grad()
         sums = student_forward_backward(
-            run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.groups
+            run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.train_groups
         )
         means = sums.means(parallel)
         clock.lap("student_time")
@@ -86,15 +89,15 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     else:  # a response of some rank was not finite: no rank takes the step
         means = TokenSums.unknown(parallel.device).means(parallel)
         update = Update(applied=False, grad_norm=math.nan)
-    num_truncated = rollout.num_truncated(batches) if rollout is not None else 0
+    num_truncated = run.rollout.num_truncated(batches) if run.rollout is not None else 0
     return StepResult(batches, num_truncated, on_policy, run.learning_rate(), means, update)
 
 
-def evaluate(run: Run, data: SampleDataset) -> dict[str, Any]:
+def evaluate(run: Run) -> dict[str, Any]:
     """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy."""
     started, parallel = time.perf_counter(), run.parallel
-    sums = TokenSums.zero(parallel.device, Groups.of(data.report))
-    for batch in run.eval_batches(data):
+    sums = TokenSums.zero(parallel.device, run.eval_groups)
+    for batch in run.eval_batches():
         media = StepMedia(run.towers, [batch.media])
         teacher_hidden = teacher_forward(run.model, [batch], parallel, media)
         student_forward(run.ddp, [batch], teacher_hidden, run.loss, parallel, sums, media)

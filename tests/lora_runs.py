@@ -18,8 +18,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora
+from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.modules import lm_head
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, activate
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder

@@ -42,8 +42,7 @@ def run_tool(folder, tool, *flags):
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tmp_path_factory):
-    """A folder in which the tools have worked one after the other: name -> what the command gave.
-    """
+    """A folder in which every tool has run, in turn: name -> what the command gave."""
     root = tmp_path_factory.mktemp("tools")
     model = tiny_folder(**SMALL)
     tensors = random_adapter(read_model_args(model), 2, ["q_proj"])

@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd.config import (
-    DistillConfig,
-    ParallelConfig,
-    check_layout,
-    main,
-    parse_config,
-    parse_config_or_exit,
-)
+from megatron_gkd.config import DistillConfig, main, parse_config, parse_config_or_exit
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
+from megatron_gkd.layout import ParallelConfig, check_layout
 
 REPOSITORY = Path(__file__).parents[1]
 REQUIRED = ["--model", "/m", "--dataset", "d.jsonl"]
@@ -357,11 +351,11 @@ def test_names_of_other_programs(name, ours):
         ),
     ],
 )
-def test_mixture(settings, divergence, student_weight, words):
+def test_loss_divergence(settings, divergence, student_weight, words):
     distill = DistillConfig(**settings)
-    assert distill.mixture.divergence == divergence
-    assert distill.mixture.beta == pytest.approx(student_weight, abs=1e-12)
-    assert words in distill.mixture_line()
+    assert distill.loss_divergence.kind == divergence
+    assert distill.loss_divergence.beta == pytest.approx(student_weight, abs=1e-12)
+    assert words in distill.loss_line()
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_the_checkpoint_has_transformer_engines_keys(checkpoints):
     assert {key.split(".")[1] for key in carried} == {"thinker", "talker", "code2wav"}
 
 
-# --- any layout writes, any layout reads -----------------------------------------------------------------------------
+# --- any layout writes, any layout reads ----------------------------------------------------------
 
 
 def differing_parameters(mcore, ours):
@@ -194,7 +194,7 @@ def differing_parameters(mcore, ours):
 
 
 def read_and_write(rank, world_size, folder, checkpoint, written, tp, pp, ep, dtype):
-    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it again."""
+    """megatron-core and our loader read the checkpoint at a layout; megatron-core writes it."""
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
@@ -295,7 +295,7 @@ def zero_padding(mcore, model_args, place):
             parameter.data[max(real, 0) :] = 0
 
 
-# --- checkpoints of Megatron-LM's own training ------------------------------------------------------------------------
+# --- checkpoints of Megatron-LM's own training ----------------------------------------------------
 
 
 def edit_metadata(release, change):
@@ -370,7 +370,7 @@ def test_a_trained_checkpoint_beside_the_converted_one(checkpoints, tmp_path):
     assert_same_folder(folder, tmp_path / "first")
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def refuse_folder(folder, tmp_path, message, **settings):
@@ -646,7 +646,7 @@ def test_every_key_has_a_size(checkpoints):
     assert checkpoint_tensors(model_args, 8)["output_layer.weight"] == (1024, 32)
 
 
-# --- the training command reads it --------------------------------------------------------------------------------------
+# --- the training command reads it ----------------------------------------------------------------
 
 
 def test_what_a_file_does_to_the_classes_it_names_ends_with_it(checkpoints, tmp_path):

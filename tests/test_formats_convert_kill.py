@@ -35,7 +35,7 @@ MOST_KILLS = 12
 
 
 def kill_until_done(command, config, *args):
-    """Run `command` in processes that are killed: three after a random number of finished shards and
+    """Run `command` in processes that are killed: three after a random number of shards and
     a random moment more, then some at random times until one gets through. -> how many shards the
     last one found done.
     """
@@ -132,7 +132,7 @@ def folder_hashes(folder):
     }
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def make_job(tmp_path, **changes):
@@ -203,7 +203,7 @@ def killed_before(step, job, monkeypatch):
 
 
 def test_killed_before_the_rename(tmp_path, monkeypatch):
-    """All is finished and marked so: the same command has only to rename, another one is refused."""
+    """All is finished and marked so: the same command only renames, another one is refused."""
     job = make_job(tmp_path)
     killed_before("_publish", job, monkeypatch)
     assert not job.output.exists()
@@ -260,7 +260,7 @@ def test_an_empty_output_is_not_a_complete_one(tmp_path):
 
 
 def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
-    """Full disk, output inside the source: no partial folder that would keep the next command out."""
+    """Full disk, output inside the source: no partial folder that would stop the next command."""
     job = make_job(tmp_path, sources=[tmp_path])
     with pytest.raises(
         ValueError, match=f"--output {job.output} lies in {tmp_path}, which is only read"
@@ -279,7 +279,7 @@ def test_a_refusal_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_second_of_two_commands_finds_the_first_ones_work(tmp_path):
-    """It waits for the lock, and then neither writes into a folder that has gone nor a second time."""
+    """It waits for the lock, then writes neither into a folder that is gone nor a second time."""
     job, results = make_job(tmp_path), tmp_path / "results"
     results.mkdir()
 

@@ -28,7 +28,7 @@ from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
 from tests.test_formats_convert import SHARD_BYTES, WHOLE
 
-# --- each byte once ---------------------------------------------------------------------------------------------------
+# --- each byte once -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_each_byte_of_a_tensor_is_read_once(tiny_folder, tmp_path, ranges_read, 
     }
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 BIG = dict(vocab_size=150_000, hidden_size=512)  # fp32: 307 MB
 MOST_MEMORY = 130e6  # a few blocks of 32 MiB
@@ -199,7 +199,7 @@ class MegatronFolderOfOne(MegatronFolder):
         pass
 
 
-# --- the screen -------------------------------------------------------------------------------------------------------
+# --- the screen -----------------------------------------------------------------------------------
 
 
 def test_progress_shows_bytes_rate_and_time_left(tiny_folder, tmp_path, capfd):

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named(broken, change, message):
 
 
 def test_a_voice_that_is_switched_off(broken):
-    """Without `enable_audio_output` transformers builds no talker: its tensors may be there or not."""
+    """Without `enable_audio_output` transformers builds no talker: its tensors may be there."""
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
     check(broken)

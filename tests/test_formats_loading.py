@@ -136,7 +136,8 @@ def test_tied_head_is_the_embedding(tiny_folder, tmp_path):
     )  # transformers would not tie this one
     with pytest.raises(
         ValueError,
-        match="lm_head.weight is not model.embed_tokens.weight, .* tie_word_embeddings: set that to false",
+        match="lm_head.weight is not model.embed_tokens.weight, .* tie_word_embeddings: "
+        "set that to false",
     ):
         check(folder)
 
@@ -164,7 +165,7 @@ def test_qkv_segments_cover_each_projection_once(tiny_folder, heads, groups, tp_
     }
 
 
-# --- folders that must be refused ------------------------------------------------------------------------------------
+# --- folders that must be refused -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -330,13 +331,13 @@ def load_in_ranks(rank, world_size, folder):
 
 
 def test_every_rank_reports_a_bad_tensor(broken):
-    """Also the ranks that would not read it: nobody waits in a collective for a rank that has left."""
+    """Also the ranks that would not read it: none waits in a collective for one that has left."""
     rewrite(broken / SINGLE, lambda tensors: tensors.update({EXPERT: torch.zeros(1, 1)}))
     messages = run_ranks(load_in_ranks, 2, broken)
     assert all(EXPERT in message for message in messages) and messages[0] == messages[1]
 
 
-# --- config.json -----------------------------------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------
 
 
 def change_config(folder, top=None, **text_config):
@@ -490,6 +491,7 @@ def test_fused_experts_are_named(tiny_folder, tmp_path):
     model.save_pretrained(tmp_path, save_original_format=False)
     with pytest.raises(
         ValueError,
-        match="misses tensor .*; the experts are fused: save the model with save_pretrained's defaults",
+        match="misses tensor .*; the experts are fused: save the model with "
+        "save_pretrained's defaults",
     ):
         check_tensors(SafetensorsFolder(tmp_path), read_model_args(tmp_path))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.lora.adapter_sum import refuse_outside
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.verify.reference import decoder
 from tests.adapters import (
@@ -776,8 +777,7 @@ def test_the_head_that_peft_saves_beside_lora(tiny_folder, tmp_path):
 
 
 def second_stage(rank, world_size, folder, adapter, more_linears):
-    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank.
-    """
+    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank."""
     place, model_args = initialize(1, 1, 1), read_model_args(folder)
     opened = PeftAdapter(adapter, model_args)
     _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)

@@ -209,13 +209,16 @@ def test_a_sum_that_is_no_number_is_refused(tiny_folder, adapters, tmp_path, val
     tensors = load_file(broken / "adapter_model.safetensors")
     tensors[f"{ROOT}1.self_attn.o_proj.lora_B.weight"][3] = value
     save_file(tensors, broken / "adapter_model.safetensors", metadata={"format": "pt"})
-    message = "tensor thinker.model.layers.1.self_attn.o_proj.weight: the base plus the adapters is not finite"
+    message = (
+        "tensor thinker.model.layers.1.self_attn.o_proj.weight: "
+        "the base plus the adapters is not finite"
+    )
     with pytest.raises(ValueError, match=message):
         merge_lora(MergeLoraConfig(base, str(tmp_path / "out"), [str(broken)], num_workers=2))
     assert not (tmp_path / "out").exists()
 
 
-# --- a training run's checkpoint, and stage two -----------------------------------------------------------------------
+# --- a training run's checkpoint, and stage two ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +403,7 @@ def test_training_reads_what_the_tools_write(model, stage_one, tmp_path):
     assert first["merged"]["loss"] > 0
 
 
-# --- a lower rank -----------------------------------------------------------------------------------------------------
+# --- a lower rank ---------------------------------------------------------------------------------
 
 
 def products(folder):
@@ -443,7 +446,7 @@ UNEVEN = {
 
 
 def updates(folder, model_args):
-    """linear -> the update that an adapter of any form makes, fp64; linears without LoRA have none."""
+    """linear -> the update that an adapter of any form makes, fp64; none without LoRA."""
     adapter, found = PeftAdapter(folder, model_args), {}
     for name in adapter_tensors(model_args, 1, adapter.targets):
         if ".lora_A." in name and name in adapter:

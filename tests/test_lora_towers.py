@@ -18,7 +18,8 @@ from megatron_gkd.forward import student_forward_backward, teacher_forward, view
 from megatron_gkd.lora import apply_lora, as_teacher
 from megatron_gkd.lora.adapter import THINKER, adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers

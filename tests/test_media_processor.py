@@ -39,6 +39,7 @@ from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
 
 VOCAB = 1024
+VIEWS = ("student", "teacher")
 ANSWER = {"role": "assistant", "content": "a cat"}
 HEARS_AND_SEES = [
     {"type": "text", "text": "listen"},
@@ -357,7 +358,9 @@ def test_media_references_are_those_of_the_row(model, media):
     sound = Reference("audio", str(media / "stereo.wav"), None)
     clean = Reference("audio", str(media / "mono.flac"), None)
     wide = Reference("image", str(media / "wide.png"), None)
-    assert [data.media_references(index) for index in range(len(data))] == [
+    found = [[data.media_references(index, view) for view in VIEWS] for index in range(len(data))]
+    assert not any(seen.use_audio_in_video for of_row in found for seen in of_row)
+    assert [tuple(seen.media for seen in of_row) for of_row in found] == [
         ([sound, wide], [sound, wide]),
         ([sound, wide], [clean, wide]),
         ([], []),

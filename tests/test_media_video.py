@@ -1,5 +1,5 @@
-"""Videos in the data, and their sound: against transformers' processor, where torchvision,
-torchcodec and ffmpeg are.
+"""Videos in the data, and their sound, compared with transformers' processor. Needs torchvision,
+torchcodec and ffmpeg.
 """
 
 import importlib.util
@@ -11,10 +11,11 @@ import subprocess
 import pytest
 import torch
 
+from demo.tiny.folder import build_folder
 from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
 from tests.reference_step import reference_step, write_adapter
-from tests.test_media_processor import ANSWER, load, model  # noqa: F401
+from tests.test_media_processor import ANSWER, load
 from tests.train_runs import arguments, layout_flags, read_lines, run_training, write_rows
 
 MISSING = [name for name in ("torchvision", "torchcodec") if importlib.util.find_spec(name) is None]
@@ -40,6 +41,13 @@ def clip(tmp_path_factory):
         ["ffmpeg", "-loglevel", "error", *source, "-c:a", "aac", "-shortest", path], check=True
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_folder(
+        str(tmp_path_factory.mktemp("media") / "model"), num_hidden_layers=1, hidden_size=64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,9 @@ def test_the_sound_may_be_given(model, clip, tmp_path):
 def test_media_references_of_a_video_name_its_track(model, clip, tmp_path):
     rows = load(model, tmp_path, row(clip, use_audio_in_video=True), max_length=2000)
     track = Reference("audio", str(clip), None, is_track=True)
-    assert rows.media_references(0) == ([track, Reference("video", str(clip), None)],) * 2
+    for view in ("student", "teacher"):
+        found = rows.media_references(0, view)
+        assert found == ([track, Reference("video", str(clip), None)], True)
 
 
 @pytest.mark.parametrize("with_sound", [False, True])

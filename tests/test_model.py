@@ -337,8 +337,8 @@ def test_precisions_and_attention_implementations(cases, name):
 
 
 def test_ranks_whose_experts_get_no_token(tiny_folder):
-    """One-token micro-batches on 4 ranks (the padding samples of an evaluation): two experts get all,
-    most ranks none.
+    """One-token micro-batches on 4 ranks (the padding samples of an evaluation): two experts get
+    all tokens, most ranks none.
     """
     folder = tiny_folder(**FOLDERS["whole"])
     position = torch.zeros(3, 1, 1, dtype=torch.int64)
@@ -498,7 +498,7 @@ def test_impossible_layouts_name_both_numbers(tiny_folder, sizes, layout, messag
 
 @pytest.mark.parametrize("sections", [[3, 3, 2], [24, 20, 20], [2, 2, 2], None], ids=str)
 def test_rotary_angles_equal_transformers(sections):
-    """Sections that sum to the channels, to more, to less, and none: media turn as they do there."""
+    """Sections that sum to the number of channels, to more and to less, and none."""
     rope = {"rope_type": "default", "rope_theta": 1e4} | (
         {} if sections is None else {"mrope_section": sections}
     )

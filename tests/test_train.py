@@ -601,14 +601,14 @@ def _writes_badly(rank, world_size, argv, steps):
     from megatron_gkd.rollout import backend
 
     parallel.destroy = parallel.parallel_state.destroy_model_parallel
-    respond = backend.MegatronRollout.respond
+    write = backend.MegatronBackend.write
 
-    def fail(rollout, model, batches, step, *args):
+    def fail(writer, prompts, step):
         if step in steps and rank == world_size - 1:
             raise FloatingPointError("rollout: not finite for row 7")
-        return respond(rollout, model, batches, step, *args)
+        return write(writer, prompts, step)
 
-    backend.MegatronRollout.respond = fail
+    backend.MegatronBackend.write = fail
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         train.main(argv)

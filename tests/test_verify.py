@@ -28,7 +28,7 @@ from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
-from megatron_gkd.lora.peft_folder import save_tensors
+from megatron_gkd.lora.peft_writer import save_tensors
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
@@ -129,7 +129,7 @@ def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, 
     assert adapter_moves > 0.1 and merge_moves < 1e-4
 
 
-# --- mutations -------------------------------------------------------------------------------------------------------
+# --- mutations ------------------------------------------------------------------------------------
 
 
 def rewrite(checkpoint, key, index, change):
@@ -441,7 +441,7 @@ def test_a_nan_passes_no_tolerance(folder, checkpoint, tmp_path, capsys):
     )
 
 
-# --- the rows and the layers ------------------------------------------------------------------------------------------
+# --- the rows and the layers ----------------------------------------------------------------------
 
 
 def without_media(rank, world_size, folder):

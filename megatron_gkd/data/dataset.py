@@ -5,7 +5,7 @@ split off evaluation.
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import datasets
 
@@ -17,7 +17,7 @@ from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
-from megatron_gkd.media.medium import Reference
+from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -98,17 +98,13 @@ class SampleDataset:
         except RowError as error:
             raise DataError(f"{row['location']}: {error}") from error
 
-    def media_references(self, index: int) -> tuple[list[Reference], list[Reference]]:
-        """The media of row `index` as the row gave them, not read: (student's, teacher's view).
-
-        A view's audios come first, then its images, then its videos, each kind in the order of its
-        placeholders in the prompt. The audio of a video is an audio with `is_track`.
-        """
+    def media_references(self, index: int, view: Literal["student", "teacher"]) -> PromptReferences:
+        """The media that a view of row `index` shows, as the row gave them: nothing is read."""
         encoded = _encoded(self._rows[index])
         references = encoded.references()
-        return (
-            [references[number] for number in encoded.student_media],
-            [references[number] for number in encoded.teacher_media],
+        indices = encoded.student_media if view == "student" else encoded.teacher_media
+        return PromptReferences(
+            [references[number] for number in indices], encoded.use_audio_in_video
         )
 
     def location(self, index: int) -> str:

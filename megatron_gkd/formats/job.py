@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -52,7 +52,7 @@ def content_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial") / "content"
 
 
-def file_states(folder: Path, names) -> dict[str, list[int]]:
+def file_states(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
     """Size and time of change of files: a conversion is not continued when they differ."""
     return {
         name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in names
@@ -114,7 +114,13 @@ def _is_done(job: Job) -> bool:
         return False
 
 
-def _convert(job: Job, prepare, work: Work, finish, num_workers: int) -> None:
+def _convert(
+    job: Job,
+    prepare: Callable[[], None],
+    work: Work,
+    finish: Callable[[list], None],
+    num_workers: int,
+) -> None:
     if (job.partial / DONE).exists():
         raise ValueError(_OTHERS.format(job.partial))
     if job.content.exists() and not (job.partial / JOURNAL).exists():
@@ -134,7 +140,7 @@ def _convert(job: Job, prepare, work: Work, finish, num_workers: int) -> None:
 
 
 def _publish(job: Job) -> None:
-    """The journal goes first: without content it must not tell another run that shards are finished."""
+    """The journal goes first: without content it must not tell another run that shards are done."""
     (job.partial / JOURNAL).unlink(missing_ok=True)
     sync(job.partial)
     if job.output.exists():
@@ -206,7 +212,7 @@ class Journal:
 
 
 def check_output(output: Path, sources: Iterable[Path] = ()) -> None:
-    """Raise ValueError unless the folder is absent or empty, and in none of the folders `sources`."""
+    """Raise ValueError unless the folder is absent or empty, and outside the folders `sources`."""
     for source in sources:
         if output.resolve().is_relative_to(source.resolve()):
             raise ValueError(
@@ -226,8 +232,8 @@ def check_disk(output: Path, num_bytes: int, done: int = 0) -> None:
     free, needed = shutil.disk_usage(folder).free, max(num_bytes - done, 0) + _SPARE_BYTES
     if free < needed:
         raise ValueError(
-            f"--output {output}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there; "
-            "make room or choose another disk"
+            f"--output {output}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free "
+            "there; make room or choose another disk"
         )
 
 
@@ -236,7 +242,7 @@ def _bytes_on_disk(folder: Path) -> int:
 
 
 @contextmanager
-def _locked(partial: Path):
+def _locked(partial: Path) -> Iterator[None]:
     """Exclusive among commands, who make the folder `partial`, and the last of whom removes it. The
     workers inherit the lock, so a killed command's orphans hold it until they are gone.
     """
@@ -271,7 +277,7 @@ def _locked(partial: Path):
                     partial.rmdir()
 
 
-def _is_at(file, path: Path) -> bool:
+def _is_at(file: IO, path: Path) -> bool:
     """Whether the open file is still the one of this name: who finishes removes it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -78,7 +78,7 @@ def _zero_padding(model: Any, model_args: ModelArgs, parallel: Parallel) -> None
 
 
 def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder | MegatronFolder:
-    """The tensors of a model folder of either kind, checked against the sizes of its config.json."""
+    """The tensors of a model folder of either format, checked against its config.json's sizes."""
     checkpoint = find_torch_dist(folder)
     if checkpoint:
         return MegatronFolder(checkpoint, model_args)
@@ -106,7 +106,7 @@ def load_weights(model: Any, model_args: ModelArgs, parallel: Parallel, folder: 
         leave=False,
     ) as bar:
         for part in slices:
-            values = tensors.slice(part.stored.name)[part.stored.index]
+            values = tensors.slice(part.stored.name)[part.stored.slices]
             num_bytes += values.nbytes
             part.view.copy_(values)
             bar.update(values.numel())

@@ -1,6 +1,6 @@
-"""What a converted folder holds beside the bytes of its tensors: conversion_manifest.json, with size
-and SHA-256 of every tensor and file, and the extra files (configs, tokenizer, processor, licence,
-...), which are copied.
+"""What a converted folder holds beside its tensors: conversion_manifest.json, with size and SHA-256
+of every tensor and file, and the extra files (configs, tokenizer, processor, licence, ...), which
+are copied.
 """
 
 import hashlib
@@ -42,7 +42,8 @@ class Manifest:
                 raise FileNotFoundError(f"{folder / name} is missing: {MANIFEST} lists it")
             if describe_file(folder / name) != known:
                 raise ValueError(
-                    f"{folder / name}: not the file that {MANIFEST} lists (changed or damaged since)"
+                    f"{folder / name}: not the file that {MANIFEST} lists "
+                    "(changed or damaged since)"
                 )
         for name in sorted(tensors.keys() ^ self.tensors.keys()):
             what = "is not in the folder" if name in self.tensors else f"is unknown to {MANIFEST}"

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.formats.frozen_weights import check_frozen_weights
 from megatron_gkd.formats.job import Job, file_states, run_job, sync
 from megatron_gkd.formats.manifest import (
     Manifest,
@@ -27,19 +26,9 @@ from megatron_gkd.formats.manifest import (
     total_bytes,
 )
 from megatron_gkd.formats.megatron_folder import FROZEN
-from megatron_gkd.formats.safetensors_folder import (
-    INDEX,
-    SafetensorsFolder,
-    check_tensors,
-    stored_tensors,
-)
-from megatron_gkd.formats.stored_tensor import (
-    SHARD_BYTES,
-    Shard,
-    memory,
-    plan_shards,
-    row_blocks,
-)
+from megatron_gkd.formats.safetensors_folder import INDEX, SafetensorsFolder, stored_tensors
+from megatron_gkd.formats.sources import open_hf_folder
+from megatron_gkd.formats.stored_tensor import SHARD_BYTES, Shard, memory, plan_shards, row_blocks
 from megatron_gkd.formats.torch_dist import TRACKER, TorchDist
 from megatron_gkd.formats.torch_dist_writer import HEADERS, RELEASE, write_chunk, write_description
 from megatron_gkd.formats.weight_map import (
@@ -50,7 +39,7 @@ from megatron_gkd.formats.weight_map import (
     stored_entries,
 )
 from megatron_gkd.formats.workers import Report
-from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import SlicePair, TensorSlice, block
 
 _RESERVED = (RELEASE, HEADERS, TRACKER)
@@ -68,7 +57,7 @@ class CheckpointSource:
 
     def slices(self, name: str) -> Iterator[SlicePair]:
         """One tensor in the order of its rows, in blocks that become a chunk each, or one for each
-        of `column_blocks`.
+        of `columns_of_ranks`.
         """
         tensor = self.folder.slice(name)
         pairs = checkpoint_slices(self.model_args).get(name)
@@ -90,7 +79,7 @@ class CheckpointSource:
                 edges.add(min(max(edge - pair.mcore.rows.start + start, start), stop))
         return edges
 
-    def column_blocks(self, key: str) -> list[slice]:
+    def columns_of_ranks(self, key: str) -> list[slice]:
         """Each rank's columns of a matrix whose columns tensor parallelism cuts; else none."""
         entry = stored_entries(self.model_args).get(key)
         if entry is None or entry.cut != COLUMNS or entry.columns is None or self.tp_size == 1:
@@ -129,7 +118,8 @@ class CheckpointSource:
             if dtypes.setdefault(key, tensor.dtype) != tensor.dtype:
                 raise ValueError(
                     f"{tensor.path}: tensor {name} is {tensor.dtype_name} and {other} is "
-                    f"{self.folder.slice(other).dtype_name}; a checkpoint stacks them, so they must be of one type"
+                    f"{self.folder.slice(other).dtype_name}; a checkpoint stacks them, so they "
+                    "must be of one type"
                 )
         return dtypes
 
@@ -138,10 +128,7 @@ def open_checkpoint_source(hf_model: Path, tp_size: int) -> CheckpointSource:
     """Raises FileNotFoundError or ValueError: the folder and the tensor or file that cannot be
     converted.
     """
-    model_args = read_model_args(hf_model)
-    folder = SafetensorsFolder(hf_model)
-    check_tensors(folder, model_args)
-    check_frozen_weights(folder, model_args)
+    model_args, folder = open_hf_folder(hf_model)
     manifest = read_manifest(hf_model)
     if manifest:
         manifest.check(hf_model, folder.tensors)
@@ -215,8 +202,8 @@ def _chunk_file(shard_number: int) -> str:
 
 
 def write_shard(source: CheckpointSource, shard: Shard, path: Path, report: Report) -> dict:
-    """The shard's tensors as a .distcp file, on the disk when this returns. -> their SHA-256 and the
-    chunks' records.
+    """Write the shard's tensors into a .distcp file; it is on the disk when this returns. Returns
+    their SHA-256 and the chunks' records.
     """
     # SHA-256 is what guards the bytes; the archive's CRC costs as much.
     torch.serialization.set_crc32_options(False)
@@ -226,12 +213,13 @@ def write_shard(source: CheckpointSource, shard: Shard, path: Path, report: Repo
         for name in shard.names:
             digest, tensor = hashlib.sha256(), source.folder.slice(name)
             for pair in source.slices(name):
-                values = tensor[(pair.hf.rows,)]
+                values = tensor[pair.hf.slices]
                 digest.update(memory(values))
-                for columns in (column_blocks := source.column_blocks(pair.mcore.name)):
+                columns_of_ranks = source.columns_of_ranks(pair.mcore.name)
+                for columns in columns_of_ranks:
                     place = pair.mcore.with_columns(columns)
                     chunks.append(write_chunk(file, place, values[:, columns].clone()))
-                if not column_blocks:
+                if not columns_of_ranks:
                     chunks.append(write_chunk(file, pair.mcore, values))
                 report(values.nbytes)
             hashes[name] = digest.hexdigest()

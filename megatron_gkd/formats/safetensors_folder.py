@@ -25,9 +25,8 @@ def read_header(path: Path) -> bytes:
     a damaged file.
     """
     try:
-        with safe_open(
-            path, framework="pt"
-        ):  # the library checks that the tensors fill the file without a hole
+        # The library checks that the tensors fill the file without a hole.
+        with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
@@ -76,7 +75,8 @@ class SafetensorsFolder:
             twice = sorted(found.keys() & self.file_of.keys())
             if twice:
                 raise ValueError(
-                    f"{self.folder / file}: holds tensor {twice[0]}, and {self.file_of[twice[0]]} holds it too"
+                    f"{self.folder / file}: holds tensor {twice[0]}, "
+                    f"and {self.file_of[twice[0]]} holds it too"
                 )
             self.tensors |= found
             self.file_of |= dict.fromkeys(found, file)
@@ -84,12 +84,14 @@ class SafetensorsFolder:
             if self.file_of.get(tensor) != name:
                 other = f" ({self.file_of[tensor]} does)" if tensor in self.file_of else ""
                 raise ValueError(
-                    f"{self.folder / INDEX}: lists tensor {tensor} in {name}, which does not hold it{other}"
+                    f"{self.folder / INDEX}: lists tensor {tensor} in {name}, "
+                    f"which does not hold it{other}"
                 )
         for tensor, file in self.file_of.items():
             if listed and tensor not in listed:
                 raise ValueError(
-                    f"{self.folder / file}: has unexpected tensor {tensor}, which {INDEX} does not list"
+                    f"{self.folder / file}: has unexpected tensor {tensor}, "
+                    f"which {INDEX} does not list"
                 )
 
     def _listed(self) -> dict[str, str]:
@@ -116,14 +118,16 @@ class SafetensorsFolder:
         others = sorted(set(listed.values()) - {SINGLE})
         if has_single and others:
             raise ValueError(
-                f"{self.folder}: {SINGLE} is there, and {INDEX} lists {others[0]}: which of them is the model?"
+                f"{self.folder}: {SINGLE} is there, and {INDEX} lists {others[0]}: "
+                "which of them is the model?"
             )
         missing = sorted(
             name for name in set(listed.values()) if not (self.folder / name).is_file()
         )
         if missing:
             raise FileNotFoundError(
-                f"{index}: lists {missing[0]}, which is not in the folder ({len(missing)} such files)"
+                f"{index}: lists {missing[0]}, which is not in the folder "
+                f"({len(missing)} such files)"
             )
         return listed
 
@@ -151,18 +155,21 @@ def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             fused = any(".mlp.experts.gate_up_proj" in name for name in extra)
             hint = (
-                "; the experts are fused: save the model with save_pretrained's defaults, which take them apart"
+                "; the experts are fused: save the model with save_pretrained's defaults, "
+                "which take them apart"
                 if fused
                 else ""
             )
             raise ValueError(
-                f"{folder.folder}: the folder {what} tensor {names[0]}{more} (sizes are those of its config.json){hint}"
+                f"{folder.folder}: the folder {what} tensor {names[0]}{more} "
+                f"(sizes are those of its config.json){hint}"
             )
     for name, size in expected.items():
         tensor, file = folder.slice(name), folder.folder / folder.file_of[name]
         if tuple(tensor.get_shape()) != size:
             raise ValueError(
-                f"{file}: tensor {name} has shape {list(tensor.get_shape())}, config.json asks for {list(size)}"
+                f"{file}: tensor {name} has shape {list(tensor.get_shape())}, "
+                f"config.json asks for {list(size)}"
             )
         if tensor.get_dtype() not in DECODER_DTYPE_NAMES:
             raise ValueError(
@@ -183,6 +190,6 @@ def _check_tied(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
         same = same and torch.equal(head[rows], embedding[rows])
     if not same:
         raise ValueError(
-            f"{folder.folder}: {names[1]} is not {names[0]}, and config.json says tie_word_embeddings: set that to false, "
-            "or take the tensor out"
+            f"{folder.folder}: {names[1]} is not {names[0]}, and config.json says "
+            "tie_word_embeddings: set that to false, or take the tensor out"
         )

@@ -92,7 +92,9 @@ def write_header(path: Path, header: bytes, num_bytes: int) -> None:
 def write_shard(
     source: FolderSource, shard: Shard, targets: dict[str, StoredTensor], report: Report
 ) -> dict:
-    """The shard's tensors in their file, on the disk when this returns. -> their SHA-256."""
+    """Write the shard's tensors into their file; they are on the disk when this returns. Returns
+    their SHA-256.
+    """
     hashes = {}
     descriptor = os.open(targets[shard.names[0]].path, os.O_WRONLY)
     try:

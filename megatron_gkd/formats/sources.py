@@ -57,7 +57,7 @@ class FolderSource:
         }
 
     def check(self) -> None:
-        """Raise ValueError for a tensor that is missing, of another dtype or shape, or not wanted."""
+        """Raise ValueError for a tensor that is missing, unknown, or of another dtype or shape."""
         wanted = {
             name: tensor
             for tensors in self.files(self.path).values()
@@ -75,7 +75,8 @@ class FolderSource:
         extra = [name for name in self.tensors if name not in wanted]
         if extra:
             raise ValueError(
-                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more have no place in the folder"
+                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more have no place in the "
+                "folder"
             )
 
     def identity(self, shard_bytes: int) -> dict:
@@ -107,14 +108,14 @@ def open_source(model: Path, hf_model: Path | None, made_by: str) -> FolderSourc
         return _source_from_converted(checkpoint, made_by)
     if hf_model is None:
         raise ValueError(
-            f"{checkpoint}: holds the decoder alone; name the Hugging Face folder that it came from "
-            "with --hf_model"
+            f"{checkpoint}: holds the decoder alone; name the Hugging Face folder that it came "
+            "from with --hf_model"
         )
     return _source_from_both(checkpoint, hf_model, made_by)
 
 
 def _source_from_hf(hf_model: Path, made_by: str) -> FolderSource:
-    model_args, folder = _open_hf(hf_model)
+    model_args, folder = open_hf_folder(hf_model)
     manifest = read_manifest(hf_model)
     if manifest:
         manifest.check(hf_model, folder.tensors)
@@ -143,9 +144,8 @@ def _source_from_converted(checkpoint: Path, made_by: str) -> FolderSource:
             "complete"
         )
     manifest.check(root, tensors)
-    trained = [
-        path.name for path in root.glob("iter_*")
-    ]  # checkpoints of training in the same place
+    # Checkpoints of training in the same folder.
+    trained = [path.name for path in root.glob("iter_*")]
     headers = {
         path.name[: -len(".header")]: path.read_bytes()
         for path in sorted((root / HEADERS).glob("*.header"))
@@ -170,14 +170,14 @@ def _source_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> FolderS
     """A checkpoint of another writer: the decoder from it, all else and the names of the files from
     `hf_model`.
     """
-    model_args, folder = _open_hf(hf_model)
+    model_args, folder = open_hf_folder(hf_model)
     source = FolderSource(
         made_by=made_by,
         path=checkpoint,
         model_args=model_args,
         headers=folder.headers,
         index=_read(hf_model / INDEX),
-        tensors=folder.tensors | MegatronFolder(checkpoint, model_args).tensors,
+        tensors={**folder.tensors, **MegatronFolder(checkpoint, model_args).tensors},
         extra_files_folder=hf_model,
         extra_files=list_extra_files(hf_model, besides=folder.headers),
         expected=None,
@@ -187,7 +187,10 @@ def _source_from_both(checkpoint: Path, hf_model: Path, made_by: str) -> FolderS
     return source
 
 
-def _open_hf(hf_model: Path) -> tuple[ModelArgs, SafetensorsFolder]:
+def open_hf_folder(hf_model: Path) -> tuple[ModelArgs, SafetensorsFolder]:
+    """Raises FileNotFoundError or ValueError naming the tensor or file that is not as its
+    config.json says.
+    """
     model_args = read_model_args(hf_model)
     folder = SafetensorsFolder(hf_model)
     check_tensors(folder, model_args)

@@ -95,7 +95,7 @@ def as_rows(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_block(

@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class _Record:
 
     offset = transform_descriptors = None  # these are not saved where they are None
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple):  # of TensorProperties
             state = {"dtype": state[0]}
         vars(self).update(state)
@@ -62,10 +63,10 @@ class _Record:
 class _Ignored:
     """Stands for an object of no interest: takes any arguments and state."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -74,11 +75,11 @@ class _DescriptionUnpickler(pickle.Unpickler):
     that is made for this file alone: whatever the file does to it ends with it.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
         ignored = type("_Ignored", (_Ignored,), {})
 
-        def member(owner, name):
+        def member(owner: Any, name: str) -> Any:
             if owner is not ignored:
                 raise pickle.UnpicklingError(
                     f"it asks for {name} of {owner}, which is no enumeration"
@@ -98,7 +99,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
             ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
         }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.known:
             return self.known[module, name]
         if module in _IGNORED_MODULES:
@@ -111,7 +112,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 class _TensorUnpickler(pickle.Unpickler):
     """data.pkl of a saved tensor -> (its first element in the storage, its size, its stride)."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in (
             "_rebuild_tensor_v2",
             "_rebuild_tensor_v3",
@@ -127,7 +128,7 @@ class _TensorUnpickler(pickle.Unpickler):
             f"it names {module}.{name}, which is no part of a plain tensor"
         )
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Any:
         return pid
 
 
@@ -137,19 +138,19 @@ class _FileRange(io.RawIOBase):
     def __init__(self, descriptor: int, start: int, length: int):
         self.descriptor, self.start, self.length, self.position = descriptor, start, length, 0
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def seek(self, offset, whence=io.SEEK_SET):
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self.position = (
             offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
         )
         return self.position
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         data = os.pread(
             self.descriptor,
             min(len(buffer), self.length - self.position),
@@ -221,7 +222,7 @@ class TorchDist:
                 )
         self._check_files()
 
-    def _read_metadata(self):
+    def _read_metadata(self) -> tuple[dict[str, Any], dict[Any, Any]]:
         path = self.folder / CONFIG
         backend = json.loads(path.read_text()).get("sharded_backend")
         if backend != "torch_dist":
@@ -240,14 +241,16 @@ class TorchDist:
                 f"{path}: not the metadata of a torch_dist checkpoint ({error})"
             ) from error
 
-    def _add_chunk(self, key: str, offsets: tuple, sizes: tuple, info) -> None:
+    def _add_chunk(self, key: str, offsets: tuple, sizes: tuple, info: Any) -> None:
         if info is None:
             raise ValueError(
-                f"{self.folder / METADATA}: tensor {key} has no file for its chunk at {list(offsets)}"
+                f"{self.folder / METADATA}: tensor {key} has no file for its chunk at "
+                f"{list(offsets)}"
             )
         if getattr(info, "transform_descriptors", None):
             raise ValueError(
-                f"{self.folder / info.relative_path}: tensor {key} is stored transformed, which is not read"
+                f"{self.folder / info.relative_path}: tensor {key} is stored transformed, "
+                "which is not read"
             )
         self._chunks[key].append(
             StoredChunk(offsets, sizes, info.relative_path, info.offset, info.length)
@@ -264,7 +267,8 @@ class TorchDist:
                 raise FileNotFoundError(f"{path} is missing: {METADATA} lists it")
             if path.stat().st_size < end:
                 raise ValueError(
-                    f"{path}: truncated, {path.stat().st_size} bytes where {METADATA} asks for {end}"
+                    f"{path}: truncated, {path.stat().st_size} bytes where {METADATA} asks for "
+                    f"{end}"
                 )
 
     def read(self, wanted: TensorSlice) -> Tensor:
@@ -274,11 +278,9 @@ class TorchDist:
         A vector has one column, a tensor of more axes as many as its axes after the first hold
         together. Raises ValueError where chunks do not cover them or a file is damaged.
         """
-        key = wanted.name
-        index = tuple(part for part in wanted.index if isinstance(part, int))
-        slices = [part for part in wanted.index if isinstance(part, slice)]
+        key, index = wanted.name, wanted.matrix
         size = _as_matrix(self.sizes[key][len(index) :])
-        asked = [range(*part.indices(n)) for part, n in zip((*slices, slice(None)), size)]
+        asked = [range(*part.indices(n)) for part, n in zip((*wanted.slices, slice(None)), size)]
         found = torch.empty(*map(len, asked), dtype=self.dtypes[key])
         missing = found.numel()
         for chunk in self._chunks_at(key, index):

@@ -40,12 +40,11 @@ def write_chunk(file: BinaryIO, place: TensorSlice, values: Tensor) -> list:
     Returns its record [key, offsets, sizes, first byte, length] for `write_description`.
     """
     offsets = [part if isinstance(part, int) else part.start for part in place.index]
-    num_stacked = sum(isinstance(part, int) for part in place.index)
-    num_axes = num_stacked + values.dim()
-    sizes = [1] * num_stacked + list(values.shape)
+    sizes = [1] * len(place.matrix) + list(values.shape)
     start = file.tell()
     torch.save(values.reshape(sizes), file)
-    return [place.name, (offsets + [0] * num_axes)[:num_axes], sizes, start, file.tell() - start]
+    offsets = (offsets + [0] * len(sizes))[: len(sizes)]  # on every axis; a scalar has none
+    return [place.name, offsets, sizes, start, file.tell() - start]
 
 
 def write_description(
@@ -71,8 +70,8 @@ def write_description(
             )
             storage[MetadataIndex(key, offsets, number)] = _StorageInfo(file, start, length)
     described = tensors | _write_extra_states(folder, model_args, storage)
-    with open(folder / METADATA, "wb") as file:
-        pickle.dump(Metadata(described, planner_data=None, storage_data=storage), file)
+    with open(folder / METADATA, "wb") as stream:
+        pickle.dump(Metadata(described, planner_data=None, storage_data=storage), stream)
     content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     torch.save(
         {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content},
@@ -101,7 +100,9 @@ def _extra_state_keys(model_args: ModelArgs) -> Iterable[str]:
     """megatron-core names an object after its place in the stack: KEY/shard_PLACE_SIZE."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     attention = ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
-    modules = {f"self_attention.{name}": (model_args.num_layers,) for name in attention}
+    modules: dict[str, tuple[int, ...]] = {
+        f"self_attention.{name}": (model_args.num_layers,) for name in attention
+    }
     modules["pre_mlp_layernorm"] = (model_args.num_layers,)
     modules |= {
         f"mlp.experts.experts.linear_fc{n}": (model_args.num_layers, model_args.num_experts)

@@ -71,13 +71,10 @@ class Entry:
 
 @lru_cache
 def weight_map(model_args: ModelArgs) -> tuple[Entry, ...]:
-    """The decoder's tensors. A tied head shares the embedding's key, so a checkpoint holds it once."""
-    hidden, head, inter = (
-        model_args.hidden_size,
-        model_args.head_dim,
-        model_args.moe_intermediate_size,
-    )
-    queries, vocab = model_args.num_attention_heads * head, model_args.vocab_size
+    """The decoder's tensors. A tied head has the embedding's key, so a checkpoint holds it once."""
+    hidden, inter = model_args.hidden_size, model_args.moe_intermediate_size
+    head, vocab = model_args.head_dim, model_args.vocab_size
+    queries = model_args.num_attention_heads * head
     layers, experts = (model_args.num_layers,), (model_args.num_layers, model_args.num_experts)
     root = model_args.prefix
     layer = f"{root}model.layers.{{layer}}."
@@ -101,10 +98,8 @@ def weight_map(model_args: ModelArgs) -> tuple[Entry, ...]:
         for segment in qkv_segments(model_args, 0, 1)
     ]
     embedding, head_key = "embedding.word_embeddings.weight", "output_layer.weight"
-    embed_tokens, lm_head = (
-        whole(f"{root}model.embed_tokens", vocab),
-        whole(f"{root}lm_head", vocab),
-    )
+    embed_tokens = whole(f"{root}model.embed_tokens", vocab)
+    lm_head = whole(f"{root}lm_head", vocab)
     if model_args.tie_word_embeddings:
         head_key, lm_head = embedding, embed_tokens
     return (
@@ -178,7 +173,8 @@ def checkpoint_slices(model_args: ModelArgs) -> dict[str, tuple[SlicePair, ...]]
 
 def decoder_tensors(model_args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Name and shape of every decoder tensor in a Hugging Face folder of this model."""
-    entries, sizes = stored_entries(model_args), {}
+    entries = stored_entries(model_args)
+    sizes: dict[str, tuple[int, ...]] = {}
     for name, pairs in checkpoint_slices(model_args).items():
         num_rows, columns = pairs[-1].hf.rows.stop, entries[pairs[-1].mcore.name].columns
         sizes[name] = (num_rows,) if columns is None else (num_rows, columns)

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ def run_workers(
     dies.
     """
     todo = iter(shards)
-    workers: dict[Connection, multiprocessing.Process] = {}
-    context = multiprocessing.get_context(
-        "fork"
-    )  # the children share what this process has imported and read
+    workers: dict[Connection, BaseProcess] = {}
+    # By fork the children share what this process has imported and read.
+    context = multiprocessing.get_context("fork")
     try:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
@@ -37,7 +37,8 @@ def run_workers(
             workers[ours] = process
             ours.send(next(todo, None))
         while workers:
-            for connection in wait(list(workers)):
+            ready = set(wait(list(workers)))
+            for connection in [ours for ours in workers if ours in ready]:
                 kind, *content = _receive(connection)
                 if kind == "bytes":
                     report(*content)
@@ -49,9 +50,9 @@ def run_workers(
                 else:
                     workers.pop(connection).join()
     finally:
-        for process in workers.values():
-            process.kill()
-            process.join()
+        for worker in workers.values():
+            worker.kill()
+            worker.join()
 
 
 def _receive(connection: Connection) -> tuple:
@@ -59,15 +60,14 @@ def _receive(connection: Connection) -> tuple:
         return connection.recv()
     except EOFError:
         raise RuntimeError(
-            "a worker process died (out of memory?); the same command continues, fewer --num_workers need less memory"
+            "a worker process died (out of memory?); the same command continues, "
+            "fewer --num_workers need less memory"
         ) from None
 
 
 def _serve(connection: Connection, work: Work, parent: int) -> None:
-    """A worker's life: one shard after the other until None comes. Leaves at once when the parent is
-    gone.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    """A worker: shard after shard until None comes. Exits at once when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     torch.set_num_threads(1)
 
     def leave_if_orphaned() -> None:

@@ -2,7 +2,7 @@
 
 `adapter_tensors` lists the tensors of the whole adapter under PEFT's per-expert names with their
 shapes; `adapter_slices` pairs slices of local parameters with slices of those tensors. The same
-mapping starts an adapter, loads it (peft_folder.py), saves it, and carries the optimizer's moments,
+mapping starts an adapter, loads it (load.py), saves it, and carries the optimizer's moments,
 which have the parameters' shapes, into and out of a checkpoint at any parallel layout
 (checkpoint.py).
 """
@@ -113,7 +113,7 @@ def tower_loras(model: Any, slot: str = STUDENT) -> dict[str, LoraSlot]:
 
 def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]:
     """As `adapter_tensors`, of the towers' LoRA in `slot`."""
-    tensors = {}
+    tensors: dict[str, tuple[int, int]] = {}
     for linear, matrices in tower_loras(model, slot).items():
         (down,), (up,) = matrices.down.values(), matrices.up.values()
         tensors[f"{THINKER}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
@@ -124,14 +124,16 @@ def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]
 def adapter_slices(
     model: Any, model_args: ModelArgs, parallel: Parallel, slot: str = STUDENT
 ) -> Iterator[ParameterSlice]:
-    """Every LoRA parameter of `slot` on this stage, slice by slice, with what it is in the adapter."""
+    """Every LoRA parameter of `slot` on this stage, cut into slices, each with what it is in the
+    adapter.
+    """
     tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     writes_sharded = parallel.dp_rank == 0
     writes_replicated = writes_sharded and tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
-    for linear, matrices in tower_loras(model, slot).items():
-        (down,), (up,) = matrices.down.values(), matrices.up.values()
+    for linear, on_tower in tower_loras(model, slot).items():
+        (down,), (up,) = on_tower.down.values(), on_tower.up.values()
         yield _slice(f"{THINKER}{linear}.lora_A", down, writes_replicated)
         yield _slice(f"{THINKER}{linear}.lora_B", up, writes_replicated)
     for layer in model.decoder.layers:

@@ -2,6 +2,7 @@
 written with its manifest.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,7 +16,8 @@ from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
 from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, PeftAdapter
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -82,8 +84,8 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
 
 
 def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]) -> FolderSource:
-    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and ValueError
-    naming a linear whose weight the folder does not have.
+    """The source with the adapters added to what is read of it. Raises as `open_adapters`, and
+    ValueError naming a linear whose weight the folder does not have.
     """
     opened = open_adapters(adapters, weights, source.model_args)
     for adapter in opened.adapters:
@@ -147,6 +149,19 @@ def write_adapter(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def base_folder(adapter: Path, hf_model: Path | None) -> Path:
+    """The model that a training run's adapter belongs to: `hf_model`, or the one that its config
+    names. Raises ValueError where there is no such folder.
+    """
+    named = json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path")
+    base = hf_model or Path(named or "")
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"{adapter}: its base model {str(base)!r} is not a folder here; name it with --hf_model"
+        )
+    return base
 
 
 def copy_adapter(source: Path, output: Path) -> str:

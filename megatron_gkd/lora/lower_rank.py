@@ -1,5 +1,5 @@
-"""An adapter at a lower rank: each linear's update W_up W_down is replaced by its best approximation
-of that rank.
+"""An adapter at a lower rank: each linear's update W_up W_down is replaced by its best
+approximation of that rank.
 
 Singular values in fp64; no matrix larger than the adapter's own is formed.
 """
@@ -13,13 +13,9 @@ from torch.nn.functional import pad
 
 from megatron_gkd.lora.adapter import THINKER, adapter_tensors
 from megatron_gkd.lora.adapter_sum import refuse_outside, write_adapter
-from megatron_gkd.lora.peft_folder import (
-    CONFIG,
-    PeftAdapter,
-    peft_config,
-    save_tensors,
-    saved_targets,
-)
+from megatron_gkd.lora.peft_config import CONFIG, peft_config, saved_targets
+from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.peft_writer import save_tensors
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -39,15 +35,17 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
 def lower_rank(
     adapter: PeftAdapter, model_args: ModelArgs, hf_model: str, rank: int, output: Path
 ) -> str:
-    """Write `adapter` at `rank` into the folder `output`; return the table of errors. A linear whose
-    own rank is lower (rank_pattern, layers without LoRA) keeps its update and is padded with zeros.
+    """Write `adapter` at `rank` into the folder `output`; return the table of errors. A linear
+    whose own rank is lower (rank_pattern, layers without LoRA) keeps its update and is padded with
+    zeros.
 
     Raises ValueError for a rank that is not lower, or LoRA outside the thinker.
     """
     refuse_outside(adapter)
     if not 0 < rank < adapter.rank:
         raise ValueError(
-            f"--lora_rank {rank}: the adapter has rank {adapter.rank}; choose 1 to {adapter.rank - 1}"
+            f"--lora_rank {rank}: the adapter has rank {adapter.rank}; "
+            f"choose 1 to {adapter.rank - 1}"
         )
     scale = adapter.alpha / adapter.rank
     sizes = adapter_tensors(model_args, rank, saved_targets(adapter.targets))
@@ -96,8 +94,7 @@ def error_table(lost: dict[str, float], total: dict[str, float]) -> str:
     for kind in [*kinds, "all"]:
         names = [name for name in total if kind == "all" or name.endswith(f".{kind}")]
         whole = sum(total[name] for name in names)
-        lines.append(
-            f"  {kind:10} {(sum(lost[name] for name in names) / whole) ** 0.5 if whole else 0.0:.2e}"
-        )
+        share = sum(lost[name] for name in names) / whole if whole else 0.0
+        lines.append(f"  {kind:10} {share**0.5:.2e}")
     worst = max((name for name in total if total[name]), key=lambda name: lost[name] / total[name])
     return "\n".join([*lines, f"  worst: {(lost[worst] / total[worst]) ** 0.5:.2e} of {worst}"])

@@ -73,7 +73,7 @@ class LoraColumnParallel(LoraModule):
         return torch.add(output, update, alpha=slot.scale), bias
 
     def target_segments(self, slot: LoraSlot) -> Iterator[tuple[TensorSlice, int]]:
-        """The segments that have LoRA in `slot`, each with its first row in that projection's W_up."""
+        """The segments with LoRA in `slot`, each with its first row in that projection's W_up."""
         taken = dict.fromkeys(slot.down, 0)
         for segment in self.segments:
             if segment.name in taken:

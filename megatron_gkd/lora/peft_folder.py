@@ -1,84 +1,38 @@
-"""A PEFT adapter folder, read and written: adapter_config.json and adapter_model.safetensors.
+"""A PEFT adapter folder, opened.
 
-Reads what PEFT writes for this model under transformers 4 (a linear an expert) and 5 (experts fused
-into stacked parameters, whose LoRA has E ranks side by side), with or without the `thinker.`
-prefix. Writes per-expert names, which PEFT loads on both.
+It may hold what PEFT writes for this model under transformers 4 (a linear for every expert) or 5
+(experts fused into stacked parameters, whose LoRA has E ranks side by side), with or without the
+`thinker.` prefix.
 """
 
-import json
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
-from megatron_gkd.lora.adapter import (
-    EXPERTS,
-    HEAD,
-    ROOT,
-    THINKER,
-    adapter_slices,
-    adapter_tensors,
-    applied,
-    resolve_targets,
-    tower_tensors,
+from megatron_gkd.lora.adapter import HEAD, ROOT, THINKER, adapter_tensors, resolve_targets
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, pattern_value, read_config
+from megatron_gkd.lora.peft_names import (
+    BASE_NAME,
+    FUSED_NAME,
+    HEAD_NAME,
+    HEAD_SPELLINGS,
+    NAME,
+    OUTSIDE,
+    SPELLINGS,
+    TOWER_NAME,
+    layer_and_linear,
+    linear_of,
 )
-from megatron_gkd.lora.apply import add_slot, tower_linears
-from megatron_gkd.lora.slots import STUDENT, TEACHER
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel
-
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.json should say
-# Settings of PEFT's LoraConfig that change what the tensors mean, with the value at which they do
-# not.
-_PLAIN = {
-    **{"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "use_qalora": False},
-    **{
-        "bias": "none",
-        "modules_to_save": [],
-        "layer_replication": [],
-        "alora_invocation_tokens": [],
-    },
-}
-# Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the
-# adapter.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+\.(?:self_attn\.[qkvo]_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj))"
-    r"\.lora_([AB])\.(?:default\.)?weight"
-)
-_FUSED_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?model\.(?:language_model\.)?layers\.(\d+)\.mlp\.experts\.((?:base_layer\.)?)lora_([AB])\.(?:default\.)?weight"
-)
-_HEAD_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?lm_head\.lora_([AB])\.(?:default\.)?weight"
-)
-_TOWER_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(audio_tower\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])"
-    r"|visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12]))\.lora_([AB])\.(?:default\.)?weight"
-)
-# What PEFT saves of the base beside LoRA on the lm_head.
-_BASE_NAME = re.compile(
-    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight"
-)
-_OUTSIDE = re.compile(r"base_model\.model\.(talker|code2wav)\..*\.lora_[AB]\.(?:default\.)?weight")
-_SPELLINGS = [
-    f"{root}model.{inner}layers." for root in ("", "thinker.") for inner in ("", "language_model.")
-]
-_HEAD_SPELLINGS = ["", "thinker."]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
+    """Where a tensor of the adapter lies: a stored tensor, or one expert's part of a fused one."""
 
     stored: str
     alpha: float
@@ -107,21 +61,24 @@ class PeftAdapter:
                 raise FileNotFoundError(
                     f"{self.folder}: no {name}; expected a PEFT adapter folder{hint}"
                 )
-        self.config = self._read_config()
+        self.config = read_config(self.folder)
         self.path = self.folder / TENSORS
         try:
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a complete safetensors file ({error})") from error
+        # The experts' parts of a fused tensor are asked for one after the other.
+        self._stored = lru_cache(maxsize=4)(lambda stored: self._file.get_tensor(stored).float())
         self.outside: list[str] = []
         self._base_copies: dict[str, str] = {}  # "lm_head" or "embed_tokens" -> stored
         self._sources, in_towers = self._find_sources()
-        stored_targets = {_linear(name) for name in self._sources}
+        stored_targets = {linear_of(name) for name in self._sources}
         self._check_tensors(stored_targets)
         used = [target for target in stored_targets if self._is_used(target)]
         if not used:
             raise ValueError(
-                f"{self.path}: every tensor is zero, so that the adapter does nothing and cannot be trained further"
+                f"{self.path}: every tensor is zero, so that the adapter does nothing and cannot "
+                "be trained further"
             )
         self.targets = resolve_targets(used)
         self.towers = self._check_towers(in_towers)
@@ -136,72 +93,43 @@ class PeftAdapter:
         `tower_tensors`.
         """
         return name in self._sources and (
-            not name.startswith(ROOT) or _linear(name) in self.targets
+            not name.startswith(ROOT) or linear_of(name) in self.targets
         )
 
-    def _read_config(self) -> dict:
-        path = self.folder / CONFIG
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        if config.get("peft_type") != "LORA":
-            raise ValueError(
-                f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters load"
-            )
-        if "lora_alpha" not in config:
-            raise ValueError(f"{path}: lora_alpha is missing")
-        for setting, neutral in _PLAIN.items():
-            if config.get(setting) not in (None, neutral):
-                raise ValueError(
-                    f"{path}: {setting} = {config[setting]!r} is not supported (expected {neutral!r})"
-                )
-        if config.get("init_lora_weights") not in _STARTS:
-            raise ValueError(
-                f"{path}: init_lora_weights = {config['init_lora_weights']!r} belongs to a changed base model; save it as plain LoRA with "
-                "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        return config
+    def _alpha(self, module: str, spellings: list[str] = SPELLINGS) -> float:
+        alpha = float(self.config["lora_alpha"])
+        return self._setting("alpha_pattern", module, spellings, alpha)
 
     def _setting(self, name: str, module: str, spellings: list[str], default: float) -> float:
-        """What the pattern setting `name` says of `module` ("0.self_attn.q_proj"), whose name it
-        may spell out as in any of PEFT's models.
-        """
-        for pattern, value in (self.config.get(name) or {}).items():
-            try:
-                expression = re.compile(rf"(.*\.)?({pattern})")
-            except re.error as error:
-                raise ValueError(
-                    f"{self.folder / CONFIG}: {name} {pattern!r} is no regular expression: {error}"
-                ) from None
-            if any(expression.fullmatch(spelling + module) for spelling in spellings):
-                return float(value)
-        return default
-
-    def _alpha(self, module: str, spellings: list[str] = _SPELLINGS) -> float:
-        return self._setting("alpha_pattern", module, spellings, float(self.config["lora_alpha"]))
+        try:
+            return pattern_value(self.config.get(name) or {}, module, spellings, default)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / CONFIG}: {name} {error}") from None
 
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, _Source]]:
         """Of the decoder's tensors, and of the towers'."""
-        sources, in_towers, fused, unknown = {}, {}, {}, []
+        sources: dict[str, _Source] = {}
+        in_towers: dict[str, _Source] = {}
+        fused: dict[tuple[str, str], dict[str, str]] = {}
+        unknown = []
         for name in self._file.keys():
-            if match := _NAME.fullmatch(name):
+            if match := NAME.fullmatch(name):
                 linear, side = match.groups()
                 sources[f"{ROOT}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
-            elif match := _HEAD_NAME.fullmatch(name):
+            elif match := HEAD_NAME.fullmatch(name):
                 sources[f"{THINKER}{HEAD}.lora_{match[1]}.weight"] = _Source(
-                    name, self._alpha(HEAD, _HEAD_SPELLINGS)
+                    name, self._alpha(HEAD, HEAD_SPELLINGS)
                 )
-            elif match := _FUSED_NAME.fullmatch(name):
+            elif match := FUSED_NAME.fullmatch(name):
                 layer, inner, side = match.groups()
                 fused.setdefault((layer, inner), {})[side] = name
-            elif match := _BASE_NAME.fullmatch(name):
+            elif match := BASE_NAME.fullmatch(name):
                 self._base_copies[match[1]] = name
             elif not self._changes_something(name):
                 continue
-            elif _OUTSIDE.fullmatch(name):
+            elif OUTSIDE.fullmatch(name):
                 self.outside.append(name)
-            elif match := _TOWER_NAME.fullmatch(name):
+            elif match := TOWER_NAME.fullmatch(name):
                 linear, side = match.groups()
                 in_towers[f"{THINKER}{linear}.lora_{side}.weight"] = _Source(
                     name, self._alpha(linear)
@@ -210,7 +138,8 @@ class PeftAdapter:
                 unknown.append(name)
         if unknown:
             raise ValueError(
-                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the thinker's decoder or towers"
+                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the "
+                "thinker's decoder or towers"
             )
         for (layer, _), pair in fused.items():
             self._add_fused(sources, layer, pair)
@@ -249,8 +178,9 @@ class PeftAdapter:
             parameter, parts = "down_proj", {"down_proj": slice(None)}
         else:
             raise ValueError(
-                f"{self.path}: {pair['A']} {size_a} and {pair['B']} {size_b} fit neither gate_up_proj ({hidden} to {2 * inter}) nor "
-                f"down_proj ({inter} to {hidden}), the sizes of the model's config.json"
+                f"{self.path}: {pair['A']} {size_a} and {pair['B']} {size_b} fit neither "
+                f"gate_up_proj ({hidden} to {2 * inter}) nor down_proj ({inter} to {hidden}), "
+                "the sizes of the model's config.json"
             )
         alpha = self._alpha(f"{layer}.mlp.experts.{parameter}")
         for expert in range(self.model_args.num_experts):
@@ -264,30 +194,30 @@ class PeftAdapter:
         """A layer has both matrices of a target or neither, of all experts or of none; of the
         model's sizes and one rank.
         """
-        expected, layers = (
-            adapter_tensors(self.model_args, 1, targets),
-            self.config.get("layers_to_transform"),
-        )
+        expected = adapter_tensors(self.model_args, 1, sorted(targets))
+        layers = self.config.get("layers_to_transform")
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else layers
             expected = {
                 name: size
                 for name, size in expected.items()
-                if not name.startswith(ROOT) or int(_layer_and_linear(name)[0]) in layers
+                if not name.startswith(ROOT) or int(layer_and_linear(name)[0]) in layers
             }
-        present = {_layer_and_linear(name) for name in self._sources}
+        present = {layer_and_linear(name) for name in self._sources}
         expected = {
-            name: size for name, size in expected.items() if _layer_and_linear(name) in present
+            name: size for name, size in expected.items() if layer_and_linear(name) in present
         }
         missing = [name for name in expected if name not in self._sources]
         if missing:
             raise ValueError(
-                f"{self.path}: misses tensor {missing[0]} and {len(missing) - 1} more of LoRA on {', '.join(sorted(targets))}"
+                f"{self.path}: misses tensor {missing[0]} and {len(missing) - 1} more of LoRA on "
+                f"{', '.join(sorted(targets))}"
             )
         extra = [source.stored for name, source in self._sources.items() if name not in expected]
         if extra:
             raise ValueError(
-                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more are of layers or experts that the model does not have"
+                f"{self.path}: tensor {extra[0]} and {len(extra) - 1} more are of layers or "
+                "experts that the model does not have"
             )
         for name, (num_outputs, num_inputs) in expected.items():
             source = self._sources[name]
@@ -301,7 +231,8 @@ class PeftAdapter:
             num_experts = 1 if source.expert is None else self.model_args.num_experts
             if size != wanted or size_a[0] % num_experts or not size_a[0]:
                 raise ValueError(
-                    f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's config.json ask for {wanted}"
+                    f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's "
+                    f"config.json ask for {wanted}"
                 )
 
     def _check_ranks(self) -> None:
@@ -313,12 +244,13 @@ class PeftAdapter:
             if ".lora_A." in name and ".self_attn." in name and "r" in self.config and name in self:
                 rank, stated = (
                     self._rank(name),
-                    self._setting("rank_pattern", linear, _SPELLINGS, self.config["r"]),
+                    self._setting("rank_pattern", linear, SPELLINGS, self.config["r"]),
                 )
                 if rank != stated:
                     raise ValueError(
-                        f"{self.path}: {self._sources[name].stored} has rank {rank}, and {CONFIG} says {stated:g} (r, rank_pattern): "
-                        "the scale alpha / r would not be the one that it was trained with"
+                        f"{self.path}: {self._sources[name].stored} has rank {rank}, and {CONFIG} "
+                        f"says {stated:g} (r, rank_pattern): the scale alpha / r would not be the "
+                        "one that it was trained with"
                     )
 
     def _check_towers(self, in_towers: dict[str, _Source]) -> list[str]:
@@ -334,7 +266,8 @@ class PeftAdapter:
             size_a, size_b = self._size(in_towers[down].stored), self._size(in_towers[up].stored)
             if len(size_a) != 2 or len(size_b) != 2 or size_a[0] != size_b[1] or not size_a[0]:
                 raise ValueError(
-                    f"{self.path}: lora_A {size_a} and lora_B {size_b} of {linear} are not of one rank"
+                    f"{self.path}: lora_A {size_a} and lora_B {size_b} of {linear} are not of one "
+                    "rank"
                 )
         return linears
 
@@ -345,7 +278,7 @@ class PeftAdapter:
         return any(
             bool(self._stored(source.stored).any())
             for name, source in self._sources.items()
-            if _linear(name) == target
+            if linear_of(name) == target
         )
 
     def _size(self, stored: str) -> list[int]:
@@ -424,209 +357,6 @@ class PeftAdapter:
             copy.to(base.device).float(), base.float(), rtol=relative, atol=absolute
         ):
             raise ValueError(
-                f"{self.path}: {stored} is not the {name} of this model: the adapter was trained on another base, or {name} was trained "
-                "with it"
+                f"{self.path}: {stored} is not the {name} of this model: the adapter was trained "
+                f"on another base, or {name} was trained with it"
             )
-
-    @lru_cache(maxsize=4)
-    def _stored(self, stored: str) -> Tensor:
-        return self._file.get_tensor(stored).float()
-
-
-def _linear(name: str) -> str:
-    """q_proj of "....q_proj.lora_A.weight"."""
-    return name.rsplit(".", 3)[1]
-
-
-def _layer_and_linear(name: str) -> tuple[str, str]:
-    """("3", "q_proj") of a tensor of layer 3, whichever expert's; ("", "lm_head") of the head's."""
-    if not name.startswith(ROOT):
-        return "", _linear(name)
-    return name[len(ROOT) :].split(".")[0], _linear(name)
-
-
-def load_adapter(
-    model: Any,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    adapter: PeftAdapter,
-    *,
-    more_linears: bool = True,
-    slot: str = STUDENT,
-) -> None:
-    """Set the parameters of `slot` on this stage to `adapter`, so that the model computes the same function
-    as with PEFT.
-
-    W_up absorbs a scale that is not the run's. Where the run has a larger rank than the whole
-    adapter, W_up gets zero columns and W_down keeps the fresh rows it started with: they will
-    learn. A linear of lower rank than the others (rank_pattern) is padded with zeros on both sides:
-    these have no gradient, there is nothing for PEFT either. more_linears: linears that the adapter
-    has nothing of keep their start and will learn; otherwise that holds for other kinds than the
-    adapter's only, and layers that it leaves out stay without LoRA.
-
-    Raises ValueError for a larger rank, a target that has no LoRA here, or another base. No
-    collectives.
-    """
-    rank, scale, targets = applied(model, slot)
-    if adapter.rank > rank:
-        raise ValueError(
-            f"{adapter.folder}: rank {adapter.rank} does not fit into --lora_rank {rank}; raise --lora_rank, or leave it out"
-        )
-    absent = [name for name in adapter.targets if name not in targets]
-    if absent:
-        raise ValueError(
-            f"{adapter.folder}: has LoRA on {', '.join(absent)}; add it to --lora_target_modules {','.join(targets)}"
-        )
-    _check_base(model, model_args, parallel, adapter)
-    in_towers = tower_tensors(model, slot)
-    for part in adapter_slices(model, model_args, parallel, slot):
-        name, (rows, columns) = part.stored.name, part.stored.index
-        if name not in adapter or adapter.is_empty(name):
-            if not more_linears and name not in in_towers and _linear(name) in adapter.targets:
-                part.view.zero_()
-            continue
-        values, own_scale = adapter.tensor(name)
-        side = 0 if ".lora_B." in name else 1
-        if name in in_towers and values.shape[side] != in_towers[name][side]:
-            raise ValueError(
-                f"{adapter.path}: {name} is {list(values.shape)}, "
-                f"this model's tower has {list(in_towers[name])}"
-            )
-        is_up = ".lora_B." in name
-        own_rank = values.shape[1] if is_up else values.shape[0]
-        if is_up:
-            part.view.zero_()
-            part.view[:, :own_rank].copy_(values[rows] * (own_scale / scale))
-        else:
-            part.view[:own_rank].copy_(values[:, columns])
-            if rank == adapter.rank:
-                part.view[own_rank:].zero_()
-
-
-def load_teacher(
-    model: Any, model_args: ModelArgs, parallel: Parallel, adapter: PeftAdapter
-) -> None:
-    """Make the teacher the base with `adapter`, frozen in a slot of its own; its LoRA on towers
-    that were not built is left out.
-
-    Raises ValueError for another base, or towers of other sizes. No collectives.
-    """
-    built = tower_linears(model.towers)
-    add_slot(
-        model,
-        model_args,
-        parallel,
-        TEACHER,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=adapter.targets,
-        towers=[linear for linear in adapter.towers if linear in built],
-    )
-    load_adapter(model, model_args, parallel, adapter, slot=TEACHER)
-
-
-def _check_base(model, model_args: ModelArgs, parallel, adapter: PeftAdapter) -> None:
-    held = (
-        {"embed_tokens": model.embedding.word_embeddings.weight} if parallel.is_first_stage else {}
-    )
-    held |= {"lm_head": model.output_layer.weight} if parallel.is_last_stage else {}
-    for name, weight in held.items():
-        first = parallel.tp_rank * len(weight)
-        num_rows = min(max(model_args.vocab_size - first, 0), len(weight))  # the rest is padding
-        adapter.check_base(name, slice(first, first + num_rows), weight[:num_rows].detach())
-
-
-def save_tensors(
-    tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]
-) -> None:
-    """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
-    tensors were trained with. The lm_head's tensors are there under two names: unlike the others'
-    PEFT 0.21 looks for them on a thinker alone without "thinker.".
-
-    The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of
-    chance.
-    """
-    head = f"{THINKER}{HEAD}."
-    tensors = tensors | {
-        name.replace(".thinker.", ".", 1): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(head)
-    }
-    record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})
-    header, end = {"__metadata__": {"format": "pt", RECORD: record}}, 0
-    for name in sorted(tensors):
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / TENSORS, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            file.write(memory(tensors[name].contiguous()))
-
-
-def read_record(folder: Path) -> dict | None:
-    """The rank, alpha and targets that the weights were trained with; None in an adapter of another
-    writer.
-    """
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        text = (file.metadata() or {}).get(RECORD)
-    return json.loads(text) if text else None
-
-
-def peft_config(
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: list[str],
-    base_model: str,
-    towers: Collection[str] = (),
-) -> dict:
-    """adapter_config.json for PEFT. towers: their linears with LoRA, by name.
-
-    The decoder's names are bare (PEFT rewrites those of fused experts), so the towers without LoRA
-    and the talker, whose linears have the same names, are excluded. PEFT refuses dropout on fused
-    experts even at inference: an adapter with experts states 0.
-    """
-    has_experts = any(name in EXPERTS for name in targets)
-    with_lora = {name.split(".")[0] for name in towers}
-    excluded = [
-        name for name in ("audio_tower", "visual", "talker", "code2wav") if name not in with_lora
-    ]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if has_experts else dropout,
-        "bias": "none",
-        "target_modules": saved_targets(targets) + list(towers),
-        "exclude_modules": f".*({'|'.join(excluded)}).*",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def saved_targets(targets: list[str]) -> list[str]:
-    """The linears an adapter on disk names: PEFT loads an expert's gate, up and down together or
-    not at all, so missing ones are saved as zeros.
-    """
-    if any(name in EXPERTS for name in targets):
-        return [name for name in targets if name not in EXPERTS] + list(EXPERTS)
-    return targets
-
-
-def zero_tensors(model_args: ModelArgs, rank: int, targets: list[str]) -> dict[str, Tensor]:
-    """The zero matrices of `saved_targets` that training does not have."""
-    added = [name for name in saved_targets(targets) if name not in targets]
-    return {
-        name: torch.zeros(size) for name, size in adapter_tensors(model_args, rank, added).items()
-    }

@@ -36,6 +36,15 @@ class Reference(NamedTuple):
         )
 
 
+class PromptReferences(NamedTuple):
+    """The media of a prompt as its row gave them."""
+
+    media: list[Reference]
+    """Audios, then images, then videos, each kind in the order of its placeholders"""
+    use_audio_in_video: bool
+    """Whether the videos' own sound is among the audios (`is_track`), interleaved in the prompt"""
+
+
 def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
     """A value of a row -> a Reference.
 

@@ -1,11 +1,15 @@
 """Core attention without Transformer Engine: torch's scaled-dot-product attention, and an eager
 version for comparison.
 
-Both take the place of megatron-core's `core_attention`. Shapes: S query positions, K key positions,
+Both can be megatron-core's `core_attention`. Shapes: S query positions, K key positions,
 B rows, h heads, g key/value heads of this rank, d head size.
 """
 
+from typing import Any
+
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,16 +17,16 @@ from torch.nn import functional as F
 
 class SdpaAttention(nn.Module):
     """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention`, which
-    chooses the kernel.
+    selects the kernel.
     """
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         softmax_scale: float | None = None,
-        **_,
+        **_: Any,
     ):
         super().__init__()
         self.scale = softmax_scale or config.kv_channels**-0.5
@@ -33,18 +37,20 @@ class SdpaAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type=None,
-        packed_seq_params=None,
-        **_,
+        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
     ) -> Tensor:
         """query [S, B, h, d], key and value [K, B, g, d] -> [S, B, h * d].
 
         attention_mask [B, 1, S, K] bool, True = hidden (megatron-core's convention); None is
-        causal, the queries being the last S of K.
+        causal, and there are as many queries as keys, or one query at the last position. Raises
+        ValueError for other numbers without a mask, and for packed sequences.
         """
         if packed_seq_params is not None:
             raise ValueError(
-                "packed sequences need Transformer Engine's attention: use --attn_impl te, or pad the rows of a batch"
+                "packed sequences need Transformer Engine's attention: use --attn_impl te, or pad "
+                "the rows of a batch"
             )
         num_queries, batch_size, num_heads, head_dim = query.shape
         if attention_mask is None and num_queries not in (1, key.shape[0]):
@@ -60,9 +66,9 @@ class SdpaAttention(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """[B, h, S, d], [B, g, K, d] twice, visible [B, 1, S, K] or None -> [B, h, S, d].
 
-        No kernel with a mask shares key/value heads on a GPU but the one that writes all scores
-        out. So the heads of a group take the places of positions where there is one position, and
-        keys and values are repeated otherwise.
+        On a GPU the only kernel that takes a mask and shares key/value heads is the one that
+        materializes all scores. So with one query position, the query heads of a group are passed
+        as query positions; otherwise keys and values are repeated.
         """
         num_rows, num_heads, num_queries, head_dim = query.shape
         group = num_heads // key.shape[1]
@@ -83,7 +89,7 @@ class SdpaAttention(nn.Module):
 
 
 class EagerAttention(SdpaAttention):
-    """The same with the [S, K] scores written out, softmax in fp32."""
+    """The same with materialized [S, K] scores, softmax in fp32."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         group = query.shape[1] // key.shape[1]
@@ -95,9 +101,5 @@ class EagerAttention(SdpaAttention):
             visible = visible.tril(key.shape[2] - query.shape[2])
         scores = (query @ key.transpose(2, 3)).float() * self.scale
         # The lowest number, not -inf: a query that sees nothing (padding) must not turn into NaN.
-        return (
-            scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-            .softmax(dim=-1)
-            .to(value.dtype)
-            @ value
-        )
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1).to(value.dtype) @ value

@@ -5,6 +5,8 @@
 sampler (`rollout/`).
 """
 
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -25,26 +27,27 @@ from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
 from megatron_gkd.model.transformer_config import transformer_config
+from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
 
 
 def core_attention(attn_impl: str, device: torch.device) -> type:
-    """The core attention module for `--attn_impl`. Raises ValueError where the asked one cannot
-    run.
+    """The core attention module for `--attn_impl`. Raises ValueError if that cannot run.
 
-    `auto`, `flash` and `flash_attention_2` take Transformer Engine's where it is installed and a
-    GPU is there, torch's scaled-dot-product attention (with torch's own flash kernels) otherwise.
+    `auto`, `flash` and `flash_attention_2` select Transformer Engine's if it is installed and the
+    device is a GPU, else torch's scaled-dot-product attention (with torch's own flash kernels).
     """
     te_usable = transformer_engine_usable(device)
     if attn_impl == "te" and not te_usable:
         raise ValueError(
-            "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
+            "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or install "
+            "it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
     if attn_impl == "te" or (attn_impl in ("auto", "flash", "flash_attention_2") and te_usable):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-    classes = {
+    classes: dict[str, type] = {
         "eager": EagerAttention,
         "sdpa": SdpaAttention,
         "auto": SdpaAttention,
@@ -57,24 +60,28 @@ def core_attention(attn_impl: str, device: torch.device) -> type:
 
 
 class DeepstackLayer(TransformerLayer):
-    """A TransformerLayer whose output gains `context[its number]` at some tokens (DeepStack: the
-    first decoder layers also read what the vision tower saw in its own layers). Without `context`
-    it is megatron-core's layer.
+    """A TransformerLayer that adds `context[layer number - 1]` to its output at the tokens of
+    images and videos (DeepStack: the first decoder layers also read features of inner layers of the
+    vision tower). Without `context` it is megatron-core's layer.
 
-    The features travel as the `context` that megatron-core's TransformerBlock hands from layer to
-    layer, an explicit input of every recomputed layer. D layers with features, M media tokens in
+    The features are passed as the `context` that megatron-core's TransformerBlock hands from layer
+    to layer, an explicit input of every recomputed layer. D layers with features, M media tokens in
     this rank's shard of the sequence.
     """
 
     def forward(
-        self, *args, context: Tensor | None = None, context_mask: Tensor | None = None, **kwargs
-    ):
-        """Hidden states [S/TP, B, H] as megatron-core passes them; context [D, M, H], context_mask
-        int64 [2, M], each token's position in the shard and row -> (hidden states, what the next
-        layer gets as `context`). No collectives of its own.
+        self,
+        *args: Any,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [S/TP, B, H] as megatron-core passes them, context [D, M, H] and
+        context_mask int64 [2, M], each token's position in the shard and its row -> (hidden states,
+        the next layer's `context`). No collectives besides those of megatron-core's layer.
         """
         output, _ = super().forward(*args, **kwargs)
-        if context is None:
+        if context is None or context_mask is None:
             return output, None
         output = output.index_put(
             tuple(context_mask), context[self.layer_number - 1], accumulate=True
@@ -83,8 +90,8 @@ class DeepstackLayer(TransformerLayer):
 
 
 def layer_spec(attention: type, linear: type) -> ModuleSpec:
-    """One decoder layer: megatron-core's modules, our norm, core attention and experts, deepstack's
-    addition.
+    """One decoder layer: megatron-core's modules with our norm, core attention and experts, and the
+    addition of deepstack features. linear: the grouped linear class of the experts.
     """
     self_attention = ModuleSpec(
         module=SelfAttention,
@@ -117,7 +124,7 @@ def layer_spec(attention: type, linear: type) -> ModuleSpec:
 
 def build_decoder(
     model_args: ModelArgs,
-    parallel,
+    parallel: Parallel,
     dtype: torch.dtype,
     *,
     attn_impl: str = "auto",
@@ -125,10 +132,10 @@ def build_decoder(
     recompute: bool = False,
 ) -> GPTModel:
     """This rank's stage of the decoder, frozen, its weights allocated but not set (see
-    `weights.load_weights`).
+    `formats.loading`).
 
-    dtype: of weights and activations. Raises ValueError when layers or heads do not divide into the
-    layout.
+    dtype: of weights and activations. Raises ValueError if layers, heads or experts cannot be
+    divided among the ranks.
     """
     check_divides(
         "num_hidden_layers", model_args.num_layers, "pipeline_model_parallel_size", parallel.pp_size
@@ -147,8 +154,8 @@ def build_decoder(
         and parallel.tp_size % model_args.num_key_value_heads
     ):
         raise ValueError(
-            f"tensor_model_parallel_size {parallel.tp_size} and num_key_value_heads {model_args.num_key_value_heads}: "
-            "one must divide the other"
+            f"tensor_model_parallel_size {parallel.tp_size} and num_key_value_heads "
+            f"{model_args.num_key_value_heads}: one must divide the other"
         )
 
     config = transformer_config(model_args, parallel, dtype, recompute=recompute)
@@ -174,10 +181,9 @@ def build_decoder(
     model.rotary_pos_emb = InterleavedRotaryEmbedding(
         model_args.head_dim, model_args.rope_theta
     ).to(parallel.device)
-    model.towers = None  # set where a run has media: towers.py
-    model.post_process = (
-        False  # forward returns the final norm's output; the decoder block keeps its own flag
-    )
+    model.towers = None  # set if a run has media: towers.py
+    # forward returns the final norm's output; the decoder block keeps its own flag
+    model.post_process = False
     model.requires_grad_(False)
     if parallel.is_first_stage:
         # Without this, full recomputation finds no input that requires a gradient and silently
@@ -186,7 +192,9 @@ def build_decoder(
     return model.to(parallel.device)
 
 
-def _require_grad_when_recording(block, args, kwargs):
+def _require_grad_when_recording(
+    block: Any, args: tuple[Any, ...], kwargs: dict[str, Tensor]
+) -> None:
     if torch.is_grad_enabled():
         kwargs["hidden_states"].requires_grad_()
 
@@ -199,9 +207,9 @@ def check_divides(what: str, number: int, by: str, divisor: int) -> None:
 
 def check_deepstack(num_features: int, num_layers: int, pp_size: int) -> None:
     """Raise ValueError unless the first of `pp_size` equal pipeline stages holds every layer that
-    reads features.
+    gets features of the vision tower.
 
-    num_features: how many layers the vision tower feeds; num_layers: of the decoder.
+    num_features: the number of those layers; num_layers: of all decoder layers.
     """
     needed, held = min(num_features, num_layers), num_layers // pp_size
     if needed > held:
@@ -211,6 +219,7 @@ def check_deepstack(num_features: int, num_layers: int, pp_size: int) -> None:
             if num_layers % size == 0 and num_layers // size >= needed
         )
         raise ValueError(
-            f"the vision tower feeds the first {needed} decoder layers, and the first of {pp_size} pipeline stages "
-            f"holds {held}: images and videos need --pipeline_model_parallel_size {most} or less with this model"
+            f"the vision tower feeds the first {needed} decoder layers, and the first of {pp_size} "
+            f"pipeline stages holds {held}: images and videos need --pipeline_model_parallel_size "
+            f"{most} or less with this model"
         )

@@ -1,15 +1,17 @@
-"""A rank's experts as two grouped products, plugged into megatron-core's MoELayer through
+"""A rank's experts as two grouped matrix products, plugged into megatron-core's MoELayer through
 `MoESubmodules.experts`.
 
-Weights are stacked [experts, out, in], so `torch.nn.functional.grouped_mm` serves CPU and GPU
-alike. It is one kernel in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch
-waits for the offsets and multiplies expert by expert. E experts of this rank, T dispatched tokens
-sorted by expert, H hidden size, I intermediate size of an expert.
+Weights are stacked [experts, out, in], so that `torch.nn.functional.grouped_mm` works on CPU and
+GPU. It is one kernel in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch waits
+for the offsets and multiplies expert by expert. E experts of this rank, T dispatched tokens sorted
+by expert, H hidden size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,16 +21,16 @@ FAST_GROUPED_MM = ((9, 0), (10, 0))  # compute capabilities
 
 
 class ExpertRows(NamedTuple):
-    """Which of the T rows belong to which expert, in both forms that grouped products ask for."""
+    """How the T rows are divided among the experts, in the two forms that grouped products take."""
 
     counts: Tensor
-    """int64 [E], on the CPU where megatron-core's dispatcher has brought them there already"""
+    """int64 [E]: rows of each expert, on the CPU if megatron-core's dispatcher has copied them"""
     offsets: Tensor
-    """int32 [E], on the device of the rows: the end of each expert's"""
+    """int32 [E]: the end of each expert's rows, on their device"""
 
     @classmethod
     def of(cls, counts: Tensor, device: torch.device) -> "ExpertRows":
-        """Does not wait for the device."""
+        """Does not synchronize with the device."""
         return cls(counts, counts.to(device, non_blocking=True).cumsum(0).to(torch.int32))
 
 
@@ -36,12 +38,10 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [T, in] sorted by expert, weight [E, out, in], offsets [E] int32 (ends of the experts'
     rows) -> [T, out].
 
-    grouped_mm wants rows of a multiple of 16 bytes: other sizes are padded with zeros (a copy of
-    the weight, on small or odd models only).
+    grouped_mm needs rows of a multiple of 16 bytes: other sizes are padded with zeros, which copies
+    the weight, but only in models of unusual sizes.
     """
-    if not len(
-        x
-    ):  # a rank whose experts got no token: no kernel to start, and gradients that are zero
+    if not len(x):  # the rank's experts got no token: no kernel to launch, zero gradients
         return x @ weight[0].T
     num_outputs, num_inputs = weight.shape[1:]
     multiple = 16 // x.element_size()
@@ -57,16 +57,12 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(
-                num_experts,
-                out_features,
-                in_features,
-                dtype=dtype,
-                device=torch.cuda.current_device(),
-            )
+        size = (num_experts, out_features, in_features)
+        weight: Any = nn.Parameter(
+            torch.empty(size, dtype=dtype, device=torch.cuda.current_device())
         )
-        self.weight.allreduce = False  # expert-parallel: outside the ordinary data-parallel group
+        weight.allreduce = False  # expert-parallel: outside the ordinary data-parallel group
+        self.weight: nn.Parameter = weight
 
     def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
         """x [T, in] sorted by expert -> [T, out]."""
@@ -74,9 +70,7 @@ class GroupedLinear(nn.Module):
 
 
 class TransformerEngineGroupedLinear(GroupedLinear):
-    """The same weights through Transformer Engine's GroupedLinear (a GPU and its package are
-    needed).
-    """
+    """The same weights through Transformer Engine's GroupedLinear; needs the package and a GPU."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(num_experts, in_features, out_features, dtype)
@@ -85,7 +79,7 @@ class TransformerEngineGroupedLinear(GroupedLinear):
         self.product = Product(
             num_experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta"
         )
-        for expert in range(num_experts):  # views of the stacked weight: nothing is held twice
+        for expert in range(num_experts):  # views of the stacked weight, no second copy
             setattr(
                 self.product,
                 f"weight{expert}",
@@ -93,42 +87,40 @@ class TransformerEngineGroupedLinear(GroupedLinear):
             )
 
     def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
-        """As GroupedLinear's."""
-        if not len(x):  # a rank whose experts got no token
+        """x [T, in] sorted by expert -> [T, out]."""
+        if not len(x):  # the rank's experts got no token
             return x @ self.weight[0].T
         return self.product(x, rows.counts.tolist())
 
 
 def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinear]:
-    """The module for `--experts_impl`: `auto` takes Transformer Engine's where it is installed and
-    a GPU is there.
+    """The module for `--experts_impl`: `auto` is Transformer Engine's if it is installed and the
+    device is a GPU, else GroupedLinear.
 
-    Raises ValueError for `te` where it cannot run.
+    Raises ValueError for `te` if it cannot run.
     """
     te_usable = transformer_engine_usable(device)
     if experts_impl == "te" and not te_usable:
         raise ValueError(
-            "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
+            "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, "
+            "or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
-    return (
-        TransformerEngineGroupedLinear
-        if te_usable and experts_impl in ("auto", "te")
-        else GroupedLinear
-    )
+    use_te = te_usable and experts_impl in ("auto", "te")
+    return TransformerEngineGroupedLinear if use_te else GroupedLinear
 
 
 class GroupedExperts(nn.Module):
-    """down(silu(gate(x)) * up(x)), weighted by the router's probability. `linear` is the grouped
-    linear it is made of.
+    """down(silu(gate(x)) * up(x)), weighted by the router's probability. linear: the class of its
+    grouped linear layers.
     """
 
     def __init__(
         self,
         num_local_experts: int,
-        config,
-        pg_collection=None,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
-        linear: type = GroupedLinear,
+        linear: type[GroupedLinear] = GroupedLinear,
     ):
         super().__init__()
         intermediate = config.moe_ffn_hidden_size
@@ -145,6 +137,4 @@ class GroupedExperts(nn.Module):
         return self.down(weighted, rows), None
 
     def backward_dw(self) -> None:
-        """megatron-core's hook for delayed weight gradients: the base is frozen and LoRA's are
-        computed in place.
-        """
+        """megatron-core's hook for delayed weight gradients. None are delayed here."""

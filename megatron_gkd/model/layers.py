@@ -1,6 +1,11 @@
-"""The decoder's own small layers: RMSNorm, and rotary angles in Qwen's interleaved layout."""
+"""Layers of the decoder that replace megatron-core's: RMSNorm, and rotary angles in Qwen's
+interleaved layout.
+"""
+
+from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,16 +14,18 @@ class RMSNorm(nn.Module):
     """x / rms(x) * weight as Qwen3 computes it, statistics in fp32, for megatron-core's layer
     specs.
 
-    The frozen weight is marked `sequence_parallel`, as megatron-core expects of replicas.
+    The frozen weight is marked `sequence_parallel`, as megatron-core expects of weights that are
+    replicated over sequence shards.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(
+        weight: Any = nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight: nn.Parameter = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> the same shape and dtype. One kernel on a GPU."""
@@ -29,10 +36,13 @@ class InterleavedRotaryEmbedding(nn.Module):
     """Replaces `GPTModel.rotary_pos_emb` of position_embedding_type "mrope", with the same call
     signature.
 
-    Channel pair i rotates with the temporal position, except that i % 3 == 1 takes the height and i
-    % 3 == 2 the width position up to three times their section (TMRoPE). megatron-core's own mrope
-    splits the channels into blocks instead. Text has three equal position planes.
+    Channel pair i rotates with the position in time, except that pairs below three times the
+    section of height (width) rotate with the height (width) if i % 3 is 1 (2): TMRoPE.
+    megatron-core's own mrope splits the channels into blocks instead. In text all three positions
+    are equal.
     """
+
+    inv_freq: Tensor
 
     def __init__(self, head_dim: int, rope_theta: float):
         super().__init__()
@@ -40,7 +50,7 @@ class InterleavedRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", 1.0 / rope_theta**exponent, persistent=False)
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group=None, **_) -> Tensor:
+    def forward(self, position_ids: Tensor, mrope_section: list[int], **_: Any) -> Tensor:
         """position_ids [3, B, S] (time, height, width) -> angles [S, B, 1, head_dim] in fp32."""
         angles = position_ids.float()[..., None] * self.inv_freq.to(position_ids.device)
         mixed = angles[0].clone()

@@ -25,8 +25,18 @@ class TensorSlice:
     index: Index
 
     @property
+    def matrix(self) -> tuple[int, ...]:
+        """Which matrix of a stack: (layer, expert), (layer,), or () of a tensor that is none."""
+        return tuple(part for part in self.index if isinstance(part, int))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """(rows,) or (rows, columns)"""
+        return tuple(part for part in self.index if isinstance(part, slice))
+
+    @property
     def rows(self) -> slice:
-        return next(part for part in self.index if isinstance(part, slice))
+        return self.slices[0]
 
     @property
     def num_rows(self) -> int:
@@ -34,9 +44,9 @@ class TensorSlice:
 
     def narrow(self, start: int, stop: int) -> TensorSlice:
         """Rows `start:stop` of the rectangle, counted from its first."""
-        axis, first = self.index.index(self.rows), self.rows.start
-        rows = slice(first + start, first + stop)
-        return TensorSlice(self.name, (*self.index[:axis], rows, *self.index[axis + 1 :]))
+        rows, *columns = self.slices
+        rows = slice(rows.start + start, rows.start + stop)
+        return TensorSlice(self.name, (*self.matrix, rows, *columns))
 
     def with_columns(self, columns: slice) -> TensorSlice:
         """These columns of a slice of whole rows."""

@@ -1,1 +1,3 @@
-"""On-policy steps: Batch -> Batch with new responses, written by the training model itself."""
+"""On-policy steps: batches in, the same batches with new responses out (rollout.py), written by a
+backend (backend.py): the training model itself (generate.py, sampling.py, mode.py).
+"""

@@ -1,4 +1,4 @@
-"""The state of the training model while it writes, and the way back, whatever happens."""
+"""The training model's modes for generating text, as contexts that restore it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ _SEQUENCE_PARALLEL_FLAGS = (
     "scatter_to_sequence_parallel",
     "reduce_scatter_embeddings",
 )
-# Not cuDNN's: it plans anew for every length, and in decoding every token makes a new one.
+# Not cuDNN's: it makes a plan for each length, and in decoding every token is a new length.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
 def _assignments() -> Iterator[Callable[[Any, str, Any], None]]:
-    """Gives assign(owner, attribute, value); everything assigned is restored on exit."""
+    """Yields assign(owner, attribute, value); on exit everything assigned is restored."""
     undo: list[tuple[Any, str, Any]] = []
 
     def assign(owner: Any, name: str, value: Any) -> None:
@@ -41,11 +41,12 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, and attention that reads an explicit mask; all restored on
     exit.
 
-    Transformer Engine's attention builds its own causal mask, which left padding breaks: torch's
-    takes its place (core attention has no parameters).
+    Transformer Engine's attention applies its own causal mask, which is wrong with padding on the
+    left: torch's attention replaces it (core attention has no parameters).
     """
+    modules: list[Any] = list(model.modules())
     with _assignments() as assign, torch.no_grad(), sdpa_kernel(_KERNELS):
-        for module in list(model.modules()):
+        for module in modules:
             if module.training:
                 assign(module, "training", False)
             if not isinstance(getattr(module, "core_attention", None), (SdpaAttention, type(None))):
@@ -56,8 +57,8 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_sequence_parallel(model: nn.Module) -> Iterator[None]:
-    """One token cannot be cut over the tensor-parallel ranks: the flags of sequence parallelism go
-    off in every module and in the configuration they share; restored on exit.
+    """For decoding, as one token cannot be sharded: the flags of sequence parallelism are off in
+    every module and in the configuration they share; restored on exit.
     """
     with _assignments() as assign:
         configs = {

@@ -1,9 +1,10 @@
 """The next token of every row from vocabulary shards, with the filters of `transformers`.
 
-Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. They end in
-one cut-off value a row, below which a rank drops columns of its own shard. The draw is Gumbel-max:
-argmax of score + noise, a local argmax and one exchange of candidates. The noise of a column is a
-hash of (seed, row id, step, column), so the same seed gives the same text at every layout.
+Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. They give
+each row one cut-off value, below which a rank drops columns of its own shard. The draw is
+Gumbel-max: argmax of score + noise, a local argmax and one exchange of candidates. The noise of a
+column is a hash of (seed, row id, step, column), so the same seed gives the same text at every
+layout.
 
 Deviation from `transformers`: among equal scores at the cut-off all are kept (there, top-p keeps
 some of them, by sort order). Legend: B rows, C columns of this rank's shard, `group` the
@@ -11,44 +12,47 @@ tensor-parallel group.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw. Raises ValueError naming the setting that is out of range."""
+    """How to draw; the defaults are those of the flags, `RolloutConfig`. Raises ValueError naming
+    the setting that is out of range.
+    """
 
-    temperature: float = 1.0
+    temperature: float
     """0 is greedy: the largest score, the lowest id among equals; top_p and top_k then change
     nothing.
     """
-    top_p: float = 1.0
-    """Keep the fewest most probable tokens that hold this mass; 1 keeps all."""
-    top_k: int = 0
+    top_p: float
+    """Keep the smallest set of most probable tokens that has this probability; 1 keeps all."""
+    top_k: int
     """Keep the k most probable tokens; 0 keeps all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float
     """Divides positive and multiplies negative logits of tokens in the prompt or the text so far; 1
     changes nothing.
     """
 
-    def __post_init__(self):
-        for name, allowed, fits in (
+    def __post_init__(self) -> None:
+        for name, allowed, is_allowed in (
             ("temperature", "at least 0", 0 <= self.temperature < float("inf")),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("top_k", "at least 0", self.top_k >= 0),
             ("repetition_penalty", "above 0", 0 < self.repetition_penalty < float("inf")),
         ):
-            if not fits:
+            if not is_allowed:
                 raise ValueError(f"sampling: {name} is {getattr(self, name)}, it must be {allowed}")
 
 
 class Sampler:
     """Draws for a fixed set of rows; remembers which tokens each row has seen.
 
-    first_column: global id of this rank's first column. row_ids [B] int64 names the rows for the
+    first_column: token id of this rank's first column. row_ids int64 [B] identify the rows in the
     noise.
     """
 
@@ -61,14 +65,14 @@ class Sampler:
         first_column: int,
         num_columns: int,
         vocab_size: int,
-        group,
+        group: Any,
     ):
         self.sampling = sampling
         self.vocab_size = vocab_size
         self.group = group
         self.columns = first_column + torch.arange(num_columns, device=row_ids.device)
         self.row_keys = _mix(row_ids + _mix(torch.full_like(row_ids, seed)))
-        # One column more than the shard has: where tokens of other shards are noted.
+        # The last column, one more than the shard has, takes the tokens of other shards.
         self.seen = torch.zeros(
             row_ids.numel(), num_columns + 1, dtype=torch.bool, device=row_ids.device
         )
@@ -85,9 +89,9 @@ class Sampler:
         """logits [B, C] fp32 -> scores [B, C], -inf where filtered out; `draw` draws from their
         softmax.
 
-        Collectives: with top-k one all-gather of k values a row; with top-p but no top-k one of all
-        logits (the most probable tokens that hold a mass have no bound on their number: the sort
-        needs every column).
+        Collectives: with top-k one all-gather of k values for each row; with top-p but no top-k one
+        of all logits (any number of tokens may be needed for a probability: the sort needs every
+        column).
         """
         sampling = self.sampling
         scores = logits.masked_fill(self.columns >= self.vocab_size, float("-inf"))
@@ -112,24 +116,26 @@ class Sampler:
         the group.
 
         A row with a logit that is NaN or infinite gets -1. Collectives: those of `filtered`, and
-        one all-gather of 3 numbers a row.
+        one all-gather of 3 numbers for each row.
         """
-        broken = (~logits.isfinite() & (self.columns < self.vocab_size)).any(dim=1, keepdim=True)
+        not_finite = ~logits.isfinite() & (self.columns < self.vocab_size)
         scores = self.filtered(logits).double()
         if self.sampling.temperature > 0:
             scores = scores + self.noise(step)
-        best = scores.argmax(dim=1, keepdim=True)  # the first among equals
-        mine = torch.cat(
-            (scores.gather(1, best), self.columns[best].double(), broken.double()), dim=1
+        # Among equal scores argmax takes the first, here and over the ranks: the lowest id.
+        best = scores.argmax(dim=1, keepdim=True)
+        candidate = torch.cat(
+            (
+                scores.gather(1, best),
+                self.columns[best].double(),
+                not_finite.any(dim=1, keepdim=True).double(),
+            ),
+            dim=1,
         )
-        everyone = torch.stack(
-            _all_gather(mine, self.group)
-        )  # [TP, B, 3]: best score, its column, broken
-        owner = everyone[..., 0].argmax(
-            dim=0, keepdim=True
-        )  # lower ranks own lower ids: again the first among equals
-        tokens = everyone[..., 1].gather(0, owner)[0].long()
-        return tokens.masked_fill(everyone[..., 2].any(dim=0), -1)
+        candidates = torch.stack(_all_gather(candidate, self.group))  # [TP, B, 3]
+        owner = candidates[..., 0].argmax(dim=0, keepdim=True)
+        tokens = candidates[..., 1].gather(0, owner)[0].long()
+        return tokens.masked_fill(candidates[..., 2].any(dim=0), -1)
 
     def noise(self, step: int) -> Tensor:
         """Standard Gumbel noise [B, C] fp64, a pure function of (seed, row id, step, column)."""
@@ -139,9 +145,9 @@ class Sampler:
         return -torch.log(-torch.log(uniform))
 
 
-def cut_off(scores: Tensor, top_k: int, top_p: float, group) -> Tensor:
+def cut_off(scores: Tensor, top_k: int, top_p: float, group: Any) -> Tensor:
     """The lowest score [B, 1] that top-k (0 = off) and then top-p (1 = off) keep, from this rank's
-    scores [B, C].
+    scores [B, C]. Collectives: one all-gather of the k best scores, or of all where top-k is off.
     """
     values = scores.topk(min(top_k, scores.shape[1]), dim=1).values if top_k else scores
     values = torch.cat(_all_gather(values, group), dim=1).sort(dim=1, descending=True).values
@@ -150,14 +156,13 @@ def cut_off(scores: Tensor, top_k: int, top_p: float, group) -> Tensor:
     num_kept = torch.full_like(values[:, :1], values.shape[1], dtype=torch.int64)
     if top_p < 1:
         probabilities = values.double().softmax(dim=1)
-        mass_before = probabilities.cumsum(dim=1) - probabilities
-        num_kept = (
-            (mass_before < top_p).sum(dim=1, keepdim=True).clamp(min=1)
-        )  # 0 only where a score is NaN
+        probability_before = probabilities.cumsum(dim=1) - probabilities
+        num_kept = (probability_before < top_p).sum(dim=1, keepdim=True)
+        num_kept = num_kept.clamp(min=1)  # 0 only where a score is NaN
     return values.gather(1, num_kept - 1)
 
 
-def _all_gather(x: Tensor, group) -> list[Tensor]:
+def _all_gather(x: Tensor, group: Any) -> list[Tensor]:
     if group is None or group.size() == 1:
         return [x]
     parts = [torch.empty_like(x) for _ in range(group.size())]
@@ -165,8 +170,8 @@ def _all_gather(x: Tensor, group) -> list[Tensor]:
     return parts
 
 
-# splitmix64 (Steele, Lea, Flood 2014) in int64 arithmetic that wraps: its published constants as
-# signed numbers.
+# splitmix64 (Steele, Lea, Flood 2014) in int64 arithmetic, which wraps around: its published
+# constants as signed numbers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -177,7 +182,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """int64 -> int64, each output bit depending on every input bit."""
+    """int64 -> int64; each bit of the result depends on every bit of x."""
     x = x + _GOLDEN
     x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
     x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]

@@ -1,18 +1,19 @@
 """The same rows through transformers' model and ours: hidden states before and after every layer,
-logits.
+and logits.
 
 Ours are the towers and the Megatron decoder as training builds them; the rotary positions are
-transformers' (training's own are another matter, tests/test_media_positions.py). Legend: B rows, S
-positions, H hidden size.
+transformers' (those of training are tested in tests/test_media_positions.py). B rows, S positions,
+H hidden size, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_gkd.data.batch import BatchView
 from megatron_gkd.forward import view_logits
@@ -21,40 +22,48 @@ from megatron_gkd.parallel import Parallel, all_gather_objects
 from megatron_gkd.verify.reference import decoder
 from megatron_gkd.verify.rows import Rows
 
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""For `register_forward_pre_hook(with_kwargs=True)`"""
 EMBEDDING = 0
-# relative error of a token that is no more than fp32's rounding; a layer adds about a tenth of it
+# relative error of a token that fp32's rounding explains; a layer adds about a tenth of it
 NOISE = 1e-5
 
 
 @dataclass
 class Trace:
-    """layers: number from 1 -> [B, S, H] after that layer (and what the vision tower adds there),
-    EMBEDDING: what enters the first; logits [B, S, V]. fp32, on the CPU.
-    """
+    """Hidden states and logits, fp32, on the CPU."""
 
     layers: dict[int, Tensor]
+    """Number from 1 -> [B, S, H] after that layer and the vision tower's addition to it;
+    EMBEDDING -> the input of the first layer
+    """
     logits: Tensor
+    """[B, S, V]"""
 
 
 def transformers_trace(model: Any, rows: Rows) -> tuple[Trace, Tensor]:
-    """`model`: transformers' model, or peft's around it. The second result: its position ids [3,
-    B, S].
+    """(hidden states and logits, position ids [3, B, S]). model: transformers' model, or peft's
+    around it.
     """
-    text_model = decoder(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    layers, entered = {}, {}
+    text_model: Any = decoder(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    layers: dict[int, Tensor] = {}
+    entered: dict[str, Any] = {}
     with ExitStack() as hooks, torch.no_grad():
 
-        def keep_input(number: int):
-            def keep(module, args, kwargs):
+        def keep_input(number: int) -> Hook:
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 layers[number] = (args[0] if args else kwargs["hidden_states"]).float().clone()
 
             return keep
 
-        before = (
-            lambda module, args, kwargs: entered.update(kwargs),
-            *map(keep_input, range(len(text_model.layers) + 1)),
-        )
-        for module, hook in zip((text_model, *text_model.layers, text_model.norm), before):
+        def keep_arguments(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            entered.update(kwargs)
+
+        modules = (text_model, *text_model.layers, text_model.norm)
+        before = (keep_arguments, *map(keep_input, range(len(text_model.layers) + 1)))
+        for module, hook in zip(modules, before):
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         logits = model(**rows.inputs).logits
     ids, positions = rows.inputs["input_ids"], entered["position_ids"]
@@ -124,35 +133,33 @@ def _view(rows: Rows, positions: Tensor, parallel: Parallel) -> BatchView:
 def compare(
     name: str, ours: Trace, theirs: Trace, real: Tensor, tolerance: float
 ) -> tuple[str, bool]:
-    """A line of the table and whether the logits agree; where they do not, the first layer that
-    parts by more.
+    """A line of the table and whether the logits agree; if they do not, the line names the first
+    layer that deviates.
     """
     difference = (ours.logits - theirs.logits)[real].abs().max().item()
     largest = theirs.logits[real].abs().max().item()
     passed = difference <= tolerance  # a NaN does not
-    line = f"  {name:22} {difference:.1e}  (largest logit {largest:.1f})  {'ok' if passed else 'DIFFERS'}"
+    verdict = "ok" if passed else "DIFFERS"
+    line = f"  {name:22} {difference:.1e}  (largest logit {largest:.1f})  {verdict}"
     if not passed:
         line += f"; {first_parting(layer_errors(ours, theirs, real))}"
     return line, passed
 
 
 def layer_errors(ours: Trace, theirs: Trace, real: Tensor) -> dict[int, float]:
-    """Layer -> the largest over the tokens of RMS(difference) / RMS(expected); inf where one is not
-    a number.
-    """
+    """Layer -> maximum over the tokens of RMS(difference) / RMS(expected); inf if one is NaN."""
     errors = {}
     for number in sorted(theirs.layers):
         expected, found = theirs.layers[number][real], ours.layers[number][real]
-        error = (found - expected).square().mean(-1).sqrt() / expected.square().mean(
-            -1
-        ).sqrt().clamp_min(1e-30)
+        rms = expected.square().mean(-1).sqrt().clamp_min(1e-30)
+        error = (found - expected).square().mean(-1).sqrt() / rms
         errors[number] = error.nan_to_num(nan=math.inf).max().item()
     return errors
 
 
 def first_parting(errors: dict[int, float]) -> str:
-    """The first layer whose error is above the noise and ten times that of the one before; else the
-    largest jump.
+    """Names the first layer whose error is above the noise and ten times that of the layer before;
+    if there is none, the largest increase.
     """
     names = {number: f"layer {number - 1}" for number in errors} | {
         EMBEDDING: "the embedding or a tower"
@@ -160,9 +167,15 @@ def first_parting(errors: dict[int, float]) -> str:
     before = dict(zip(errors, [0.0, *errors.values()]))
     for number, error in errors.items():
         if error > NOISE and error > 10 * before[number]:
-            return f"first at {names[number]}: a token is off by {error:.1e} of its RMS, before it {before[number]:.1e}"
+            return (
+                f"first at {names[number]}: a token is off by {error:.1e} of its RMS, "
+                f"before it {before[number]:.1e}"
+            )
     jump = max(errors, key=lambda number: errors[number] / max(before[number], NOISE / 100))
-    largest = f"the largest jump is at {names[jump]}, from {before[jump]:.1e} to {errors[jump]:.1e} of a token's RMS"
+    largest = (
+        f"the largest jump is at {names[jump]}, from {before[jump]:.1e} to {errors[jump]:.1e} "
+        "of a token's RMS"
+    )
     if max(errors.values()) <= NOISE:
         return f"all layers agree: the final norm or the lm_head ({largest})"
     return f"no layer stands out: {largest}"

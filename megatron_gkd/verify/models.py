@@ -12,7 +12,8 @@ from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.sources import is_converted
 from megatron_gkd.formats.torch_dist import find_torch_dist
 from megatron_gkd.lora import apply_lora, as_student, as_teacher
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder

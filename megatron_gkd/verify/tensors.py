@@ -28,7 +28,8 @@ from megatron_gkd.formats.torch_dist import TRACKER, TorchDist, find_torch_dist
 from megatron_gkd.formats.weight_map import checkpoint_slices, stored_entries
 from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.lora.adapter_sum import AdapterSum, open_adapters
-from megatron_gkd.lora.peft_folder import CONFIG, TENSORS, read_record, saved_targets
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, saved_targets
+from megatron_gkd.lora.peft_writer import read_record
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.tensor_slice import TensorSlice
 

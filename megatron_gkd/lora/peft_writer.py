@@ -1,0 +1,69 @@
+"""adapter_model.safetensors as checkpoints and tools write it: under per-expert names, which PEFT
+loads under every version of transformers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
+from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
+from megatron_gkd.lora.peft_config import TENSORS, saved_targets
+from megatron_gkd.model.args import ModelArgs
+
+RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.json should say
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]
+) -> None:
+    """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
+    tensors were trained with. The lm_head's tensors are there under two names: unlike the others'
+    PEFT 0.21 looks for them on a thinker alone without "thinker.".
+
+    The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of
+    chance.
+    """
+    head = f"{THINKER}{HEAD}."
+    tensors = tensors | {
+        name.replace(".thinker.", ".", 1): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(head)
+    }
+    record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", RECORD: record}}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / TENSORS, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            file.write(memory(tensors[name].contiguous()))
+
+
+def read_record(folder: Path) -> dict | None:
+    """The rank, alpha and targets that the weights were trained with; None in an adapter of another
+    writer.
+    """
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        text = (file.metadata() or {}).get(RECORD)
+    return json.loads(text) if text else None
+
+
+def zero_tensors(model_args: ModelArgs, rank: int, targets: list[str]) -> dict[str, Tensor]:
+    """The zero matrices of `saved_targets` that training does not have."""
+    added = [name for name in saved_targets(targets) if name not in targets]
+    return {
+        name: torch.zeros(size) for name, size in adapter_tensors(model_args, rank, added).items()
+    }
