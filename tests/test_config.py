@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd.config import DistillConfig, main, parse_config, parse_config_or_exit
+from megatron_gkd.config import main, parse_config, parse_config_or_exit
+from megatron_gkd.distillation import DistillConfig
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
 from megatron_gkd.layout import ParallelConfig, check_layout
 
