@@ -183,15 +183,15 @@ def load_peft(model, adapter: str, **options):
 
 
 def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
-    """Gradients of a PeftModel under per-expert names. `rank` is the adapter's own: PEFT stacks
-    gate and up to rank 2 r.
+    """Gradients of the adapter `default` of a PeftModel under per-expert names. `rank` is the
+    adapter's own: PEFT stacks gate and up to rank 2 r.
 
     Stacked lora_A [E 2r, in] holds for each expert the rows of gate, then of up; lora_B [2I, 2r E]
     interleaves the experts in its columns.
     """
     gradients = {}
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name or ".default" not in name:
             continue
         if f"{HEAD}." in name:
             gradients[f"{THINKER}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = (
