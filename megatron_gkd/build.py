@@ -199,9 +199,8 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
 
 def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     """The loss of the whole run."""
-    return LossSettings(
-        config.distill.loss_divergence, config.distill.sft_alpha, model_args.vocab_size
-    )
+    distill = config.distill
+    return LossSettings(distill.loss_divergence, distill.sft_alpha, model_args.vocab_size)
 
 
 def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:

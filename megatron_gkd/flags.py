@@ -134,7 +134,7 @@ def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
     """
     if NoneType in get_args(kind):
         (kind,) = set(get_args(kind)) - {NoneType}
-    options: dict[str, Any] = {"help": of.metadata["help"], "type": kind}
+    options: dict[str, Any] = {"help": of.metadata.get("help"), "type": kind}
     if of.default_factory is not MISSING:
         options["default"] = of.default_factory()
     elif of.default is not MISSING:

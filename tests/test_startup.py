@@ -15,7 +15,10 @@ from megatron_gkd.startup import import_problem, transformer_engine_usable
 from tests.sizes import SMALLEST
 
 REPOSITORY = Path(__file__).parents[1]
-PROBLEM = "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): install the build for"
+PROBLEM = (
+    "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): "
+    "install the build for"
+)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def media_arguments(
     media_rows: Tensor,
     media_tokens: Tensor,
     features: MediaFeatures,
-) -> dict:
+) -> dict[str, Any]:
     """Further arguments for the forward of `decoder` (GPTModel) on the first stage: its input with
     the features, and the deepstack features.
 
@@ -70,7 +70,9 @@ def media_arguments(
     places = torch.stack((local_index[media_rows % length], media_rows // length))
     here = places[0] >= 0
     places, tokens = places[:, here], media_tokens[here]
-    arguments = {"decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])}
+    arguments: dict[str, Any] = {
+        "decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])
+    }
     if features.deepstack is not None and len(features.deepstack):
         visual = tokens - features.num_audio_tokens
         context = {
