@@ -5,7 +5,7 @@
 
 The small model with that vocabulary, 8 rows of 128 response tokens in one micro-batch, fp32, two
 steps of `megatron_gkd.train`, each way in its own process. Before: fp32 logits [N, V] of both sides
-and TRL's generalized_jsd_loss under autograd, which this file puts in place of `linear_jsd`. Memory
+and TRL's generalized_jsd_loss under autograd, which this file puts in place of our loss. Memory
 is the resident size (CUDA: allocated bytes): at the start of step 1, when model and optimizer are
 built, and the highest from then to the end of step 2. Writes docs/benchmarks/step_memory.md
 (step_memory_gpu.md on CUDA); nothing for a vocabulary of another size.
@@ -34,6 +34,7 @@ from benchmarks.loss import (
     resident_bytes,
     table,
 )
+from megatron_gkd.loss import Divergence, LinearJsdOutput
 
 DOCS = {"cpu": "docs/benchmarks/step_memory.md", "cuda": "docs/benchmarks/step_memory_gpu.md"}
 NUM_ROWS, RESPONSE, PROMPT = 8, 128, 16
@@ -45,16 +46,13 @@ def all_logits(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor,
+    divergence: Divergence,
     *,
-    beta: float,
-    temperature: float,
     vocab_size: int,
     **others: Any,
-) -> Any:
-    """In place of `linear_jsd`: the loss of TRL on the logits of all rows, without metrics."""
+) -> LinearJsdOutput:
+    """In place of `linear_divergence`: TRL's loss on the logits of all rows, without metrics."""
     from trl.experimental.gkd import GKDTrainer
-
-    from megatron_gkd.loss import LinearJsdOutput
 
     weight = weight[:vocab_size]  # the rest is padding
     student = student_hidden.float() @ weight.float().t()
@@ -63,8 +61,8 @@ def all_logits(
     entries = GKDTrainer.generalized_jsd_loss(
         student.unsqueeze(0),
         teacher.unsqueeze(0),
-        beta=1.0 - beta,
-        temperature=temperature,
+        beta=1.0 - divergence.beta,
+        temperature=divergence.temperature,
         reduction="none",
     )
     loss = entries.sum(-1).squeeze(0)
@@ -79,7 +77,8 @@ def run(way: str, argv: list[str], answer: str) -> None:
     from megatron_gkd import forward, train
 
     if way == "before":
-        forward.linear_jsd = all_logits
+        assert hasattr(forward, "linear_divergence")  # what forward.py calls
+        forward.linear_divergence = all_logits
     cuda, seen = "cuda" in argv, {}
 
     def start(*arguments: Any, _original: Callable = train.teacher_forward, **keywords: Any) -> Any:
