@@ -228,7 +228,7 @@ def test_a_response_that_ends_by_itself_is_not_truncated():
     responses = [
         [[9, 8, 7], [9, 8, 6]],
         [[9, 5], []],
-    ]  # cut, ended with its last token, ended before; a filler row
+    ]  # cut, ended with its last token, ended before; a padding sample
     batches = [with_responses(batch, texts, 0, 1) for batch, texts in zip(batches, responses)]
     assert backend.num_truncated(batches) == 1
     assert replace(backend, eos_token_ids=[]).num_truncated(batches) == 2
