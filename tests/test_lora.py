@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_gkd import cpu, parallel
-from megatron_gkd.build import resolve
+from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
@@ -456,7 +456,7 @@ def test_dropout(tiny_folder):
 def test_parameter_count_of_the_real_model():
     """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
     model_args = ModelArgs(
-        prefix="thinker.",
+        model_type="qwen3_omni_moe",
         num_layers=48,
         hidden_size=2048,
         num_attention_heads=32,

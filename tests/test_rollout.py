@@ -194,7 +194,12 @@ def adapter_folder(folder, tmp_path_factory):
         path / "adapter_model.safetensors",
     )
     config = peft_config(
-        rank=3, alpha=5.0, dropout=0.0, targets=[*LINEARS, HEAD], base_model=folder
+        model_args.family,
+        rank=3,
+        alpha=5.0,
+        dropout=0.0,
+        targets=[*LINEARS, HEAD],
+        base_model=folder,
     )
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)

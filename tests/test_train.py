@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd import flags, parallel, train
+from megatron_gkd import parallel, train
 from megatron_gkd.lora.adapter import LINEARS
 from megatron_gkd.train import draw, main
 from megatron_gkd.verify.reference import decoder
@@ -369,7 +369,7 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
         raise FileNotFoundError("rows.jsonl is not on this node")
 
     monkeypatch.setenv("RANK", "9")
-    monkeypatch.setattr(flags, "SECONDS_FOR_RANK_0", 0)
+    monkeypatch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
     monkeypatch.setattr(parallel, "initialize", lambda *args, **kwargs: None)
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit) as exit_:
