@@ -28,8 +28,8 @@ def flags(tiny_folder, tmp_path_factory):
 
 
 def micro_batches(parts, parallel, sizes=(3, 0, 5), seed=0):
-    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a filler
-    row.
+    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a
+    padding sample.
     """
     from megatron_gkd.data import Sample, View, collate
 

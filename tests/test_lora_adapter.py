@@ -783,7 +783,8 @@ def second_stage(rank, world_size, folder, adapter, more_linears):
     _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)
     load_adapter(model, model_args, place, opened, more_linears=more_linears)
     return [
-        bool(layer.self_attention.linear_qkv.slot.down["q_proj"].any()) for layer in model.decoder.layers
+        bool(layer.self_attention.linear_qkv.slot.down["q_proj"].any())
+        for layer in model.decoder.layers
     ]
 
 

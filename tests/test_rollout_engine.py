@@ -17,7 +17,8 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor
 from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.config import RolloutConfig
 from megatron_gkd.data import load_datasets, step_loader
-from megatron_gkd.lora.peft_folder import PeftAdapter, load_adapter
+from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.rollout.rollout import make_rollout
