@@ -140,7 +140,7 @@ def write_adapter(
 def with_zero_experts(
     tensors: dict[str, torch.Tensor], model_args, rank: int, targets: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """peft loads an expert's gate, up and down together or not at all: the missing ones as zeros."""
+    """peft loads an expert's gate, up and down together or not at all: zeros for the rest."""
     missing = (
         [target for target in EXPERTS if target not in targets]
         if set(targets) & set(EXPERTS)

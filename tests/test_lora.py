@@ -543,7 +543,8 @@ def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
     alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
     with pytest.raises(
         ValueError,
-        match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1",
+        match="lm_head alone leaves the stages before the last nothing to train: "
+        ".*size 2 must be 1",
     ):
         resolve(alone, model_args, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
 
