@@ -18,9 +18,7 @@ from megatron_gkd.model.args import ModelArgs
 
 @dataclass
 class HfToMegatronConfig:
-    hf_model: str = field(
-        metadata={"help": "Hugging Face model folder."}
-    )
+    hf_model: str = field(metadata={"help": "Hugging Face model folder."})
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     tensor_model_parallel_size: int = setting(
         1, "Layout of the training to come: pads the vocabulary, cuts the pieces."

@@ -18,10 +18,19 @@ from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
-    "transformer_engine": "attention and experts on GPU (--attn_impl, --experts_impl auto, te); megatron-core's fused Adam",
+    "transformer_engine": (
+        "attention and experts on GPU (--attn_impl, --experts_impl auto, te); megatron-core's "
+        "fused Adam"
+    ),
     "apex": "fused Adam and gradient clipping where Transformer Engine is missing",
-    "flash_attn": "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels of its own",
-    "triton": "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve without it",
+    "flash_attn": (
+        "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels "
+        "of its own"
+    ),
+    "triton": (
+        "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve "
+        "without it"
+    ),
     "torchvision": "resizes the frames of videos; rows with videos are refused without it",
     "torchcodec": "reads videos and their sound; rows with videos are refused without it",
 }
@@ -69,7 +78,7 @@ def choice_lines() -> list[str]:
         warnings.catch_warnings()
     ):  # megatron-core warns about each optional package that this report lists
         warnings.simplefilter("ignore")
-        from megatron_gkd.loss.divergence import passes_for
+        from megatron_gkd.loss.passes import select_kernels
         from megatron_gkd.model.decoder import core_attention
         from megatron_gkd.model.experts import FAST_GROUPED_MM, grouped_linear
         from megatron_gkd.parallel import resolve_device
@@ -92,7 +101,7 @@ def choice_lines() -> list[str]:
             if slow
             else []
         ),
-        f"loss: {passes_for(device).__name__}",
+        f"loss: {select_kernels(device).__name__}",
     ]
 
 

@@ -144,8 +144,7 @@ def write_adapter(
 def with_zero_experts(
     tensors: dict[str, torch.Tensor], model_args, rank: int, targets: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """peft loads an expert's gate, up and down together or not at all: the missing ones as zeros.
-    """
+    """peft loads an expert's gate, up and down together or not at all: zeros for the rest."""
     missing = (
         [target for target in EXPERTS if target not in targets]
         if set(targets) & set(EXPERTS)
@@ -193,8 +192,8 @@ def load_peft(model, adapter: str, **options):
 
 
 def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
-    """Gradients of a PeftModel under per-expert names. `rank` is the adapter's own: PEFT stacks
-    gate and up to rank 2 r.
+    """Gradients of the adapter `default` of a PeftModel under per-expert names. `rank` is the
+    adapter's own: PEFT stacks gate and up to rank 2 r.
 
     Stacked lora_A [E 2r, in] holds for each expert the rows of gate, then of up; lora_B [2I, 2r E]
     interleaves the experts in its columns.
@@ -202,7 +201,7 @@ def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
     gradients, root = {}, ROOTS[model_args.model_type]
     layers = f"{root}model.layers."
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name or ".default" not in name:
             continue
         if f"{HEAD}." in name:
             gradients[f"{root}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = (

@@ -1,5 +1,5 @@
-"""Imports that every test rank needs, done once in the fork server (tests/ranks.py) and without their
-usual warnings.
+"""Imports that every test rank needs, done once in the fork server (tests/ranks.py) and without
+their usual warnings.
 """
 
 import importlib

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from megatron_gkd import cpu, parallel
-from megatron_gkd.build import resolve
+from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
 from megatron_gkd.lora.apply import banner, count_parameters
+from megatron_gkd.lora.load import load_teacher
 from megatron_gkd.lora.modules import LoraGrouped
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, activate, lora_modules
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear
@@ -255,9 +257,10 @@ def test_fp32_adapters_over_a_half_precision_base(cases, dtype, logits_limit, co
     assert median(cosines) > cosine_limit and min(cosines) > 0.95, f"cosines {cosines}"
 
 
-def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
+def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter, teacher):
     """Gradients without recompute, then with it while the model is the student in forward and the
-    teacher in backward, and the other way round. Dropout is on.
+    teacher in backward, and the other way round. Dropout is on. teacher: the adapter that it has,
+    or None.
     """
     place = initialize(tp, pp, ep)
     results = []
@@ -267,6 +270,8 @@ def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
         (True, TEACHER, STUDENT),
     ):
         model_args, model = build(place, folder, adapter, recompute=recompute, dropout=DROPOUT)
+        if teacher:
+            load_teacher(model, model_args, place, PeftAdapter(teacher, model_args))
         ddp = in_reducer(model).train()
         ddp.zero_grad_buffer()
         parallel.seed_step(42, 0, place)
@@ -277,19 +282,21 @@ def gradients_with_toggles(rank, world_size, tp, pp, ep, folder, adapter):
     return results
 
 
+@pytest.mark.parametrize("teacher", [None, "gate and up, rank 3"])
 @pytest.mark.parametrize("world_size, tp, pp, ep", [(1, 1, 1, 1), (2, 1, 2, 1), (2, 2, 1, 2)])
-def test_recompute_sees_the_flag_of_the_forward_pass(cases, world_size, tp, pp, ep):
+def test_recompute_sees_the_slot_of_the_forward_pass(cases, world_size, tp, pp, ep, teacher):
     """Backward may run after the toggle's context has ended, or inside the teacher's: gradients are
     those of what the forward pass did, dropout masks included.
     """
     folder, adapter, _, _ = cases["all, rank 4"]
-    for plain, student, teacher in run_ranks(
-        gradients_with_toggles, world_size, tp, pp, ep, folder, adapter
+    own = teacher and cases[teacher][1]
+    for plain, student, of_teacher in run_ranks(
+        gradients_with_toggles, world_size, tp, pp, ep, folder, adapter, own
     ):
-        for expected, recomputed, of_base in zip(plain, student, teacher):
+        for expected, recomputed, frozen in zip(plain, student, of_teacher):
             assert expected.abs().max() > 0
             torch.testing.assert_close(recomputed, expected, rtol=1e-5, atol=1e-7)
-            assert not of_base.any(), "a forward pass with LoRA off has no LoRA gradient"
+            assert not frozen.any(), "the teacher's forward pass has no gradient of the student"
 
 
 def test_toggle_nests_and_comes_back_after_an_exception():
@@ -539,7 +546,8 @@ def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
     alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
     with pytest.raises(
         ValueError,
-        match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1",
+        match="lm_head alone leaves the stages before the last nothing to train: "
+        ".*size 2 must be 1",
     ):
         resolve(alone, model_args, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
 

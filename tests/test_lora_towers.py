@@ -110,9 +110,9 @@ def adapter(folder, tmp_path_factory):
 
 def peft_name(name: str) -> str:
     """A parameter of PEFT's model under the adapter's names."""
-    for tower in ("audio_tower.", "visual."):
-        if f".{tower}" in name:
-            return THINKER + tower + name.split(f".{tower}")[1].replace(".default", "")
+    for prefix in ("audio_tower.", "visual."):
+        if f".{prefix}" in name:
+            return THINKER + prefix + name.split(f".{prefix}")[1].replace(".default", "")
     return f"{THINKER}model.layers.{name.split('layers.')[1].replace('.default', '')}"
 
 

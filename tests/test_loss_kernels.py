@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import kernel_instructions
-from megatron_gkd.loss import torch_kernels as blocked
+from megatron_gkd.loss import torch_kernels
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -125,9 +125,9 @@ def run_linear_case(kernels, kind, case):
 
 
 def run_pass(passes, rank, num_columns, device):
-    """The three passes of one module on a rank's own columns, of which the last ones are padding.
-    """
-    from megatron_gkd.loss.divergence import Divergence, GradientFactors, row_scalars
+    """The three passes of one module on a rank's own columns, the last of which are padding."""
+    from megatron_gkd.loss import Divergence
+    from megatron_gkd.loss.rows import GradientFactors, row_scalars
 
     first_column, temperature = rank * 401, 2.0
     student, teacher = (logits.to(device) for logits in logit_pair(6, 401, 1.0, seed=rank))
@@ -140,13 +140,14 @@ def run_pass(passes, rank, num_columns, device):
         for logits in (student, teacher)
     ]
     whole = [
-        side._replace(mass=side.mass + 2.0, unit_mass=side.unit_mass + 3.0) for side in sides
+        side._replace(sum_exp=side.sum_exp + 2.0, unit_sum_exp=side.unit_sum_exp + 3.0)
+        for side in sides
     ]  # of other ranks
     rows, divergence = (
         row_scalars(*whole, temperature),
         Divergence(beta=0.3, temperature=temperature),
     )
-    entries = torch.empty_like(student) if torch.float32 in passes.KEEPS_ENTRIES_OF else None
+    entries = torch.empty_like(student) if torch.float32 in passes.ENTRIES_OUT_DTYPES else None
     sums = passes.compare(
         student, teacher, num_columns, rows, divergence, True, entries_out=entries
     )
@@ -187,12 +188,12 @@ def run_far_rows():
 def run_cases(connection):
     """In the process of its own: every case with the kernels in place of the torch passes."""
     try:
-        from megatron_gkd.loss import linear, logits
+        from megatron_gkd.loss import passes
         from megatron_gkd.loss import triton_kernels as kernels
-        from megatron_gkd.loss.divergence import passes_for
 
-        linear.passes_for = logits.passes_for = lambda device: kernels
-        results = {"chosen": [passes_for(torch.device(name)).__name__ for name in ("cpu", "cuda")]}
+        chosen = [passes.select_kernels(torch.device(name)) for name in ("cpu", "cuda")]
+        passes.select_kernels = lambda device: kernels
+        results = {"chosen": [module.__name__ for module in chosen]}
         for kind in KINDS:
             for name, case in LOGIT_CASES.items():
                 results[name, kind] = run_logits_case(kernels, kind, case)
@@ -299,7 +300,7 @@ def test_kernels_equal_the_torch_passes_on_a_rank(computed, rank, num_columns):
     contiguous.
     """
     for found, expected in zip(
-        computed["passes", rank, num_columns], run_pass(blocked, rank, num_columns, "cpu")
+        computed["passes", rank, num_columns], run_pass(torch_kernels, rank, num_columns, "cpu")
     ):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert relative_error(found, expected) < 2e-6

@@ -24,6 +24,7 @@ from megatron_gkd.forward import (
 )
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.slots import activate
+from megatron_gkd.loss import Divergence
 from megatron_gkd.media.chunks import Chunk, balance
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -42,7 +43,7 @@ from tests.ranks import run_ranks
 from tests.reference_step import divergence
 
 RANK, ALPHA, BETA, TEMPERATURE, VOCAB_SIZE = 4, 8, 0.5, 2.0, 503
-SETTINGS = LossSettings("jsd", BETA, TEMPERATURE, 0.0, VOCAB_SIZE)
+SETTINGS = LossSettings(Divergence("jsd", BETA, TEMPERATURE), 0.0, VOCAB_SIZE)
 # world size, TP, PP, EP, recompute
 LAYOUTS = [
     pytest.param((1, 1, 1, 1, True), id="single-recompute"),

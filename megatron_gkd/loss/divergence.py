@@ -1,5 +1,4 @@
-"""The divergences: their mathematics, their settings, and the few numbers a row that the passes
-exchange.
+"""The divergences: their mathematics, one entry each in one table, and their settings.
 
 Letters: N rows, V valid columns of this rank, z logits, T temperature, b the STUDENT's weight in
 the mixture. Q = softmax(z_student / T), P = softmax(z_teacher / T), M = b Q + (1 - b) P, d = log P
@@ -22,144 +21,168 @@ there A is 0 (jsd), Q (forward_kl) or -Q (reverse_kl), and the rest stays as it 
 multiple of Q to A changes nothing.
 
 Three passes over the logits: `statistics` of each side, `compare`, `write_gradient`. They exist
-twice, in blocked.py for any device and in kernels.py in Triton; `passes_for` chooses. Between the
-last two either A is kept (a module's KEEPS_ENTRIES_OF) or the teacher's logits are.
+twice, in torch_kernels.py for any device and in triton_kernels.py; passes.py chooses. Between the
+last two either A is kept (a module's ENTRIES_OUT_DTYPES) or the teacher's logits are.
+
+A new divergence is an entry of KINDS with its two rules, its name in `Name`, and its formula in
+tests/reference_loss.py. This file imports neither torch nor triton: config.py reads it too.
 """
 
-import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
-KINDS = ("jsd", "forward_kl", "reverse_kl")
+Name = Literal["jsd", "forward_kl", "reverse_kl"]  # the keys of KINDS
+
+
+class TorchBlock(Protocol):
+    """What a rule in torch works on: some rows, float32 [R, V] each, in scratch memory.
+
+    A rule may overwrite everything but q; it asks for the methods' results before it overwrites
+    anything.
+    """
+
+    q: "Tensor"
+    p: "Tensor"
+    d: "Tensor"
+
+    def p_minus_q(self) -> "Tensor":
+        """P - Q, accurate also where they are nearly equal."""
+
+    def log_m_over_q_and_p(self, beta: float) -> "tuple[Tensor, Tensor]":
+        """log(M/Q) and log(M/P); overwrites d."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A divergence: its two rules, and what the passes and a run have to know of it.
+
+    A rule gives, for each column of each row, A and the entry of the divergence's sum (of a KL
+    without its y - x).
+    """
+
+    # (q, p, d, p_minus_q, log_m_over_q, log_m_over_p, beta) -> (A, entry) of one column, in
+    # operators alone: Triton compiles it for a block of them.
+    rule: Callable[[float, float, float, float, float, float, float], tuple[float, float]]
+    # (block, beta) -> (A, entry). The same in torch and in place.
+    torch_rule: Callable[[TorchBlock, float], "tuple[Tensor, Tensor]"]
+    a_beyond_clip: float  # A where the entry is above the clip, as a multiple of Q
+    # The field of rows.Sums that holds the sum of its entries; that of a KL is a metric as well.
+    sum_field: Literal["divergence", "kl_forward", "kl_reverse"]
+    formula: str  # for the log of a run; {student} and {teacher} are the weights in the mixture
+    # Of a divergence with a mixture: what papers call it where the TEACHER's weight is 0 and 1.
+    limits: tuple[Name, Name] | None = None
+
+    @property
+    def uses_beta(self) -> bool:
+        """Whether there is a mixture, of which beta is the student's weight."""
+        return self.limits is not None
+
+
+def _jsd(
+    q: float,
+    p: float,
+    d: float,
+    p_minus_q: float,
+    log_m_over_q: float,
+    log_m_over_p: float,
+    beta: float,
+) -> tuple[float, float]:
+    a = -beta * q * log_m_over_q
+    return a, a - (1.0 - beta) * p * log_m_over_p
+
+
+def _jsd_in_torch(block: TorchBlock, beta: float) -> "tuple[Tensor, Tensor]":
+    import torch
+
+    log_m_over_q, log_m_over_p = block.log_m_over_q_and_p(beta)
+    a = log_m_over_q.mul_(block.q).mul_(-beta)
+    return a, torch.addcmul(a, block.p, log_m_over_p, value=beta - 1.0, out=log_m_over_p)
+
+
+def _forward_kl(
+    q: float,
+    p: float,
+    d: float,
+    p_minus_q: float,
+    log_m_over_q: float,
+    log_m_over_p: float,
+    beta: float,
+) -> tuple[float, float]:
+    return -p_minus_q, p * d
+
+
+def _forward_kl_in_torch(block: TorchBlock, beta: float) -> "tuple[Tensor, Tensor]":
+    return block.p_minus_q().neg_(), block.p.mul_(block.d)
+
+
+def _reverse_kl(
+    q: float,
+    p: float,
+    d: float,
+    p_minus_q: float,
+    log_m_over_q: float,
+    log_m_over_p: float,
+    beta: float,
+) -> tuple[float, float]:
+    a = -d * q
+    return a, a
+
+
+def _reverse_kl_in_torch(block: TorchBlock, beta: float) -> "tuple[Tensor, Tensor]":
+    a = block.d.mul_(block.q).neg_()
+    return a, a
+
+
+KINDS: dict[str, Kind] = {
+    "jsd": Kind(
+        rule=_jsd,
+        torch_rule=_jsd_in_torch,
+        a_beyond_clip=0.0,
+        sum_field="divergence",
+        formula="M = {student:.2f} student + {teacher:.2f} teacher, "
+        "JSD = {student:.2f} KL(student || M) + {teacher:.2f} KL(teacher || M)",
+        limits=("forward_kl", "reverse_kl"),
+    ),
+    "forward_kl": Kind(
+        rule=_forward_kl,
+        torch_rule=_forward_kl_in_torch,
+        a_beyond_clip=1.0,
+        sum_field="kl_forward",
+        formula="forward KL = KL(teacher || student)",
+    ),
+    "reverse_kl": Kind(
+        rule=_reverse_kl,
+        torch_rule=_reverse_kl_in_torch,
+        a_beyond_clip=-1.0,
+        sum_field="kl_reverse",
+        formula="reverse KL = KL(student || teacher)",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence of the two softmaxes."""
+    """Which divergence of the two softmaxes. Raises ValueError for a setting out of its range."""
 
-    kind: str = "jsd"  # one of KINDS
+    kind: str = "jsd"  # a key of KINDS
     beta: float = 0.5  # the student's weight in the mixture; not used by the KLs
     temperature: float = 1.0  # divides both sides' logits
-    clip: float | None = (
-        None  # largest value of one vocabulary entry of one row, in nats; None: no limit
-    )
+    clip: float | None = None  # most that one entry of one row counts, in nats; None: no limit
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"divergence must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
+        if (limits := KINDS[self.kind].limits) and not 0.0 < self.beta < 1.0:
             raise ValueError(
-                "beta (the student's weight in the mixture) must lie inside (0, 1) for divergence='jsd', got "
-                f"{self.beta}: the divergence is 0 at both ends; use divergence='forward_kl' or 'reverse_kl' for what "
-                "papers call beta 0 and 1"
+                "beta (the student's weight in the mixture) must lie inside (0, 1) for "
+                f"divergence={self.kind!r}, got {self.beta}: the divergence is 0 at both ends; use "
+                f"divergence={limits[0]!r} or {limits[1]!r} for what papers call beta 0 and 1"
             )
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"clip must be positive, or None for no limit, got {self.clip}")
-
-
-class SideStatistics(NamedTuple):
-    """Of one side, float64 [N] each; over a rank's own columns, or after `merge` over the whole
-    vocabulary.
-    """
-
-    top: torch.Tensor  # largest logit
-    top_column: torch.Tensor  # its global column, the lowest one if several are equal
-    mass: torch.Tensor  # sum of exp(x), x = (z - top) / T
-    moment: torch.Tensor  # sum of x exp(x)
-    unit_mass: torch.Tensor  # sum of exp(z - top): the mass at T = 1
-    label_logit: torch.Tensor  # logit of the row's label; 0 where this rank does not own it
-
-
-class RowScalars(NamedTuple):
-    """What a rank must know of a row to work on its own columns, float32 [N, 1] each, the same on
-    all ranks.
-    """
-
-    student_top: torch.Tensor
-    student_log_mass: torch.Tensor
-    student_unit_log_mass: torch.Tensor
-    teacher_top: torch.Tensor
-    teacher_log_mass: torch.Tensor
-    log_ratio_shift: torch.Tensor  # d = (z_teacher - z_student) / T - log_ratio_shift
-
-
-class Sums(NamedTuple):
-    """Over this rank's columns, float64 [N] each; additive over ranks."""
-
-    divergence: torch.Tensor
-    gradient_sum: torch.Tensor  # sum of A
-    kl_forward: torch.Tensor
-    kl_reverse: torch.Tensor
-
-
-class GradientFactors(NamedTuple):
-    """What turns A and Q into the gradient of the loss, float32 [N, 1] each, and the labels of the
-    cross-entropy.
-
-    gradient = divergence (A - gradient_sum Q) + cross_entropy (softmax(z) - onehot(label))
-    """
-
-    divergence: torch.Tensor
-    gradient_sum: torch.Tensor
-    cross_entropy: torch.Tensor | None  # None: no such term
-    label_columns: (
-        torch.Tensor | None
-    )  # int64 [N], outside 0 .. V-1 where this rank does not own the label
-
-
-def empty_statistics(num_rows: int, device: torch.device) -> SideStatistics:
-    """Statistics of no columns: what a rank contributes that holds nothing but padding."""
-    zeros = torch.zeros(num_rows, dtype=torch.float64, device=device)
-    return SideStatistics(zeros + torch.finfo(torch.float32).min, zeros, zeros, zeros, zeros, zeros)
-
-
-def merge(parts: SideStatistics, temperature: float) -> SideStatistics:
-    """Statistics of the whole vocabulary from those of G ranks, [G, N] each in rank order."""
-    owner = parts.top.argmax(
-        0, keepdim=True
-    )  # the first of equal ranks, which holds the lowest columns
-    top = parts.top.gather(0, owner)
-    shift = (parts.top - top) / temperature
-    scale = shift.exp()
-    return SideStatistics(
-        top=top.squeeze(0),
-        top_column=parts.top_column.gather(0, owner).squeeze(0),
-        mass=(parts.mass * scale).sum(0),
-        moment=((parts.moment + shift * parts.mass) * scale).sum(0),
-        unit_mass=(parts.unit_mass * (parts.top - top).exp()).sum(0),
-        label_logit=parts.label_logit.sum(0),
-    )
-
-
-def row_scalars(student: SideStatistics, teacher: SideStatistics, temperature: float) -> RowScalars:
-    """The scalars of `compare` and `write_gradient` from both sides' statistics over the whole
-    vocabulary.
-    """
-    shift = (teacher.top - student.top) / temperature + (teacher.mass.log() - student.mass.log())
-    columns = (
-        student.top,
-        student.mass.log(),
-        student.unit_mass.log(),
-        teacher.top,
-        teacher.mass.log(),
-        shift,
-    )
-    return RowScalars(*(column.float().unsqueeze(1) for column in columns))
-
-
-def passes_for(device: torch.device) -> ModuleType:
-    """The module with the three passes for `device`: kernels on CUDA where Triton is installed,
-    otherwise blocked.
-    """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from megatron_gkd.loss import triton_kernels
-
-        return triton_kernels
-    from megatron_gkd.loss import torch_kernels
-
-    return torch_kernels

@@ -12,25 +12,27 @@ logits would double the memory, and on CPU ranks they take 0.4 % of the time at 
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_gkd.loss.divergence import Divergence, passes_for, row_scalars
-from megatron_gkd.loss.output import LinearJsdOutput
-from megatron_gkd.loss.rows import (
-    Slice,
-    Weights,
-    check_labels,
-    gather_statistics,
-    gradient_factors,
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.passes import (
+    LossCall,
+    compare_sides,
     group_size,
-    reduce_sums,
+    keeps_entries,
+    vocabulary_slice,
+    write_gradient,
+)
+from megatron_gkd.loss.rows import (
+    LinearJsdOutput,
+    RowWeights,
+    check_labels,
     row_results,
     row_weights,
-    vocabulary_slice,
     zero_masked_rows,
 )
 
@@ -42,18 +44,6 @@ ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk s
 # Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as
 # slow again).
 WEIGHT_BLOCK_ROWS = {"cpu": 1024, "cuda": 16384}
-
-
-class _Task(NamedTuple):
-    """What does not vary over the chunks of one call."""
-
-    divergence: Divergence
-    columns: Slice
-    sft_alpha: float
-    group: dist.ProcessGroup | None
-    chunk_rows: int
-    gradient: bool  # False in forward-only mode: the third GEMM is left out
-    reduce_hidden_grad: bool
 
 
 def _for(device: torch.device, table: dict[str, int]) -> int:
@@ -122,40 +112,35 @@ def _chunk_hidden_gradient(
 
 
 def _distil_chunk(
-    student, teacher, gradient, labels, weights: Weights, task: _Task
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    gradient: torch.Tensor,
+    labels: torch.Tensor | None,
+    weights: RowWeights,
+    call: LossCall,
 ) -> torch.Tensor:
     """Results [K, C] of one chunk from both sides' float32 logits [C, V].
 
-    With task.gradient, `gradient` [C, V] is filled with the loss's gradient w.r.t. the student's
-    logits; it may be `teacher`.
+    With call.gradient, `gradient` [C, V] is filled with the loss's gradient w.r.t. the student's
+    logits; it may be `teacher`, which does not keep its logits.
     """
-    passes, num_columns = passes_for(student.device), student.shape[1]
-    first_column, temperature = task.columns.first_column, task.divergence.temperature
-    student_statistics, teacher_statistics = gather_statistics(
-        passes.statistics(student, num_columns, temperature, first_column, labels, True),
-        passes.statistics(teacher, num_columns, temperature, first_column, labels, True),
-        temperature,
-        task.group,
-    )
-    rows = row_scalars(student_statistics, teacher_statistics, temperature)
-    # where A is kept it takes the teacher's place
-    keep = task.gradient and torch.float32 in passes.KEEPS_ENTRIES_OF
-    entries_out = teacher if keep else None
-    sums = passes.compare(
-        student, teacher, num_columns, rows, task.divergence, True, entries_out=entries_out
-    )
-    sums = reduce_sums(sums, task.group)
-    if task.gradient:
-        factors = gradient_factors(
-            weights, sums.gradient_sum, temperature, task.sft_alpha, labels, first_column
+    entries_out = teacher if keeps_entries(student, call) else None
+    found = compare_sides(student, teacher, labels, call, entries_out)
+    if call.gradient:
+        write_gradient(
+            gradient,
+            student,
+            teacher,
+            found.scalars,
+            found.sums.gradient_sum,
+            labels,
+            weights,
+            call,
         )
-        passes.write_gradient(
-            gradient, student, teacher, num_columns, rows, task.divergence, factors
-        )
-    return row_results(student_statistics, teacher_statistics, sums, labels, weights)
+    return row_results(found.student, found.teacher, found.sums, labels, weights)
 
 
-class _LinearJsd(torch.autograd.Function):
+class _LinearDivergence(torch.autograd.Function):
     """Both sides' hidden states [N, H] and the head [V, H] -> (loss [N], metrics [K, N]).
 
     loss and dloss/dlogits as in divergence.py; dloss/dhidden = dloss/dlogits W, summed over the
@@ -165,54 +150,146 @@ class _LinearJsd(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_hidden, teacher_hidden, weight, labels, weights: Weights, task: _Task):
+    def forward(
+        ctx: Any,
+        student_hidden: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor | None,
+        weights: RowWeights,
+        call: LossCall,
+        chunk_rows: int,
+        reduce_hidden_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, hidden_size = student_hidden.shape
-        head = weight[: task.columns.num_columns]
-        buffers = torch.empty(
-            2, task.chunk_rows, len(head), dtype=torch.float32, device=weight.device
-        )
+        head = weight[: call.columns.num_columns]
+        buffers = torch.empty(2, chunk_rows, len(head), dtype=torch.float32, device=weight.device)
         hidden_gradient = torch.empty(
-            num_rows if task.gradient else 0, hidden_size, dtype=torch.float32, device=weight.device
+            num_rows if call.gradient else 0, hidden_size, dtype=torch.float32, device=weight.device
         )
         # bfloat16 feeds the tensor cores (float16 would lose small entries), float32 takes the
         # teacher's place
         bfloat16 = weight.dtype == torch.bfloat16 and _uses_tensor_cores(student_hidden, weight)
         gradients = (
             torch.empty_like(buffers[0], dtype=torch.bfloat16)
-            if bfloat16 and task.gradient
+            if bfloat16 and call.gradient
             else buffers[1]
         )
-        results = []
-        for start in range(0, num_rows, task.chunk_rows):
-            chunk = slice(start, min(start + task.chunk_rows, num_rows))
+        chunks = []
+        for start in range(0, num_rows, chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, num_rows))
             student, teacher = buffers[:, : chunk.stop - chunk.start]
             _chunk_logits(student_hidden[chunk], head, student)
             _chunk_logits(teacher_hidden[chunk], head, teacher)
-            chunk_weights = Weights(*(row_weight[chunk] for row_weight in weights))
+            chunk_weights = RowWeights(*(row_weight[chunk] for row_weight in weights))
             chunk_labels = None if labels is None else labels[chunk]
             gradient = gradients[: len(student)]
-            results.append(
-                _distil_chunk(student, teacher, gradient, chunk_labels, chunk_weights, task)
+            chunks.append(
+                _distil_chunk(student, teacher, gradient, chunk_labels, chunk_weights, call)
             )
-            if task.gradient:
+            if call.gradient:
                 _chunk_hidden_gradient(gradient, head, hidden_gradient[chunk])
-        if task.gradient:
+        if call.gradient:
             zero_masked_rows(hidden_gradient, labels)
         ctx.save_for_backward(hidden_gradient)
-        ctx.task, ctx.dtype = task, student_hidden.dtype
-        results = torch.cat(results, 1)
+        ctx.group, ctx.dtype = call.group if reduce_hidden_grad else None, student_hidden.dtype
+        results = torch.cat(chunks, 1)
         loss, metrics = results[0], results[1:].clone()
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         (hidden_gradient,) = ctx.saved_tensors
         gradient = upstream.float().unsqueeze(1) * hidden_gradient
-        if ctx.task.reduce_hidden_grad and group_size(ctx.task.group) > 1:
-            dist.all_reduce(gradient, group=ctx.task.group)
-        return gradient.to(ctx.dtype), None, None, None, None, None
+        if group_size(ctx.group) > 1:
+            dist.all_reduce(gradient, group=ctx.group)
+        return gradient.to(ctx.dtype), *[None] * 7
+
+
+def linear_divergence(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    divergence: Divergence,
+    *,
+    labels: torch.Tensor | None = None,
+    sft_alpha: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> LinearJsdOutput:
+    """Per-token loss and metrics from hidden states and the frozen lm_head; float32 [N] each, the
+    same on all ranks of `group`.
+
+    Args:
+        student_hidden: [N, H], the same on all ranks of `group` (gather sequence shards before);
+            gets the gradient.
+        teacher_hidden: [N, H], no gradient. Both sides' logits must be finite, except in rows that
+            a label masks.
+        weight: [V/TP, H], this rank's rows of the lm_head, frozen. Logits, their gradient and all
+            GEMMs' sums are float32 whatever the dtype of weight and hidden states; only on CUDA a
+            bfloat16 head rounds the logits' gradient to bfloat16 for the last GEMM.
+        divergence: which one, the student's weight in its mixture, temperature and clip.
+        labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label
+            metrics.
+        sft_alpha: in [0, 1]; loss = (1 - sft_alpha) divergence + sft_alpha cross_entropy, the
+            latter of logits that are not divided by the temperature.
+        group, vocab_size: as in `logits_divergence`.
+        chunk_rows: rows whose logits exist at a time; None makes equal chunks that fit CHUNK_BYTES.
+        reduce_hidden_grad: sum the gradient of student_hidden over the group in backward. False
+            where the caller gathered student_hidden with a function whose backward reduce-scatters
+            (sequence parallelism).
+    Without gradient mode, or if student_hidden needs no gradient, the gradient is not computed.
+    Raises ValueError for shapes, labels or sizes that do not fit each other.
+    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk;
+    backward one all-reduce [N, H] of float32 with reduce_hidden_grad, otherwise none. None at all
+    if N = 0.
+    """
+    if student_hidden.dim() != 2 or student_hidden.shape != teacher_hidden.shape:
+        raise ValueError(
+            "student_hidden and teacher_hidden must both be [N, H] of one shape, "
+            f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != student_hidden.shape[1]:
+        raise ValueError(
+            f"weight must be [V/TP, {student_hidden.shape[1]}] like the hidden states, "
+            f"got {tuple(weight.shape)}"
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires a gradient, which linear_jsd does not give: freeze it, or use "
+            "logits_jsd"
+        )
+    num_rows = len(student_hidden)
+    columns = vocabulary_slice(len(weight), vocab_size, group)
+    check_labels(labels, num_rows, vocab_size or len(weight) * group_size(group), sft_alpha)
+    if num_rows == 0:  # the same on all ranks of the group: no rank calls a collective
+        loss = student_hidden.float().sum(-1)
+        return LinearJsdOutput(loss, *loss.detach().new_empty(6 if labels is None else 10, 0))
+    call = LossCall(
+        divergence,
+        columns,
+        sft_alpha,
+        group,
+        metrics=True,
+        gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
+    )
+    loss, metrics = _LinearDivergence.apply(
+        student_hidden,
+        teacher_hidden.detach(),
+        weight.detach(),
+        labels,
+        row_weights(labels, num_rows, sft_alpha, student_hidden.device),
+        call,
+        min(chunk_rows or _chunk_rows(num_rows, len(weight), weight.device), num_rows),
+        reduce_hidden_grad,
+    )
+    return LinearJsdOutput(loss, *metrics)
 
 
 def linear_jsd(
@@ -231,64 +308,18 @@ def linear_jsd(
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
 ) -> LinearJsdOutput:
-    """Per-token loss and metrics from hidden states and the frozen lm_head; float32 [N] each, the
-    same on all ranks of `group`.
-
-    Args:
-        student_hidden: [N, H], the same on all ranks of `group` (gather sequence shards before);
-        gets the gradient. teacher_hidden: [N, H], no gradient. Both sides' logits must be finite,
-        but in rows that a label masks. weight: [V/TP, H] this rank's rows of the lm_head, frozen.
-        Logits, their gradient and all GEMMs' sums are
-            float32 whatever the dtype of weight and hidden states; only on CUDA a bfloat16 head
-            rounds the logits' gradient to bfloat16 for the last GEMM.
-        labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label
-        metrics. sft_alpha: in [0, 1]; loss = (1 - sft_alpha) jsd + sft_alpha cross_entropy, the
-        latter not divided by T. beta, temperature, divergence, group, vocab_size, clip: as in
-        `vocab_parallel_jsd`. chunk_rows: rows whose logits exist at a time; None makes equal chunks
-        that fit CHUNK_BYTES. reduce_hidden_grad: sum the gradient of student_hidden over the group
-        in backward. False where the caller
-            gathered student_hidden with a function whose backward reduce-scatters (sequence
-            parallelism).
-    Without gradient mode, or if student_hidden needs no gradient, the gradient is not computed.
-    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk;
-    backward one all-reduce [N, H] of float32 with reduce_hidden_grad, otherwise none. None at all
-    if N = 0.
+    """`linear_divergence`, its divergence given by the settings: beta, temperature, divergence and
+    clip as in `vocab_parallel_jsd`.
     """
-    if student_hidden.dim() != 2 or student_hidden.shape != teacher_hidden.shape:
-        raise ValueError(
-            "student_hidden and teacher_hidden must both be [N, H] of one shape, "
-            f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
-        )
-    if weight.dim() != 2 or weight.shape[1] != student_hidden.shape[1]:
-        raise ValueError(
-            f"weight must be [V/TP, {student_hidden.shape[1]}] like the hidden states, got {tuple(weight.shape)}"
-        )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weight requires a gradient, which linear_jsd does not give: freeze it, or use logits_jsd"
-        )
-    chosen = Divergence(divergence, beta, temperature, clip)
-    num_rows = len(student_hidden)
-    columns = vocabulary_slice(len(weight), vocab_size, group)
-    check_labels(labels, num_rows, vocab_size or len(weight) * group_size(group), sft_alpha)
-    if num_rows == 0:  # the same on all ranks of the group: no rank calls a collective
-        loss = student_hidden.float().sum(-1)
-        return LinearJsdOutput(loss, *loss.detach().new_empty(6 if labels is None else 10, 0))
-    chunk_rows = min(chunk_rows or _chunk_rows(num_rows, len(weight), weight.device), num_rows)
-    gradient = torch.is_grad_enabled() and student_hidden.requires_grad
-    task = _Task(
-        chosen,
-        columns,
-        sft_alpha,
-        group,
-        chunk_rows,
-        gradient,
-        reduce_hidden_grad,
+    return linear_divergence(
+        student_hidden,
+        teacher_hidden,
+        weight,
+        Divergence(divergence, beta, temperature, clip),
+        labels=labels,
+        sft_alpha=sft_alpha,
+        group=group,
+        vocab_size=vocab_size,
+        chunk_rows=chunk_rows,
+        reduce_hidden_grad=reduce_hidden_grad,
     )
-    weights = row_weights(labels, num_rows, sft_alpha, student_hidden.device)
-    loss, metrics = _LinearJsd.apply(
-        student_hidden, teacher_hidden.detach(), weight.detach(), labels, weights, task
-    )
-    return LinearJsdOutput(loss, *metrics)

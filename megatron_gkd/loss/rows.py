@@ -1,60 +1,138 @@
-"""The row-wise half of the loss: the two collectives over the tensor-parallel ranks, and what rows
-become of them.
+"""The numbers of a row: what the passes exchange, the row's weights in the loss, and its results.
 
-Per row only scalars are global: an all-gather of both sides' statistics (N x 12 numbers a rank),
-and one sum of the divergence's parts (N x 4). Neither needs a counterpart in backward: each rank's
-gradient of its own columns follows from the scalars.
+Letters as in divergence.py. Of a row only scalars are global: both sides' statistics and the sums
+of `compare`. Everything here is local to a rank; the collectives that merge the ranks' numbers are
+in passes.py.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-
-from megatron_gkd.loss.divergence import GradientFactors, SideStatistics, Sums, merge
 
 IGNORED_LABEL = -100
 
 
-class Slice(NamedTuple):
-    """The columns that this rank owns, first_column .. first_column + num_columns - 1; it holds
-    padding beyond.
+class LinearJsdOutput(NamedTuple):
+    """What the loss functions return. Per token, float32 [N], the same on all ranks of the group;
+    everything but `loss` is detached.
+
+    A row whose label is -100 is masked: all its numbers are 0, its gradient too. KLs and entropies
+    are of the distributions softened by the temperature, in nats; `sft_loss` and the label's
+    log-probabilities are at temperature 1.
     """
 
-    first_column: int
-    num_columns: int
+    loss: torch.Tensor  # (1 - sft_alpha) jsd + sft_alpha sft_loss; gives gradients to the student
+    jsd: torch.Tensor  # the chosen divergence
+    kl_forward: torch.Tensor  # KL(teacher || student)
+    kl_reverse: torch.Tensor  # KL(student || teacher)
+    entropy_student: torch.Tensor
+    entropy_teacher: torch.Tensor
+    # 1 where both sides' largest logits are in the same column (of equal ones the lowest)
+    top1_agreement: torch.Tensor
+    # None without labels:
+    sft_loss: torch.Tensor | None = None  # cross-entropy of the student with the label
+    token_correct: torch.Tensor | None = None  # 1 where the student's largest logit is the label's
+    label_logprob_student: torch.Tensor | None = None
+    label_logprob_teacher: torch.Tensor | None = None
 
 
-class Weights(NamedTuple):
-    """Per row, float64 [N]: the factors of the divergence and of the cross-entropy in the loss; 0
+class SideStatistics(NamedTuple):
+    """Of one side, float64 [N] each; over a rank's own columns, or after `merge` over the whole
+    vocabulary.
+    """
+
+    top: torch.Tensor  # largest logit
+    top_column: torch.Tensor  # its global column, the lowest one if several are equal
+    sum_exp: torch.Tensor  # sum of exp(x), x = (z - top) / T
+    moment: torch.Tensor  # sum of x exp(x)
+    unit_sum_exp: torch.Tensor  # sum of exp(z - top): sum_exp at T = 1
+    label_logit: torch.Tensor  # logit of the row's label; 0 where this rank does not own it
+
+
+class RowScalars(NamedTuple):
+    """What a rank must know of a row to work on its own columns, float32 [N, 1] each, the same on
+    all ranks. The log-sum-exps are relative to the largest logit.
+    """
+
+    student_top: torch.Tensor
+    student_log_sum_exp: torch.Tensor
+    student_unit_log_sum_exp: torch.Tensor
+    teacher_top: torch.Tensor
+    teacher_log_sum_exp: torch.Tensor
+    log_ratio_shift: torch.Tensor  # d = (z_teacher - z_student) / T - log_ratio_shift
+
+
+class Sums(NamedTuple):
+    """Over this rank's columns, float64 [N] each; additive over ranks."""
+
+    divergence: torch.Tensor
+    gradient_sum: torch.Tensor  # sum of A
+    kl_forward: torch.Tensor
+    kl_reverse: torch.Tensor
+
+
+class RowWeights(NamedTuple):
+    """The factors of the divergence and of the cross-entropy in a row's loss, float64 [N] each; 0
     in masked rows.
     """
 
-    jsd: torch.Tensor
-    sft: torch.Tensor
+    divergence: torch.Tensor
+    cross_entropy: torch.Tensor
 
 
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks of the group; None is one rank alone."""
-    return 1 if group is None else dist.get_world_size(group)
+class GradientFactors(NamedTuple):
+    """What turns A and Q into the gradient of the loss, float32 [N, 1] each, and the labels of the
+    cross-entropy.
 
-
-def vocabulary_slice(
-    num_local_columns: int, vocab_size: int | None, group: dist.ProcessGroup | None
-) -> Slice:
-    """This rank's slice, if each rank holds `num_local_columns` and the model has `vocab_size` of
-    them (None: all).
+    gradient = divergence (A - gradient_sum Q) + cross_entropy (softmax(z) - onehot(label))
     """
-    total = num_local_columns * group_size(group)
-    if vocab_size is None:
-        vocab_size = total
-    if not 0 < vocab_size <= total:
-        raise ValueError(
-            f"vocab_size must lie in 1 .. {total} ({num_local_columns} columns a rank x {group_size(group)} ranks), "
-            f"got {vocab_size}"
-        )
-    first_column = 0 if group is None else dist.get_rank(group) * num_local_columns
-    return Slice(first_column, min(max(vocab_size - first_column, 0), num_local_columns))
+
+    divergence: torch.Tensor
+    gradient_sum: torch.Tensor
+    # None for both: there is no cross-entropy term
+    cross_entropy: torch.Tensor | None
+    label_columns: torch.Tensor | None  # int64 [N], outside 0 .. V-1 where another rank owns it
+
+
+def empty_statistics(num_rows: int, device: torch.device) -> SideStatistics:
+    """Statistics of no columns: what a rank contributes that holds nothing but padding."""
+    zeros = torch.zeros(num_rows, dtype=torch.float64, device=device)
+    return SideStatistics(zeros + torch.finfo(torch.float32).min, zeros, zeros, zeros, zeros, zeros)
+
+
+def merge(parts: SideStatistics, temperature: float) -> SideStatistics:
+    """Statistics of the whole vocabulary from those of G ranks, [G, N] each in rank order."""
+    # the first of equal ranks, which holds the lowest columns
+    owner = parts.top.argmax(0, keepdim=True)
+    top = parts.top.gather(0, owner)
+    shift = (parts.top - top) / temperature
+    scale = shift.exp()
+    return SideStatistics(
+        top=top.squeeze(0),
+        top_column=parts.top_column.gather(0, owner).squeeze(0),
+        sum_exp=(parts.sum_exp * scale).sum(0),
+        moment=((parts.moment + shift * parts.sum_exp) * scale).sum(0),
+        unit_sum_exp=(parts.unit_sum_exp * (parts.top - top).exp()).sum(0),
+        label_logit=parts.label_logit.sum(0),
+    )
+
+
+def row_scalars(student: SideStatistics, teacher: SideStatistics, temperature: float) -> RowScalars:
+    """The scalars of `compare` and `write_gradient` from both sides' statistics over the whole
+    vocabulary.
+    """
+    shift = (teacher.top - student.top) / temperature + (
+        teacher.sum_exp.log() - student.sum_exp.log()
+    )
+    columns = (
+        student.top,
+        student.sum_exp.log(),
+        student.unit_sum_exp.log(),
+        teacher.top,
+        teacher.sum_exp.log(),
+        shift,
+    )
+    return RowScalars(*(column.float().unsqueeze(1) for column in columns))
 
 
 def check_labels(
@@ -73,65 +151,35 @@ def check_labels(
         return
     if labels.shape != (num_rows,):
         raise ValueError(
-            f"labels must have one id for each of the {num_rows} rows, got shape {tuple(labels.shape)}"
+            f"labels must have one id for each of the {num_rows} rows, "
+            f"got shape {tuple(labels.shape)}"
         )
     wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))
     if wrong.any():
         raise ValueError(
-            f"label {labels[wrong][0].item()} is not {IGNORED_LABEL} and not below the vocabulary size {vocab_size}"
+            f"label {labels[wrong][0].item()} is not {IGNORED_LABEL} and not below the vocabulary "
+            f"size {vocab_size}"
         )
 
 
 def row_weights(
     labels: torch.Tensor | None, num_rows: int, sft_alpha: float, device: torch.device
-) -> Weights:
-    """What each of the rows counts: labels [N] of -100 count nothing, without labels all count the
-    same.
+) -> RowWeights:
+    """The weights of each row in the loss: 0 where the label is -100; without labels all rows count
+    the same.
     """
     active = torch.ones(num_rows, dtype=torch.float64, device=device)
     if labels is not None:
         active = (labels != IGNORED_LABEL).double()
-    return Weights(active * (1.0 - sft_alpha), active * sft_alpha)
+    return RowWeights(active * (1.0 - sft_alpha), active * sft_alpha)
 
 
 def zero_masked_rows(gradient: torch.Tensor, labels: torch.Tensor | None) -> None:
-    """0 in the rows [N, ...] of `gradient` whose label masks them: a weight of 0 leaves NaN where
+    """0 in the rows of `gradient` [N, ...] whose label is -100: a weight of 0 would leave NaN where
     the row holds any.
     """
     if labels is not None:
         gradient.index_fill_(0, (labels == IGNORED_LABEL).nonzero().squeeze(1), 0)
-
-
-def gather_statistics(
-    student: SideStatistics,
-    teacher: SideStatistics,
-    temperature: float,
-    group: dist.ProcessGroup | None,
-) -> tuple[SideStatistics, SideStatistics]:
-    """Both sides' statistics over the whole vocabulary from this rank's. Collectives: one
-    all-gather (none without a group).
-    """
-    packed = torch.stack([*student, *teacher])
-    parts = packed.unsqueeze(0)
-    if group_size(group) > 1:
-        parts = packed.new_empty(group_size(group), *packed.shape)
-        dist.all_gather(list(parts), packed, group=group)
-    fields = parts.unbind(1)
-    num_fields = len(SideStatistics._fields)
-    return merge(SideStatistics(*fields[:num_fields]), temperature), merge(
-        SideStatistics(*fields[num_fields:]), temperature
-    )
-
-
-def reduce_sums(sums: Sums, group: dist.ProcessGroup | None) -> Sums:
-    """Sums over the whole vocabulary from this rank's. Collectives: one all-reduce (none without a
-    group).
-    """
-    if group_size(group) == 1:
-        return sums
-    packed = torch.stack(sums)
-    dist.all_reduce(packed, group=group)
-    return Sums(*packed.unbind(0))
 
 
 def row_results(
@@ -139,34 +187,34 @@ def row_results(
     teacher: SideStatistics,
     sums: Sums,
     labels: torch.Tensor | None,
-    weights: Weights,
+    weights: RowWeights,
 ) -> torch.Tensor:
     """The fields of LinearJsdOutput in their order, float32 [7, N], or [11, N] with labels."""
     results = [
-        weights.jsd * sums.divergence,
+        weights.divergence * sums.divergence,
         sums.divergence,
         sums.kl_forward,
         sums.kl_reverse,
-        student.mass.log() - student.moment / student.mass,
-        teacher.mass.log() - teacher.moment / teacher.mass,
+        student.sum_exp.log() - student.moment / student.sum_exp,
+        teacher.sum_exp.log() - teacher.moment / teacher.sum_exp,
         (student.top_column == teacher.top_column).double(),
     ]
-    if labels is not None:
-        student_logprob = student.label_logit - student.top - student.unit_mass.log()
-        teacher_logprob = teacher.label_logit - teacher.top - teacher.unit_mass.log()
-        results[0] = results[0] - weights.sft * student_logprob
-        results += [
-            -student_logprob,
-            (student.top_column == labels).double(),
-            student_logprob,
-            teacher_logprob,
-        ]
-        return torch.stack(results).where(labels != IGNORED_LABEL, 0.0).float()
-    return torch.stack(results).float()
+    if labels is None:
+        return torch.stack(results).float()
+    student_logprob = student.label_logit - student.top - student.unit_sum_exp.log()
+    teacher_logprob = teacher.label_logit - teacher.top - teacher.unit_sum_exp.log()
+    results[0] = results[0] - weights.cross_entropy * student_logprob
+    results += [
+        -student_logprob,
+        (student.top_column == labels).double(),
+        student_logprob,
+        teacher_logprob,
+    ]
+    return torch.stack(results).where(labels != IGNORED_LABEL, 0.0).float()
 
 
 def gradient_factors(
-    weights: Weights,
+    weights: RowWeights,
     gradient_sum: torch.Tensor,
     temperature: float,
     sft_alpha: float,
@@ -176,7 +224,9 @@ def gradient_factors(
     """Factors of `write_gradient` from the weights (times the upstream gradient) and the rows' sums
     of A, [N] each.
     """
-    factors = [(weights.jsd / temperature).float().unsqueeze(1), gradient_sum.float().unsqueeze(1)]
-    if sft_alpha == 0.0:
-        return GradientFactors(*factors, None, None)
-    return GradientFactors(*factors, weights.sft.float().unsqueeze(1), labels - first_column)
+    divergence = (weights.divergence / temperature).float().unsqueeze(1)
+    sums = gradient_sum.float().unsqueeze(1)
+    if sft_alpha == 0.0 or labels is None:
+        return GradientFactors(divergence, sums, None, None)
+    cross_entropy = weights.cross_entropy.float().unsqueeze(1)
+    return GradientFactors(divergence, sums, cross_entropy, labels - first_column)

@@ -1,141 +1,68 @@
 """The three passes as Triton kernels, for CUDA; the letters are divergence.py's.
 
-Of a row, with its maxima t, masses m and log-sum-exps over all ranks, and of one column of it:
+Of a row, with its maxima t and log-sum-exps l over all ranks, and of one column of it:
 
-    statistics      m = sum exp((z - t) / T), and with metrics sum x exp(x) of x = (z - t) / T
-    Q, P            exp((z - t) / T - log m), of the student's z and of the teacher's
-    d               log P - log Q = (z_teacher - z_student) / T - shift
-    e               exp(-|d|) - 1, so that P - Q = max(P, Q) e with the sign of -d
-    jsd             log(M/P) = c + max(-d, 0), log(M/Q) = c + max(d, 0) with c = log1p(e (d > 0 ? b : 1 - b))
-                    A = -b Q log(M/Q), entry A - (1 - b) P log(M/P)
-    forward_kl      A = Q - P, entry P d - (P - Q)
-    reverse_kl      A = -Q d, entry (P - Q) - Q d
-    with a clip c   an entry above c (of a KL without its P - Q) counts as c, and A there is 0, Q or -Q
-    gradient        w_jsd / T (A - Q sum A) + w_sft (exp(z - t - log m_1) - onehot), m_1 the mass at T = 1
+    statistics      sum exp((z - t) / T), and with metrics sum x exp(x) of x = (z - t) / T
+    A, entry        triton_functions.entries_of_block
+    gradient        w_divergence / T (A - Q sum A) + w_cross_entropy (exp(z - t - l_1) - onehot),
+                    l_1 the log-sum-exp at T = 1
 
-    statistics      one program a row, online: a new maximum rescales what was summed; reads each side once
+    statistics      one program a row, online: a new maximum rescales what was summed; reads each
+                    side once
     compare         one program a row: the divergence's sums; reads both sides once
-    write_gradient  one program a row and block: the gradient; reads both sides once, writes once, also in place
+    write_gradient  one program a row and block: the gradient; reads both sides once, writes once,
+                    also in place
 
 With bfloat16 logits that is 4 + 4 + 6 bytes a logit. The two reductions over the vocabulary (and
-over the ranks) lie between the passes, so no two of them can share a read. Sums are kept a lane in
-float32 over the row's blocks and added up at its end; rows' results are float64. Columns that do
-not exist are read as -inf: Q = P = 0, and d is set to 0.
+over the ranks) lie between the passes, so no two of them can share a read. Each lane sums in
+float32 over the row's blocks, and the lanes are added up at the row's end; rows' results are
+float64. Columns that do not exist are read as -inf: Q = P = 0, and d is set to 0.
 
 Instructions, not bytes, are scarce at these sizes. Exponentials are of base 2, with log2(e) in the
-factors and the rows' scalars; log1p and expm1 are polynomials near 0, where log and exp lose all
-digits. Of a bfloat16 jsd at b = 0.5 ptxas makes 104 instructions a logit for sm_90
-(docs/benchmarks/loss.md).
+factors and the rows' scalars. Of a bfloat16 jsd at b = 0.5 ptxas makes 104 instructions a logit for
+sm_90 (docs/benchmarks/loss.md).
 
 `write_gradient` reads and writes every entry in one program once, so its output may be one of its
 inputs.
 """
 
-import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from megatron_gkd.loss.divergence import (
-    KINDS,
-    Divergence,
+from megatron_gkd.loss.divergence import KINDS, Divergence
+from megatron_gkd.loss.rows import (
     GradientFactors,
     RowScalars,
     SideStatistics,
     Sums,
     empty_statistics,
 )
+from megatron_gkd.loss.triton_functions import LN_2, LOG2_E, ON_DEVICE, entries_of_block, exp2
 
 BLOCK = 4096  # columns of a row that a program handles at a time, at most
 NUM_WARPS = 8
-OPTIONS = {
-    "num_warps": NUM_WARPS,
-    "enable_fp_fusion": True,
-}  # Triton 3.10 no longer fuses by itself
-KEEPS_ENTRIES_OF = ()  # A is cheaper computed twice than written and read
-
-JSD = tl.constexpr(KINDS.index("jsd"))
-FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
-REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2.0))
-# libdevice's exp2 and fast_log2f are one or two instructions (they flush denormals) where tl's are
-# 4 and about 20. The interpreter has tl's alone.
-ON_DEVICE = tl.constexpr(not triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _exp2(x):
-    if ON_DEVICE:
-        return libdevice.exp2(x)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _log2(x):
-    if ON_DEVICE:
-        return libdevice.fast_log2f(x)
-    return tl.log2(x)
-
-
-@triton.jit
-def _expm1(x):
-    """2^x - 1 for x <= 0, accurate near 0 too: Taylor's series above -0.5."""
-    series = 1.5252734e-5
-    series = 1.5403530e-4 + x * series
-    series = 1.3333558e-3 + x * series
-    series = 9.6181291e-3 + x * series
-    series = 5.5504109e-2 + x * series
-    series = 2.4022651e-1 + x * series
-    series = 6.9314718e-1 + x * series
-    return tl.where(x > -0.5, x * series, _exp2(x) - 1.0)
-
-
-@triton.jit
-def _log1p_of_half(e):
-    """log(1 + e / 2) for -1 <= e <= 0: a polynomial, its first coefficient exact (relative error
-    1e-8).
-    """
-    series = -1.2684850e-3
-    series = -2.9582671e-3 + e * series
-    series = -4.3348279e-3 + e * series
-    series = -1.4075917e-3 + e * series
-    series = -3.5400532e-3 + e * series
-    series = 6.0596508e-3 + e * series
-    series = -1.5644069e-2 + e * series
-    series = 4.1665941e-2 + e * series
-    series = -0.125 + e * series
-    series = 0.5 + e * series
-    return e * series
-
-
-@triton.jit
-def _log1p(y):
-    """log(1 + y) for -1 < y <= 0: above -0.3 a polynomial, its first coefficient exact (relative
-    error 4e-8).
-    """
-    series = 0.34709738
-    series = -0.085374228 + y * series
-    series = 0.21365534 + y * series
-    series = -0.24900024 + y * series
-    series = 0.33335955 + y * series
-    series = -0.49999989 + y * series
-    series = 1.0 + y * series
-    return tl.where(y > -0.3, y * series, _log2(1.0 + tl.maximum(y, -0.9999999)) * LN_2)
+# Triton 3.10 no longer fuses multiplications and additions by itself.
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+ENTRIES_OUT_DTYPES = ()  # none: A is cheaper computed twice than written and read
+# The interpreter calls plain functions, and refuses to wrap one of a file without triton.language.
+RULES = {
+    name: triton.jit(kind.rule) if ON_DEVICE.value else kind.rule for name, kind in KINDS.items()
+}
 
 
 @triton.jit
 def _statistics_kernel(
-    logits,
-    row_stride,
-    num_columns,
-    labels,
-    first_column,
-    scale,
-    out,
-    num_rows,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    num_columns: tl.tensor,
+    labels: tl.tensor,
+    first_column: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
     METRICS: tl.constexpr,
     LABELS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -144,11 +71,11 @@ def _statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     lanes = tl.arange(0, BLOCK)
-    top = -float("inf")
+    top = tl.full([], -float("inf"), tl.float32)
     top_column = 0
-    mass = tl.zeros([BLOCK], tl.float32)
+    sum_exp = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
-    unit_mass = tl.zeros([BLOCK], tl.float32)
+    unit_sum_exp = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         valid = columns < num_columns
@@ -159,27 +86,27 @@ def _statistics_kernel(
             block_column = tl.min(tl.where(z == block_top, columns, num_columns), 0)
             top_column = tl.where(block_top > top, block_column, top_column)
         shift = tl.where(start == 0, 0.0, (top - new_top) * scale)
-        factor = _exp2(shift)
+        factor = exp2(shift)
         x = (z - new_top) * scale
-        exponentials = _exp2(x)
+        exponentials = exp2(x)
         if METRICS:
-            moment = (moment + shift * mass) * factor + tl.where(valid, x, 0.0) * exponentials
-        mass = mass * factor + exponentials
+            moment = (moment + shift * sum_exp) * factor + tl.where(valid, x, 0.0) * exponentials
+        sum_exp = sum_exp * factor + exponentials
         if UNIT:
-            unit_factor = tl.where(start == 0, 0.0, _exp2((top - new_top) * LOG2_E))
-            unit_mass = unit_mass * unit_factor + _exp2((z - new_top) * LOG2_E)
+            unit_factor = tl.where(start == 0, 0.0, exp2((top - new_top) * LOG2_E))
+            unit_sum_exp = unit_sum_exp * unit_factor + exp2((z - new_top) * LOG2_E)
         top = new_top
     out += row
     tl.store(out, top.to(tl.float64))
     if METRICS:
         tl.store(out + num_rows, (top_column + first_column).to(tl.float64))
         tl.store(out + 3 * num_rows, (tl.sum(moment, 0) * LN_2).to(tl.float64))
-    tl.store(out + 2 * num_rows, tl.sum(mass, 0).to(tl.float64))
+    tl.store(out + 2 * num_rows, tl.sum(sum_exp, 0).to(tl.float64))
     if LABELS:
         if UNIT:
-            tl.store(out + 4 * num_rows, tl.sum(unit_mass, 0).to(tl.float64))
+            tl.store(out + 4 * num_rows, tl.sum(unit_sum_exp, 0).to(tl.float64))
         else:
-            tl.store(out + 4 * num_rows, tl.sum(mass, 0).to(tl.float64))
+            tl.store(out + 4 * num_rows, tl.sum(sum_exp, 0).to(tl.float64))
         column = tl.load(labels + row) - first_column
         owned = (column >= 0) & (column < num_columns)
         label_logit = tl.load(logits + column, mask=owned, other=0.0)
@@ -187,72 +114,31 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _ratios(student, teacher, columns, valid, rows, row, num_rows, scale):
-    """z_student, Q, P, d / ln 2, e and P - Q of a block; student and teacher point to the row."""
-    z_student = tl.load(student + columns, mask=valid, other=-float("inf")).to(tl.float32)
-    z_teacher = tl.load(teacher + columns, mask=valid, other=-float("inf")).to(tl.float32)
-    student_top = tl.load(rows + row)
-    student_log_mass = tl.load(rows + num_rows + row)
-    teacher_top = tl.load(rows + 3 * num_rows + row)
-    teacher_log_mass = tl.load(rows + 4 * num_rows + row)
-    shift = tl.load(rows + 5 * num_rows + row)
-    q = _exp2((z_student - student_top) * scale - student_log_mass)
-    p = _exp2((z_teacher - teacher_top) * scale - teacher_log_mass)
-    d = tl.where(valid, (z_teacher - z_student) * scale - shift, 0.0)
-    e = _expm1(-tl.abs(d))
-    larger_e = tl.maximum(p, q) * e
-    return z_student, q, p, d, e, tl.where(d > 0.0, -larger_e, larger_e)
-
-
-@triton.jit
-def _entries(
-    q, p, d, e, p_minus_q, beta, clip, KIND: tl.constexpr, HALF: tl.constexpr, CLIP: tl.constexpr
-):
-    """(A, the divergence's entries) of a block; entries of a KL are with their y - x. HALF: beta is
-    0.5.
-    """
-    if KIND == JSD:
-        if HALF:
-            common = _log1p_of_half(e)
-        else:
-            common = _log1p(e * tl.where(d > 0.0, beta, 1.0 - beta))
-        entries = -beta * q * (common + tl.maximum(d, 0.0) * LN_2)
-        value = entries - (1.0 - beta) * p * (common + tl.maximum(-d, 0.0) * LN_2)
-        plain, beyond = value, 0.0 * q
-    elif KIND == FORWARD_KL:
-        entries, plain, beyond = -p_minus_q, d * LN_2 * p, q
-        value = plain - p_minus_q
-    else:
-        entries, plain, beyond = -d * LN_2 * q, -d * LN_2 * q, -q
-        value = plain + p_minus_q
-    if CLIP:
-        entries = tl.where(plain > clip, beyond, entries)
-        value -= tl.where(plain > clip, plain - clip, 0.0)
-    return entries, value
-
-
-@triton.jit
 def _compare_kernel(
-    student,
-    student_stride,
-    teacher,
-    teacher_stride,
-    num_columns,
-    rows,
-    scale,
-    beta,
-    clip,
-    out,
-    num_rows,
-    KIND: tl.constexpr,
+    student: tl.tensor,
+    student_stride: tl.tensor,
+    teacher: tl.tensor,
+    teacher_stride: tl.tensor,
+    num_columns: tl.tensor,
+    scalars: tl.tensor,
+    scale: tl.tensor,
+    beta: tl.tensor,
+    clip: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    RULE: tl.constexpr,
+    A_BEYOND_CLIP: tl.constexpr,
     HALF: tl.constexpr,
     CLIP: tl.constexpr,
-    METRICS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+    KL_FORWARD: tl.constexpr,
+    KL_REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
+    scalars += row
     lanes = tl.arange(0, BLOCK)
     divergence = tl.zeros([BLOCK], tl.float32)
     gradient_sum = tl.zeros([BLOCK], tl.float32)
@@ -261,43 +147,50 @@ def _compare_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         valid = columns < num_columns
-        _, q, p, d, e, p_minus_q = _ratios(
-            student, teacher, columns, valid, rows, row, num_rows, scale
-        )
-        entries, value = _entries(q, p, d, e, p_minus_q, beta, clip, KIND, HALF, CLIP)
-        divergence += value
+        _, q, p, d, p_minus_q, entries, values, excess = entries_of_block(
+            student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
+            RULE, A_BEYOND_CLIP, HALF, CLIP,
+        )  # fmt: skip
+        if SUM_VALUES:
+            divergence += values
+        if CLIP:
+            divergence -= excess
         gradient_sum += entries
-        if METRICS:
-            kl_forward += d * LN_2 * p - p_minus_q
-            kl_reverse += p_minus_q - d * LN_2 * q
+        if KL_FORWARD:
+            kl_forward += d * p - p_minus_q
+        if KL_REVERSE:
+            kl_reverse += p_minus_q - d * q
     out += row
-    tl.store(out, tl.sum(divergence, 0).to(tl.float64))
+    if SUM_VALUES or CLIP:
+        tl.store(out, tl.sum(divergence, 0).to(tl.float64))
     tl.store(out + num_rows, tl.sum(gradient_sum, 0).to(tl.float64))
-    if METRICS:
+    if KL_FORWARD:
         tl.store(out + 2 * num_rows, tl.sum(kl_forward, 0).to(tl.float64))
+    if KL_REVERSE:
         tl.store(out + 3 * num_rows, tl.sum(kl_reverse, 0).to(tl.float64))
 
 
 @triton.jit
 def _gradient_kernel(
-    out,
-    out_stride,
-    width,
-    student,
-    student_stride,
-    teacher,
-    teacher_stride,
-    num_columns,
-    rows,
-    scale,
-    beta,
-    clip,
-    divergence_factor,
-    gradient_sum,
-    cross_entropy_factor,
-    label_columns,
-    num_rows,
-    KIND: tl.constexpr,
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    width: tl.tensor,
+    student: tl.tensor,
+    student_stride: tl.tensor,
+    teacher: tl.tensor,
+    teacher_stride: tl.tensor,
+    num_columns: tl.tensor,
+    scalars: tl.tensor,
+    scale: tl.tensor,
+    beta: tl.tensor,
+    clip: tl.tensor,
+    divergence_factor: tl.tensor,
+    gradient_sum: tl.tensor,
+    cross_entropy_factor: tl.tensor,
+    label_columns: tl.tensor,
+    num_rows: tl.tensor,
+    RULE: tl.constexpr,
+    A_BEYOND_CLIP: tl.constexpr,
     HALF: tl.constexpr,
     CLIP: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
@@ -308,18 +201,41 @@ def _gradient_kernel(
     valid = columns < num_columns
     student += row * student_stride
     teacher += row * teacher_stride
-    z_student, q, p, d, e, p_minus_q = _ratios(
-        student, teacher, columns, valid, rows, row, num_rows, scale
-    )
-    entries, _ = _entries(q, p, d, e, p_minus_q, beta, clip, KIND, HALF, CLIP)
+    scalars += row
+    z_student, q, _, _, _, entries, _, _ = entries_of_block(
+        student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
+        RULE, A_BEYOND_CLIP, HALF, CLIP,
+    )  # fmt: skip
     gradient = (entries - q * tl.load(gradient_sum + row)) * tl.load(divergence_factor + row)
     if CROSS_ENTROPY:
-        unit_log_mass = tl.load(rows + 2 * num_rows + row)
-        softmax = _exp2((z_student - tl.load(rows + row)) * LOG2_E - unit_log_mass)
+        unit_log_sum_exp = tl.load(scalars + 2 * num_rows)
+        softmax = exp2((z_student - tl.load(scalars)) * LOG2_E - unit_log_sum_exp)
         onehot = tl.where(valid & (columns == tl.load(label_columns + row)), 1.0, 0.0)
         gradient += tl.load(cross_entropy_factor + row) * (softmax - onehot)
     tl.store(
         out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=columns < width
+    )
+
+
+def rule_constants(divergence: Divergence) -> dict[str, Any]:
+    """What the kernels are compiled for, by name."""
+    return dict(
+        RULE=RULES[divergence.kind],
+        A_BEYOND_CLIP=KINDS[divergence.kind].a_beyond_clip,
+        HALF=divergence.beta == 0.5,
+        CLIP=divergence.clip is not None,
+    )
+
+
+def sum_constants(divergence: Divergence, metrics: bool) -> dict[str, bool]:
+    """Which sums `compare` makes, besides that of A: the divergence's, and the KLs that are metrics
+    or the divergence.
+    """
+    field = KINDS[divergence.kind].sum_field
+    return dict(
+        SUM_VALUES=field == "divergence",
+        KL_FORWARD=metrics or field == "kl_forward",
+        KL_REVERSE=metrics or field == "kl_reverse",
     )
 
 
@@ -334,16 +250,16 @@ def _check_rows(*matrices: torch.Tensor) -> None:
         )
 
 
-def _in_base_2(rows: RowScalars) -> torch.Tensor:
+def _in_base_2(scalars: RowScalars) -> torch.Tensor:
     """[6, N] in RowScalars' order, the logarithms divided by ln 2."""
     logarithms = (
-        "student_log_mass",
-        "student_unit_log_mass",
-        "teacher_log_mass",
+        "student_log_sum_exp",
+        "student_unit_log_sum_exp",
+        "teacher_log_sum_exp",
         "log_ratio_shift",
     )
-    rows = rows._replace(**{name: getattr(rows, name) * LOG2_E.value for name in logarithms})
-    return torch.cat(rows, 1).t().contiguous()
+    scaled = {name: getattr(scalars, name) * LOG2_E.value for name in logarithms}
+    return torch.cat(scalars._replace(**scaled), 1).t().contiguous()
 
 
 def statistics(
@@ -354,7 +270,7 @@ def statistics(
     labels: torch.Tensor | None,
     metrics: bool,
 ) -> SideStatistics:
-    """As blocked.statistics."""
+    """As torch_kernels.statistics."""
     _check_rows(logits)
     num_rows = len(logits)
     if num_columns == 0:
@@ -384,12 +300,12 @@ def compare(
     student: torch.Tensor,
     teacher: torch.Tensor,
     num_columns: int,
-    rows: RowScalars,
+    scalars: RowScalars,
     divergence: Divergence,
     metrics: bool,
     entries_out: None = None,
 ) -> Sums:
-    """As blocked.compare, which alone keeps A."""
+    """As torch_kernels.compare, which alone keeps A."""
     _check_rows(student, teacher)
     num_rows = len(student)
     out = torch.zeros(len(Sums._fields), num_rows, dtype=torch.float64, device=student.device)
@@ -399,20 +315,21 @@ def compare(
         teacher,
         teacher.stride(0),
         num_columns,
-        _in_base_2(rows),
+        _in_base_2(scalars),
         LOG2_E.value / divergence.temperature,
         divergence.beta,
         divergence.clip or 0.0,
         out,
         num_rows,
-        KIND=KINDS.index(divergence.kind),
-        HALF=divergence.beta == 0.5,
-        CLIP=divergence.clip is not None,
-        METRICS=metrics,
         BLOCK=_block(num_columns),
+        **rule_constants(divergence),
+        **sum_constants(divergence, metrics),
         **OPTIONS,
     )
-    return Sums(*out)
+    sums = Sums(*out)
+    if (field := KINDS[divergence.kind].sum_field) != "divergence":
+        sums.divergence.add_(getattr(sums, field))
+    return sums
 
 
 def write_gradient(
@@ -420,14 +337,16 @@ def write_gradient(
     student: torch.Tensor,
     teacher: torch.Tensor,
     num_columns: int,
-    rows: RowScalars,
+    scalars: RowScalars,
     divergence: Divergence,
     factors: GradientFactors,
 ) -> None:
-    """As blocked.write_gradient."""
+    """As torch_kernels.write_gradient."""
     _check_rows(out, student, teacher)
     num_rows, width = out.shape
-    cross_entropy = factors.cross_entropy is not None
+    # without a cross-entropy its arguments are not read
+    cross_entropy = factors.divergence if factors.cross_entropy is None else factors.cross_entropy
+    label_columns = factors.divergence if factors.label_columns is None else factors.label_columns
     block = _block(width)
     _gradient_kernel[(num_rows, triton.cdiv(width, block))](
         out,
@@ -438,19 +357,17 @@ def write_gradient(
         teacher,
         teacher.stride(0),
         num_columns,
-        _in_base_2(rows),
+        _in_base_2(scalars),
         LOG2_E.value / divergence.temperature,
         divergence.beta,
         divergence.clip or 0.0,
         factors.divergence.contiguous(),
         factors.gradient_sum.contiguous(),
-        factors.cross_entropy.contiguous() if cross_entropy else factors.divergence,
-        factors.label_columns.contiguous() if cross_entropy else factors.divergence,
+        cross_entropy.contiguous(),
+        label_columns.contiguous(),
         num_rows,
-        KIND=KINDS.index(divergence.kind),
-        HALF=divergence.beta == 0.5,
-        CLIP=divergence.clip is not None,
-        CROSS_ENTROPY=cross_entropy,
+        CROSS_ENTROPY=factors.cross_entropy is not None,
         BLOCK=block,
+        **rule_constants(divergence),
         **OPTIONS,
     )

@@ -1,0 +1,187 @@
+"""What `linear.py` and `logits.py` share: the passes in their order with the two collectives
+between them, over the tensor-parallel ranks.
+
+An all-gather of both sides' statistics (12 numbers a row and rank) and one sum of the divergence's
+parts (4 numbers a row). Neither needs a counterpart in backward: each rank's gradient of its own
+columns follows from the row's scalars.
+"""
+
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.loss.divergence import Divergence
+from megatron_gkd.loss.rows import (
+    RowScalars,
+    RowWeights,
+    SideStatistics,
+    Sums,
+    gradient_factors,
+    merge,
+    row_scalars,
+)
+
+
+class VocabularySlice(NamedTuple):
+    """The columns that this rank owns, first_column .. first_column + num_columns - 1; what it
+    holds beyond is padding.
+    """
+
+    first_column: int
+    num_columns: int
+
+
+class LossCall(NamedTuple):
+    """What holds for all rows of one call of the loss."""
+
+    divergence: Divergence
+    columns: VocabularySlice
+    sft_alpha: float  # weight of the cross-entropy
+    group: dist.ProcessGroup | None  # the tensor-parallel ranks; None is one rank alone
+    metrics: bool  # False: only the loss is needed
+    gradient: bool  # False in forward-only mode
+
+
+class Comparison(NamedTuple):
+    """Of rows, what follows from both sides' logits; over the whole vocabulary."""
+
+    student: SideStatistics
+    teacher: SideStatistics
+    scalars: RowScalars
+    sums: Sums
+
+
+def select_kernels(device: torch.device) -> ModuleType:
+    """The module with the three passes for `device`: triton_kernels on CUDA where Triton is
+    installed, otherwise torch_kernels.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from megatron_gkd.loss import triton_kernels
+
+        return triton_kernels
+    from megatron_gkd.loss import torch_kernels
+
+    return torch_kernels
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks of the group; None is one rank alone."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def vocabulary_slice(
+    num_local_columns: int, vocab_size: int | None, group: dist.ProcessGroup | None
+) -> VocabularySlice:
+    """This rank's slice of `vocab_size` columns (None: no padding), of which each rank holds
+    `num_local_columns`. Raises ValueError if they do not hold so many.
+    """
+    total = num_local_columns * group_size(group)
+    if vocab_size is None:
+        vocab_size = total
+    if not 0 < vocab_size <= total:
+        raise ValueError(
+            f"vocab_size must lie in 1 .. {total} ({num_local_columns} columns a rank x "
+            f"{group_size(group)} ranks), got {vocab_size}"
+        )
+    first_column = 0 if group is None else dist.get_rank(group) * num_local_columns
+    num_columns = min(max(vocab_size - first_column, 0), num_local_columns)
+    return VocabularySlice(first_column, num_columns)
+
+
+def gather_statistics(
+    student: SideStatistics,
+    teacher: SideStatistics,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[SideStatistics, SideStatistics]:
+    """Both sides' statistics over the whole vocabulary from this rank's. Collectives: one
+    all-gather (none without a group).
+    """
+    packed = torch.stack([*student, *teacher])
+    parts = packed.unsqueeze(0)
+    if group_size(group) > 1:
+        parts = packed.new_empty(group_size(group), *packed.shape)
+        dist.all_gather(list(parts), packed, group=group)
+    fields = parts.unbind(1)
+    num_fields = len(SideStatistics._fields)
+    return merge(SideStatistics(*fields[:num_fields]), temperature), merge(
+        SideStatistics(*fields[num_fields:]), temperature
+    )
+
+
+def reduce_sums(sums: Sums, group: dist.ProcessGroup | None) -> Sums:
+    """Sums over the whole vocabulary from this rank's. Collectives: one all-reduce (none without a
+    group).
+    """
+    if group_size(group) == 1:
+        return sums
+    packed = torch.stack(sums)
+    dist.all_reduce(packed, group=group)
+    return Sums(*packed.unbind(0))
+
+
+def keeps_entries(logits: torch.Tensor, call: LossCall) -> bool:
+    """Whether `compare` is to write A for the gradient of these logits: where that is cheaper than
+    to compute it again.
+    """
+    return call.gradient and logits.dtype in select_kernels(logits.device).ENTRIES_OUT_DTYPES
+
+
+def compare_sides(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor | None,
+    call: LossCall,
+    entries_out: torch.Tensor | None,
+) -> Comparison:
+    """Of both sides' logits [N, W] of this rank: the first two passes.
+
+    entries_out: float32 [N, W] for A, which may be one of the logits, or None.
+    Collectives: one all-gather and one all-reduce.
+    """
+    kernels = select_kernels(student.device)
+    (first_column, num_columns), divergence = call.columns, call.divergence
+    own_student, own_teacher = (
+        kernels.statistics(
+            logits, num_columns, divergence.temperature, first_column, labels, call.metrics
+        )
+        for logits in (student, teacher)
+    )
+    student_statistics, teacher_statistics = gather_statistics(
+        own_student, own_teacher, divergence.temperature, call.group
+    )
+    scalars = row_scalars(student_statistics, teacher_statistics, divergence.temperature)
+    sums = kernels.compare(
+        student, teacher, num_columns, scalars, divergence, call.metrics, entries_out=entries_out
+    )
+    return Comparison(
+        student_statistics, teacher_statistics, scalars, reduce_sums(sums, call.group)
+    )
+
+
+def write_gradient(
+    out: torch.Tensor,
+    student: torch.Tensor,
+    teacher_or_entries: torch.Tensor,
+    scalars: RowScalars,
+    gradient_sum: torch.Tensor,
+    labels: torch.Tensor | None,
+    weights: RowWeights,
+    call: LossCall,
+) -> None:
+    """The third pass: out [N, W] = the gradient of the rows' losses times their weights, with
+    respect to the student's logits. No collectives.
+
+    teacher_or_entries: A where `keeps_entries`, otherwise the teacher's logits. out may be one of
+    the inputs. gradient_sum [N]: Sums.gradient_sum over the whole vocabulary.
+    """
+    (first_column, num_columns), divergence = call.columns, call.divergence
+    factors = gradient_factors(
+        weights, gradient_sum, divergence.temperature, call.sft_alpha, labels, first_column
+    )
+    select_kernels(out.device).write_gradient(
+        out, student, teacher_or_entries, num_columns, scalars, divergence, factors
+    )
