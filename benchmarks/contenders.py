@@ -1,22 +1,31 @@
-"""What benchmarks/loss.py measures against: TRL, plain torch with a differentiable all-reduce,
-Liger, and the limits.
+"""What benchmarks/loss.py compares the loss with: TRL, plain torch with a differentiable
+all-reduce, Liger, and the limits.
 
-Each contender is a function of no arguments that runs forward and backward once, made by a function
-of the tensors that all of them share.
+Each contender is a function without arguments that runs forward and backward once. The functions
+below make one from the tensors that all of them share; `settings` are beta (the student's weight)
+and temperature. N rows, V columns, H hidden size.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
 
+Contender = Callable[[], Any]
+Settings = dict[str, float]
 
-def run_ours(student, teacher, settings, group=None):
+
+def run_ours(
+    student: Tensor, teacher: Tensor, settings: Settings, group: dist.ProcessGroup | None = None
+) -> Contender:
     """`vocab_parallel_jsd` on logits [N, V/TP]; student requires a gradient."""
 
     def run():
@@ -26,7 +35,7 @@ def run_ours(student, teacher, settings, group=None):
     return run
 
 
-def run_trl(student, teacher, settings):
+def run_trl(student: Tensor, teacher: Tensor, settings: Settings) -> Contender:
     """TRL's generalized_jsd_loss; its beta is the teacher's weight."""
     from trl.experimental.gkd import GKDTrainer
 
@@ -43,8 +52,8 @@ def run_trl(student, teacher, settings):
     return run
 
 
-def _log_softmax(logits, temperature, group):
-    """Over the vocabulary of all ranks, in float32, with a sum whose backward sums too."""
+def _log_softmax(logits: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Over the vocabulary of all ranks, in float32; the backward of its all-reduce is one too."""
     scaled = logits.float() / temperature
     top = scaled.detach().amax(-1, keepdim=True)
     if group is None:
@@ -53,7 +62,13 @@ def _log_softmax(logits, temperature, group):
     return scaled - top - all_reduce((scaled - top).exp().sum(-1, keepdim=True), group=group).log()
 
 
-def _plain_jsd(student, teacher, beta, temperature, group):
+def _plain_jsd(
+    student: Tensor,
+    teacher: Tensor,
+    beta: float,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     log_q, log_p = (
         _log_softmax(student, temperature, group),
         _log_softmax(teacher, temperature, group),
@@ -65,7 +80,13 @@ def _plain_jsd(student, teacher, beta, temperature, group):
     return loss if group is None else all_reduce(loss, group=group)
 
 
-def run_plain(student, teacher, settings, group=None, chunk_rows=64):
+def run_plain(
+    student: Tensor,
+    teacher: Tensor,
+    settings: Settings,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int = 64,
+) -> Contender:
     """Plain torch, chunk by chunk under activation checkpointing.
 
     The differentiable all-reduce sums the upstream gradients of all ranks, each of which holds the
@@ -91,13 +112,13 @@ def run_plain(student, teacher, settings, group=None, chunk_rows=64):
     return run
 
 
-def run_read_write(student, teacher):
-    """The limit of everything on logits: one read of both sides, one write of the gradient's size."""
+def run_read_write(student: Tensor, teacher: Tensor) -> Contender:
+    """The limit for functions of logits: both sides read once, one tensor of that size written."""
     first, second = student.detach(), teacher.detach()
     return lambda: torch.add(first, second)
 
 
-def run_liger(student, teacher, settings):
+def run_liger(student: Tensor, teacher: Tensor, settings: Settings) -> Contender:
     """Liger-Kernel's JSD of log-probabilities (CUDA only), its mean over the rows; its beta is the
     teacher's weight.
     """
@@ -114,7 +135,9 @@ def run_liger(student, teacher, settings):
     return run
 
 
-def run_linear_liger(student_hidden, teacher_hidden, weight, settings):
+def run_linear_liger(
+    student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, settings: Settings
+) -> Contender:
     """Liger-Kernel's JSD fused with the lm_head (CUDA only), its mean over the rows; beta as in
     `run_liger`.
     """
@@ -137,7 +160,13 @@ def run_linear_liger(student_hidden, teacher_hidden, weight, settings):
     return run
 
 
-def run_linear(student_hidden, teacher_hidden, weight, settings, group=None):
+def run_linear(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    settings: Settings,
+    group: dist.ProcessGroup | None = None,
+) -> Contender:
     """`linear_jsd` on hidden states [N, H]; student_hidden requires a gradient."""
 
     def run():
@@ -147,7 +176,9 @@ def run_linear(student_hidden, teacher_hidden, weight, settings, group=None):
     return run
 
 
-def run_linear_trl(student_hidden, teacher_hidden, weight, settings):
+def run_linear_trl(
+    student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, settings: Settings
+) -> Contender:
     """The lm_head under autograd, then TRL's function."""
     from trl.experimental.gkd import GKDTrainer
 
@@ -167,9 +198,9 @@ def run_linear_trl(student_hidden, teacher_hidden, weight, settings):
     return run
 
 
-def run_gemms(student_hidden, teacher_hidden, weight):
-    """The limit of everything on hidden states: both sides' logits and one product back, on all N
-    rows at once.
+def run_gemms(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> Contender:
+    """The limit for functions of hidden states: both sides' logits and the product of the gradient
+    with the lm_head, on all N rows at once.
     """
     student_hidden = student_hidden.detach()
 

@@ -289,7 +289,8 @@ def report(
 ) -> tuple[str, bool]:
     cp, holds = measured["cp -r"], same
     lines = [
-        f"{size / GB:.1f} GB of real shapes ({num_layers} layers), {num_workers} processes; {platform.platform()}, "
+        f"{size / GB:.1f} GB of real shapes ({num_layers} layers), {num_workers} processes; "
+        f"{platform.platform()}, "
         f"{os.cpu_count()} CPUs; the folder came back {'byte for byte' if same else 'DIFFERENT'}.",
         "",
         "| | seconds | to `cp -r` | peak memory of all processes | read | written |",
@@ -308,7 +309,8 @@ def report(
         lines.append(f"| {name} | {m.seconds:.1f} | {ratio:.2f} | {rest} |")
     lines += [
         "",
-        "| loaded at TP 2, EP 2 from | seconds | read | peak memory | of which loading, above the shard |",
+        "| loaded at TP 2, EP 2 from | seconds | read | peak memory "
+        "| of which loading, above the shard |",
     ]
     lines += ["|---|---|---|---|---|"]
     for name, rows in loads.items():

@@ -1,11 +1,11 @@
-"""How many instructions a logit costs in the Triton kernels, from what the compiler makes for a GPU
-that is not here.
+"""Instructions per logit of the Triton kernels, from what the compiler generates for a GPU; none is
+needed.
 
     python -m benchmarks.kernel_instructions [--capability 90]
 
-Static counts: of a kernel's innermost loop over blocks (of the whole kernel where there is none),
-divided by the logits that a thread handles in it. Nothing runs. Needs triton alone; its wheel
-brings ptxas and cuobjdump.
+Static counts: the instructions of a kernel's innermost loop over blocks (of the whole kernel where
+there is none), divided by the logits that a thread handles in it. Nothing runs. Only triton is
+needed: its wheel contains ptxas and cuobjdump.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -21,7 +22,7 @@ from triton.compiler import ASTSource
 from megatron_gkd.loss import triton_kernels as kernels
 from megatron_gkd.loss.divergence import KINDS, Divergence
 
-# Types of the arguments by name; what is not here is a compile-time constant.
+# Types of the arguments by name; arguments that are not listed are compile-time constants.
 TYPES = {
     **dict.fromkeys(
         ("row_stride", "student_stride", "teacher_stride", "out_stride", "width", "num_columns"),
@@ -43,8 +44,10 @@ NOT_ALIGNED = (
 )  # the others are multiples of 16
 
 
-def compile_kernel(function, dtype, constants, capability=90):
-    """The compiled kernel of logits in `dtype` (bf16, fp16, fp32), with the constants by name."""
+def compile_kernel(
+    function: Any, dtype: str, constants: dict[str, Any], capability: int = 90
+) -> Any:
+    """The kernel compiled for logits in `dtype` (bf16, fp16, fp32), with the constants by name."""
     types = dict(TYPES, logits=f"*{dtype}", student=f"*{dtype}", teacher=f"*{dtype}")
     types["out"] = f"*{dtype}" if function is kernels._gradient_kernel else "*fp64"
     names = function.arg_names
@@ -61,7 +64,7 @@ def compile_kernel(function, dtype, constants, capability=90):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.OPTIONS)
 
 
-def instructions(kernel):
+def instructions(kernel: Any) -> list[tuple[int, str]]:
     """[(address, instruction)] of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -76,8 +79,8 @@ def instructions(kernel):
     return [(int(address, 16), text) for address, text in found if not text.startswith("NOP")]
 
 
-def instructions_a_logit(kernel):
-    """Of the longest loop, or of the whole kernel if it has none that is worth the name."""
+def instructions_per_logit(kernel: Any) -> float:
+    """Of the longest loop, or of the whole kernel if it has none of more than 100 instructions."""
     code, longest = instructions(kernel), (0, 0)
     for address, text in code:
         jump = re.search(r"BRA 0x([0-9a-f]+)", text)
@@ -87,13 +90,15 @@ def instructions_a_logit(kernel):
     return len(loop if len(loop) > 100 else code) * 32 * kernels.NUM_WARPS / kernels.BLOCK
 
 
-def count_all(dtype, metrics=False, beta=0.5, capability=90):
-    """{divergence: instructions a logit} over all passes: statistics of both sides, compare,
+def count_all(
+    dtype: str, metrics: bool = False, beta: float = 0.5, capability: int = 90
+) -> dict[str, float]:
+    """{divergence: instructions per logit} over all passes: statistics of both sides, compare,
     write_gradient.
     """
     block = {"BLOCK": kernels.BLOCK}
     flags = {"METRICS": metrics, "LABELS": metrics, "UNIT": False}
-    statistics = instructions_a_logit(
+    statistics = instructions_per_logit(
         compile_kernel(kernels._statistics_kernel, dtype, block | flags, capability)
     )
     totals = {}
@@ -101,7 +106,7 @@ def count_all(dtype, metrics=False, beta=0.5, capability=90):
         divergence = Divergence(kind, beta)
         constants = block | kernels.rule_constants(divergence)
         totals[kind] = 2 * statistics + sum(
-            instructions_a_logit(compile_kernel(function, dtype, constants | more, capability))
+            instructions_per_logit(compile_kernel(function, dtype, constants | more, capability))
             for function, more in (
                 (kernels._compare_kernel, kernels.sum_constants(divergence, metrics)),
                 (kernels._gradient_kernel, {"CROSS_ENTROPY": metrics}),
@@ -111,17 +116,19 @@ def count_all(dtype, metrics=False, beta=0.5, capability=90):
 
 
 REASONING = """\
-Static counts of what ptxas makes for a Hopper GPU (`python -m benchmarks.kernel_instructions`), all passes together;
-nothing of this is measured. At 14 bytes a logit an H100's copy (about 3 TB/s) goes with 0.21 T logits/s. Its 132 x 128
-lanes at 1.75 GHz issue 29.6 T instructions/s: 138 a logit at that speed, and about 100 if seven of ten slots are
-filled. The first kernels took 234 (jsd, bfloat16), which no schedule brings above 59 % of a copy, and seven slots of ten
-to 41 %. What changed: log1p and expm1 as polynomials without divisions, log1p at beta 0.5 without a branch, exponentials
-of base 2 that flush denormals, columns that do not exist read as -inf instead of masked in every sum. Whether 80 % of a
-copy's speed is reached, `bash launch/gpu_checks.sh` will say. With metrics the kernels serve `linear_jsd`, where the
-GEMMs are the limit."""
+Static counts of the instructions that ptxas generates for a Hopper GPU
+(`python -m benchmarks.kernel_instructions`), all passes together; nothing here is measured. At
+14 bytes per logit a copy on an H100 (about 3 TB/s) corresponds to 0.21 T logits/s. Its 132 x 128
+lanes at 1.75 GHz issue 29.6 T instructions/s: 138 per logit at that speed, and about 100 if seven
+of ten slots are filled. The first kernels took 234 (jsd, bfloat16), which no schedule brings above
+59 % of a copy's speed, and seven slots of ten to 41 %. What changed: log1p and expm1 as polynomials
+without divisions, log1p at beta 0.5 without a branch, exponentials of base 2 that flush denormals,
+and columns that do not exist are read as -inf instead of masked in every sum. With metrics the
+kernels serve `linear_jsd`, where the GEMMs are the limit. The README has what an H100 showed."""
 
 
-def instructions_table(capability=90):
+def instructions_table(capability: int = 90) -> str:
+    """The Markdown table of `count_all`."""
     head = ["logits", "beta", "metrics and labels", *KINDS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for dtype, beta, metrics in [
@@ -137,13 +144,14 @@ def instructions_table(capability=90):
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main() -> None:
+    """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--capability", type=int, default=90, help="90 is Hopper, 80 Ampere")
     capability = parser.parse_args().capability
-    print(f"Instructions a logit, triton {triton.__version__}, sm_{capability}, all passes:\n")
+    print(f"Instructions per logit, triton {triton.__version__}, sm_{capability}, all passes:\n")
     print(instructions_table(capability))
 
 

@@ -1,17 +1,17 @@
 """Time, memory and collectives of the loss against its contenders; prints Markdown and writes
 docs/benchmarks/loss.md.
 
-    python -m benchmarks.loss [--device cpu|cuda] [--threads 2] [--rounds 3] [--small] [--output
-    FILE]
+    python -m benchmarks.loss [--device cpu|cuda] [--threads 2] [--rounds 3] [--small]
+                              [--output FILE]
 
 In each table the contenders run in turn on the same tensors, forward and backward. Up to 1024 rows
-the table shows medians over the rounds, up to 512 after a run that is not counted; above 1024 rows
-one run, of `linear_jsd` and the GEMMs two. Memory is the highest resident size (CUDA: allocated
-bytes) during a run above the size just before it, so the gradient that a contender returns counts,
-its inputs do not. Collectives are counted by wrapping torch.distributed. What would not fit into
-memory, by what it took at fewer rows, is not run and says so. --device cuda writes
-docs/benchmarks/loss_gpu.md. --small takes sizes that finish in a minute, to see that all runs, and
-writes nothing.
+the table shows medians over the rounds, up to 512 rows after a run that is not counted; above 1024
+rows one run, and two of `linear_jsd` and the GEMMs. Memory is the highest resident size (CUDA:
+allocated bytes) during a run above the size just before it, so the gradient that a contender
+returns counts and its inputs do not. Collectives are counted by wrapping torch.distributed. What
+would not fit into memory, judged by fewer rows, is not run; the table says so. --device cuda writes
+docs/benchmarks/loss_gpu.md. --small uses sizes that finish in a minute, to check that everything
+runs, and writes nothing.
 """
 
 import argparse
@@ -27,14 +27,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import Tensor
 
 from benchmarks import contenders
+from benchmarks.contenders import Contender
 from megatron_gkd.loss.linear import _chunk_rows
 from megatron_gkd.loss.passes import gather_statistics, reduce_sums
 from megatron_gkd.loss.rows import SideStatistics, Sums
@@ -70,7 +74,7 @@ class Result:
     failure: str = ""
 
 
-def resident_bytes(field):
+def resident_bytes(field: str) -> int:
     """VmRSS (now) or VmHWM (highest since the last reset) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -81,10 +85,10 @@ def resident_bytes(field):
 class Meter:
     """Measures one run: seconds and peak bytes above those before it."""
 
-    def __init__(self, device):
+    def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
 
-    def __call__(self, run):
+    def __call__(self, run: Contender) -> tuple[float, int]:
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
@@ -104,15 +108,16 @@ class Meter:
         return seconds, peak - before
 
 
-def available_bytes(device):
+def available_bytes(device: str) -> int:
+    """Memory that a run may still take, on the machine or on the GPU."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def attempt(meter, name, run):
-    """(seconds, bytes) of one run, or the reason why a contender has none. Our own functions may
+def attempt(meter: Meter, name: str, run: Contender) -> tuple[float, int] | str:
+    """(seconds, bytes) of one run, or the reason why a contender has none. Our own functions must
     not fail.
     """
     try:
@@ -124,12 +129,21 @@ def attempt(meter, name, run):
     except Exception as error:
         if name in OURS:
             raise
-        return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:80] if str(error) else ''}"
+        reason = str(error).strip().splitlines()[0][:80] if str(error) else ""
+        return f"failed: {type(error).__name__}: {reason}"
 
 
-def measure(case, runs, device, rounds, warm, outputs, expected=None):
-    """[Result] of {name: run}, taken in turn. outputs: bytes that a run returns; expected: {name:
-    bytes of a run}.
+def measure(
+    case: tuple,
+    runs: dict[str, Contender],
+    device: str,
+    rounds: int,
+    warm: int,
+    outputs: int,
+    expected: dict[str, float] | None = None,
+) -> list[Result]:
+    """[Result] of {name: run}, run in turn, the first `warm` rounds not counted. outputs: bytes
+    that a run returns; expected: {name: bytes of a run}.
     """
     meter, samples, failures = Meter(device), {name: [] for name in runs}, {}
     for name, size in (expected or {}).items():
@@ -154,23 +168,27 @@ def measure(case, runs, device, rounds, warm, outputs, expected=None):
     return results
 
 
-def table(header, rows):
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def ratio(numerator, denominator, digits=1):
-    """Text of a quotient; - where one of the two is not known or not positive (a peak may be too
+def ratio(numerator: float, denominator: float, digits: int = 1) -> str:
+    """Text of a quotient; - where one of the two is unknown or not positive (a peak may be too
     small to see).
     """
     return f"{numerator / denominator:.{digits}f}" if numerator > 0 and denominator > 0 else "-"
 
 
-def number(value, digits):
+def number(value: float, digits: int) -> str:
+    """Text of a number; - where it is not known."""
     return f"{value:.{digits}f}" if value == value else "-"
 
 
-def logit_tensors(num_rows, num_columns, dtype, device, seed=0):
+def logit_tensors(
+    num_rows: int, num_columns: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Both sides' logits; of more than 256 rows the first 256, repeated."""
     generator, distinct = torch.Generator(device).manual_seed(seed), min(num_rows, 256)
     student = torch.randn(distinct, num_columns, generator=generator, device=device) * 2
@@ -180,7 +198,10 @@ def logit_tensors(num_rows, num_columns, dtype, device, seed=0):
     return student.requires_grad_(), teacher
 
 
-def hidden_tensors(num_rows, hidden_size, num_columns, dtype, device):
+def hidden_tensors(
+    num_rows: int, hidden_size: int, num_columns: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides' hidden states [N, H], and the lm_head [V, H]."""
     generator = torch.Generator(device).manual_seed(0)
     student = torch.randn(num_rows, hidden_size, generator=generator, device=device)
     teacher = student + 0.2 * torch.randn(num_rows, hidden_size, generator=generator, device=device)
@@ -192,16 +213,16 @@ def hidden_tensors(num_rows, hidden_size, num_columns, dtype, device):
     return student.to(dtype).requires_grad_(), teacher.to(dtype), weight.to(dtype)
 
 
-def dtype_name(dtype):
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def by_name(results):
+def by_name(results: Iterable[Result]) -> dict[str, Result]:
     return {result.name: result for result in results}
 
 
-def copy_bandwidth():
-    """Bytes a second, read and written, that Tensor.copy_ moves on this GPU."""
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, that Tensor.copy_ moves on this GPU."""
     source, target = (torch.empty(2**29, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     meter = Meter("cuda")
     return (
@@ -211,14 +232,15 @@ def copy_bandwidth():
     )
 
 
-def logits_results(sizes, device, rounds):
+def logits_results(sizes: Iterable[tuple], device: str, rounds: int) -> list[Result]:
     """[Result] for (N, V, dtype, beta): ours against TRL, plain torch and the read-write limit."""
-    results, bytes_a_logit = [], {}
+    results: list[Result] = []
+    bytes_per_logit: dict[str, float] = {}
     for num_rows, num_columns, dtype, beta in sizes:
         case, logits = (num_rows, num_columns, dtype, beta), num_rows * num_columns
         inputs = 2 * logits * dtype.itemsize
         # what a contender takes above its inputs, as seen in the case before
-        expected = {name: size * logits for name, size in bytes_a_logit.items()}
+        expected = {name: size * logits for name, size in bytes_per_logit.items()}
         if 1.1 * inputs > SHARE_OF_MEMORY * available_bytes(device):
             failure = f"does not fit in memory: {inputs / 2**30:.0f} GiB of logits"
             results += [
@@ -233,9 +255,8 @@ def logits_results(sizes, device, rounds):
             "plain torch": contenders.run_plain(student, teacher, settings),
             "one read, one write": contenders.run_read_write(student, teacher),
         }
-        if (
-            num_rows > 1024
-        ):  # each chunk's backward adds a gradient of all rows: 46 s for 8192 x 32000 on two cores
+        if num_rows > 1024:
+            # each chunk's backward adds a gradient of all rows: 46 s for 8192 x 32000 on two cores
             del runs["plain torch"]
             results.append(
                 Result(case, "plain torch", failure="not run: its time grows with the square of N")
@@ -254,15 +275,16 @@ def logits_results(sizes, device, rounds):
         )
         for result in found:
             if result.peak > 0 and device == "cpu":
-                bytes_a_logit[result.name] = result.peak / logits
+                bytes_per_logit[result.name] = result.peak / logits
         results += found
         del runs, student, teacher
     return results
 
 
-def logits_table(results, copied):
-    """copied: measured bytes a second of a copy, or None off CUDA."""
-    rows, cases = [], {}
+def logits_table(results: Iterable[Result], copied: float | None) -> str:
+    """copied: measured bytes per second of a copy; None except on CUDA."""
+    rows: list[list[str]] = []
+    cases: dict[tuple, list[Result]] = {}
     for result in results:
         cases.setdefault(result.case, []).append(result)
     for (num_rows, num_columns, dtype, beta), found in cases.items():
@@ -294,7 +316,7 @@ def logits_table(results, copied):
     return table(header, rows)
 
 
-def linear_results(sizes, device, rounds):
+def linear_results(sizes: Iterable[tuple], device: str, rounds: int) -> list[Result]:
     """[Result] for (N, H, V, dtype, with contenders): linear_jsd, its three GEMMs, and the lm_head
     followed by TRL.
     """
@@ -330,7 +352,8 @@ def linear_results(sizes, device, rounds):
     return results
 
 
-def linear_table(results):
+def linear_table(results: Sequence[Result]) -> str:
+    """The table of `linear_results`."""
     rows, gemms = [], {result.case: result for result in results if result.name == "three GEMMs"}
     for result in results:
         num_rows, hidden_size, num_columns, dtype = result.case
@@ -346,20 +369,20 @@ def linear_table(results):
     )
 
 
-def count_collectives(calls):
+def count_collectives(calls: Counter[str]) -> None:
     """Wrap torch.distributed's collectives so that `calls` counts them."""
     for name in COLLECTIVES:
         original = getattr(dist, name)
 
-        def counted(*args, _original=original, **kwargs):
+        def counted(*args: Any, _original: Callable = original, **kwargs: Any) -> Any:
             calls["collectives"] += 1
             return _original(*args, **kwargs)
 
         setattr(dist, name, counted)
 
 
-def collective_seconds(num_rows, group):
-    """Median of what the two collectives of a chunk of `num_rows` take between ranks that arrive
+def collective_seconds(num_rows: int, group: dist.ProcessGroup) -> float:
+    """Median seconds of the two collectives of a chunk of `num_rows`, between ranks that arrive
     together.
     """
     side = SideStatistics(*torch.rand(len(SideStatistics._fields), num_rows, dtype=torch.float64))
@@ -373,7 +396,15 @@ def collective_seconds(num_rows, group):
     return statistics.median(samples)
 
 
-def parallel_rank(rank, world_size, folder, num_rows, num_columns, hidden_size, rounds):
+def parallel_rank(
+    rank: int,
+    world_size: int,
+    folder: str,
+    num_rows: int,
+    num_columns: int,
+    hidden_size: int,
+    rounds: int,
+) -> None:
     """One gloo rank with one thread: its part of every contender, timed between barriers. Rank 0
     writes the numbers.
     """
@@ -396,7 +427,8 @@ def parallel_rank(rank, world_size, folder, num_rows, num_columns, hidden_size, 
     }
     chunk_rows = _chunk_rows(num_rows, local, weight.device)
     together = collective_seconds(chunk_rows, group)
-    calls, results = Counter(), {}
+    calls: Counter[str] = Counter()
+    results: dict[str, tuple[float, float, int]] = {}
     count_collectives(calls)
     meter = Meter("cpu")
     for name, run in runs.items():
@@ -413,7 +445,7 @@ def parallel_rank(rank, world_size, folder, num_rows, num_columns, hidden_size, 
     dist.destroy_process_group()
 
 
-def parallel_table(sizes, rounds):
+def parallel_table(sizes: Iterable[tuple], rounds: int) -> str:
     """Rows for (TP, N, V, H) on gloo ranks of one thread each; the time of rank 0."""
     rows = []
     for world_size, *size in sizes:
@@ -451,27 +483,27 @@ def parallel_table(sizes, rounds):
 
 
 CHUNKS_NOTE = """\
-The limit is one product of all N rows for each GEMM, which holds [N, V] (1.2 GiB at N 2048) and takes 8 % less time a row
-than products of 256 rows; chunks of constant memory give that up. What `linear_jsd` adds to the GEMMs of its own chunks
-(in brackets) is the passes over the logits, 11 to 18 %. So 1.2 is held up to N 512 and is at the edge above it: at N 1024 whole
-runs of this page gave 1.22 and 1.28, the case alone 1.13 and 1.19, and with chunks of 512 rows (600 MiB) 1.08 and 1.09.
-Chunks of 256 rows are kept: memory that does not grow with N is worth more here than a tenth of the time.
+The bound compares with one product of all N rows for each GEMM. That holds [N, V] (1.2 GiB at
+N 2048) and takes 8 % less time per row than products of 256 rows, which chunks of constant memory
+give up. What `linear_jsd` adds to the GEMMs of its own chunks (in brackets) are the passes over the
+logits, 11 to 18 %. So the bound of 1.2 holds up to N 512 and is borderline above: at N 1024 whole
+runs of this page gave 1.22 and 1.28, the case alone 1.13 and 1.19, and chunks of 512 rows (600 MiB)
+1.08 and 1.09. Chunks of 256 rows are kept: memory that does not grow with N is worth more here than
+a tenth of the time.
 """
 
 
-def bounds(device, logits, linear, copied):
-    """What must hold (issue 3), beside what was measured; the rows that such a bound speaks of may
-    be missing.
-    """
+def bounds(device: str, logits: list[Result], linear: list[Result], copied: float | None) -> str:
+    """What must hold, beside what was measured. Results that a bound needs may be missing."""
     found = {(result.case, result.name): result for result in logits + linear if not result.failure}
-    rows = []
+    rows: list[list[str]] = []
 
-    def bound(text, value, held, shown):
+    def bound(text: str, value: float, held: bool, shown: str) -> None:
         rows.append(
             [text, shown if value == value else "not measured", "held" if held else "missed"]
         )
 
-    def of(case, name):
+    def of(case: tuple, name: str) -> Result:
         return found.get((case, name), Result(case, name))
 
     if device == "cuda":
@@ -493,7 +525,8 @@ def bounds(device, logits, linear, copied):
         case = (num_rows, 2048, REAL, torch.float32)
         value = of(case, "linear_jsd").seconds / of(case, "three GEMMs").seconds
         chunked = num_rows / 256 * of((256, *case[1:]), "three GEMMs").seconds
-        shown = f"{value:.2f} x ({of(case, 'linear_jsd').seconds / chunked:.2f} x those of chunks of 256 rows)"
+        share = of(case, "linear_jsd").seconds / chunked
+        shown = f"{value:.2f} x ({share:.2f} x those of chunks of 256 rows)"
         bound(
             f"linear_jsd, N {num_rows}: at most 1.2 x the three GEMMs", value, value <= 1.2, shown
         )
@@ -526,7 +559,8 @@ def bounds(device, logits, linear, copied):
     return table(["bound", "measured", ""], rows)
 
 
-def machine(device):
+def machine(device: str) -> str:
+    """The GPU, or the processor with its cores and instruction set."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -536,10 +570,10 @@ def machine(device):
     return f"{names[0]}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def commit():
+def commit() -> str:
     """Of the working tree, and whether that is what was committed."""
 
-    def git(*arguments):
+    def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True
         ).stdout.strip()
@@ -550,9 +584,9 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "no commit") + changed
 
 
-def kernels_section():
-    """What is known of the Triton kernels where there is no GPU: how many instructions the compiler
-    makes of them.
+def kernels_section() -> str:
+    """What is known of the Triton kernels without a GPU: how many instructions the compiler
+    generates for them.
     """
     if importlib.util.find_spec("triton") is None:
         return ""
@@ -561,7 +595,7 @@ def kernels_section():
     return f"\n## The kernels, without a GPU\n\n{REASONING}\n\n{instructions_table()}"
 
 
-def cases(device, small):
+def cases(device: str, small: bool) -> tuple[list[tuple], list[tuple], list[tuple]]:
     """Sizes of the three tables: (N, V, dtype, beta), (N, H, V, dtype, with contenders), (TP, N, V,
     H).
     """
@@ -591,7 +625,8 @@ def cases(device, small):
     return logits, linear, [(tp, 256, REAL, 2048) for tp in (1, 2, 4, 8)]
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> None:
+    """Measure, print and write the page."""
     torch.set_num_threads(arguments.threads)
     device, rounds = arguments.device, arguments.rounds
     logit_sizes, linear_sizes, parallel_sizes = cases(device, arguments.small)
@@ -602,8 +637,9 @@ def main(arguments):
     )
     command = "python -m benchmarks.loss " + " ".join(sys.argv[1:])
     text = (
-        f"# The loss, measured\n\nCommit {commit()}; {machine(device)}; {arguments.threads} threads; torch "
-        f"{torch.__version__}; `{command.strip()}`. How: the head of `benchmarks/loss.py`. Temperature 2.\n"
+        f"# The loss, measured\n\nCommit {commit()}; {machine(device)}; "
+        f"{arguments.threads} threads; torch {torch.__version__}; `{command.strip()}`. "
+        "How: the head of `benchmarks/loss.py`. Temperature 2.\n"
     )
     if copied:
         text += f"\nTensor.copy_ of 1 GiB moves {copied / 1e9:.0f} GB/s, read and written.\n"

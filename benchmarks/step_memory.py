@@ -4,12 +4,11 @@
     python -m benchmarks.step_memory [--device cpu|cuda] [--vocab_size 151936] [--output FILE]
 
 The small model with that vocabulary, 8 rows of 128 response tokens in one micro-batch, fp32, two
-steps of `megatron_gkd.train`, each way in a process of its own. Before: both sides' fp32 logits [N,
-V] and TRL's generalized_jsd_loss under autograd, put in the place of `linear_jsd` by this file.
-Memory is the resident size (CUDA: allocated bytes): at the start of step 1, when model and
-optimizer are there, and the highest from then to the end of step 2. Writes
-docs/benchmarks/step_memory.md (step_memory_gpu.md on CUDA); a vocabulary of another size writes
-nothing.
+steps of `megatron_gkd.train`, each way in its own process. Before: fp32 logits [N, V] of both sides
+and TRL's generalized_jsd_loss under autograd, which this file puts in place of our loss. Memory
+is the resident size (CUDA: allocated bytes): at the start of step 1, when model and optimizer are
+built, and the highest from then to the end of step 2. Writes docs/benchmarks/step_memory.md
+(step_memory_gpu.md on CUDA); nothing for a vocabulary of another size.
 """
 
 import argparse
@@ -18,9 +17,12 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.loss import (
     MIB,
@@ -32,18 +34,25 @@ from benchmarks.loss import (
     resident_bytes,
     table,
 )
+from megatron_gkd.loss import Divergence, LinearJsdOutput
 
 DOCS = {"cpu": "docs/benchmarks/step_memory.md", "cuda": "docs/benchmarks/step_memory_gpu.md"}
 NUM_ROWS, RESPONSE, PROMPT = 8, 128, 16
 WAYS = {"before": "all logits, TRL's function", "after": "linear_jsd"}
-UNITS_BEFORE = 14  # [N, V] float32 tensors that the way of before needs at once, generously
+UNITS_BEFORE = 14  # [N, V] float32 tensors that "before" needs at once, with some to spare
 
 
-def all_logits(student_hidden, teacher_hidden, weight, *, beta, temperature, vocab_size, **others):
-    """In the place of `linear_jsd`: the loss of TRL on the logits of all rows; no metrics."""
+def all_logits(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    divergence: Divergence,
+    *,
+    vocab_size: int,
+    **others: Any,
+) -> LinearJsdOutput:
+    """In place of `linear_divergence`: TRL's loss on the logits of all rows, without metrics."""
     from trl.experimental.gkd import GKDTrainer
-
-    from megatron_gkd.loss import LinearJsdOutput
 
     weight = weight[:vocab_size]  # the rest is padding
     student = student_hidden.float() @ weight.float().t()
@@ -52,8 +61,8 @@ def all_logits(student_hidden, teacher_hidden, weight, *, beta, temperature, voc
     entries = GKDTrainer.generalized_jsd_loss(
         student.unsqueeze(0),
         teacher.unsqueeze(0),
-        beta=1.0 - beta,
-        temperature=temperature,
+        beta=1.0 - divergence.beta,
+        temperature=divergence.temperature,
         reduction="none",
     )
     loss = entries.sum(-1).squeeze(0)
@@ -61,17 +70,18 @@ def all_logits(student_hidden, teacher_hidden, weight, *, beta, temperature, voc
     return LinearJsdOutput(loss, loss.detach(), *[zeros] * (len(LinearJsdOutput._fields) - 2))
 
 
-def run(way, argv, answer):
-    """In a process of its own: train, with a look at the memory when step 1 begins and when step 2
-    has ended.
+def run(way: str, argv: list[str], answer: str) -> None:
+    """Train, in its own process, and record the memory when step 1 begins and when step 2 has
+    ended.
     """
     from megatron_gkd import forward, train
 
     if way == "before":
-        forward.linear_jsd = all_logits
+        assert hasattr(forward, "linear_divergence")  # what forward.py calls
+        forward.linear_divergence = all_logits
     cuda, seen = "cuda" in argv, {}
 
-    def start(*arguments, _original=train.teacher_forward, **keywords):
+    def start(*arguments: Any, _original: Callable = train.teacher_forward, **keywords: Any) -> Any:
         if not seen:
             seen["start"] = torch.cuda.memory_allocated() if cuda else resident_bytes("VmRSS")
             if cuda:
@@ -80,7 +90,7 @@ def run(way, argv, answer):
                 Path("/proc/self/clear_refs").write_text("5")
         return _original(*arguments, **keywords)
 
-    def end(*arguments, _original=train.save_if_due, **keywords):
+    def end(*arguments: Any, _original: Callable = train.save_if_due, **keywords: Any) -> Any:
         seen["peak"] = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
         Path(answer).write_text(json.dumps(seen))
         return _original(*arguments, **keywords)
@@ -89,7 +99,8 @@ def run(way, argv, answer):
     train.main(argv)
 
 
-def write_rows(path, vocab_size):
+def write_rows(path: Path, vocab_size: int) -> None:
+    """NUM_ROWS rows of random ids whose teacher reads a hint."""
     draw = random.Random(0)
     rows = []
     for _ in range(NUM_ROWS):
@@ -105,7 +116,7 @@ def write_rows(path, vocab_size):
     path.write_text("".join(rows))
 
 
-def measure(way, device, folder, root):
+def measure(way: str, device: str, folder: str, root: Path) -> dict[str, Any] | str:
     """{"start", "peak": bytes, "jsd", "step_time": of step 2}, or a string that says why not."""
     answer, output = root / f"{way}.json", root / way
     flags = [
@@ -155,7 +166,8 @@ def measure(way, device, folder, root):
     }
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> None:
+    """Measure both ways, print and write the page."""
     from demo.tiny.folder import build_folder
 
     device, vocab_size, found = arguments.device, arguments.vocab_size, {}
@@ -189,10 +201,11 @@ def main(arguments):
     ]
     command = "python -m benchmarks.step_memory " + " ".join(sys.argv[1:])
     text = (
-        f"# Memory of a whole training step\n\nCommit {commit()}; {machine(device)}; torch {torch.__version__}; "
-        f"`{command.strip()}`. How: the head of `benchmarks/step_memory.py`.\n"
-        f"{NUM_ROWS * RESPONSE} response tokens x {vocab_size} columns: one float32 [N, V] tensor is {one:.0f} MiB.\n\n"
-        + table(header, rows)
+        f"# Memory of a whole training step\n\nCommit {commit()}; {machine(device)}; "
+        f"torch {torch.__version__}; `{command.strip()}`. "
+        "How: the head of `benchmarks/step_memory.py`.\n"
+        f"{NUM_ROWS * RESPONSE} response tokens x {vocab_size} columns: "
+        f"one float32 [N, V] tensor is {one:.0f} MiB.\n\n" + table(header, rows)
     )
     print(text)
     output = arguments.output or (REPOSITORY / DOCS[device] if vocab_size == REAL else None)

@@ -1,13 +1,13 @@
 """Every tensor-parallel rank encodes all media, or its share and an all-gather joins them; prints
 Markdown.
 
-    python -m benchmarks.towers [--tp 2 4] [--rounds 3] [--small] [--output
-    docs/benchmarks/towers.md]
+    python -m benchmarks.towers [--tp 2 4] [--rounds 3] [--small]
+                                [--output docs/benchmarks/towers.md]
 
-gloo ranks of one thread each, random weights, towers of the shapes in `towers` below in fp32. Both
+gloo ranks of one thread each, random weights, towers with the shapes in `towers` below, fp32. Both
 ways run in turn on the same batch, after one round that is not counted; a round takes as long as
-its slowest rank; medians over the rounds. --small takes sizes that finish in seconds, to see that
-everything runs.
+its slowest rank; the table shows medians over the rounds. --small uses sizes that finish in
+seconds, to check that everything runs.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 from benchmarks.loss import commit, machine, table
-from megatron_gkd.data import Sample, View, collate
+from megatron_gkd.data import Batch, Sample, View, collate
 from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.towers import Towers
@@ -50,7 +51,8 @@ CASES = {  # audio: frames of 10 ms; visual: patches in time, height and width
 SMALL = {"2 audios and 1 image": [150, 90, (1, 4, 4)], "1 audio": [40]}
 
 
-def towers(place, shares: bool, small: bool) -> Towers:
+def towers(place: Any, shares: bool, small: bool) -> Towers:
+    """Towers with random weights, the same on every rank. place: the rank in its TP group."""
     torch.manual_seed(0)
     width, depth = (32, 2) if small else (384, 6)
     audio = Qwen3OmniMoeAudioEncoderConfig(
@@ -78,8 +80,8 @@ def towers(place, shares: bool, small: bool) -> Towers:
     return Towers(place, *encoders, shares=shares)
 
 
-def batch_of(sizes: list):
-    """A batch of one row that shows media of these sizes, noise all of them."""
+def batch_of(sizes: list) -> Batch:
+    """A batch of one row that shows media of these sizes, all of them noise."""
     media, places, length = [], [], 0
     for size in sorted(sizes, key=lambda size: isinstance(size, tuple)):
         if isinstance(size, tuple):
@@ -99,8 +101,8 @@ def batch_of(sizes: list):
     return collate([Sample(view, view, False, "", 0, 0, tuple(media))], 0, 1)
 
 
-def seconds_of(encoder: Towers, batch) -> float:
-    """Of the slowest rank."""
+def seconds_of(encoder: Towers, batch: Batch) -> float:
+    """Seconds of the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
     with torch.no_grad():
@@ -110,7 +112,8 @@ def seconds_of(encoder: Towers, batch) -> float:
     return seconds.item()
 
 
-def run_rank(rank, tp_size, store, rounds, small, results):
+def run_rank(rank: int, tp_size: int, store: str, rounds: int, small: bool, results: Any) -> None:
+    """One gloo rank. results: {(TP size, case): {way: seconds}}, which rank 0 fills."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, tp_size), rank=rank, world_size=tp_size
@@ -132,7 +135,8 @@ def run_rank(rank, tp_size, store, rounds, small, results):
     dist.destroy_process_group()
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> None:
+    """Measure, print and write the table."""
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         for tp_size in arguments.tp:
@@ -160,8 +164,8 @@ def main(arguments):
         ]
     command = " ".join(["python -m benchmarks.towers", *sys.argv[1:]])
     text = (
-        f"# Who encodes which media at TP > 1, measured\n\nCommit {commit()}; {machine('cpu')}; torch {torch.__version__}; "
-        f"`{command}`. How: the head of `benchmarks/towers.py`.\n\n"
+        f"# Who encodes which media at TP > 1, measured\n\nCommit {commit()}; {machine('cpu')}; "
+        f"torch {torch.__version__}; `{command}`. How: the head of `benchmarks/towers.py`.\n\n"
     ) + table(
         ["TP", "media of a batch", "all on each rank, s", "a share each, s", "times faster"], rows
     )

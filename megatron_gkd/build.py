@@ -4,29 +4,19 @@ screen.
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
-from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
-from megatron_gkd.lora.apply import (
-    apply_lora,
-    banner,
-    count_parameters,
-    num_teacher_parameters,
-)
-from megatron_gkd.lora.load import load_adapter, load_teacher
-from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
@@ -65,9 +55,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     log_rank_0(parallel, config.describe())
     model = build_base(config, model_args, parallel, audio=audio, visual=visual)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
-    if teacher:
-        with named_by_flag("teacher_adapter"):
-            load_teacher(model, model_args, parallel, teacher)
+    add_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
     log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
     ddp = in_gradient_reducer(model)
@@ -147,11 +135,11 @@ def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
 def build_base(
     config: Config, model_args: ModelArgs, parallel: Parallel, *, audio: bool, visual: bool
 ) -> torch.nn.Module:
-    """This rank's stage of the decoder with the weights of --model and, as `model.towers`, the towers
-    that the run needs. Raises ValueError or FileNotFoundError.
+    """This rank's stage of the decoder with the weights of --model and, as `model.towers`, the
+    towers that the run needs. Raises ValueError or FileNotFoundError.
 
-    audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is not
-    built.
+    audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is
+    not built.
     """
     lora = config.lora
     dtype = DTYPES[config.model.torch_dtype]
@@ -182,61 +170,17 @@ def build_base(
             "--lora_towers: no row of the data has audio, images or videos, nothing would train "
             "the towers; leave it out"
         )
-    audio, visual = (
-        audio or lora.lora_towers,
-        visual or lora.lora_towers,
-    )  # an adapter has LoRA on both towers or on none
     model.towers = build_towers(
         config.model.model,
         model_args,
         parallel,
         dtype,
-        audio=audio,
-        visual=visual,
+        # an adapter has LoRA on both towers or on none
+        audio=audio or lora.lora_towers,
+        visual=visual or lora.lora_towers,
         attn_impl=config.model.attn_impl,
     )
     return model
-
-
-def add_lora(
-    model: torch.nn.Module,
-    config: Config,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    adapter: PeftAdapter | None,
-    *,
-    more_linears: bool,
-) -> None:
-    """LoRA on the decoder and, with --lora_towers, on the towers: fresh, or with the weights of
-    `adapter` (--adapter, or the checkpoint that is resumed). Raises ValueError where they do not
-    fit.
-
-    more_linears: whether linears that the adapter lacks may start fresh.
-    """
-    lora = config.lora
-    rank, alpha, targets = lora.lora_rank, lora.lora_alpha, lora.lora_target_modules
-    apply_lora(
-        model,
-        model_args,
-        parallel,
-        rank=rank,
-        alpha=alpha,
-        dropout=lora.lora_dropout,
-        targets=targets,
-        seed=config.train.seed,
-        towers=lora.lora_towers,
-    )
-    applied(model)  # raises where no linear of this stage carries LoRA
-    if adapter:
-        load_adapter(model, model_args, parallel, adapter, more_linears=more_linears)
-        line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (
-            f", continued at rank {rank})" if rank != adapter.rank else ")"
-        )
-        if not config.run.resume_from_checkpoint:  # otherwise `resume` says how the run goes on
-            line += f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer starts anew at step 0"
-        log_rank_0(parallel, line)
-        for note in adapter_notes(adapter):
-            log_rank_0(parallel, note)
 
 
 def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
@@ -259,21 +203,6 @@ def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     return LossSettings(distill.loss_divergence, distill.sft_alpha, model_args.vocab_size)
 
 
-def count_lora(
-    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_folder: str | None
-) -> dict[str, int]:
-    """Trainable and all parameters of the whole model, and those of a teacher's adapter, as they also
-    stand on the screen.
-    """
-    rank, _, targets = applied(model)
-    trainable, total = count_parameters(model_args, rank, targets, model)
-    num_parameters = {"trainable": trainable, "total": total}
-    if teacher_folder:
-        num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
-    log_rank_0(parallel, banner(**num_parameters, teacher_folder=teacher_folder))
-    return num_parameters
-
-
 def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:
     """run.json: the settings, versions, parameters and layout of this run."""
     layout = {
@@ -288,126 +217,9 @@ def write_description(config: Config, num_parameters: dict[str, int], parallel: 
     )
 
 
-@contextmanager
-def named_by_flag(flag: str) -> Iterator[None]:
-    """Errors about a folder say by which flag it came."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"--{flag} {error}") from error
-
-
-def open_teacher(
-    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
-) -> PeftAdapter | None:
-    """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
-    the flag, where the folder is missing or does not fit the model.
-    """
-    folder = config.distill.teacher_adapter
-    if folder is None:
-        return None
-    with named_by_flag("teacher_adapter"):
-        adapter = PeftAdapter(folder, model_args)
-        if HEAD in adapter.targets and model_args.tie_word_embeddings:
-            raise ValueError(
-                f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
-                "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
-                f"adapter without {HEAD}"
-            )
-    if adapter.towers and not has_media:
-        log_rank_0(
-            parallel,
-            f"Note: {folder}: has LoRA on {len(adapter.towers)} linears of the towers "
-            f"({adapter.towers[0]}, ...), which text does not reach: it is left out",
-        )
-    if adapter.outside:
-        log_rank_0(
-            parallel,
-            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
-            f"({adapter.outside[0]}, ...) are left out",
-        )
-    return adapter
-
-
-def adapter_notes(adapter: PeftAdapter) -> list[str]:
-    """In what the gradient here is not PEFT's, for adapters that this backend lays out in another
-    way.
-    """
-    notes = []
-    if not adapter.one_scale:
-        notes.append(
-            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and "
-            "updates are those of one alpha / r for all"
-        )
-    if adapter.shares_downs:
-        notes.append(
-            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
-            "gradient norm counts both"
-        )
-    return notes
-
-
-def resolve(
-    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool = True
-) -> tuple[Config, PeftAdapter | None, Path | None]:
-    """(the settings with what an adapter, a checkpoint or the machine decides filled in, the
-    adapter to start from, the checkpoint to resume).
-    """
-    resume_folder = None
-    if config.run.resume_from_checkpoint:
-        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
-        if resume_folder is None:
-            log_rank_0(
-                parallel,
-                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
-                "starting at step 0",
-            )
-    source = resume_folder or config.lora.adapter
-    adapter = PeftAdapter(source, model_args) if source else None
-    if adapter and adapter.towers and not config.lora.lora_towers:
-        what = f"{source}: has LoRA on {len(adapter.towers)} linears of the towers ({adapter.towers[0]}, ...)"
-        if has_media:
-            raise ValueError(f"{what}; add --lora_towers")
-        log_rank_0(
-            parallel,
-            f"Note: {what}, which text does not reach: it is left out here and in what this run "
-            "saves",
-        )
-    if adapter and adapter.outside:
-        log_rank_0(
-            parallel,
-            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
-            f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
-        )
-    rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
-    alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
-    targets = resolve_targets(
-        config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"])
-    )
-    if HEAD in targets and model_args.tie_word_embeddings:
-        raise ValueError(
-            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
-            "(tie_word_embeddings), on which LoRA would "
-            f"change both; leave {HEAD} out"
-        )
-    if targets == [HEAD] and parallel.pp_size > 1:
-        raise ValueError(
-            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
-            "--pipeline_model_parallel_size "
-            f"{parallel.pp_size} must be 1, or name more in --lora_target_modules"
-        )
-    resolved = replace(
-        config,
-        model=replace(config.model, device=parallel.device.type),
-        lora=replace(config.lora, lora_rank=rank, lora_alpha=alpha, lora_target_modules=targets),
-        run=replace(
-            config.run, resume_from_checkpoint=str(resume_folder) if resume_folder else None
-        ),
-    )
-    return resolved, adapter, resume_folder
-
-
-def load_data(config: Config, model_args: ModelArgs, parallel: Parallel):
+def load_data(
+    config: Config, model_args: ModelArgs, parallel: Parallel
+) -> tuple[SampleDataset, SampleDataset | None]:
     """(train, evaluation or None). Raises DataError for bad rows. Collectives: two exchanges of
     folder names.
     """
@@ -443,9 +255,8 @@ def check_trainable(config: Config, report: DataReport) -> None:
         )
         raise ValueError(
             "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
-            f"so {why}. Give the teacher more to see "
-            "(teacher_messages or teacher_prompt in the data rows), or set --sft_alpha above 0 "
-            "(it counts on the data set's own responses: "
+            f"so {why}. Give the teacher more to see (teacher_messages or teacher_prompt in the "
+            "data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
             "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
         )
 

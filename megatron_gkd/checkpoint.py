@@ -2,10 +2,10 @@
 and renamed, independent of the layout.
 
 OUTPUT/checkpoint-STEP/
-    adapter_config.json, adapter_model.safetensors   what `peft` loads
-    optimizer.safetensors                            AdamW's moments, under the adapter's tensor names
-    trainer_state.json                               step and counters; random state is a function of (seed, step)
-OUTPUT/latest_checkpoint                             name of the last run's newest, empty before its first
+    adapter_{config.json,model.safetensors}    what `peft` loads
+    optimizer.safetensors         AdamW's moments, under the adapter's tensor names
+    trainer_state.json            step and counters; random state is a function of (seed, step)
+OUTPUT/latest_checkpoint          name of the last run's newest, empty before its first
 
 Each rank writes the pieces it owns, rank 0 joins them: no tensor travels over the network, but all
 ranks must see the output folder.
@@ -16,10 +16,12 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from megatron_gkd.lora.adapter import (
     adapter_slices,
@@ -30,9 +32,10 @@ from megatron_gkd.lora.adapter import (
 )
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
 from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
-from megatron_gkd.parallel import all_gather_objects
+from megatron_gkd.parallel import Parallel, all_gather_objects
 from megatron_gkd.run_folder import write_atomically
 
 OPTIMIZER = "optimizer.safetensors"
@@ -81,11 +84,13 @@ def note_latest(output_dir: str | Path, folder: Path | None) -> None:
     """Write down which checkpoint of `output_dir` is its last run's newest; None, or one that lies
     elsewhere: it has none yet.
     """
-    inside = folder is not None and folder.resolve().parent == Path(output_dir).resolve()
-    write_atomically(Path(output_dir, LATEST), f"{folder.name}\n" if inside else "")
+    line = ""
+    if folder is not None and folder.resolve().parent == Path(output_dir).resolve():
+        line = f"{folder.name}\n"
+    write_atomically(Path(output_dir, LATEST), line)
 
 
-def read_state(folder: Path, *more_keys: str) -> dict:
+def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
     """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a
     checkpoint that holds only the adapter, ValueError naming the file where it is damaged.
     """
@@ -113,14 +118,14 @@ def save_checkpoint(
     output_dir: str | Path,
     step: int,
     *,
-    model,
-    model_args,
-    parallel,
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
     alpha: float,
     dropout: float,
     base_model: str,
     optimizer: Optimizer | None,
-    state: dict,
+    state: dict[str, Any],
 ) -> Path:
     """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone.
 
@@ -137,9 +142,16 @@ def save_checkpoint(
     try:
         _write_pieces(partial, model, model_args, parallel, optimizer)
         if parallel.rank == 0:
-            lora = {"alpha": alpha, "dropout": dropout, "base_model": base_model}
             _join_files(
-                partial, model, model_args, parallel, optimizer, state | {"step": step}, **lora
+                partial,
+                model,
+                model_args,
+                parallel,
+                optimizer,
+                state | {"step": step},
+                alpha=alpha,
+                dropout=dropout,
+                base_model=base_model,
             )
             _replace(partial, final)
             note_latest(output_dir, final)
@@ -157,14 +169,19 @@ def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None
     """
     so_far = [path for number, path in checkpoints(output_dir) if number <= step]
     for path in so_far[:-save_total_limit]:
-        gone = path.with_name(
-            f".{path.name}.partial"
-        )  # a kill meanwhile leaves no half a checkpoint under its name
+        # a kill meanwhile leaves no half-removed checkpoint under its name
+        gone = path.with_name(f".{path.name}.partial")
         path.rename(gone)
         shutil.rmtree(gone)
 
 
-def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimizer | None) -> None:
+def _write_pieces(
+    partial: Path,
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    optimizer: Optimizer | None,
+) -> None:
     """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the
     first to speak would be one that misses its files.
     """
@@ -188,11 +205,11 @@ def _write_pieces(partial: Path, model, model_args, parallel, optimizer: Optimiz
 
 def _join_files(
     partial: Path,
-    model,
-    model_args,
-    parallel,
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
     optimizer: Optimizer | None,
-    state: dict,
+    state: dict[str, Any],
     *,
     alpha: float,
     dropout: float,
@@ -201,13 +218,13 @@ def _join_files(
     """The ranks' pieces as the files of a checkpoint."""
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
-    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
+    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     weights = _join(partial, "weight", shapes, parallel.world_size)
     saved = weights | zero_tensors(model_args, rank, targets)
-    save_tensors(saved, partial, rank=rank, alpha=alpha, targets=targets)
+    save_tensors(saved, partial, model_args.family, rank=rank, alpha=alpha, targets=targets)
     _sync(partial / TENSORS)
-    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-    config = peft_config(**lora, base_model=base_model, towers=towers)
+    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+    config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
     _save_json(config, partial / CONFIG)
     if optimizer is not None:
         joined = {
@@ -226,7 +243,14 @@ def _join_files(
         path.unlink()
 
 
-def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Optimizer) -> None:
+def load_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    optimizer: Optimizer,
+) -> None:
     """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly.
     Any parallel layout. No collectives.
 
@@ -251,7 +275,8 @@ def load_checkpoint(folder: Path, *, model, model_args, parallel, optimizer: Opt
     optimizer.load_scaler_state(state["loss_scale"])
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> Any:
+    """The safetensors file at `path`; ValueError naming it where it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -259,9 +284,9 @@ def _opened(path: Path):
 
 
 def _piece_key(kind: str, piece: TensorSlice) -> str:
+    spans = [part for part in piece.index if isinstance(part, slice)]  # all: it is of a matrix
     index = ",".join(
-        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}"
-        for s in piece.index
+        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in spans
     )
     return f"{kind}|{piece.name}|{index}"
 
@@ -323,7 +348,7 @@ def _replace(partial: Path, final: Path) -> None:
 
 
 def _tidy(output_dir: Path) -> None:
-    """What a kill left: a half-written folder goes, one that had stepped aside for it comes back."""
+    """What a kill left: a half-written folder goes, one that was moved aside comes back."""
     for path in output_dir.glob(f"{LATEST}.*.tmp"):
         path.unlink()
     for path in output_dir.glob(".checkpoint-*"):

@@ -1,23 +1,25 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
-flags.py turns them into flags, and each class checks its own values when it is built; those of the
-parallel layout are in layout.py. `python -m megatron_gkd.config --check_layout RANKS FLAGS` prints
-the layout of a run, or why there is none. Refused is what cannot work; the guide's ranges are
-recommendations. Imports nothing slow, so that a misspelt flag is answered at once.
+flags.py turns them into flags, and each class checks its own values when it is built; two of them
+have files of their own, layout.py and distillation.py. `python -m megatron_gkd.config
+--check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
+work; the guide's ranges are recommendations. Imports nothing slow, so that a misspelt flag is
+answered at once.
 """
 
 import argparse
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_gkd.distillation import DistillConfig
 from megatron_gkd.flags import (
     BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
     Parser,
+    Range,
     exit_with,
     refuse_unknown,
     require,
@@ -27,13 +29,14 @@ from megatron_gkd.flags import (
     with_config_file,
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
-from megatron_gkd.loss.divergence import KINDS, Divergence, Name
 from megatron_gkd.model.args import ModelArgs, read_model_args
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
     "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
-    "teacher_deepspeed": "the teacher is the student's own base model with LoRA off, so it is sharded with it",
+    "teacher_deepspeed": (
+        "the teacher is the student's own base model with LoRA off, so it is sharded with it"
+    ),
 }
 
 
@@ -69,17 +72,14 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        same = self.teacher_model is None or os.path.realpath(
-            self.teacher_model
-        ) == os.path.realpath(self.model)
-        way_out = "drop the flag: the teacher is this model with its LoRA modules off, no second one is loaded"
-        require(
-            same,
-            "teacher_model",
-            self.teacher_model,
-            f"the same folder as --model {self.model}",
-            way_out,
+        teacher = self.teacher_model
+        same = teacher is None or os.path.realpath(teacher) == os.path.realpath(self.model)
+        allowed = f"the same folder as --model {self.model}"
+        way_out = (
+            "drop the flag: the teacher is this model with its LoRA modules off, no second one is "
+            "loaded"
         )
+        require(same, "teacher_model", teacher, allowed, way_out)
         way_out = "only LoRA weights are trained, the base they sit on is the teacher"
         require(self.train_type == "lora", "train_type", self.train_type, "lora", way_out)
 
@@ -120,20 +120,26 @@ class LoraConfig:
         names = [
             name for word in self.lora_target_modules for name in word.replace(",", " ").split()
         ]
+        words = " ".join(self.lora_target_modules)
         given = not self.lora_target_modules or bool(names)
-        require(
-            given,
-            "lora_target_modules",
-            repr(" ".join(self.lora_target_modules)),
-            "ALL or names of linears",
-            "leave the flag out for ALL",
-        )
+        way_out = "leave the flag out for ALL"
+        require(given, "lora_target_modules", repr(words), "ALL or names of linears", way_out)
         names = ["ALL" if name in ("ALL", "all", "all-linear") else name for name in names]
-        allowed = "ALL alone, or names of linears"
-        require(
-            "ALL" not in names or names == ["ALL"], "lora_target_modules", ",".join(names), allowed
-        )
+        alone, allowed = names == ["ALL"], "ALL alone, or names of linears"
+        require(alone or "ALL" not in names, "lora_target_modules", ",".join(names), allowed)
         self.lora_target_modules = names
+
+    @property
+    def rank(self) -> int:
+        """--lora_rank, where it is set or has been filled in (adapters.py)."""
+        assert self.lora_rank is not None
+        return self.lora_rank
+
+    @property
+    def alpha(self) -> float:
+        """--lora_alpha, where it is set or has been filled in."""
+        assert self.lora_alpha is not None
+        return self.lora_alpha
 
 
 @dataclass
@@ -187,145 +193,6 @@ class DataConfig:
 
 
 @dataclass
-class DistillConfig:
-    _argument_group_name = "distillation"
-
-    lmbda: str = setting(
-        "0.5",
-        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as "
-        "0:0.3,500:0.5,1000:0.7.",
-    )
-    temperature: float = setting(
-        2.0,
-        "Softens teacher and student in the loss (--rollout_temperature is the one for sampling).",
-    )
-    beta: float = setting(
-        0.5,
-        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see "
-        "--beta_convention.",
-    )
-    beta_convention: Literal["guide", "paper"] = setting(
-        "guide",
-        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward "
-        "KL, 1 reverse KL.",
-    )
-    divergence: Name = setting("jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t).")
-    divergence_clip: float | None = setting(
-        None,
-        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
-        "gives no gradient. Default: no limit.",
-    )
-    teacher_adapter: str | None = setting(
-        None,
-        "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any rank, "
-        "any linears.",
-    )
-    seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
-    sft_alpha: float = setting(
-        0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."
-    )
-    allow_zero_signal: bool = setting(
-        False, "Run even where student and teacher are equal and nothing can be learned."
-    )
-
-    def __post_init__(self):
-        self.lmbda = str(self.lmbda)
-        parse_schedule(self.lmbda)
-        require(
-            0 < self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "above 0",
-            "1 to 4 is usual",
-        )
-        require(0 <= self.sft_alpha <= 1, "sft_alpha", self.sft_alpha, "in [0, 1]")
-        if self.divergence_clip is not None:
-            require(
-                0 < self.divergence_clip < math.inf,
-                "divergence_clip",
-                self.divergence_clip,
-                "above 0",
-                "leave it out for no limit",
-            )
-        if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
-            require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
-        else:
-            way_out = (
-                "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, "
-                "--beta_convention paper"
-            )
-            require(
-                0 < self.beta < 1, "beta", self.beta, "in (0, 1) in the guide's convention", way_out
-            )
-
-    def lmbda_at(self, step: int) -> float:
-        """Probability that the step with this number (the first is 0) is on-policy."""
-        return [value for start, value in parse_schedule(self.lmbda) if start <= step][-1]
-
-    @property
-    def may_be_on_policy(self) -> bool:
-        """Whether any step of the schedule can be on-policy."""
-        return any(value > 0 for _, value in parse_schedule(self.lmbda))
-
-    def may_use_data_responses(self, total_steps: int) -> bool:
-        """Whether any of the steps can learn from the data set's own responses, which is where
-        sft_alpha counts.
-        """
-        return not self.seq_kd and any(
-            value < 1 for start, value in parse_schedule(self.lmbda) if start < total_steps
-        )
-
-    @property
-    def loss_divergence(self) -> Divergence:
-        """The divergence that is computed, with the student's weight in its mixture, whichever
-        convention --beta was given in.
-        """
-        name, limits, beta = self.divergence, KINDS[self.divergence].limits, 0.5
-        if limits and self.beta_convention == "guide":
-            beta = self.beta
-        elif limits and self.beta in (0, 1):
-            name = limits[int(self.beta)]
-        elif limits:
-            beta = 1 - self.beta
-        return Divergence(name, beta, self.temperature, self.divergence_clip)
-
-    def loss_line(self) -> str:
-        """One line for the start of a run: what the loss is, in numbers."""
-        divergence = self.loss_divergence
-        formula = KINDS[divergence.kind].formula.format(
-            student=divergence.beta, teacher=1 - divergence.beta
-        )
-        used = (
-            f"--beta {self.beta:g}, {self.beta_convention} convention"
-            if KINDS[self.divergence].uses_beta
-            else f"--divergence {self.divergence}"
-        )
-        clip = (
-            "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
-        )
-        sft = (
-            f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
-        )
-        return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft} ({used})"
-
-
-def parse_schedule(text: str) -> list[tuple[int, float]]:
-    """`0.5` or `0:0.3,500:0.5,1000:0.7` -> [(first step, probability), ...] from step 0 on; else
-    ValueError.
-    """
-    allowed = "a number in [0, 1], or FROM_STEP:VALUE pairs that start at 0 and ascend, such as 0:0.3,500:0.5,1000:0.7"
-    try:
-        pairs = [pair.split(":") for pair in text.split(",")] if ":" in text else [["0", text]]
-        schedule = [(int(start), float(value)) for start, value in pairs]
-    except ValueError:
-        require(False, "lmbda", text, allowed)
-    starts = [start for start, _ in schedule]
-    ascending = starts[0] == 0 and all(low < high for low, high in zip(starts, starts[1:]))
-    require(ascending and all(0 <= value <= 1 for _, value in schedule), "lmbda", text, allowed)
-    return schedule
-
-
-@dataclass
 class RolloutConfig:
     _argument_group_name = "rollout"
 
@@ -342,16 +209,11 @@ class RolloutConfig:
 
     def __post_init__(self):
         require_at_least(self, 1, "max_completion_length")
-        temperature = self.rollout_temperature
-        require(
-            0 <= temperature < math.inf, "rollout_temperature", temperature, "0 (greedy) or more"
-        )
+        greedy_or_more = Range("0 (greedy) or more", NOT_NEGATIVE.holds)
+        require_in(self, greedy_or_more, "rollout_temperature")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
-        penalty = self.repetition_penalty
-        require(
-            0 < penalty < math.inf, "repetition_penalty", penalty, "above 0", "1 switches it off"
-        )
+        require_in(self, POSITIVE, "repetition_penalty", way_out="1 switches it off")
 
 
 @dataclass
@@ -407,14 +269,9 @@ class TrainConfig:
         require_in(self, POSITIVE, "adam_epsilon")
         require_in(self, POSITIVE, "max_grad_norm", way_out="a large number switches clipping off")
         require_in(self, POSITIVE, "num_train_epochs")
+        given = self.max_steps == -1 or self.max_steps >= 1
         way_out = "-1 leaves the length to --num_train_epochs"
-        require(
-            self.max_steps == -1 or self.max_steps >= 1,
-            "max_steps",
-            self.max_steps,
-            "-1, or 1 or more",
-            way_out,
-        )
+        require(given, "max_steps", self.max_steps, "-1, or 1 or more", way_out)
         require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
 
     def global_batch_size(self, dp_size: int) -> int:
@@ -483,7 +340,8 @@ def parse_config(argv: list[str]) -> Config:
     Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a
     missing flag, a bad value. Rank 0 prints one line for each DeepSpeed flag.
     """
-    parser = Parser([group.type for group in fields(Config)], prog="torchrun -m megatron_gkd.train")
+    groups: list[Any] = [group.type for group in fields(Config)]
+    parser = Parser(groups, prog="torchrun -m megatron_gkd.train")
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
@@ -492,11 +350,11 @@ def parse_config(argv: list[str]) -> Config:
     for flag, answer in REPLACED_FLAGS.items():
         parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
     refuse_unknown(argv, parser)
-    groups, others = parser.parse(with_config_file(argv, parser))
+    settings, others = parser.parse(with_config_file(argv, parser))
     for flag, answer in REPLACED_FLAGS.items():
         if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
             print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
-    return Config(*groups)
+    return Config(*settings)
 
 
 def parse_config_or_exit(argv: list[str]) -> Config:

@@ -10,6 +10,8 @@ process, which is why the call is explicit; a process that has a GPU in use is r
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
@@ -24,34 +26,34 @@ _enabled = False
 class _NoStream:
     """Stands for torch.cuda.Stream and Event: work on a CPU is already ordered."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __enter__(self):
+    def __enter__(self) -> "_NoStream":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> Literal[False]:
         return False
 
-    def query(self):
+    def query(self) -> bool:
         return True
 
-    def record_event(self, event=None):
+    def record_event(self, event: Any = None) -> "_NoStream":
         return self
 
-    def synchronize(self, *args):
+    def synchronize(self, *args: Any) -> None:
         pass
 
     record = wait = wait_event = wait_stream = synchronize
 
 
-def _without_cuda(factory):
+def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The tensor factory with `device="cuda"` read as CPU. A mode that sees every operation costs
     15 % of a forward.
     """
 
     @functools.wraps(factory)
-    def make(*args, device=None, **kwargs):
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if device is not None:
             kwargs["device"] = _CPU if str(device).startswith("cuda") else device
         return factory(*args, **kwargs)
@@ -73,7 +75,8 @@ def enable() -> None:
         )
     _enabled = True
 
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
+    tensor_class: Any = torch.Tensor
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda device: None
     cuda.Stream = cuda.Event = _NoStream
@@ -83,7 +86,7 @@ def enable() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = torch.default_generator.manual_seed
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor_class.cuda = lambda self, *args, **kwargs: self
     # Lets torch note its own factories first: `with torch.device("meta")` must go on to know them.
     with torch.device("cpu"):
         torch.empty(0)
@@ -91,12 +94,12 @@ def enable() -> None:
         setattr(torch, name, _without_cuda(getattr(torch, name)))
     type_of = torch.Tensor.type
 
-    def type_as_on_cuda(self, *args, **kwargs):
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The optimizer compares `tensor.type()` with names such as "torch.cuda.FloatTensor"."""
         answer = type_of(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_as_on_cuda
+    tensor_class.type = type_as_on_cuda
 
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -115,10 +118,9 @@ def enable() -> None:
     _without_fused_kernels()
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
-    def move_and_convert(tensor, as_numpy=False, record_stream=False):
-        if as_numpy and torch.is_tensor(
-            tensor
-        ):  # the original converts only what it copied from a GPU
+    def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            # the original converts only what it copied from a GPU
             return tensor.numpy()
         return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
 

@@ -18,10 +18,19 @@ from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
-    "transformer_engine": "attention and experts on GPU (--attn_impl, --experts_impl auto, te); megatron-core's fused Adam",
+    "transformer_engine": (
+        "attention and experts on GPU (--attn_impl, --experts_impl auto, te); megatron-core's "
+        "fused Adam"
+    ),
     "apex": "fused Adam and gradient clipping where Transformer Engine is missing",
-    "flash_attn": "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels of its own",
-    "triton": "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve without it",
+    "flash_attn": (
+        "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels "
+        "of its own"
+    ),
+    "triton": (
+        "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve "
+        "without it"
+    ),
     "torchvision": "resizes the frames of videos; rows with videos are refused without it",
     "torchcodec": "reads videos and their sound; rows with videos are refused without it",
 }

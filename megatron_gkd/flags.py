@@ -1,8 +1,7 @@
-"""Dataclass fields as the flags of a command line, or the lines of a YAML file: parsing, and what is
-said when something is wrong.
+"""Dataclass fields as flags of a command line or lines of a YAML file, and their error messages.
 
-argparse does the parsing, as `transformers.HfArgumentParser` would (whose import alone takes more
-than a second). Used by the training command and by the tools.
+argparse parses; the flags are those that `transformers.HfArgumentParser` would make, whose import
+alone takes more than a second. Used by the training command and by the tools.
 """
 
 import argparse
@@ -75,7 +74,7 @@ BELOW_1 = Range("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def require_in(config: Any, allowed: Range, *flags: str, way_out: str = "") -> None:
-    """Raise ValueError for the first of the settings `flags` of `config` that is not in `allowed`."""
+    """Raise ValueError for the first of the settings `flags` of `config` outside `allowed`."""
     for flag in flags:
         value = getattr(config, flag)
         require(allowed.holds(value), flag, value, allowed.words, way_out)
@@ -105,10 +104,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.dataclasses = dataclasses
         for owner in dataclasses:
-            group = self
-            if name := getattr(owner, "_argument_group_name", ""):
-                group = self.add_argument_group(name)
-            types = get_type_hints(owner)
+            name, types = getattr(owner, "_argument_group_name", ""), get_type_hints(owner)
+            group = self.add_argument_group(name) if name else self
             for found in fields(owner):
                 add_flag(group.add_argument, found, types[found.name])
 
@@ -132,12 +129,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
-    """The flag of one dataclass field of type `kind`, with the defaults and metadata of `of`: a type
-    that argparse can call, a Literal, a list of such a type, bool; each of them `| None`.
+    """The flag of the dataclass field `of`. `kind` is its type: bool, one that argparse can call
+    with the text, a list of such a type, a Literal of texts; `X | None` is as X.
     """
     if NoneType in get_args(kind):
         (kind,) = set(get_args(kind)) - {NoneType}
-    options: dict[str, Any] = {"help": of.metadata["help"], "type": kind}
+    options: dict[str, Any] = {"help": of.metadata.get("help"), "type": kind}
     if of.default_factory is not MISSING:
         options["default"] = of.default_factory()
     elif of.default is not MISSING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_gkd.data.batch import Batch, BatchView
 from megatron_gkd.lora import as_student, as_teacher
@@ -22,7 +22,8 @@ from megatron_gkd.lora.modules import has_head_lora, lm_head
 from megatron_gkd.loss import Divergence, linear_divergence, logits_divergence
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
-from megatron_gkd.metrics import Groups, TokenSums
+from megatron_gkd.metrics import NO_GROUPS, Groups, TokenSums
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
 
 
@@ -59,10 +60,10 @@ def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tens
 
 
 def hidden_states(
-    model, view: BatchView, features: MediaFeatures | None, parallel: Parallel
+    model: nn.Module, view: BatchView, features: MediaFeatures | None, parallel: Parallel
 ) -> Tensor:
-    """This stage's output [S/TP, B, H] for a view, the features of its media in their places on the
-    first stage.
+    """This stage's output [S/TP, B, H] for a view. On the first stage the features of its media
+    replace the embeddings of their placeholder tokens.
     """
     more = {}
     if parallel.is_first_stage and len(view.media_rows):
@@ -81,9 +82,9 @@ def hidden_states(
 
 
 def _run_schedule(
-    model,
+    model: nn.Module,
     views: Sequence[BatchView],
-    loss: Callable[[int, Tensor], tuple],
+    loss: Callable[[int, Tensor], Tensor | tuple],
     parallel: Parallel,
     media: StepMedia | Sequence[MediaFeatures | None] | None,
     *,
@@ -94,7 +95,7 @@ def _run_schedule(
     output of each.
     """
 
-    def step(indices, model):
+    def step(indices: Iterator[int], model: nn.Module) -> tuple[Tensor, Callable]:
         index = next(indices)
         hidden = hidden_states(
             model, views[index], media[index] if media is not None else None, parallel
@@ -106,9 +107,8 @@ def _run_schedule(
         data_iterator=iter(range(len(views))),
         model=[model],
         num_microbatches=len(views),
-        seq_length=views[0].input_ids.shape[
-            1
-        ],  # each micro-batch has its own; megatron-core sends the shapes along
+        # each micro-batch has its own length; megatron-core sends the shapes along
+        seq_length=views[0].input_ids.shape[1],
         micro_batch_size=views[0].input_ids.shape[0],
         forward_only=forward_only,
         collect_non_loss_data=collect,
@@ -117,10 +117,10 @@ def _run_schedule(
 
 @torch.no_grad()
 def teacher_forward(
-    model, batches: Sequence[Batch], parallel: Parallel, media: StepMedia | None = None
+    model: nn.Module, batches: Sequence[Batch], parallel: Parallel, media: StepMedia | None = None
 ) -> list[Tensor]:
-    """The teacher's hidden states [N, H] of each micro-batch on the last stage, an empty
-    list on the others.
+    """The teacher's hidden states [N, H] of each micro-batch on the last stage, an empty list on
+    the others.
 
     media: the features of the batches' media, where they have any.
     """
@@ -134,7 +134,7 @@ def teacher_forward(
 
 
 def _loss_function(
-    model: Any,
+    model: DistributedDataParallel,
     batches: Sequence[Batch],
     teacher_hidden: list[Tensor],
     settings: LossSettings,
@@ -151,7 +151,7 @@ def _loss_function(
     def loss(index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
         batch, decoder = batches[index], model.module
         student, teacher = response_hidden(hidden, batch.student, parallel), teacher_hidden[index]
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             labels=batch.student.targets,
             sft_alpha=0.0 if batch.on_policy else settings.sft_alpha,
             group=parallel.groups.tp if parallel.tp_size > 1 else None,
@@ -186,16 +186,16 @@ def _loss_function(
 
 
 def student_forward_backward(
-    model,
+    model: DistributedDataParallel,
     batches: Sequence[Batch],
     teacher_hidden: list[Tensor],
     settings: LossSettings,
     parallel: Parallel,
     media: StepMedia | None = None,
-    groups: Groups = Groups(),
+    groups: Groups = NO_GROUPS,
 ) -> TokenSums:
-    """Adds the gradient of (sum of the loss over all response tokens of the global batch)
-    / (their number) to the LoRA parameters.
+    """Adds the gradient of (sum of the loss over all response tokens of the global batch) / (their
+    number) to the LoRA parameters.
 
     `model` is wrapped in megatron-core's DistributedDataParallel, its gradient buffers zero.
     Returns this rank's sums (zero on other stages than the last). Collectives: the pipeline's, and
@@ -213,7 +213,7 @@ def student_forward_backward(
 
 @torch.no_grad()
 def student_forward(
-    model,
+    model: DistributedDataParallel,
     batches: Sequence[Batch],
     teacher_hidden: list[Tensor],
     settings: LossSettings,
@@ -231,7 +231,11 @@ def student_forward(
 
 @torch.no_grad()
 def forward_logits(
-    model, model_args, parallel: Parallel, input_ids: Tensor, position_ids: Tensor | None = None
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """fp32 logits [B, S, V] of text, whole and on the CPU of every rank: for verification and
     tests, not for training.
@@ -255,7 +259,11 @@ def forward_logits(
 
 @torch.no_grad()
 def view_logits(
-    model, model_args, parallel: Parallel, view: BatchView, features: MediaFeatures | None = None
+    model: nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    view: BatchView,
+    features: MediaFeatures | None = None,
 ) -> Tensor:
     """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of
     `parallel.sequence_multiple`.

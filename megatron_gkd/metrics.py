@@ -1,7 +1,7 @@
 """What a run measures: sums over response tokens, counts over the global batch, seconds, bytes.
 
-The sums are made where the loss is (forward.py), the rest where the loop is (train.py); run_folder.py
-writes them down.
+The sums are made where the loss is (forward.py), the rest where the loop is (train.py);
+run_folder.py writes them down.
 """
 
 import math
@@ -65,6 +65,9 @@ class Groups:
         return cls(*(found if len(found) > 1 else () for found in names))
 
 
+NO_GROUPS = Groups()
+
+
 @dataclass
 class TokenSums:
     """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
@@ -72,10 +75,10 @@ class TokenSums:
     """
 
     values: Tensor
-    groups: Groups = Groups()
+    groups: Groups = NO_GROUPS
 
     @classmethod
-    def zero(cls, device: torch.device, groups: Groups = Groups()) -> "TokenSums":
+    def zero(cls, device: torch.device, groups: Groups = NO_GROUPS) -> "TokenSums":
         return cls(
             torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
             groups,
@@ -210,7 +213,14 @@ class StepCounts:
             device=parallel.device,
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return cls(*map(int, sums.tolist()), peak_memory_bytes=most[1].item(), stop=bool(most[0]))
+        num_tokens, cut_tokens, truncated_responses = map(int, sums.tolist())
+        return cls(
+            num_tokens,
+            cut_tokens,
+            truncated_responses,
+            peak_memory_bytes=most[1].item(),
+            stop=bool(most[0]),
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_gkd.parallel import any_rank
 
@@ -70,7 +70,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model,
+        model: DistributedDataParallel,
         *,
         dtype: torch.dtype,
         beta1: float,
@@ -142,7 +142,7 @@ class Optimizer:
             ) in part.param_groups:  # none where LoRA is on experts alone, or on attention alone
                 yield part.optimizer, group
 
-    def moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+    def moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """AdamW's state of each parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape;
         zero where there is none yet.
         """

@@ -1,4 +1,4 @@
-"""How a run goes on: from a checkpoint or in a new stage, when it saves and prunes, and what it says
+"""How a run goes on: from a checkpoint or in a new stage; when it saves and prunes; what is left
 when its steps have gone bad.
 """
 
@@ -44,7 +44,7 @@ def resume(
     if folder is None or adapter is None:
         return Progress()
     rank, _, targets = applied(model)
-    alpha, before = config.lora.lora_alpha, _lora_of(folder, adapter)
+    alpha, before = config.lora.alpha, _lora_of(folder, adapter)
     same_scale = math.isclose(alpha, before["alpha"])
     lora = {"rank": rank, "targets": targets, "towers": config.lora.lora_towers}
     if not same_scale or lora != {name: before[name] for name in lora}:
@@ -146,8 +146,8 @@ def note_start(config: Config, parallel: Parallel, resume_folder: Path | None) -
 
 
 def save_if_due(run: Run, update: Update, ends: bool) -> None:
-    """After a step whose update was `update`: prune, and write a checkpoint where one is due. `ends`:
-    the run ends with this step, which always saves.
+    """After a step whose update was `update`: prune, and write a checkpoint where one is due.
+    `ends`: the run ends with this step, which always saves.
 
     The newest checkpoint pushes older ones out only after a good step has followed it, and while
     steps are bad none is written: the weights may be what is wrong. Collectives: those of
@@ -165,7 +165,7 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
         model=run.model,
         model_args=run.model_args,
         parallel=run.parallel,
-        alpha=run.config.lora.lora_alpha,
+        alpha=run.config.lora.alpha,
         dropout=run.config.lora.lora_dropout,
         base_model=run.config.model.model,
         optimizer=None if run.config.run.save_only_model else run.optimizer,

@@ -1,6 +1,6 @@
 """What a run is made of and where it stands: `Run`, built by build.py, used up by train.py."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,8 @@ class Run:
     @property
     def towers(self) -> Towers | None:
         """None on later stages and where no row has media."""
-        return self.model.towers
+        towers: Any = self.model.towers
+        return towers
 
     @property
     def train_groups(self) -> Groups:
@@ -120,7 +121,7 @@ class Run:
         due = self.progress.step % self.config.run.eval_steps == 0
         return bool(self.eval_data) and (due or self.is_complete)
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of each step that is left, on the device, with every random
         generator seeded for the step: a function of (seed, step). Close it (contextlib.closing) in
         whatever way the run ends.
@@ -180,8 +181,8 @@ class Run:
         self.progress.count(result.update, result.on_policy)
 
     def step_metrics(self, result: StepResult, counts: StepCounts) -> dict[str, Any]:
-        """The line of metrics.jsonl for the step that was just counted: nats, tokens of both views a
-        second, seconds, GiB.
+        """The line of metrics.jsonl for the step that was just counted: nats, tokens of both views
+        per second, seconds, GiB.
         """
         step, step_time = self.progress.step, self.clock.step_time
         return {

@@ -92,13 +92,13 @@ class MetricsWriter:
         if not self.enabled:
             return
         self._write("metrics", "train", values)
-        shown = _shown(values)
+        progress = progress_text(values)
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(progress, refresh=False)
             self._bar.update(values["step"] - self._bar.n)
         else:
             print(
-                f"step {values['step']}/{self.total_steps}  {shown}  "
+                f"step {values['step']}/{self.total_steps}  {progress}  "
                 f"{self._time_left(values['step'])} left",
                 flush=True,
             )
@@ -162,8 +162,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def _shown(values: dict[str, Any]) -> str:
-    """Of a step's metrics those that fit on a line; what was not measured is left out."""
+def progress_text(values: dict[str, Any]) -> str:
+    """The metrics of a step that stand beside the progress; what was not measured is left out."""
     formats = {
         "loss": "loss {:.4f}",
         "learning_rate": "lr {:.2e}",
@@ -188,7 +188,7 @@ def _set_aside(paths: list[Path]) -> None:
 
 
 def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes too."""
+    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,5 +1,5 @@
-"""What comes before the slow imports: their warnings, and whether Transformer Engine can be imported
-and used.
+"""What comes before the slow imports: their warnings are silenced, and Transformer Engine is
+checked.
 
 megatron-core imports it wherever it is installed, without a GPU too, and fails when that fails:
 nothing here imports megatron-core, so that the reason can be told before.

@@ -64,7 +64,9 @@ def train(config: Config, parallel: Parallel) -> None:
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:
-    """[rollout] -> teacher (LoRA off) -> student (LoRA on) -> divergence -> LoRA gradients -> AdamW."""
+    """[rollout] -> teacher (LoRA off) -> student (LoRA on) -> divergence -> LoRA gradients ->
+    AdamW. Every rank calls it with its share of the global batch.
+    """
     step, parallel, clock = run.progress.step, run.parallel, run.clock
     media = StepMedia(run.towers, [batch.media for batch in batches])
     on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import (
+    Qwen3MoeForCausalLM,
     Qwen3OmniMoeForConditionalGeneration,
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
@@ -23,6 +24,8 @@ ALL = ATTENTION + EXPERTS
 HEAD = "lm_head"
 THINKER = "base_model.model.thinker."
 ROOT = f"{THINKER}model.layers."
+ROOTS = {"qwen3_omni_moe": THINKER, "qwen3_omni_moe_thinker": THINKER}
+ROOTS |= {"qwen3_moe": "base_model.model."}  # by model_type
 TOWERS = r".*(audio_tower|visual|talker|code2wav).*"
 
 
@@ -98,8 +101,9 @@ def random_adapter(
 ) -> dict[str, torch.Tensor]:
     """Every lora_A [r, d_in] and lora_B [d_out, r], none of them zero."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
+    root = ROOTS[model_args.model_type]
     for linear, (d_in, d_out) in linear_sizes(model_args, targets).items():
-        linear = f"{THINKER}{linear}" if linear == HEAD else f"{ROOT}{linear}"
+        linear = f"{root}{linear}" if linear == HEAD else f"{root}model.layers.{linear}"
         tensors[f"{linear}.lora_A.weight"] = (
             torch.randn(rank, d_in, generator=generator) / d_in**0.5
         )
@@ -140,7 +144,7 @@ def write_adapter(
 def with_zero_experts(
     tensors: dict[str, torch.Tensor], model_args, rank: int, targets: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """peft loads an expert's gate, up and down together or not at all: the missing ones as zeros."""
+    """peft loads an expert's gate, up and down together or not at all: zeros for the rest."""
     missing = (
         [target for target in EXPERTS if target not in targets]
         if set(targets) & set(EXPERTS)
@@ -160,6 +164,10 @@ def load_thinker(folder: str):
     ).eval()
 
 
+def load_text_model(folder: str):
+    return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def load_whole(folder: str):
     return Qwen3OmniMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -171,7 +179,8 @@ def load_peft(model, adapter: str, **options):
     By PEFT alone, except on a thinker of transformers until 5.20, where PEFT does not find the
     names of the whole model.
     """
-    old_thinker = not hasattr(model, "thinker") and thinker.decoder(model) is model.model
+    is_thinker = isinstance(model, Qwen3OmniMoeThinkerForConditionalGeneration)
+    old_thinker = is_thinker and thinker.decoder(model) is model.model
     load = thinker.load_peft if old_thinker else PeftModel.from_pretrained
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -189,19 +198,20 @@ def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
     Stacked lora_A [E 2r, in] holds for each expert the rows of gate, then of up; lora_B [2I, 2r E]
     interleaves the experts in its columns.
     """
-    gradients = {}
+    gradients, root = {}, ROOTS[model_args.model_type]
+    layers = f"{root}model.layers."
     for name, parameter in model.named_parameters():
         if "lora_" not in name or ".default" not in name:
             continue
         if f"{HEAD}." in name:
-            gradients[f"{THINKER}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = (
+            gradients[f"{root}{HEAD}.lora_{'A' if '.lora_A.' in name else 'B'}.weight"] = (
                 parameter.grad
             )
             continue
         layer, _, linear = name.split("layers.")[1].partition(".")
         side = "A" if ".lora_A." in name else "B"
         if linear.startswith("self_attn"):
-            gradients[f"{ROOT}{layer}.{linear.replace('.default', '')}"] = parameter.grad
+            gradients[f"{layers}{layer}.{linear.replace('.default', '')}"] = parameter.grad
             continue
         stacked = rank * (2 if "base_layer" in linear else 1)
         if side == "A":
@@ -209,7 +219,7 @@ def peft_gradients(model, model_args, rank: int) -> dict[str, torch.Tensor]:
         else:
             experts = parameter.grad.reshape(-1, stacked, model_args.num_experts).permute(2, 0, 1)
         for expert, values in enumerate(experts):
-            base = f"{ROOT}{layer}.mlp.experts.{expert}"
+            base = f"{layers}{layer}.mlp.experts.{expert}"
             if "base_layer" not in linear:
                 gradients[f"{base}.down_proj.lora_{side}.weight"] = values
             elif side == "A":

@@ -29,7 +29,8 @@ def tiny_folder(tmp_path_factory):
             folder = Path(build_folder(str(tmp_path_factory.mktemp("tiny") / "model"), **sizes))
             path = folder / "config.json"
             config = json.loads(path.read_text())
-            config.get("thinker_config", config)["text_config"].update(text_config or {})
+            model = config.get("thinker_config", config)
+            model.get("text_config", model).update(text_config or {})
             path.write_text(json.dumps(config, indent=2))
             folders[key] = str(folder)
         return folders[key]

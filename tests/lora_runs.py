@@ -46,6 +46,7 @@ FOLDERS = {
         vocab_size=VOCAB_SIZE,
         thinker_only=True,
     ),
+    "text": dict(SIZES, family="qwen3_moe", num_key_value_heads=2, vocab_size=VOCAB_SIZE),
 }
 
 

@@ -74,7 +74,8 @@ def run_ranks(fn, world_size, *args, timeout=300):
                 ready = wait(list(waiting), timeout)
                 if not ready:
                     raise TimeoutError(
-                        f"ranks {sorted(waiting.values())} of {world_size} gave no answer in {timeout} s"
+                        f"ranks {sorted(waiting.values())} of {world_size} gave no answer "
+                        f"in {timeout} s"
                     )
                 for receiver in ready:
                     rank = waiting.pop(receiver)

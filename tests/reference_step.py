@@ -1,4 +1,4 @@
-"""One training step in one process: `transformers`' thinker, LoRA as W + scale B A, the dense loss
+"""One training step in one process: `transformers`' model, LoRA as W + scale B A, the dense loss
 of the guide, autograd, AdamW.
 
 Nothing of the package's mathematics is used: rows go through the model one by one without padding,
@@ -14,26 +14,30 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import Qwen3MoeForCausalLM, Qwen3OmniMoeThinkerForConditionalGeneration
 
 from megatron_gkd.verify.reference import decoder
 
-HEAD = "base_model.model.thinker.lm_head."
-ROOT = "base_model.model.thinker.model.layers."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class ReferenceModel:
-    """The frozen thinker of `folder`, and logits of one row with or without LoRA."""
+    """The frozen model of `folder` (a thinker, or a text model), and logits of one row with or
+    without LoRA.
+    """
 
     def __init__(self, folder: str):
-        load = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained
-        self.model = load(
+        model_type = json.loads(Path(folder, "config.json").read_text())["model_type"]
+        is_text = model_type == "qwen3_moe"
+        kind = Qwen3MoeForCausalLM if is_text else Qwen3OmniMoeThinkerForConditionalGeneration
+        root = "base_model.model." if is_text else "base_model.model.thinker."
+        self.head_name, self.layers_name = f"{root}lm_head.", f"{root}model.layers."
+        self.model = kind.from_pretrained(
             folder, dtype=torch.float64, experts_implementation="eager"
         ).eval()  # grouped_mm has no float64
         self.model.requires_grad_(False)
-        self.config = self.model.config.text_config
+        self.config = self.model.config.get_text_config()
         inner = next(
             name for name, module in self.model.named_modules() if module is decoder(self.model)
         )
@@ -100,7 +104,7 @@ class ReferenceModel:
         """
 
         def delta(linear: str) -> Tensor | float:
-            name = f"{ROOT}{linear}.lora_B.weight"
+            name = f"{self.layers_name}{linear}.lora_B.weight"
             return (
                 scale * adapter[name] @ adapter[name.replace("lora_B", "lora_A")]
                 if name in adapter
@@ -132,8 +136,9 @@ class ReferenceModel:
             changed[f"{prefix}mlp.experts.down_proj"] = torch.stack(
                 [down[e] + delta(f"{layer}.mlp.experts.{e}.down_proj") for e in experts]
             )
-        if f"{HEAD}lora_A.weight" in adapter:
-            update = scale * adapter[f"{HEAD}lora_B.weight"] @ adapter[f"{HEAD}lora_A.weight"]
+        head = self.head_name
+        if f"{head}lora_A.weight" in adapter:
+            update = scale * adapter[f"{head}lora_B.weight"] @ adapter[f"{head}lora_A.weight"]
             changed["lm_head.weight"] = self.model.lm_head.weight + update
         return changed
 
@@ -312,18 +317,18 @@ def write_adapter(
     it out.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for linear, (d_in, d_out) in load_model(model_folder).linear_sizes(targets).items():
-        tensors[f"{ROOT}{linear}.lora_A.weight"] = (
+    tensors, model = {}, load_model(model_folder)
+    for linear, (d_in, d_out) in model.linear_sizes(targets).items():
+        tensors[f"{model.layers_name}{linear}.lora_A.weight"] = (
             torch.randn(rank, d_in, generator=generator) * std
         )
-        tensors[f"{ROOT}{linear}.lora_B.weight"] = (
+        tensors[f"{model.layers_name}{linear}.lora_B.weight"] = (
             torch.randn(d_out, rank, generator=generator) * std
         )
     if "lm_head" in targets:
-        vocab_size, hidden_size = load_model(model_folder).model.lm_head.weight.shape
-        tensors[f"{HEAD}lora_A.weight"] = torch.randn(rank, hidden_size, generator=generator) * std
-        tensors[f"{HEAD}lora_B.weight"] = torch.randn(vocab_size, rank, generator=generator) * std
+        vocab_size, hidden_size = model.model.lm_head.weight.shape
+        tensors[f"{model.head_name}lora_A.weight"] = torch.randn(rank, hidden_size, generator=generator) * std
+        tensors[f"{model.head_name}lora_B.weight"] = torch.randn(vocab_size, rank, generator=generator) * std
     os.makedirs(folder)
     save_file(tensors, Path(folder, "adapter_model.safetensors"))
     config = {

@@ -20,7 +20,7 @@ from benchmarks.loss import (
     parallel_table,
 )
 from benchmarks.step_memory import all_logits
-from megatron_gkd.loss import linear_jsd
+from megatron_gkd.loss import Divergence, linear_divergence
 from tests.ranks import run_ranks
 from tests.reference_loss import relative_error
 
@@ -66,7 +66,8 @@ def test_the_step_before_computes_the_same():
     student, teacher, weight = hidden_tensors(9, 8, 40, torch.float32, "cpu")
     inputs = (student, teacher, weight)
     ours, other = (
-        function(*inputs, vocab_size=37, **SETTINGS) for function in (linear_jsd, all_logits)
+        function(*inputs, Divergence(**SETTINGS), vocab_size=37)
+        for function in (linear_divergence, all_logits)
     )
     assert relative_error(other.loss, ours.loss) < 1e-4
     gradients = [torch.autograd.grad(output.loss.sum(), student)[0] for output in (ours, other)]

@@ -8,20 +8,24 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd.config import DistillConfig, main, parse_config, parse_config_or_exit
+from megatron_gkd.config import main, parse_config, parse_config_or_exit
+from megatron_gkd.distillation import DistillConfig
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
 from megatron_gkd.layout import ParallelConfig, check_layout
 
 REPOSITORY = Path(__file__).parents[1]
 REQUIRED = ["--model", "/m", "--dataset", "d.jsonl"]
-GUIDE_COMMAND = """--model /models/omni --teacher_model /models/omni/ --train_type lora --torch_dtype bfloat16
+GUIDE_COMMAND = """--model /models/omni --teacher_model /models/omni/ --train_type lora
+--torch_dtype bfloat16
 --dataset AI-ModelScope/alpaca-gpt4-data-zh#2000 --split_dataset_ratio 0.01
 --max_length 2048 --max_completion_length 512 --dataloader_num_workers 4 --dataset_num_proc 4
 --seq_kd false --lmbda 0.5
---num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --learning_rate 1e-5
+--num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4
+--learning_rate 1e-5
 --gradient_accumulation_steps 1 --warmup_ratio 0.05
 --deepspeed zero3 --attn_impl flash_attention_2
---output_dir output --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true"""
+--output_dir output --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5
+--save_only_model true"""
 QWEN3_OMNI = {
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
@@ -240,7 +244,8 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
 def test_yaml_file_and_flags_win(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: /m\ndataset: [a.jsonl, b.jsonl]\nlearning_rate: 2e-5\nlmbda: 0:0.25,10:1\nseq_kd: true\nadapter: null\n"
+        "model: /m\ndataset: [a.jsonl, b.jsonl]\nlearning_rate: 2e-5\nlmbda: 0:0.25,10:1\n"
+        "seq_kd: true\nadapter: null\n"
         "target_modules: q_proj,v_proj\nsave_only_model: no\nval_dataset: []\n"
     )
     config = parse_config(["--learning_rate", "3e-5", "--config", str(path)])
@@ -424,8 +429,8 @@ def test_check_layout_command(tmp_path):
     good = check("--tensor_model_parallel_size", "2", "--expert_model_parallel_size", "4")
     assert good.returncode == 0, good.stderr
     assert (
-        "4 ranks = TP 2 x PP 1 x DP 2; EP 4: 2 of 8 experts a rank; 2 of 2 layers a stage; a step takes 8 samples"
-        in good.stdout
+        "4 ranks = TP 2 x PP 1 x DP 2; EP 4: 2 of 8 experts a rank; 2 of 2 layers a stage; a step "
+        "takes 8 samples" in good.stdout
     )
     bad = check("--tensor_model_parallel_size", "3")
     assert (

@@ -141,7 +141,7 @@ def test_a_process_that_uses_a_gpu_is_refused():
 
 
 def train_beside_gpu_kernels(rank, world_size, folder):
-    """One step where megatron-core has found Transformer Engine: its kernels take no CPU tensors."""
+    """One step where megatron-core has found Transformer Engine: it has no kernels for a CPU."""
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils

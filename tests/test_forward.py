@@ -28,8 +28,8 @@ def flags(tiny_folder, tmp_path_factory):
 
 
 def micro_batches(parts, parallel, sizes=(3, 0, 5), seed=0):
-    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a filler
-    row.
+    """Micro-batches of these numbers of rows, the same on every rank; one of 0 holds only a
+    padding sample.
     """
     from megatron_gkd.data import Sample, View, collate
 
@@ -82,7 +82,7 @@ def _recompute(rank, world_size, argv):
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_recompute_repeats_the_dropout(flags, world_size, tp, pp, ep):
-    """The same masks in the second forward: the same gradients, which another seed does not give."""
+    """Same masks in the second forward: the same gradients, which another seed does not give."""
     for same_loss, error, other_error in run_ranks(
         _recompute, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):
@@ -109,7 +109,7 @@ def _teacher_memory(rank, world_size, argv):
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_of_the_teacher_only_the_response_rows_are_kept(flags, world_size, tp, pp, ep):
-    """No view of a whole sequence's hidden states, whose memory would stay with it, and no graph."""
+    """No view of a whole sequence's hidden states, which would keep their memory, and no graph."""
     for expected, kept in run_ranks(
         _teacher_memory, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_gkd import cpu, parallel
-from megatron_gkd.build import resolve
+from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
@@ -31,6 +31,7 @@ from tests.adapters import (
     EXPERTS,
     linear_sizes,
     load_peft,
+    load_text_model,
     load_thinker,
     make_batches,
     peft_gradients,
@@ -61,6 +62,7 @@ CASES = {  # folder, targets, rank, alpha
     "gate and up, rank 3": ("4 KV heads", ["gate_proj", "up_proj"], 3, 4),
     "down, rank 16": ("4 KV heads", ["down_proj"], 16, 32),
     "all and lm_head, rank 3": ("2 KV heads, odd sizes", [*ALL, "lm_head"], 3, 5),
+    "text, all and lm_head, rank 2": ("text", [*ALL, "lm_head"], 2, 6),
 }
 DROPOUT = 0.3
 
@@ -116,7 +118,8 @@ class Reference:
     """
 
     def __init__(self, folder: str, adapter: str, model_args, rank: int):
-        model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
+        load = load_text_model if model_args.model_type == "qwen3_moe" else load_thinker
+        model, missing = load_peft(load(folder), adapter, is_trainable=True)
         assert not missing
         self.logits, self.gradients, self.num_tokens = [], [], []
         for batch in make_batches(VOCAB_SIZE):
@@ -463,7 +466,7 @@ def test_dropout(tiny_folder):
 def test_parameter_count_of_the_real_model():
     """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
     model_args = ModelArgs(
-        prefix="thinker.",
+        model_type="qwen3_omni_moe",
         num_layers=48,
         hidden_size=2048,
         num_attention_heads=32,
@@ -543,7 +546,8 @@ def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
     alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
     with pytest.raises(
         ValueError,
-        match="lm_head alone leaves the stages before the last nothing to train: .*size 2 must be 1",
+        match="lm_head alone leaves the stages before the last nothing to train: "
+        ".*size 2 must be 1",
     ):
         resolve(alone, model_args, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
 

@@ -150,11 +150,11 @@ def adapters_in(tiny_folder, tmp_path_factory):
         tiny_folder(**FOLDERS[kind]) for kind in ("4 KV heads", "2 KV heads, odd sizes")
     )
     cases = {}
-    for name, arguments in PEFT_FORMS.items():
-        folder = whole if "load" in arguments else thinker
+    for name, form in PEFT_FORMS.items():
+        folder = whole if "load" in form else thinker
         model = get_peft_model(
-            arguments.get("load", load_thinker)(folder),
-            LoraConfig(**{k: v for k, v in arguments.items() if k != "load"}),
+            form.get("load", load_thinker)(folder),
+            LoraConfig(**{k: v for k, v in form.items() if k != "load"}),
         )
         fill_lora_b(model.eval())
         adapter = tmp_path_factory.mktemp("adapter")
@@ -310,7 +310,8 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
                 for side in "AB"
             }
         ),
-        r"tensor base_model.model.thinker.lm_head.lora_A.weight has shape \[3, 3\], .* ask for \[3, 64\]",
+        r"tensor base_model.model.thinker.lm_head.lora_A.weight has shape \[3, 3\], "
+        r".* ask for \[3, 64\]",
     ),
     "half of an lm_head": (
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)},
@@ -342,7 +343,8 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
                 f"{STACK}.lora_B.weight": torch.ones(64, 24),
             }
         ),
-        rf"{STACK}.lora_A.weight \[24, 60\] and .* fit neither gate_up_proj \(64 to 64\) nor down_proj \(32 to 64\)",
+        rf"{STACK}.lora_A.weight \[24, 60\] and .* fit neither gate_up_proj \(64 to 64\) "
+        r"nor down_proj \(32 to 64\)",
     ),
     "a stack of another number of experts": (
         lambda t: {
@@ -777,13 +779,14 @@ def test_the_head_that_peft_saves_beside_lora(tiny_folder, tmp_path):
 
 
 def second_stage(rank, world_size, folder, adapter, more_linears):
-    """Which layers' q_proj can learn (W_down is not zero) when `adapter` goes on at a higher rank."""
+    """Which layers' q_proj can learn (W_down is not 0) when `adapter` goes on at a higher rank."""
     place, model_args = initialize(1, 1, 1), read_model_args(folder)
     opened = PeftAdapter(adapter, model_args)
     _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)
     load_adapter(model, model_args, place, opened, more_linears=more_linears)
     return [
-        bool(layer.self_attention.linear_qkv.slot.down["q_proj"].any()) for layer in model.decoder.layers
+        bool(layer.self_attention.linear_qkv.slot.down["q_proj"].any())
+        for layer in model.decoder.layers
     ]
 
 

@@ -16,7 +16,7 @@ from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
 from megatron_gkd.lora import apply_lora, as_teacher
-from megatron_gkd.lora.adapter import THINKER, adapter_slices, tower_loras, tower_tensors
+from megatron_gkd.lora.adapter import adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
@@ -24,8 +24,8 @@ from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.verify import reference as thinker_versions
-from tests.adapters import load_peft, load_thinker, load_whole, random_adapter
+from megatron_gkd.verify.reference import tower
+from tests.adapters import THINKER, load_peft, load_thinker, load_whole, random_adapter
 from tests.lora_runs import build, in_reducer, initialize, make_optimizer
 from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
@@ -65,8 +65,7 @@ def folder(tmp_path_factory):
 
 def tower_linears(model) -> dict[str, torch.nn.Linear]:
     """Those that carry LoRA, of a transformers' thinker, under the names of the hub."""
-    audio = thinker_versions.audio_tower(model)
-    visual = model.model.visual if hasattr(model.model, "visual") else model.visual
+    audio, visual = tower(model, "audio_tower"), tower(model, "visual")
     linears = {
         f"audio_tower.layers.{i}.{name}": layer.get_submodule(name)
         for i, layer in enumerate(audio.layers)
@@ -111,9 +110,9 @@ def adapter(folder, tmp_path_factory):
 
 def peft_name(name: str) -> str:
     """A parameter of PEFT's model under the adapter's names."""
-    for tower in ("audio_tower.", "visual."):
-        if f".{tower}" in name:
-            return THINKER + tower + name.split(f".{tower}")[1].replace(".default", "")
+    for prefix in ("audio_tower.", "visual."):
+        if f".{prefix}" in name:
+            return THINKER + prefix + name.split(f".{prefix}")[1].replace(".default", "")
     return f"{THINKER}model.layers.{name.split('layers.')[1].replace('.default', '')}"
 
 
@@ -317,7 +316,7 @@ def modes(rank, world_size, folder, adapter):
         still = [StepMedia(model.towers, [batch.media])[0].embeddings for _ in range(2)]
         model.train()
         dropped = [StepMedia(model.towers, [batch.media])[0].embeddings for _ in range(2)]
-    of_towers = sum(a * b for a, b in tower_tensors(model).values())
+    of_towers = sum(a * b for a, b in tower_tensors(model, model_args).values())
     tower_sizes = sum(p.numel() for p in model.towers.parameters() if not p.requires_grad)
     alone, both = (
         count_parameters(model_args, RANK, TARGETS),

@@ -125,7 +125,7 @@ def run_linear_case(kernels, kind, case):
 
 
 def run_pass(passes, rank, num_columns, device):
-    """The three passes of one module on a rank's own columns, of which the last ones are padding."""
+    """The three passes of one module on a rank's own columns, the last of which are padding."""
     from megatron_gkd.loss import Divergence
     from megatron_gkd.loss.rows import GradientFactors, row_scalars
 

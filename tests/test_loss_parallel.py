@@ -76,7 +76,7 @@ def count_collectives(calls):
 
 
 def logits_rank(rank, world_size):
-    """Per case: the output's fields, this rank's gradient, collectives in forward and in backward."""
+    """Per case: the output's fields, this rank's gradient, collectives in forward and backward."""
     calls, results = Counter(), []
     count_collectives(calls)
     for num_rows, vocab_size, gap, settings in LOGIT_CASES:

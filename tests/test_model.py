@@ -5,17 +5,16 @@ B rows, S positions, V vocabulary, H hidden size. Ranks are gloo processes (test
 reference runs in this process.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from transformers import (
-    Qwen3OmniMoeForConditionalGeneration,
-    Qwen3OmniMoeThinkerForConditionalGeneration,
-)
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeThinkerTextRotaryEmbedding,
@@ -65,6 +64,9 @@ FOLDERS = {
         vocab_size=701,
         thinker_only=True,
     ),
+    "text, plain rope": dict(
+        SIZES, family="qwen3_moe", num_key_value_heads=2, head_dim=24, vocab_size=600, rope_theta=1e4
+    ),
 }
 
 
@@ -109,23 +111,19 @@ def reference(folder: str, batches: list[MicroBatch]) -> list[tuple[torch.Tensor
     """transformers' logits [B, S, V] and gradients of the input embeddings [B, S, H] for each
     micro-batch, fp32.
     """
-    whole = read_model_args(folder).prefix != ""
-    model_class = (
-        Qwen3OmniMoeForConditionalGeneration
-        if whole
-        else Qwen3OmniMoeThinkerForConditionalGeneration
-    )
-    model = model_class.from_pretrained(
+    config = json.loads(Path(folder, "config.json").read_text())
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    thinker = model.thinker if whole else model
+    )
+    model = getattr(model.eval(), "thinker", model)
+    plain_rope = config["model_type"] == "qwen3_moe"  # turns with the first plane alone
     results = []
     for batch in batches:
-        embeddings = thinker.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
-        logits = thinker(
+        embeddings = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+        logits = model(
             inputs_embeds=embeddings,
             attention_mask=batch.real.long(),
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids[0] if plain_rope else batch.position_ids,
         ).logits
         (gradient,) = torch.autograd.grad(
             (logits * batch.cotangent(logits.shape[-1])).sum(), embeddings

@@ -161,3 +161,16 @@ def test_commits_and_ci_are_checked_alike():
     )
     allowed = [f"3.{minor}" for minor in range(int(first), int(end))]
     assert job["strategy"]["matrix"]["python"] == allowed
+
+
+def test_the_changelog_names_modules_that_exist():
+    """The second column of the table of moved modules; `.name` is a neighbour of the one before."""
+    rows = [line.split("|")[2] for line in section("CHANGELOG.md", "[Unreleased]") if "|" in line]
+    package, missing = "", []
+    for name in re.findall(r"`(\.?[a-z][\w.]+)`", "".join(rows)):
+        module = f"{package}{name}" if name.startswith(".") else name
+        package = module.rpartition(".")[0]
+        path = REPOSITORY / module.replace(".", "/")
+        if not (path.is_dir() or path.with_suffix(".py").is_file()):
+            missing.append(module)
+    assert missing == []

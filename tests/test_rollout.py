@@ -25,17 +25,17 @@ from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.generate import generate
 from tests.ranks import run_ranks
+from tests.rollouts import GREEDY, make_sampling
 
 VOCAB_SIZE = 1000  # not a multiple of 128: every layout has padded columns
 LENGTHS = (9, 1, 17, 4, 12)
 MAX_NEW_TOKENS = 6
 SETTINGS = {
-    "greedy": dict(temperature=0.0),
-    "repetition": dict(
-        temperature=0.0, repetition_penalty=0.6
-    ),  # below 1 rewards: what was written comes again
-    "top-k, top-p": dict(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1),
-    "top-p": dict(temperature=1.3, top_p=0.8),
+    "greedy": GREEDY,
+    # below 1 rewards: what was written comes again
+    "repetition": make_sampling(temperature=0.0, repetition_penalty=0.6),
+    "top-k, top-p": make_sampling(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1),
+    "top-p": make_sampling(temperature=1.3, top_p=0.8),
 }
 # (world size, TP, PP, EP); data-parallel size is what remains
 LAYOUTS = [
@@ -90,7 +90,8 @@ def load(folder, world_size, tp, pp, ep, **options):
 def write(model, model_args, parallel, prompts, **settings):
     """The texts of this rank's share of `prompts` (every dp_size-th), by row number."""
     rows = range(len(prompts))[parallel.dp_rank :: parallel.dp_size]
-    defaults = dict(max_new_tokens=MAX_NEW_TOKENS, eos_token_ids=[], pad_token_id=0, seed=3)
+    defaults = dict(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=[], pad_token_id=0, seed=3)
+    defaults["sampling"] = make_sampling()
     mine = [prompts[row] for row in rows]
     return dict(
         zip(
@@ -104,7 +105,7 @@ def write(model, model_args, parallel, prompts, **settings):
 
 def write_all(rank, world_size, folder, layout, prompts):
     parts = load(folder, *layout)
-    return {name: write(*parts, prompts, **settings) for name, settings in SETTINGS.items()}
+    return {name: write(*parts, prompts, sampling=setting) for name, setting in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def transformers_greedy(model, prompts, **settings):
 @pytest.mark.parametrize("name", ["greedy", "repetition"])
 def test_greedy_text_equals_transformers(thinker, prompts, single_rank, name):
     expected = transformers_greedy(
-        thinker, prompts, repetition_penalty=SETTINGS[name].get("repetition_penalty", 1.0)
+        thinker, prompts, repetition_penalty=SETTINGS[name].repetition_penalty
     )
     assert single_rank[name] == expected
 
@@ -173,7 +174,7 @@ def write_with_adapter(rank, world_size, folder, layout, prompts, adapter_folder
     texts = []
     for toggle in (as_student, as_teacher):
         with toggle(model):
-            texts.append(write(model, model_args, parallel, prompts, temperature=0.0))
+            texts.append(write(model, model_args, parallel, prompts, sampling=GREEDY))
     return texts
 
 
@@ -194,7 +195,12 @@ def adapter_folder(folder, tmp_path_factory):
         path / "adapter_model.safetensors",
     )
     config = peft_config(
-        rank=3, alpha=5.0, dropout=0.0, targets=[*LINEARS, HEAD], base_model=folder
+        model_args.family,
+        rank=3,
+        alpha=5.0,
+        dropout=0.0,
+        targets=[*LINEARS, HEAD],
+        base_model=folder,
     )
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)
@@ -238,8 +244,8 @@ def write_until_stopped(rank, world_size, folder, layout, prompts, stop_ids):
     text = write(
         *parts,
         prompts,
-        temperature=0.0,
-        eos_token_ids=stop_ids,
+        sampling=GREEDY,
+        stop_token_ids=stop_ids,
         progress=lambda *counts: calls.append(counts),
     )
     return [text], calls
@@ -271,7 +277,7 @@ def first_tokens(rank, world_size, folder, layout, prompt, num_rows, settings):
 
 
 def test_first_tokens_follow_the_softmax_of_transformers(folder, prompts, thinker):
-    settings, num_rows = dict(temperature=1.5, top_k=20, top_p=0.9), 2_000
+    settings, num_rows = dict(sampling=make_sampling(temperature=1.5, top_k=20, top_p=0.9)), 2_000
     scores = thinker(input_ids=torch.tensor([prompts[3]])).logits[0, -1] / 1.5
     top = scores.topk(20)
     probabilities = top.values.softmax(dim=0)
@@ -340,7 +346,7 @@ def write_and_interrupt(rank, world_size, folder, layout, prompts):
         parallel.tp_size > 1
     )
     assert [layer.self_attention.core_attention for layer in model.decoder.layers] == attention
-    return [write(model, model_args, parallel, prompts, temperature=0.0)]
+    return [write(model, model_args, parallel, prompts, sampling=GREEDY)]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 2, 1, 1)], ids=["single", "TP2"])
@@ -357,7 +363,7 @@ def write_with_foreign_attention(rank, world_size, folder, layout, prompts):
     model, model_args, parallel = load(folder, *layout)
     for layer in model.decoder.layers:
         layer.self_attention.core_attention = ForeignAttention()
-    texts = write(model, model_args, parallel, prompts, temperature=0.0)
+    texts = write(model, model_args, parallel, prompts, sampling=GREEDY)
     assert all(
         isinstance(layer.self_attention.core_attention, ForeignAttention)
         for layer in model.decoder.layers
@@ -408,8 +414,11 @@ def test_logits_that_are_not_finite_stop_all_ranks_with_the_row(folder):
 
 
 def error_of(rank, world_size, folder, prompts, settings):
+    model = load(folder, 1, 1, 1, 1)
     try:
-        return write(*load(folder, 1, 1, 1, 1), prompts, **settings)
+        if "sampling" in settings:
+            settings = settings | {"sampling": make_sampling(**settings["sampling"])}
+        return write(*model, prompts, **settings)
     except ValueError as error:
         return str(error)
 
@@ -421,7 +430,7 @@ def error_of(rank, world_size, folder, prompts, settings):
         ([[1]], dict(max_new_tokens=0), "max_new_tokens is 0, it must be at least 1"),
         ([[1, VOCAB_SIZE]], {}, f"holds id {VOCAB_SIZE}, the vocabulary has {VOCAB_SIZE}"),
         ([[-1]], {}, f"holds id -1, the vocabulary has {VOCAB_SIZE}"),
-        ([[1]], dict(top_p=2.0), "top_p is 2.0"),
+        ([[1]], dict(sampling=dict(top_p=2.0)), "top_p is 2.0"),
     ],
 )
 def test_wrong_arguments_are_named(folder, prompts, settings, message):

@@ -1,5 +1,5 @@
-"""MegatronRollout: micro-batches in, micro-batches with new responses out; and the folder's stop
-ids.
+"""Rollout with the training model: micro-batches in, micro-batches with new responses out; and the
+folder's stop ids.
 """
 
 import json
@@ -22,14 +22,14 @@ from megatron_gkd.lora import apply_lora, as_student, as_teacher
 from megatron_gkd.lora.slots import STUDENT, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.rollout.backend import MegatronRollout
 from megatron_gkd.rollout.generate import generate
 from tests.ranks import run_ranks
+from tests.rollouts import make_sampling, megatron_rollout
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
 STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
 MAX_COMPLETION_LENGTH = 5
-SAMPLING = dict(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2)
+SAMPLING = make_sampling(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2)
 
 
 @pytest.fixture(scope="module")
@@ -85,43 +85,48 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         seed=0,
     )
     for module in lora_modules(model):
-        for up in module.up.values():
+        for up in module.slots[STUDENT].up.values():
             torch.nn.init.constant_(up, 0.1)
     rows = [
         row
         for row in range(len(STUDENT_PROMPTS))
         if row // 2 % parallel.dp_size == parallel.dp_rank
     ]
+    rollout = megatron_rollout(
+        model,
+        model_args,
+        parallel,
+        sampling=SAMPLING,
+        max_new_tokens=MAX_COMPLETION_LENGTH,
+        stop_token_ids=[5],
+        seed=4,
+    )
     results = []
-    for teacher_writes in (False, True):
-        backend = MegatronRollout(
-            model_args,
-            parallel,
-            eos_token_ids=[5],
-            pad_token_id=0,
-            pad_to_multiple_of=tp,
-            seed=4,
-            max_completion_length=MAX_COMPLETION_LENGTH,
-            teacher_writes=teacher_writes,
-            **SAMPLING,
-        )
+    for author, prompt_of, toggle in (
+        ("student", STUDENT_PROMPTS.__getitem__, as_student),
+        ("teacher", teacher_prompt, as_teacher),
+    ):
         texts = {}
         for step in steps:
             batches = make_batches(rows, tp)
-            for old, new in zip(batches, backend.respond(model, batches, step)):
+            for old, new in zip(batches, rollout.respond(batches, step, author)):
                 check_batch(old, new, tp)
                 for index, row in enumerate(new.rows):
                     texts[step, row] = split_row(new, index)
         assert all(module.active == STUDENT for module in lora_modules(model))
         texts = {key: text for key, text in texts.items() if key[1] >= 0}
-        prompts = [teacher_prompt(row) if teacher_writes else STUDENT_PROMPTS[row] for row in rows]
-        settings = dict(
-            max_new_tokens=MAX_COMPLETION_LENGTH, eos_token_ids=[5], pad_token_id=0, **SAMPLING
-        )
-        toggle = as_teacher if teacher_writes else as_student
         with toggle(model):
             direct = generate(
-                model, model_args, parallel, prompts, row_ids=list(rows), seed=4 << 32, **settings
+                model,
+                model_args,
+                parallel,
+                [prompt_of(row) for row in rows],
+                sampling=SAMPLING,
+                max_new_tokens=MAX_COMPLETION_LENGTH,
+                stop_token_ids=[5],
+                pad_token_id=0,
+                seed=4 << 32,
+                row_ids=list(rows),
             )
         results.append((texts, dict(zip(rows, direct))))
     return results
@@ -195,19 +200,17 @@ def respond_to_one_row(rank, world_size, folder, num_times):
     model_args = read_model_args(folder)
     model = build_decoder(model_args, parallel, torch.float32)
     load_weights(model, model_args, parallel, folder)
-    settings = dict(max_completion_length=MAX_COMPLETION_LENGTH, **SAMPLING)
-    backend = MegatronRollout(
+    rollout = megatron_rollout(
+        model,
         model_args,
         parallel,
-        eos_token_ids=[],
-        pad_token_id=0,
-        pad_to_multiple_of=1,
+        sampling=SAMPLING,
+        max_new_tokens=MAX_COMPLETION_LENGTH,
         seed=4,
-        **settings,
     )
     places = [place for place in range(num_times) if place // 2 % world_size == rank]
     batches = make_batches([3] * len(places), 1)
-    batches = backend.respond(model, batches, 0)
+    batches = rollout.respond(batches, 0, "student")
     assert all(batch.rows == [3, 3] for batch in batches)
     return dict(
         zip(places, (split_row(batch, index)[2] for batch in batches for index in range(2)))
@@ -222,16 +225,17 @@ def test_a_row_that_comes_twice_is_answered_twice(folder):
 
 
 def test_a_response_that_ends_by_itself_is_not_truncated():
-    settings = dict(pad_token_id=0, pad_to_multiple_of=1, seed=0, max_completion_length=3)
-    backend = MegatronRollout(None, None, eos_token_ids=[5, 6], **settings)
+    rollout = megatron_rollout(None, None, None, max_new_tokens=3, stop_token_ids=[5, 6])
     batches = make_batches([0, 1, 2], 1)
     responses = [
         [[9, 8, 7], [9, 8, 6]],
         [[9, 5], []],
-    ]  # cut, ended with its last token, ended before; a filler row
+    ]  # cut, ended with its last token, ended before; a padding row
     batches = [with_responses(batch, texts, 0, 1) for batch, texts in zip(batches, responses)]
-    assert backend.num_truncated(batches) == 1
-    assert replace(backend, eos_token_ids=[]).num_truncated(batches) == 2
+    assert rollout.num_truncated(batches) == 1
+    assert replace(rollout, stop_token_ids=[]).num_truncated(batches) == 2
+    of_the_data_set = [replace(batch, on_policy=False) for batch in batches]
+    assert rollout.num_truncated(of_the_data_set) == 0
 
 
 def write_json(folder, name, content):

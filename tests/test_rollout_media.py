@@ -8,11 +8,11 @@ import torch
 from demo.tiny.folder import build_folder
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
-from megatron_gkd.rollout.backend import MegatronRollout
 from tests.adapters import load_thinker
 from tests.lora_runs import build, initialize
 from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
+from tests.rollouts import megatron_rollout
 
 VOCAB_SIZE, MAX_NEW_TOKENS = 503, 5
 SIDES = ("student", "teacher")
@@ -47,27 +47,12 @@ def write(rank, world_size, folder, tp, pp, ep):
     batches = batches[place.dp_rank :: place.dp_size]
     model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
     towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
+    rollout = megatron_rollout(model, model_args, place, max_new_tokens=MAX_NEW_TOKENS)
     texts = {}
     for side in SIDES:
-        rollout = MegatronRollout(
-            model_args,
-            place,
-            eos_token_ids=[],
-            pad_token_id=0,
-            pad_to_multiple_of=tp,
-            seed=0,
-            max_completion_length=MAX_NEW_TOKENS,
-            temperature=0.0,
-            repetition_penalty=1.0,
-            teacher_writes=side == "teacher",
-        )
+        media = StepMedia(towers, [batch.media for batch in batches])
         texts[side] = {}
-        for old, new in zip(
-            batches,
-            rollout.respond(
-                model, batches, 0, StepMedia(towers, [batch.media for batch in batches])
-            ),
-        ):
+        for old, new in zip(batches, rollout.respond(batches, 0, side, media)):
             view = getattr(new, side)
             spans = zip(
                 view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist()

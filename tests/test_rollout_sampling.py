@@ -13,8 +13,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_gkd.rollout.sampling import Sampler, Sampling
+from megatron_gkd.rollout.sampling import Sampler
 from tests.ranks import run_ranks
+from tests.rollouts import make_sampling
 
 VOCAB_SIZE, PADDED_SIZE = 503, 512
 NUM_DRAWS = 4_000
@@ -57,7 +58,7 @@ def shard(logits, rank, world_size):
 def filter_cases(rank, world_size, logits, seen):
     results = []
     for case in CASES:
-        sampler = make_sampler(Sampling(**case), rank, world_size)
+        sampler = make_sampler(make_sampling(**case), rank, world_size)
         sampler.observe(seen)
         results.append(sampler.filtered(shard(logits, rank, world_size)))
     return results
@@ -107,7 +108,9 @@ def chi_square_excess(counts, probabilities):
 def test_the_statistic_sees_a_slightly_wrong_softmax():
     torch.manual_seed(1)
     logits = 2 * torch.randn(1, VOCAB_SIZE)
-    counts = torch.bincount(draw_many(0, 1, logits, Sampling(), NUM_DRAWS, 7), minlength=VOCAB_SIZE)
+    counts = torch.bincount(
+        draw_many(0, 1, logits, make_sampling(), NUM_DRAWS, 7), minlength=VOCAB_SIZE
+    )
     assert chi_square_excess(counts, (logits / 1.2).softmax(dim=1)[0]) > 6
 
 
@@ -121,7 +124,11 @@ def draw_many(rank, world_size, logits, sampling, num_draws, seed):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(temperature=1.5, top_k=30, top_p=0.9), Sampling(top_p=0.5)],
+    [
+        make_sampling(),
+        make_sampling(temperature=1.5, top_k=30, top_p=0.9),
+        make_sampling(top_p=0.5),
+    ],
     ids=str,
 )
 def test_draws_follow_the_softmax_at_any_sharding(sampling):
@@ -141,7 +148,7 @@ def test_draws_follow_the_softmax_at_any_sharding(sampling):
 
 
 def test_noise_is_gumbel_and_independent_of_its_neighbours():
-    sampler = make_sampler(Sampling(), num_rows=200)
+    sampler = make_sampler(make_sampling(), num_rows=200)
     noise = torch.stack([sampler.noise(step) for step in range(20)])  # [steps, rows, columns]
     sample = noise.flatten().sort().values
     size = sample.numel()
@@ -158,18 +165,22 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours():
 
 
 def test_noise_depends_on_seed_row_step_and_column_alone():
-    whole = make_sampler(Sampling(), row_ids=torch.tensor([3, 8]), seed=5)
-    part = make_sampler(Sampling(), rank=1, world_size=1, row_ids=torch.tensor([8]), seed=5)
+    whole = make_sampler(make_sampling(), row_ids=torch.tensor([3, 8]), seed=5)
+    part = make_sampler(make_sampling(), rank=1, world_size=1, row_ids=torch.tensor([8]), seed=5)
     part.columns = whole.columns[100:200]
     assert torch.equal(whole.noise(4)[1:, 100:200], part.noise(4))
     assert not torch.equal(whole.noise(4), whole.noise(5))
     assert not torch.equal(
-        whole.noise(4), make_sampler(Sampling(), row_ids=torch.tensor([3, 8]), seed=6).noise(4)
+        whole.noise(4), make_sampler(make_sampling(), row_ids=torch.tensor([3, 8]), seed=6).noise(4)
     )
 
 
 def draw_special_rows(rank, world_size, logits):
-    settings = (Sampling(temperature=0), Sampling(top_k=2, top_p=0.99), Sampling(top_p=0.9))
+    settings = (
+        make_sampling(temperature=0),
+        make_sampling(top_k=2, top_p=0.99),
+        make_sampling(top_p=0.9),
+    )
     return [
         make_sampler(sampling, rank, world_size).draw(shard(logits, rank, world_size), 0)
         for sampling in settings
@@ -204,4 +215,4 @@ def test_ties_take_the_lowest_id_and_broken_rows_are_marked(world_size):
 )
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        Sampling(**{name: value})
+        make_sampling(**{name: value})

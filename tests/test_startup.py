@@ -1,5 +1,5 @@
 """A Transformer Engine that is installed and does not import ends a run with its reason, and the
-doctor tells it.
+doctor tells it; what needs no model is answered before torch is imported.
 """
 
 import importlib.util
@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from megatron_gkd.startup import import_problem, transformer_engine_usable
+from tests.sizes import SMALLEST
 
 REPOSITORY = Path(__file__).parents[1]
-PROBLEM = "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): install the build for"
+PROBLEM = (
+    "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): "
+    "install the build for"
+)
 
 
 @pytest.fixture
@@ -61,3 +65,41 @@ def test_the_doctor_goes_on(broken):
     done = run("megatron_gkd.doctor", broken)
     assert done.returncode == 0, done.stderr
     assert f"  error: {PROBLEM}" in done.stdout and "Optional packages" in done.stdout
+
+
+SLOW = {"datasets", "megatron", "numpy", "torch", "transformers"}
+
+
+def imports(*command) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """What `python -m COMMAND` did, and the packages that it imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done, {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "command, status, says",
+    [
+        (["megatron_gkd.train", "--help"], 0, "--tensor_model_parallel_size"),
+        (["megatron_gkd.train", "--modl", "m"], 2, "--modl is not a setting; the nearest is"),
+        (["megatron_gkd.train", "--model", "m"], 2, "required: --dataset"),
+        (["megatron_gkd.config", "--check_layout", "4"], 0, "Layout: 4 ranks = TP 1 x PP 1 x DP 4"),
+    ],
+    ids=["help", "misspelt", "missing", "layout"],
+)
+def test_an_answer_before_the_slow_imports(tiny_folder, command, status, says):
+    if "--check_layout" in command:
+        command = [*command, "--model", tiny_folder(**SMALLEST), "--dataset", "d"]
+    done, packages = imports(*command)
+    assert done.returncode == status and says in done.stdout + done.stderr
+    assert "megatron_gkd" in packages and packages & SLOW == set()
+
+
+def test_the_slow_imports_are_seen():
+    _, packages = imports("megatron_gkd.doctor")
+    assert packages >= {"torch", "megatron"}

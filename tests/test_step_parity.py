@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import Qwen3MoeForCausalLM, Qwen3OmniMoeThinkerForConditionalGeneration
 
 from megatron_gkd.verify.reference import decoder, load_peft
 from tests.reference_step import (
@@ -157,6 +157,14 @@ CASES = {
         dict(temperature=1.0),
         dict(recompute="full", temperature=1),
     ),
+    "text": (
+        "text",
+        "all",
+        "mixed",
+        dict(beta=0.3, temperature=3.5, sft_alpha=0.3),
+        dict(beta=0.3, temperature=3.5, sft_alpha=0.3),
+    ),
+    "text lm_head": ("text", "head", "teacher", {}, dict(recompute="full")),
 }
 TARGETS = {
     "all": ATTENTION + EXPERTS,
@@ -218,6 +226,7 @@ def folders(tiny_folder, tmp_path_factory):
     models = {
         "small": tiny_folder(**SMALL),
         "other": tiny_folder(text_config=dict(norm_topk_prob=False), **OTHER),
+        "text": tiny_folder(family="qwen3_moe", num_key_value_heads=2, **SMALL),
     }
     rows = {
         "teacher": make_rows(NUM_ROWS),
@@ -314,10 +323,17 @@ def run_cases(
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
-def test_reference_adapter_is_peft(folders):
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("small", Qwen3OmniMoeThinkerForConditionalGeneration),
+        ("text", Qwen3MoeForCausalLM),
+    ],
+)
+def test_reference_adapter_is_peft(folders, name, kind):
     """W + scale B A is what `peft` computes from the same folder, per-expert names included."""
-    folder, adapter = folders["models"]["small"], folders["adapters"]["small", "all"]
-    base = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    folder, adapter = folders["models"][name], folders["adapters"][name, "all"]
+    base = kind.from_pretrained(folder, dtype=torch.float32)
     model = load_peft(base, adapter).eval()
     assert all(
         value.any() for name, value in decoder(base).named_parameters() if ".lora_B." in name
@@ -370,10 +386,10 @@ def test_one_rank_all_cases(folders, tmp_path):
         ),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
         (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
-        (2, 1, 2, 1, 2, ["a teacher with attention", "a teacher with all"]),
+        (2, 1, 2, 1, 2, ["a teacher with attention", "a teacher with all", "text", "text lm_head"]),
         (2, 2, 1, 2, 1, ["a teacher with all", "a teacher with lm_head"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
-        (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute"]),
+        (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute", "text"]),
         (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head", "a teacher with lm_head"]),
         (4, 4, 1, 4, 1, ["guide", "paper", "other"]),
         (4, 2, 1, 4, 2, ["guide", "other recompute"]),
@@ -476,16 +492,23 @@ def four_steps(
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep, max_grad_norm",
-    [(1, 1, 1, 1, 1e9), (2, 2, 1, 2, 0.3), (4, 2, 2, 2, 0.3), (4, 2, 1, 4, 1e9), (8, 8, 1, 8, 0.3)],
+    "name, world_size, tp, pp, ep, max_grad_norm",
+    [
+        ("small", 1, 1, 1, 1, 1e9),
+        ("small", 2, 2, 1, 2, 0.3),
+        ("small", 4, 2, 2, 2, 0.3),
+        ("small", 4, 2, 1, 4, 1e9),
+        ("small", 8, 8, 1, 8, 0.3),
+        ("text", 2, 2, 1, 2, 1e9),
+    ],
 )
-def test_adapter_after_four_steps(folders, tmp_path, world_size, tp, pp, ep, max_grad_norm):
+def test_adapter_after_four_steps(folders, tmp_path, name, world_size, tp, pp, ep, max_grad_norm):
     """Clipping, AdamW and the learning rate: the saved adapter is torch's, from the reference's
     gradients. Every step takes all rows.
     """
     model, adapter, rows = (
-        folders["models"]["small"],
-        folders["adapters"]["small", "all"],
+        folders["models"][name],
+        folders["adapters"][name, "all"],
         folders["files"]["mixed"],
     )
     argv = arguments(
@@ -516,6 +539,6 @@ def test_adapter_after_four_steps(folders, tmp_path, world_size, tp, pp, ep, max
         for folder in (adapter, tmp_path / "checkpoint-4")
     )
     assert saved.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        moved = (tensor - start[name]).norm()
-        assert (saved[name] - tensor).norm() < 2e-4 * max(moved, 0.01), name
+    for key, tensor in tensors.items():
+        moved = (tensor - start[key]).norm()
+        assert (saved[key] - tensor).norm() < 2e-4 * max(moved, 0.01), key

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd import flags, parallel, train
+from megatron_gkd import parallel, train
 from megatron_gkd.lora.adapter import LINEARS
 from megatron_gkd.train import draw, main
 from megatron_gkd.verify.reference import decoder
@@ -170,7 +170,7 @@ def test_run_folder(data, tmp_path):
     [(1, 1, 1, 1), (2, 1, 1, 2), pytest.param(4, 2, 2, 2, marks=pytest.mark.smoke), (4, 2, 1, 2)],
 )
 def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
-    """Five rows in micro-batches of two: filler rows, whole filler batches too, count nothing."""
+    """Five rows in micro-batches of two: padding samples, whole batches of them, count nothing."""
     flags = dict(
         val_dataset=data["val_dataset"],
         adapter=data["adapter"],
@@ -369,7 +369,7 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
         raise FileNotFoundError("rows.jsonl is not on this node")
 
     monkeypatch.setenv("RANK", "9")
-    monkeypatch.setattr(flags, "SECONDS_FOR_RANK_0", 0)
+    monkeypatch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
     monkeypatch.setattr(parallel, "initialize", lambda *args, **kwargs: None)
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit) as exit_:

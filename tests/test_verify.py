@@ -25,6 +25,7 @@ from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from checkpoint_tools.verify import VerifyConfig, verify
 from megatron_gkd import parallel
+from megatron_gkd.families import family_of
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
@@ -302,7 +303,8 @@ def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
     tensors = {
         name: t.clone() for name, t in load_file(only_model / "adapter_model.safetensors").items()
     }
-    save_tensors(tensors, only_model, rank=4, alpha=6.0, targets=ALL)
+    family = family_of("qwen3_omni_moe")
+    save_tensors(tensors, only_model, family, rank=4, alpha=6.0, targets=ALL)
     megatron_to_hf(MegatronToHfConfig(adapter, str(tmp_path / "exported"), export="adapter"))
     for path, message in (
         (run, "lora_alpha is 7, trained with 6.0 (trainer_state.json)"),

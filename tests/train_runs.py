@@ -126,7 +126,7 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
     """
     import torch
 
-    from megatron_gkd import build
+    from megatron_gkd import adapters, build
     from megatron_gkd import parallel as layout
     from megatron_gkd.config import parse_config
     from megatron_gkd.model.args import read_model_args
@@ -145,9 +145,9 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
     layout.seed_step(0, 0, parallel)
     model_args = read_model_args(config.model.model)
     more_linears = bool(config.lora.lora_target_modules)
-    config, adapter, _ = build.resolve(config, model_args, parallel, has_media=audio or visual)
+    config, adapter, _ = adapters.resolve(config, model_args, parallel, has_media=audio or visual)
     model = build.build_base(config, model_args, parallel, audio=audio, visual=visual)
-    build.add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    adapters.add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
     ddp = in_gradient_reducer(model)
     return SimpleNamespace(
         parallel=parallel,

@@ -218,7 +218,7 @@ def read_stop_token_ids(folder: str | Path) -> list[int]:
     """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the
     tokenizer's eos token and the special token that closes an assistant turn in its chat template.
 
-    An empty list where none of them names one (a folder of weights without a tokenizer that loads):
+    An empty list if none of them names one (a folder of weights without a tokenizer that loads):
     responses then have their full length. Raises ValueError naming the file whose eos_token_id is
     not an id or a list of ids.
     """

@@ -27,7 +27,7 @@ class InlineMedia:
     view has media outside its turns.
     """
     values: dict[str, list[Any]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    """Kind -> the medium that each placeholder holds, None where it is left to the column"""
+    """Kind -> the medium that each placeholder holds; None if that is left to the column"""
 
 
 def check_text(value: Any, where: str) -> str:
@@ -162,7 +162,7 @@ def check_conversation(
 
 
 def alpaca_messages(row: dict[str, Any], inline: InlineMedia) -> Messages:
-    """The prompt is `instruction` and, on a new line, `input` where there is one; the response is
+    """The prompt is `instruction` and, on a new line, `input` if there is one; the response is
     `output`. Raises RowError.
     """
     parts = [check_text(row[name], name) for name in ("instruction", "input") if name in row]

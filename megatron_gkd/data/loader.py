@@ -132,7 +132,7 @@ def step_loader(
     num_workers: int,
     pad_token_id: int,
     pad_to_multiple_of: int,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """For each optimizer step in [start_step, num_steps) this rank's micro-batches,
     `gradient_accumulation_steps` of them. Close it (contextlib.closing), however the run ends.
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy
 
-# Purposes of permutations. Each has its own random stream, so that one does not depend on another.
+# Purposes of permutations. Each has its own random stream, independent of the others.
 SUBSET, SPLIT, EPOCH = 1, 2, 3
 
 

@@ -52,7 +52,7 @@ RowMedia = dict[str, list[Reference]]
 @dataclass(frozen=True)
 class Row:
     """Either `messages` (ends with an assistant turn) or `input_ids` with `labels` (unshifted), and
-    at most one teacher view. `teacher_media` is None where the teacher has the student's.
+    at most one teacher view. `teacher_media` is None if the teacher has the student's.
     """
 
     messages: Messages | None
@@ -140,7 +140,7 @@ def _response_columns(row: dict[str, Any]) -> str:
 
 
 def _inline_media(row: dict[str, Any], prefix: str, inherited: RowMedia) -> InlineMedia:
-    """Nothing collected yet. A tag such as `<image>` counts where the view has media of that kind,
+    """Nothing collected yet. A tag such as `<image>` counts if the view has media of that kind,
     in its own column or inherited from the student's view.
     """
     return InlineMedia({kind for kind in KINDS if row.get(f"{prefix}{kind}s", inherited.get(kind))})
@@ -178,7 +178,7 @@ def _teacher_media(
     messages: Messages | None,
     folder: str,
 ) -> RowMedia | None:
-    """The teacher's media where they differ from `media`, the student's; else None.
+    """The teacher's media if they differ from `media`, the student's; else None.
 
     Of each kind they are those of its column or of its turns, else the student's. None of a kind,
     if the student's turns (not its column) hold that kind and the teacher has turns (`messages`)

@@ -25,7 +25,7 @@ class Tower:
     """Its list of layers"""
     lora_linears: tuple[str, ...]
     """What `--lora_towers` wraps in each layer"""
-    load_class: Callable[[], type]
+    load_class: Callable[[], Any]
     """transformers' class of it"""
 
 
@@ -37,6 +37,8 @@ class Family:
 
     title: str
     """For messages: `Qwen3-Omni`"""
+    trained_part: str = "the model"
+    """For messages: the part that LoRA is put on"""
 
     # config.json
     prefixes: dict[str, str]
@@ -84,6 +86,11 @@ class Family:
     def adapter_root(self) -> str:
         """What the names of an adapter's tensors begin with where we write them."""
         return f"base_model.model.{self.adapter_roots[0]}"
+
+    @property
+    def adapter_layers(self) -> str:
+        """The same up to the number of the decoder's layer."""
+        return f"{self.adapter_root}{self.inner_roots[0]}layers."
 
     @property
     def excluded_modules(self) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ def _media_settings(config: Any) -> dict[str, Any]:
 
 FAMILY = Family(
     title="Qwen3-Omni",
+    trained_part="the thinker",
     prefixes={"qwen3_omni_moe": "thinker.", "qwen3_omni_moe_thinker": ""},
     section="thinker_config",
     text_section="text_config",

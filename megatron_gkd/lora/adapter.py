@@ -23,10 +23,6 @@ EXPERTS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION + EXPERTS
 HEAD = "lm_head"
 
-# With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it the
-# whole model would ignore it.
-THINKER = "base_model.model.thinker."
-ROOT = f"{THINKER}model.layers."
 _ALL = slice(None)
 
 
@@ -61,6 +57,7 @@ def adapter_tensors(
     """Name and shape of every tensor of the adapter: lora_A [r, d_in] and lora_B [d_out, r] of
     every targeted linear.
     """
+    root, layers = model_args.family.adapter_root, model_args.family.adapter_layers
     hidden, inter = model_args.hidden_size, model_args.moe_intermediate_size
     queries, keys = (
         model_args.num_attention_heads * model_args.head_dim,
@@ -91,11 +88,11 @@ def adapter_tensors(
                 if name in targets
             }
         for linear, (d_in, d_out) in linears.items():
-            tensors[f"{ROOT}{linear}.lora_A.weight"] = (rank, d_in)
-            tensors[f"{ROOT}{linear}.lora_B.weight"] = (d_out, rank)
+            tensors[f"{layers}{linear}.lora_A.weight"] = (rank, d_in)
+            tensors[f"{layers}{linear}.lora_B.weight"] = (d_out, rank)
     if HEAD in targets:
-        tensors[f"{THINKER}{HEAD}.lora_A.weight"] = (rank, hidden)
-        tensors[f"{THINKER}{HEAD}.lora_B.weight"] = (model_args.vocab_size, rank)
+        tensors[f"{root}{HEAD}.lora_A.weight"] = (rank, hidden)
+        tensors[f"{root}{HEAD}.lora_B.weight"] = (model_args.vocab_size, rank)
     return tensors
 
 
@@ -111,13 +108,16 @@ def tower_loras(model: Any, slot: str = STUDENT) -> dict[str, LoraSlot]:
     return found
 
 
-def tower_tensors(model: Any, slot: str = STUDENT) -> dict[str, tuple[int, int]]:
+def tower_tensors(
+    model: Any, model_args: ModelArgs, slot: str = STUDENT
+) -> dict[str, tuple[int, int]]:
     """As `adapter_tensors`, of the towers' LoRA in `slot`."""
+    root = model_args.family.adapter_root
     tensors: dict[str, tuple[int, int]] = {}
     for linear, matrices in tower_loras(model, slot).items():
         (down,), (up,) = matrices.down.values(), matrices.up.values()
-        tensors[f"{THINKER}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
-        tensors[f"{THINKER}{linear}.lora_B.weight"] = (up.shape[0], up.shape[1])
+        tensors[f"{root}{linear}.lora_A.weight"] = (down.shape[0], down.shape[1])
+        tensors[f"{root}{linear}.lora_B.weight"] = (up.shape[0], up.shape[1])
     return tensors
 
 
@@ -128,16 +128,17 @@ def adapter_slices(
     adapter.
     """
     tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
+    root, layers = model_args.family.adapter_root, model_args.family.adapter_layers
     writes_sharded = parallel.dp_rank == 0
     writes_replicated = writes_sharded and tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 
     for linear, on_tower in tower_loras(model, slot).items():
         (down,), (up,) = on_tower.down.values(), on_tower.up.values()
-        yield _slice(f"{THINKER}{linear}.lora_A", down, writes_replicated)
-        yield _slice(f"{THINKER}{linear}.lora_B", up, writes_replicated)
+        yield _slice(f"{root}{linear}.lora_A", down, writes_replicated)
+        yield _slice(f"{root}{linear}.lora_B", up, writes_replicated)
     for layer in model.decoder.layers:
-        base = f"{ROOT}{layer.layer_number - 1}"
+        base = f"{layers}{layer.layer_number - 1}"
         attention = f"{base}.self_attn"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
         if (matrices := slot_of(qkv, slot)) is not None:
@@ -170,12 +171,12 @@ def adapter_slices(
                         yield _slice(f"{linear}.lora_B", up, writes_experts, where=(position,))
     if (matrices := slot_of(getattr(model, "head_lora", None), slot)) is not None:
         down, up = matrices.down[HEAD], matrices.up[HEAD]
-        yield _slice(f"{THINKER}{HEAD}.lora_A", down, writes_replicated)
+        yield _slice(f"{root}{HEAD}.lora_A", down, writes_replicated)
         first = tp_rank * len(up)
         num_rows = min(max(model_args.vocab_size - first, 0), len(up))  # the rest is padding
         if num_rows:
             yield _slice(
-                f"{THINKER}{HEAD}.lora_B",
+                f"{root}{HEAD}.lora_B",
                 up,
                 writes_sharded,
                 index=(slice(first, first + num_rows), _ALL),

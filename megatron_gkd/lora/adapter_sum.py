@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
-from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
+from megatron_gkd.lora.adapter import HEAD, adapter_tensors
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
@@ -44,7 +44,8 @@ class AdapterSum:
         Raises ValueError naming a tensor whose sum is NaN, Inf, or too large for that dtype.
         """
         linear = name.removeprefix(self.model_args.prefix).removesuffix(".weight")
-        down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
+        root = self.model_args.family.adapter_root
+        down, up = (f"{root}{linear}.lora_{side}.weight" for side in "AB")
         terms = [
             (adapter, weight)
             for adapter, weight in zip(self.adapters, self.weights)
@@ -88,15 +89,15 @@ def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]
     ValueError naming a linear whose weight the folder does not have.
     """
     opened = open_adapters(adapters, weights, source.model_args)
+    root = source.model_args.family.adapter_root
     for adapter in opened.adapters:
         names = [
             name
             for name in adapter_tensors(source.model_args, 1, adapter.targets)
             if ".lora_B." in name and name in adapter
         ]
-        linears = [
-            name.removeprefix(THINKER).removesuffix(".lora_B.weight") for name in names
-        ] + adapter.towers
+        linears = [name.removeprefix(root).removesuffix(".lora_B.weight") for name in names]
+        linears += adapter.towers
         lost = [
             linear
             for linear in linears
@@ -115,11 +116,11 @@ def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]
 
 
 def refuse_outside(adapter: PeftAdapter) -> None:
-    """Raise ValueError for LoRA that the tools would drop: on the talker or the vocoder."""
+    """Raise ValueError for LoRA that the tools would drop: on the family's other models."""
     if adapter.outside:
         raise ValueError(
             f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more "
-            "are not LoRA on the thinker"
+            f"are not LoRA on {adapter.model_args.family.trained_part}"
         )
 
 

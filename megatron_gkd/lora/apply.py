@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_gkd.families import Family
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.lora.adapter import (
     HEAD,
@@ -30,19 +31,6 @@ from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, keep_active_fo
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.qkv_layout import qkv_segments
 from megatron_gkd.parallel import Parallel
-
-# Attention and MLP of a tower's layers, by their place in a layer.
-_TOWER_LINEARS = {
-    "audio_tower.layers": (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.out_proj",
-        "fc1",
-        "fc2",
-    ),
-    "visual.blocks": ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
-}
 
 
 def apply_lora(
@@ -71,9 +59,9 @@ def apply_lora(
         alpha=alpha,
         dropout=dropout,
         targets=targets,
-        towers=tower_linears(model.towers) if towers else (),
+        towers=tower_linears(model.towers, model_args.family) if towers else (),
     )
-    full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model)
+    full_shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     for part in adapter_slices(model, model_args, parallel):
         name = part.stored.name
         if ".lora_A." in name:
@@ -147,14 +135,13 @@ def _wrap(
     return module
 
 
-def tower_linears(towers: nn.Module | None) -> list[str]:
+def tower_linears(towers: nn.Module | None, family: Family) -> list[str]:
     """Every linear of the towers that can carry LoRA, by name ("audio_tower.layers.0.fc1")."""
     found = []
-    for layers, names in _TOWER_LINEARS.items():
-        tower, inner = layers.split(".")
-        if getattr(towers, tower, None) is not None:
-            num_layers = len(getattr(getattr(towers, tower), inner))
-            found += [f"{layers}.{i}.{name}" for i in range(num_layers) for name in names]
+    for tower in family.towers:
+        module = getattr(towers, tower.name, None)
+        for i in range(len(getattr(module, tower.layers)) if module is not None else 0):
+            found += [f"{tower.name}.{tower.layers}.{i}.{name}" for name in tower.lora_linears]
     return found
 
 
@@ -170,7 +157,7 @@ def num_adapter_parameters(
     """
     sizes = adapter_tensors(model_args, rank, targets)
     if model is not None:
-        sizes |= tower_tensors(model, slot)
+        sizes |= tower_tensors(model, model_args, slot)
     return sum(math.prod(size) for size in sizes.values())
 
 

@@ -46,7 +46,7 @@ def load_adapter(
             f"add it to --lora_target_modules {','.join(targets)}"
         )
     _check_base(model, model_args, parallel, adapter)
-    in_towers = tower_tensors(model, slot)
+    in_towers = tower_tensors(model, model_args, slot)
     for part in adapter_slices(model, model_args, parallel, slot):
         name, (rows, columns) = part.stored.name, part.stored.index
         if name not in adapter or adapter.is_empty(name):
@@ -79,7 +79,7 @@ def load_teacher(
 
     Raises ValueError for another base, or towers of other sizes. No collectives.
     """
-    built = tower_linears(model.towers)
+    built = tower_linears(model.towers, model_args.family)
     add_slot(
         model,
         model_args,

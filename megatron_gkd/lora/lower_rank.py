@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_gkd.lora.adapter import THINKER, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.adapter_sum import refuse_outside, write_adapter
 from megatron_gkd.lora.peft_config import CONFIG, peft_config, saved_targets
 from megatron_gkd.lora.peft_folder import PeftAdapter
@@ -39,7 +39,7 @@ def lower_rank(
     whose own rank is lower (rank_pattern, layers without LoRA) keeps its update and is padded with
     zeros.
 
-    Raises ValueError for a rank that is not lower, or LoRA outside the thinker.
+    Raises ValueError for a rank that is not lower, or LoRA on another model of the family.
     """
     refuse_outside(adapter)
     if not 0 < rank < adapter.rank:
@@ -47,13 +47,13 @@ def lower_rank(
             f"--lora_rank {rank}: the adapter has rank {adapter.rank}; "
             f"choose 1 to {adapter.rank - 1}"
         )
-    scale = adapter.alpha / adapter.rank
+    root, scale = model_args.family.adapter_root, adapter.alpha / adapter.rank
     sizes = adapter_tensors(model_args, rank, saved_targets(adapter.targets))
     tensors = {name: torch.zeros(size) for name, size in sizes.items()}
     lost: dict[str, float] = {}
     total: dict[str, float] = {}
     names = [name for name in sizes if ".lora_A." in name]
-    for down_name in names + [f"{THINKER}{linear}.lora_A.weight" for linear in adapter.towers]:
+    for down_name in names + [f"{root}{linear}.lora_A.weight" for linear in adapter.towers]:
         if down_name not in adapter:
             continue
         up_name = down_name.replace(".lora_A.", ".lora_B.")
@@ -66,6 +66,7 @@ def lower_rank(
         lost[linear] = values[rank:].square().sum().item()
         total[linear] = values.square().sum().item()
     settings = peft_config(
+        model_args.family,
         rank=rank,
         alpha=scale * rank,
         dropout=0.0,
@@ -75,7 +76,14 @@ def lower_rank(
     )
 
     def fill(folder: Path) -> None:
-        save_tensors(tensors, folder, rank=rank, alpha=scale * rank, targets=adapter.targets)
+        save_tensors(
+            tensors,
+            folder,
+            model_args.family,
+            rank=rank,
+            alpha=scale * rank,
+            targets=adapter.targets,
+        )
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
     write_adapter(output, "lower_rank", fill, [adapter.folder, Path(hf_model)])

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.families import Family
 from megatron_gkd.lora.adapter import EXPERTS
 
 CONFIG = "adapter_config.json"
@@ -72,6 +73,7 @@ def pattern_value(
 
 
 def peft_config(
+    family: Family,
     *,
     rank: int,
     alpha: float,
@@ -83,14 +85,13 @@ def peft_config(
     """adapter_config.json for PEFT. towers: their linears with LoRA, by name.
 
     The decoder's names are bare (PEFT rewrites those of fused experts), so the towers without LoRA
-    and the talker, whose linears have the same names, are excluded. PEFT refuses dropout on fused
-    experts even at inference: an adapter with experts states 0.
+    and the other models, whose linears have the same names, are excluded. PEFT refuses dropout on
+    fused experts even at inference: an adapter with experts states 0.
     """
     has_experts = any(name in EXPERTS for name in targets)
     with_lora = {name.split(".")[0] for name in towers}
-    excluded = [
-        name for name in ("audio_tower", "visual", "talker", "code2wav") if name not in with_lora
-    ]
+    excluded = [name for name in family.excluded_modules if name not in with_lora]
+    exclude = {"exclude_modules": f".*({'|'.join(excluded)}).*"} if excluded else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -100,7 +101,7 @@ def peft_config(
         "lora_dropout": 0.0 if has_experts else dropout,
         "bias": "none",
         "target_modules": saved_targets(targets) + list(towers),
-        "exclude_modules": f".*({'|'.join(excluded)}).*",
+        **exclude,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -1,10 +1,11 @@
 """A PEFT adapter folder, opened.
 
 It may hold what PEFT writes for this model under transformers 4 (a linear for every expert) or 5
-(experts fused into stacked parameters, whose LoRA has E ranks side by side), with or without the
-`thinker.` prefix.
+(experts fused into stacked parameters, whose LoRA has E ranks side by side), under any of the
+family's roots.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,20 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_gkd.lora.adapter import HEAD, ROOT, THINKER, adapter_tensors, resolve_targets
+from megatron_gkd.lora.adapter import HEAD, adapter_tensors, resolve_targets
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, pattern_value, read_config
-from megatron_gkd.lora.peft_names import (
-    BASE_NAME,
-    FUSED_NAME,
-    HEAD_NAME,
-    HEAD_SPELLINGS,
-    NAME,
-    OUTSIDE,
-    SPELLINGS,
-    TOWER_NAME,
-    layer_and_linear,
-    linear_of,
-)
+from megatron_gkd.lora.peft_names import layer_and_linear, linear_of, peft_names
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -42,7 +32,7 @@ class _Source:
 
 class PeftAdapter:
     """An opened adapter folder. `rank`, `alpha`, `targets` (of the decoder) and `towers` (linears
-    of the towers, by name) describe it, `outside` are tensors of LoRA on the talker or the vocoder;
+    of the towers, by name) describe it, `outside` are tensors of LoRA on the family's other models;
     `tensor(name)` gives one matrix and its scale.
     """
 
@@ -51,6 +41,7 @@ class PeftAdapter:
         this model cannot represent.
         """
         self.folder, self.model_args = Path(folder), model_args
+        self._family, self._names = model_args.family, peft_names(model_args.family)
         for name in (CONFIG, TENSORS):
             if not (self.folder / name).is_file():
                 hint = (
@@ -93,14 +84,14 @@ class PeftAdapter:
         `tower_tensors`.
         """
         return name in self._sources and (
-            not name.startswith(ROOT) or linear_of(name) in self.targets
+            not name.startswith(self._family.adapter_layers) or linear_of(name) in self.targets
         )
 
-    def _alpha(self, module: str, spellings: list[str] = SPELLINGS) -> float:
+    def _alpha(self, module: str, spellings: Iterable[str]) -> float:
         alpha = float(self.config["lora_alpha"])
         return self._setting("alpha_pattern", module, spellings, alpha)
 
-    def _setting(self, name: str, module: str, spellings: list[str], default: float) -> float:
+    def _setting(self, name: str, module: str, spellings: Iterable[str], default: float) -> float:
         try:
             return pattern_value(self.config.get(name) or {}, module, spellings, default)
         except ValueError as error:
@@ -112,44 +103,46 @@ class PeftAdapter:
         in_towers: dict[str, _Source] = {}
         fused: dict[tuple[str, str], dict[str, str]] = {}
         unknown = []
+        names, root, layers = self._names, self._family.adapter_root, self._family.adapter_layers
         for name in self._file.keys():
-            if match := NAME.fullmatch(name):
+            if match := names.linear.fullmatch(name):
                 linear, side = match.groups()
-                sources[f"{ROOT}{linear}.lora_{side}.weight"] = _Source(name, self._alpha(linear))
-            elif match := HEAD_NAME.fullmatch(name):
-                sources[f"{THINKER}{HEAD}.lora_{match[1]}.weight"] = _Source(
-                    name, self._alpha(HEAD, HEAD_SPELLINGS)
-                )
-            elif match := FUSED_NAME.fullmatch(name):
+                alpha = self._alpha(linear, names.layer_spellings)
+                sources[f"{layers}{linear}.lora_{side}.weight"] = _Source(name, alpha)
+            elif match := names.head.fullmatch(name):
+                alpha = self._alpha(HEAD, names.head_spellings)
+                sources[f"{root}{HEAD}.lora_{match[1]}.weight"] = _Source(name, alpha)
+            elif match := names.fused.fullmatch(name):
                 layer, inner, side = match.groups()
                 fused.setdefault((layer, inner), {})[side] = name
-            elif match := BASE_NAME.fullmatch(name):
+            elif match := names.base_copy.fullmatch(name):
                 self._base_copies[match[1]] = name
             elif not self._changes_something(name):
                 continue
-            elif OUTSIDE.fullmatch(name):
+            elif names.outside.fullmatch(name):
                 self.outside.append(name)
-            elif match := TOWER_NAME.fullmatch(name):
+            elif match := names.tower.fullmatch(name):
                 linear, side = match.groups()
-                in_towers[f"{THINKER}{linear}.lora_{side}.weight"] = _Source(
-                    name, self._alpha(linear)
-                )
+                alpha = self._alpha(linear, names.layer_spellings)
+                in_towers[f"{root}{linear}.lora_{side}.weight"] = _Source(name, alpha)
             else:
                 unknown.append(name)
         if unknown:
             raise ValueError(
-                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on the "
-                "thinker's decoder or towers"
+                f"{self.path}: tensor {unknown[0]} and {len(unknown) - 1} more are not LoRA on "
+                f"{self._family.trained_part}'s decoder or towers"
             )
         for (layer, _), pair in fused.items():
             self._add_fused(sources, layer, pair)
         if not sources:
-            raise ValueError(f"{self.path}: no LoRA on the thinker's decoder linears")
+            raise ValueError(
+                f"{self.path}: no LoRA on {self._family.trained_part}'s decoder linears"
+            )
         return sources, in_towers
 
     def _changes_something(self, name: str) -> bool:
         """False for LoRA that was never trained (lora_B is zero): PEFT puts it on linears of the
-        same names in the towers and the talker.
+        same names in the towers and the other models.
         """
         up = name.replace(".lora_A.", ".lora_B.")
         return (
@@ -182,30 +175,33 @@ class PeftAdapter:
                 f"gate_up_proj ({hidden} to {2 * inter}) nor down_proj ({inter} to {hidden}), "
                 "the sizes of the model's config.json"
             )
-        alpha = self._alpha(f"{layer}.mlp.experts.{parameter}")
+        alpha = self._alpha(f"{layer}.mlp.experts.{parameter}", self._names.layer_spellings)
+        experts = f"{self._family.adapter_layers}{layer}.mlp.experts."
         for expert in range(self.model_args.num_experts):
             for projection, rows in parts.items():
                 for side, stored in pair.items():
-                    sources[
-                        f"{ROOT}{layer}.mlp.experts.{expert}.{projection}.lora_{side}.weight"
-                    ] = _Source(stored, alpha, expert, rows)
+                    name = f"{experts}{expert}.{projection}.lora_{side}.weight"
+                    sources[name] = _Source(stored, alpha, expert, rows)
 
     def _check_tensors(self, targets: set[str]) -> None:
         """A layer has both matrices of a target or neither, of all experts or of none; of the
         model's sizes and one rank.
         """
         expected = adapter_tensors(self.model_args, 1, sorted(targets))
-        layers = self.config.get("layers_to_transform")
+        family, layers = self._family, self.config.get("layers_to_transform")
         if layers is not None:
             layers = [layers] if isinstance(layers, int) else layers
             expected = {
                 name: size
                 for name, size in expected.items()
-                if not name.startswith(ROOT) or int(layer_and_linear(name)[0]) in layers
+                if not name.startswith(family.adapter_layers)
+                or int(layer_and_linear(name, family)[0]) in layers
             }
-        present = {layer_and_linear(name) for name in self._sources}
+        present = {layer_and_linear(name, family) for name in self._sources}
         expected = {
-            name: size for name, size in expected.items() if layer_and_linear(name) in present
+            name: size
+            for name, size in expected.items()
+            if layer_and_linear(name, family) in present
         }
         missing = [name for name in expected if name not in self._sources]
         if missing:
@@ -240,12 +236,10 @@ class PeftAdapter:
         PEFT multiplies when it fuses them).
         """
         for name in self._sources:
-            linear = name.removeprefix(ROOT).removesuffix(".lora_A.weight")
+            linear = name.removeprefix(self._family.adapter_layers).removesuffix(".lora_A.weight")
             if ".lora_A." in name and ".self_attn." in name and "r" in self.config and name in self:
-                rank, stated = (
-                    self._rank(name),
-                    self._setting("rank_pattern", linear, SPELLINGS, self.config["r"]),
-                )
+                rank, spellings = self._rank(name), self._names.layer_spellings
+                stated = self._setting("rank_pattern", linear, spellings, self.config["r"])
                 if rank != stated:
                     raise ValueError(
                         f"{self.path}: {self._sources[name].stored} has rank {rank}, and {CONFIG} "
@@ -257,9 +251,10 @@ class PeftAdapter:
         """The towers' linears with LoRA; both matrices of each must be there, of one rank. Their
         sizes are the module's to check.
         """
-        linears = sorted({name[len(THINKER) :].rsplit(".", 2)[0] for name in in_towers})
+        root = self._family.adapter_root
+        linears = sorted({name[len(root) :].rsplit(".", 2)[0] for name in in_towers})
         for linear in linears:
-            down, up = (f"{THINKER}{linear}.lora_{side}.weight" for side in "AB")
+            down, up = (f"{root}{linear}.lora_{side}.weight" for side in "AB")
             for name in (down, up):
                 if name not in in_towers:
                     raise ValueError(f"{self.path}: misses tensor {name}")

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_gkd.families import Family
 from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
-from megatron_gkd.lora.adapter import HEAD, THINKER, adapter_tensors
+from megatron_gkd.lora.adapter import HEAD, adapter_tensors
 from megatron_gkd.lora.peft_config import TENSORS, saved_targets
 from megatron_gkd.model.args import ModelArgs
 
@@ -19,19 +20,26 @@ RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.
 
 
 def save_tensors(
-    tensors: dict[str, Tensor], folder: Path, *, rank: int, alpha: float, targets: list[str]
+    tensors: dict[str, Tensor],
+    folder: Path,
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
 ) -> None:
     """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
-    tensors were trained with. The lm_head's tensors are there under two names: unlike the others'
-    PEFT 0.21 looks for them on a thinker alone without "thinker.".
+    tensors were trained with. The lm_head's tensors are there under every root of the family:
+    unlike the others' PEFT 0.21 looks for them on a part of the whole model without its prefix.
 
     The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of
     chance.
     """
-    head = f"{THINKER}{HEAD}."
+    head = f"{family.adapter_root}{HEAD}."
     tensors = tensors | {
-        name.replace(".thinker.", ".", 1): tensor
+        f"base_model.model.{root}{name.removeprefix(family.adapter_root)}": tensor
         for name, tensor in tensors.items()
+        for root in family.adapter_roots
         if name.startswith(head)
     }
     record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})

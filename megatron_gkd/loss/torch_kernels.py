@@ -201,15 +201,14 @@ class _Block:
 
 
 def _clip(
-    entries: torch.Tensor, values: torch.Tensor, q: torch.Tensor, divergence: Divergence
+    entries: torch.Tensor, values: torch.Tensor, q: torch.Tensor, clip: float, a_beyond_clip: float
 ) -> torch.Tensor:
-    """What the divergence's entries `values` are above the clip, [R, V]; there A in `entries` is
+    """What the divergence's entries `values` are above `clip`, [R, V]; there A in `entries` is
     overwritten as divergence.py says.
     """
-    above = values > divergence.clip
-    excess = torch.where(above, values - divergence.clip, 0.0)
-    beyond = q * KINDS[divergence.kind].a_beyond_clip
-    entries.copy_(torch.where(above, beyond, entries))
+    above = values > clip
+    excess = torch.where(above, values - clip, 0.0)
+    entries.copy_(torch.where(above, q * a_beyond_clip, entries))
     return excess
 
 
@@ -251,7 +250,8 @@ def compare(
         if kind.sum_field == "divergence":
             sums.divergence[rows] = values.sum(-1).double()
         if divergence.clip is not None:
-            sums.divergence[rows] -= _clip(entries, values, block.q, divergence).sum(-1).double()
+            excess = _clip(entries, values, block.q, divergence.clip, kind.a_beyond_clip)
+            sums.divergence[rows] -= excess.sum(-1).double()
         sums.gradient_sum[rows] = entries.sum(-1).double()
         if entries_out is not None:
             entries_out[rows, :num_columns] = entries
@@ -262,9 +262,10 @@ def compare(
 
 def _recompute_entries(block: _Block, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """A and Q of a block, as in `compare`."""
-    entries, values = KINDS[divergence.kind].torch_rule(block, divergence.beta)
+    kind = KINDS[divergence.kind]
+    entries, values = kind.torch_rule(block, divergence.beta)
     if divergence.clip is not None:
-        _clip(entries, values, block.q, divergence)
+        _clip(entries, values, block.q, divergence.clip, kind.a_beyond_clip)
     return entries, block.q
 
 

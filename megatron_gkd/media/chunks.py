@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from megatron_gkd.media.medium import Media
 
 DOWNSAMPLING = 8  # of the audio tower's three convolutions
-TOKENS_PER_CHUNK = 13  # of a whole block (transformers: chunk), a constant of transformers
+TOKENS_PER_BLOCK = 13  # of a whole block (in transformers: chunk), a constant there
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def audio_chunks(media: Media, n_window: int, n_window_infer: int) -> Iterator[C
         made = 0
         for offset in range(0, length, window):
             frames = min(window, length - offset)
-            tokens = frames // block * TOKENS_PER_CHUNK + math.ceil(frames % block / DOWNSAMPLING)
+            tokens = frames // block * TOKENS_PER_BLOCK + math.ceil(frames % block / DOWNSAMPLING)
             yield Chunk(
                 is_audio=True,
                 start=start + offset,

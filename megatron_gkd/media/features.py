@@ -54,7 +54,7 @@ def media_arguments(
     media_rows: Tensor,
     media_tokens: Tensor,
     features: MediaFeatures,
-) -> dict:
+) -> dict[str, Any]:
     """Further arguments for the forward of `decoder` (GPTModel) on the first stage: its input with
     the features, and the deepstack features.
 
@@ -67,15 +67,17 @@ def media_arguments(
     positions = parallel.shard_sequence(torch.arange(length, device=input_ids.device))  # [S/TP]
     local_index = torch.full((length,), -1, device=input_ids.device)  # -1: on another rank
     local_index[positions] = torch.arange(len(positions), device=input_ids.device)
-    places = torch.stack((local_index[media_rows % length], media_rows // length))
-    here = places[0] >= 0
-    places, tokens = places[:, here], media_tokens[here]
-    arguments = {"decoder_input": embedded.index_put(tuple(places), features.embeddings[tokens])}
+    index = torch.stack((local_index[media_rows % length], media_rows // length))  # [2, M']
+    is_local = index[0] >= 0
+    index, tokens = index[:, is_local], media_tokens[is_local]
+    arguments: dict[str, Any] = {
+        "decoder_input": embedded.index_put(tuple(index), features.embeddings[tokens])
+    }
     if features.deepstack is not None and len(features.deepstack):
         visual = tokens - features.num_audio_tokens
         context = {
             "context": features.deepstack[:, visual[visual >= 0]],
-            "context_mask": places[:, visual >= 0],
+            "context_mask": index[:, visual >= 0],
         }
         arguments["extra_block_kwargs"] = context
     return arguments

@@ -45,7 +45,7 @@ class MediaProcessor:
         return MediaTokenIds.read(self.folder)
 
     def check_has_towers(self) -> None:
-        """Raise RowError for a row with media where the model reads text alone."""
+        """Raise RowError if the model reads text alone: called for rows with media."""
         family = read_config(self.folder).family
         if not family.towers:
             titles = " or ".join(other.title for other in families().values() if other.towers)

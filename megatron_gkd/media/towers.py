@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megatron_gkd.formats.loading import open_folder
+from megatron_gkd.formats.megatron_folder import MegatronFolder
+from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
 from megatron_gkd.lora.modules import LoraLinear
 from megatron_gkd.media.chunks import (
     DOWNSAMPLING,
-    TOKENS_PER_CHUNK,
+    TOKENS_PER_BLOCK,
     Chunk,
     audio_chunks,
     balance,
@@ -62,12 +64,12 @@ class Towers(nn.Module):
 
     @property
     def has_lora(self) -> bool:
-        """Whether they carry LoRA, the student's or the teacher's: features depend on the pass."""
+        """Whether they have LoRA, the student's or the teacher's: features depend on the pass."""
         return any(isinstance(module, LoraLinear) for module in self.modules())
 
     @property
     def trains(self) -> bool:
-        """Whether the student's LoRA is on them."""
+        """Whether they have the student's LoRA."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "Towers":
@@ -79,10 +81,10 @@ class Towers(nn.Module):
     def encode(self, media: Media | None) -> MediaFeatures | None:
         """The features of a batch's media, each encoded once; None without media.
 
-        All tensor-parallel ranks call it with the same media. With the student's LoRA on a tower every rank
-        encodes everything, so that each has the whole gradient. Raises ValueError for a medium
-        whose tower was not built. Collectives: if the work is shared, one all-gather over the
-        tensor-parallel ranks; none for a single chunk.
+        All tensor-parallel ranks call it with the same media. With the student's LoRA on a tower
+        every rank encodes everything, so that each has the whole gradient. Raises ValueError for a
+        medium whose tower was not built. Collectives: if the work is shared, one all-gather over
+        the tensor-parallel ranks; none for a single chunk.
         """
         if media is None:
             return None
@@ -232,7 +234,7 @@ class StepMedia:
         if towers is None or not towers.has_lora:
             with torch.no_grad():
                 self.features = [
-                    None if towers is None else towers.encode(of_batch) for of_batch in media
+                    None if towers is None else towers.encode(batch_media) for batch_media in media
                 ]
 
     def __getitem__(self, index: int) -> MediaFeatures | None:
@@ -254,11 +256,11 @@ def build_towers(
     attn_impl: str = "auto",
     shares: bool = True,
 ) -> Towers | None:
-    """The folder's towers, those asked for; None on later pipeline stages and where none is. No
-    collectives.
+    """The folder's towers that `audio` and `visual` ask for; None on later pipeline stages and if
+    there is none. No collectives.
 
-    Raises ValueError, the same on every rank: a tensor is missing, unexpected or misshapen (by its
-    name), the towers' width is not the decoder's, or the first stage holds too few layers for
+    Raises ValueError, the same on every rank: a tensor is missing, unexpected or misshapen (naming
+    it), the towers' width is not the decoder's, or the first stage holds too few layers for
     deepstack.
     """
     wanted = {"audio_tower": audio, "visual": visual}
@@ -275,10 +277,10 @@ def build_towers(
                 f"{found.path}: {tower.config}.{tower.output_size} is {size}, "
                 f"the decoder's hidden_size {model_args.hidden_size}"
             )
-    if audio and math.ceil(2 * configs["audio_tower"].n_window / DOWNSAMPLING) != TOKENS_PER_CHUNK:
+    if audio and math.ceil(2 * configs["audio_tower"].n_window / DOWNSAMPLING) != TOKENS_PER_BLOCK:
         raise ValueError(
             f"{found.path}: audio_config.n_window {configs['audio_tower'].n_window} is not "
-            f"supported: {TOKENS_PER_CHUNK} tokens stand for a chunk of 2 n_window frames, "
+            f"supported: {TOKENS_PER_BLOCK} tokens stand for a chunk of 2 n_window frames, "
             f"{DOWNSAMPLING} frames a token"
         )
     if visual:
@@ -288,10 +290,10 @@ def build_towers(
         return None
     options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
     with no_init_weights():  # every weight is read from the folder
-        modules = {
-            tower.name: tower.load_class()._from_config(configs[tower.name], **options)
-            for tower in towers
-        }
+        modules = {}
+        for tower in towers:
+            tower_class: Any = tower.load_class()
+            modules[tower.name] = tower_class._from_config(configs[tower.name], **options)
     built = Towers(parallel, modules.get("audio_tower"), modules.get("visual"), shares=shares)
     tensors = open_folder(folder, model_args)
     for name, module in modules.items():
@@ -299,9 +301,9 @@ def build_towers(
     return built.to(parallel.device)
 
 
-def _load(tower: nn.Module, tensors, prefix: str) -> None:
-    """Fill a tower's parameters from the folder's tensors under `prefix`, cast to their dtype.
-    Buffers are computed.
+def _load(tower: nn.Module, tensors: SafetensorsFolder | MegatronFolder, prefix: str) -> None:
+    """Fill a tower's parameters from the folder's tensors under `prefix`, cast to their dtype. Its
+    buffers are computed, not read.
     """
     parameters = {prefix + name: parameter for name, parameter in tower.named_parameters()}
     computed = {prefix + name for name, _ in tower.named_buffers()}
@@ -312,13 +314,14 @@ def _load(tower: nn.Module, tensors, prefix: str) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(
-                f"{tensors.folder}: the folder {what} tensor {names[0]}{more} (sizes are those of its config.json)"
+                f"{tensors.folder}: the folder {what} tensor {names[0]}{more} "
+                "(sizes are those of its config.json)"
             )
     for name, parameter in parameters.items():
         stored = tensors.slice(name)
         if tuple(stored.get_shape()) != tuple(parameter.shape):
             raise ValueError(
-                f"{tensors.folder}: tensor {name} has shape {stored.get_shape()}, config.json asks for "
-                f"{list(parameter.shape)}"
+                f"{tensors.folder}: tensor {name} has shape {stored.get_shape()}, config.json asks "
+                f"for {list(parameter.shape)}"
             )
         parameter.data.copy_(stored[(slice(None),)])

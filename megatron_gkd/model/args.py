@@ -130,7 +130,7 @@ def read_config(folder: str | Path) -> FolderConfig:
         )
     try:
         raw = json.loads(path.read_text())
-        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        model_type: Any = raw.get("model_type") if isinstance(raw, dict) else None
         family = family_of(model_type)
         section = family.section if family.prefixes[model_type] else ""
         settings = raw.get(section) if section else raw

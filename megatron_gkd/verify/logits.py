@@ -85,7 +85,7 @@ def megatron_trace(
     with ExitStack() as hooks, torch.no_grad():
         for layer in model.decoder.layers:
 
-            def keep(layer, args, output):
+            def keep(layer: Any, args: tuple[Any, ...], output: Any) -> None:
                 layers[layer.layer_number] = parallel.gather_sequence(output[0]).to(
                     "cpu", copy=True
                 )
@@ -93,7 +93,7 @@ def megatron_trace(
             hooks.callback(layer.register_forward_hook(keep).remove)
         if parallel.is_first_stage:
 
-            def keep_input(layer, args, kwargs):
+            def keep_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 layers[EMBEDDING] = parallel.gather_sequence(hidden).to("cpu", copy=True)
 

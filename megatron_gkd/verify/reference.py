@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from megatron_gkd.families import family_of
 from megatron_gkd.model.args import read_config
@@ -39,7 +38,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return load(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
 
 
-def load_peft(model: nn.Module, adapter: str | Path, **options: Any) -> PeftModel:
+def load_peft(model: Any, adapter: str | Path, **options: Any) -> PeftModel:
     """`model`, transformers', with the adapter, whichever of the family's roots its names have.
     Where a tensor of the adapter has no place, or a module of `model` no tensor, peft says no more
     than a warning "Found missing adapter keys". Raises FileNotFoundError where there is no

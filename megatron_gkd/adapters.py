@@ -1,0 +1,218 @@
+"""The adapters of a run: what the student's LoRA starts from and how large it is, decided by flags,
+an adapter or a checkpoint, and the teacher's; both put on the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_gkd.checkpoint import find_checkpoint
+from megatron_gkd.config import Config
+from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
+from megatron_gkd.lora.apply import (
+    apply_lora,
+    banner,
+    count_parameters,
+    num_teacher_parameters,
+)
+from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel, log_rank_0
+
+
+def resolve(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool = True
+) -> tuple[Config, PeftAdapter | None, Path | None]:
+    """(the settings with what an adapter, a checkpoint or the machine decides filled in, the
+    adapter to start from, the checkpoint to resume).
+    """
+    resume_folder = None
+    if config.run.resume_from_checkpoint:
+        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
+        if resume_folder is None:
+            log_rank_0(
+                parallel,
+                f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
+                "starting at step 0",
+            )
+    source = resume_folder or config.lora.adapter
+    adapter = PeftAdapter(source, model_args) if source else None
+    if adapter and adapter.towers and not config.lora.lora_towers:
+        what = (
+            f"{source}: has LoRA on {len(adapter.towers)} linears of the towers "
+            f"({adapter.towers[0]}, ...)"
+        )
+        if has_media:
+            raise ValueError(f"{what}; add --lora_towers")
+        log_rank_0(
+            parallel,
+            f"Note: {what}, which text does not reach: it is left out here and in what this run "
+            "saves",
+        )
+    if adapter and adapter.outside:
+        log_rank_0(
+            parallel,
+            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
+        )
+    rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
+    alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
+    targets = resolve_targets(
+        config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"])
+    )
+    if HEAD in targets and model_args.tie_word_embeddings:
+        raise ValueError(
+            f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
+            f"(tie_word_embeddings), on which LoRA would change both; leave {HEAD} out"
+        )
+    if targets == [HEAD] and parallel.pp_size > 1:
+        raise ValueError(
+            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
+            f"--pipeline_model_parallel_size {parallel.pp_size} must be 1, or name more in "
+            "--lora_target_modules"
+        )
+    resolved = replace(
+        config,
+        model=replace(config.model, device="cuda" if parallel.device.type == "cuda" else "cpu"),
+        lora=replace(config.lora, lora_rank=rank, lora_alpha=alpha, lora_target_modules=targets),
+        run=replace(
+            config.run, resume_from_checkpoint=str(resume_folder) if resume_folder else None
+        ),
+    )
+    return resolved, adapter, resume_folder
+
+
+@contextmanager
+def named_by_flag(flag: str) -> Iterator[None]:
+    """Errors about a folder say by which flag it came."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--{flag} {error}") from error
+
+
+def open_teacher(
+    config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
+) -> PeftAdapter | None:
+    """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
+    the flag, where the folder is missing or does not fit the model.
+    """
+    folder = config.distill.teacher_adapter
+    if folder is None:
+        return None
+    with named_by_flag("teacher_adapter"):
+        adapter = PeftAdapter(folder, model_args)
+        if HEAD in adapter.targets and model_args.tie_word_embeddings:
+            raise ValueError(
+                f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
+                "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
+                f"adapter without {HEAD}"
+            )
+    if adapter.towers and not has_media:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: has LoRA on {len(adapter.towers)} linears of the towers "
+            f"({adapter.towers[0]}, ...), which text does not reach: it is left out",
+        )
+    if adapter.outside:
+        log_rank_0(
+            parallel,
+            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"({adapter.outside[0]}, ...) are left out",
+        )
+    return adapter
+
+
+def add_lora(
+    model: torch.nn.Module,
+    config: Config,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    adapter: PeftAdapter | None,
+    *,
+    more_linears: bool,
+) -> None:
+    """LoRA on the decoder and, with --lora_towers, on the towers: fresh, or with the weights of
+    `adapter` (--adapter, or the checkpoint that is resumed). Raises ValueError where they do not
+    fit.
+
+    more_linears: whether linears that the adapter lacks may start fresh.
+    """
+    lora = config.lora
+    rank, alpha, targets = lora.rank, lora.alpha, lora.lora_target_modules
+    apply_lora(
+        model,
+        model_args,
+        parallel,
+        rank=rank,
+        alpha=alpha,
+        dropout=lora.lora_dropout,
+        targets=targets,
+        seed=config.train.seed,
+        towers=lora.lora_towers,
+    )
+    applied(model)  # raises where no linear of this stage carries LoRA
+    if adapter:
+        load_adapter(model, model_args, parallel, adapter, more_linears=more_linears)
+        line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (
+            f", continued at rank {rank})" if rank != adapter.rank else ")"
+        )
+        if not config.run.resume_from_checkpoint:  # otherwise `resume` says how the run goes on
+            line += (
+                f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer "
+                "starts anew at step 0"
+            )
+        log_rank_0(parallel, line)
+        for note in adapter_notes(adapter):
+            log_rank_0(parallel, note)
+
+
+def add_teacher(
+    model: torch.nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    adapter: PeftAdapter | None,
+) -> None:
+    """The frozen adapter of the teacher beside the student's, if there is one. Raises ValueError
+    naming the flag where it does not fit.
+    """
+    if adapter:
+        with named_by_flag("teacher_adapter"):
+            load_teacher(model, model_args, parallel, adapter)
+
+
+def adapter_notes(adapter: PeftAdapter) -> list[str]:
+    """In what the gradient here is not PEFT's, for adapters that this backend lays out in another
+    way.
+    """
+    notes = []
+    if not adapter.one_scale:
+        notes.append(
+            "Note: its linears have several alpha / r; W_up absorbs them, so gradient norm and "
+            "updates are those of one alpha / r for all"
+        )
+    if adapter.shares_downs:
+        notes.append(
+            "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
+            "gradient norm counts both"
+        )
+    return notes
+
+
+def count_lora(
+    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_folder: str | None
+) -> dict[str, int]:
+    """Trainable and all parameters of the whole model, and those of a teacher's adapter, for
+    run.json; rank 0 prints them.
+    """
+    rank, _, targets = applied(model)
+    trainable, total = count_parameters(model_args, rank, targets, model)
+    num_parameters = {"trainable": trainable, "total": total}
+    if teacher_folder:
+        num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
+    log_rank_0(parallel, banner(**num_parameters, teacher_folder=teacher_folder))
+    return num_parameters

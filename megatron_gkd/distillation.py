@@ -1,0 +1,138 @@
+"""What is distilled: the divergence, the teacher, and which steps learn from responses that the run
+writes. Imports nothing slow.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gkd.flags import POSITIVE, SHARE, require, require_in, setting
+from megatron_gkd.loss.divergence import KINDS, Divergence, Name
+
+
+@dataclass
+class DistillConfig:
+    _argument_group_name = "distillation"
+
+    lmbda: str = setting(
+        "0.5",
+        "Probability of an on-policy step; or a schedule FROM_STEP:VALUE,... such as "
+        "0:0.3,500:0.5,1000:0.7.",
+    )
+    temperature: float = setting(
+        2.0,
+        "Softens teacher and student in the loss (--rollout_temperature is the one for sampling).",
+    )
+    beta: float = setting(
+        0.5,
+        "Weight of the student in M = beta P_student + (1 - beta) P_teacher; see "
+        "--beta_convention.",
+    )
+    beta_convention: Literal["guide", "paper"] = setting(
+        "guide",
+        "paper: beta is the teacher's weight, as in the GKD paper, TRL and ms-swift; 0 is forward "
+        "KL, 1 reverse KL.",
+    )
+    divergence: Name = setting("jsd", "forward_kl: KL(P_t || P_s); reverse_kl: KL(P_s || P_t).")
+    divergence_clip: float | None = setting(
+        None,
+        "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
+        "gives no gradient. Default: no limit.",
+    )
+    teacher_adapter: str | None = setting(
+        None,
+        "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any "
+        "rank, any linears.",
+    )
+    seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
+    sft_alpha: float = setting(
+        0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."
+    )
+    allow_zero_signal: bool = setting(
+        False, "Run even where student and teacher are equal and nothing can be learned."
+    )
+
+    def __post_init__(self):
+        self.lmbda = str(self.lmbda)
+        parse_schedule(self.lmbda)
+        require_in(self, POSITIVE, "temperature", way_out="1 to 4 is usual")
+        require_in(self, SHARE, "sft_alpha")
+        if self.divergence_clip is not None:
+            require_in(self, POSITIVE, "divergence_clip", way_out="leave it out for no limit")
+        if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
+            require_in(self, SHARE, "beta")
+        else:
+            way_out = (
+                "this JSD is 0 at both ends; see --divergence forward_kl and reverse_kl, "
+                "--beta_convention paper"
+            )
+            allowed = "in (0, 1) in the guide's convention"
+            require(0 < self.beta < 1, "beta", self.beta, allowed, way_out)
+
+    def lmbda_at(self, step: int) -> float:
+        """Probability that the step with this number (the first is 0) is on-policy."""
+        return [value for start, value in parse_schedule(self.lmbda) if start <= step][-1]
+
+    @property
+    def may_be_on_policy(self) -> bool:
+        """Whether any step of the schedule can be on-policy."""
+        return any(value > 0 for _, value in parse_schedule(self.lmbda))
+
+    def may_use_data_responses(self, total_steps: int) -> bool:
+        """Whether any of the steps can learn from the data set's own responses, which is where
+        sft_alpha counts.
+        """
+        return not self.seq_kd and any(
+            value < 1 for start, value in parse_schedule(self.lmbda) if start < total_steps
+        )
+
+    @property
+    def loss_divergence(self) -> Divergence:
+        """The divergence that is computed, with the student's weight in its mixture, whichever
+        convention --beta was given in.
+        """
+        name, limits, beta = self.divergence, KINDS[self.divergence].limits, 0.5
+        if limits and self.beta_convention == "guide":
+            beta = self.beta
+        elif limits and self.beta in (0, 1):
+            name = limits[int(self.beta)]
+        elif limits:
+            beta = 1 - self.beta
+        return Divergence(name, beta, self.temperature, self.divergence_clip)
+
+    def loss_line(self) -> str:
+        """One line for the start of a run: what the loss is, in numbers."""
+        divergence = self.loss_divergence
+        formula = KINDS[divergence.kind].formula.format(
+            student=divergence.beta, teacher=1 - divergence.beta
+        )
+        used = (
+            f"--beta {self.beta:g}, {self.beta_convention} convention"
+            if KINDS[self.divergence].uses_beta
+            else f"--divergence {self.divergence}"
+        )
+        clip = (
+            "" if self.divergence_clip is None else f", each entry at most {self.divergence_clip:g}"
+        )
+        sft = (
+            f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
+        )
+        return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft} ({used})"
+
+
+def parse_schedule(text: str) -> list[tuple[int, float]]:
+    """`0.5` or `0:0.3,500:0.5,1000:0.7` -> [(first step, probability), ...] from step 0 on. Raises
+    ValueError for another text.
+    """
+    allowed = (
+        "a number in [0, 1], or FROM_STEP:VALUE pairs that start at 0 and ascend, such as "
+        "0:0.3,500:0.5,1000:0.7"
+    )
+    try:
+        pairs = [pair.split(":") for pair in text.split(",")] if ":" in text else [["0", text]]
+        schedule = [(int(start), float(value)) for start, value in pairs]
+    except ValueError:
+        require(False, "lmbda", text, allowed)
+    starts = [start for start, _ in schedule]
+    ascending = starts[0] == 0 and all(low < high for low, high in zip(starts, starts[1:]))
+    require(ascending and all(0 <= value <= 1 for _, value in schedule), "lmbda", text, allowed)
+    return schedule

@@ -1,0 +1,45 @@
+"""Rollouts in tests: sampling settings, and a `Rollout` around the training model."""
+
+from megatron_gkd.rollout.backend import MegatronBackend
+from megatron_gkd.rollout.rollout import Rollout
+from megatron_gkd.rollout.sampling import Sampling
+
+
+def make_sampling(*, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0) -> Sampling:
+    """The model's own distribution, but for what is given."""
+    return Sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
+    )
+
+
+GREEDY = make_sampling(temperature=0.0)
+
+
+def no_media(row: int, author: str):
+    """The training model has its media as features of its own towers."""
+    raise AssertionError(f"the references of row {row} were read for the {author}")
+
+
+def megatron_rollout(
+    model, model_args, parallel, *, sampling=GREEDY, max_new_tokens, stop_token_ids=(), seed=0
+) -> Rollout:
+    """The training model writes; the pad token is 0."""
+    backend = MegatronBackend(
+        model=model,
+        model_args=model_args,
+        parallel=parallel,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        pad_token_id=0,
+        seed=seed,
+    )
+    return Rollout(
+        backend=backend,
+        model=model,
+        parallel=parallel,
+        references=no_media,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        pad_token_id=0,
+    )
