@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.lower_rank import LowerRankConfig, lower
@@ -18,7 +19,7 @@ from megatron_gkd.forward import student_forward_backward, teacher_forward, view
 from megatron_gkd.lora import apply_lora, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
-from megatron_gkd.lora.load import load_adapter
+from megatron_gkd.lora.load import load_adapter, load_teacher
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
@@ -31,7 +32,8 @@ from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
 from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
-from tests.train_runs import build_parts
+from tests.train_runs import arguments, build_parts, run_training, write_rows
+from tests.train_runs import make_rows as text_rows
 
 RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
 AUDIO = (
@@ -43,6 +45,7 @@ AUDIO = (
     "fc2",
 )
 VISUAL = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+TOWERS = ("audio_tower", "visual")
 LAYOUTS = [
     pytest.param((1, 1, 1, True), id="single-recompute"),
     pytest.param((2, 2, 1, False), id="TP2"),
@@ -78,34 +81,56 @@ def tower_linears(model) -> dict[str, torch.nn.Linear]:
     }
 
 
-@pytest.fixture(scope="module")
-def adapter(folder, tmp_path_factory):
-    """LoRA on attention of the decoder and on both towers, as a PEFT folder."""
-    tensors = random_adapter(read_model_args(folder), RANK, TARGETS)
-    generator, names = torch.Generator().manual_seed(6), []
+def write_tower_adapter(
+    folder: str, path: Path, *, rank=RANK, alpha=ALPHA, targets=TARGETS, towers=TOWERS, seed=6
+) -> str:
+    """A PEFT folder with random LoRA on the decoder's `targets` and on every linear of `towers`."""
+    tensors = random_adapter(read_model_args(folder), rank, targets)
+    generator, names = torch.Generator().manual_seed(seed), []
     for name, linear in tower_linears(load_thinker(folder)).items():
+        if name.split(".")[0] not in towers:
+            continue
         names.append(name)
-        down = torch.randn(RANK, linear.in_features, generator=generator) / linear.in_features**0.5
+        down = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
         tensors[f"{THINKER}{name}.lora_A.weight"] = down
         tensors[f"{THINKER}{name}.lora_B.weight"] = (
-            torch.randn(linear.out_features, RANK, generator=generator) * 0.3
+            torch.randn(linear.out_features, rank, generator=generator) * 0.3
         )
-    path = tmp_path_factory.mktemp("adapter")
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    excluded = [name for name in (*TOWERS, "talker", "code2wav") if name not in towers]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
-    }
-    config |= {
         "bias": "none",
-        "target_modules": TARGETS + names,
-        "exclude_modules": ".*(talker|code2wav).*",
+        "target_modules": targets + names,
+        "exclude_modules": f".*({'|'.join(excluded)}).*",
     }
     (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """LoRA on attention of the decoder and on both towers, as a PEFT folder."""
+    return write_tower_adapter(folder, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def teacher_adapter(folder, tmp_path_factory):
+    """Of another rank and alpha, on other linears of the decoder and on the vision tower alone."""
+    path = tmp_path_factory.mktemp("teacher")
+    return write_tower_adapter(
+        folder, path, rank=3, alpha=5, targets=["v_proj", "o_proj"], towers=["visual"], seed=7
+    )
+
+
+@pytest.fixture(scope="module")
+def decoder_adapter(folder, tmp_path_factory):
+    """LoRA on attention of the decoder alone."""
+    return write_tower_adapter(folder, tmp_path_factory.mktemp("decoder"), towers=[])
 
 
 def peft_name(name: str) -> str:
@@ -116,32 +141,56 @@ def peft_name(name: str) -> str:
     return f"{THINKER}model.layers.{name.split('layers.')[1].replace('.default', '')}"
 
 
-@pytest.fixture(scope="module")
-def reference(folder, adapter):
-    """Logits of each row's student and teacher; mean JSD and its gradients."""
-    model, missing = load_peft(load_thinker(folder), adapter, is_trainable=True)
+def reference_of(folder: str, student: str, teacher: str | None = None) -> SimpleNamespace:
+    """peft's logits of each row's student and teacher; mean JSD and its gradients. teacher: the
+    adapter that the teacher has, beside the student's on the same model.
+    """
+    model, missing = load_peft(load_thinker(folder), student, is_trainable=True)
     assert not missing
+    if teacher:
+        model.load_adapter(teacher, adapter_name="teacher")
+        model.eval()
+    rows = [row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch]
+    with torch.no_grad():
+        if teacher:
+            model.set_adapter("teacher")
+            teachers = [model(**row.inputs("teacher")).logits[0] for row in rows]
+            model.set_adapter("default")
+        else:
+            with model.disable_adapter():
+                teachers = [model(**row.inputs("teacher")).logits[0] for row in rows]
     logits, losses = [], []
-    for row in (row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch):
-        student = model(**row.inputs("student")).logits[0]
-        with torch.no_grad(), model.disable_adapter():
-            teacher = model(**row.inputs("teacher")).logits[0]
-        logits.append((student.detach(), teacher))
-        responses = (side[-len(row.response) - 1 : -1].double() for side in (student, teacher))
+    for row, of_teacher in zip(rows, teachers):
+        of_student = model(**row.inputs("student")).logits[0]
+        logits.append((of_student.detach(), of_teacher))
+        responses = (
+            side[-len(row.response) - 1 : -1].double() for side in (of_student, of_teacher)
+        )
         losses.append(divergence(*responses, temperature=TEMPERATURE, kind="jsd", beta=0.5))
     loss = torch.cat(losses).mean()
     loss.backward()
     gradients = {
         peft_name(name): parameter.grad
         for name, parameter in model.named_parameters()
-        if "lora_" in name
+        if "lora_" in name and ".default." in name
     }
-    assert len(gradients) == 2 * (4 * len(TARGETS) + 2 * len(AUDIO) + 3 * len(VISUAL))
     return SimpleNamespace(logits=logits, loss=loss.item(), gradients=gradients)
 
 
-def make_model(place, folder, *, adapter=None, recompute=False, dropout=0.0):
-    """(shape, decoder with towers and LoRA on both)."""
+@pytest.fixture(scope="module")
+def reference(folder, adapter):
+    """Of the base as the teacher."""
+    found = reference_of(folder, adapter)
+    assert len(found.gradients) == 2 * (4 * len(TARGETS) + 2 * len(AUDIO) + 3 * len(VISUAL))
+    return found
+
+
+def make_model(
+    place, folder, *, adapter=None, teacher=None, towers=True, recompute=False, dropout=0.0
+):
+    """(sizes, decoder with towers and LoRA on both, or on the decoder alone). teacher: the adapter
+    that the teacher has.
+    """
     model_args, model = build(place, folder, recompute=recompute)
     model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     apply_lora(
@@ -153,10 +202,12 @@ def make_model(place, folder, *, adapter=None, recompute=False, dropout=0.0):
         dropout=dropout,
         targets=TARGETS,
         seed=0,
-        towers=True,
+        towers=towers,
     )
     if adapter is not None:
         load_adapter(model, model_args, place, PeftAdapter(adapter, model_args))
+    if teacher is not None:
+        load_teacher(model, model_args, place, PeftAdapter(teacher, model_args))
     return model_args, model
 
 
@@ -181,9 +232,9 @@ def logits_of(place, model_args, model, batches):
     return found
 
 
-def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute):
+def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute, **more):
     place = initialize(tp, pp, 1)
-    model_args, model = make_model(place, folder, adapter=adapter, recompute=recompute)
+    model_args, model = make_model(place, folder, adapter=adapter, recompute=recompute, **more)
     batches = my_batches(place, folder, tp)
     with torch.no_grad():
         logits = logits_of(place, model_args, model, batches)
@@ -233,9 +284,7 @@ def runs(folder, adapter, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_and_gradients_equal_peft(runs, reference, layout):
-    results = runs(layout)
+def check(results, reference):
     norm = sum(float(value.square().sum()) for value in reference.gradients.values()) ** 0.5
     largest, seen = {}, set()
     for name, value in reference.gradients.items():
@@ -253,6 +302,66 @@ def test_logits_and_gradients_equal_peft(runs, reference, layout):
             difference = (value - reference.gradients[name][index]).abs().max().item()
             assert difference < 1e-4 * largest[tuple(name.split(".")[-3:])], (name, difference)
     assert seen == set(reference.gradients)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_gradients_equal_peft(runs, reference, layout):
+    check(runs(layout), reference)
+
+
+def with_teacher(rank, world_size, folder, output, layouts):
+    """One run for each (adapter, whether on the towers, teacher's adapter, TP, PP, recompute)."""
+    results = []
+    for adapter, towers, teacher, tp, pp, recompute in layouts:
+        arguments = (folder, adapter, output, tp, pp, recompute)
+        results.append(run_layout(rank, world_size, *arguments, teacher=teacher, towers=towers))
+        torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.mark.parametrize("world_size, tp, pp", [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_a_teacher_with_towers_equals_peft(
+    folder,
+    adapter,
+    decoder_adapter,
+    teacher_adapter,
+    teacher_references,
+    tmp_path,
+    world_size,
+    tp,
+    pp,
+):
+    """LoRA on the towers of the teacher alone (they encode once for each side), and of both; the
+    checkpoint holds the student's.
+    """
+    cases = [
+        (decoder_adapter, False, teacher_adapter, tp, pp, False),
+        (adapter, True, teacher_adapter, tp, pp, True),
+        (decoder_adapter, False, adapter, tp, pp, True),
+    ]
+    by_rank = run_ranks(with_teacher, world_size, folder, str(tmp_path), cases)
+    for number, case in enumerate(cases):
+        results = [of_rank[number] for of_rank in by_rank]
+        check(results, teacher_references[case[0], case[2]])
+        before, after = (
+            {row: pair[1] for row, pair in logits.items()}
+            for logits in (results[0].logits, results[0].after)
+        )
+        assert all(torch.equal(value, after[row]) for row, value in before.items())
+    saved = load_file(Path(results[0].saved, "adapter_model.safetensors"))
+    assert set(saved) == set(teacher_references[decoder_adapter, adapter].gradients)
+
+
+@pytest.fixture(scope="module")
+def teacher_references(folder, adapter, decoder_adapter, teacher_adapter, reference):
+    """(student's adapter, teacher's) -> what peft makes of them."""
+    pairs = [(decoder_adapter, teacher_adapter), (adapter, teacher_adapter)]
+    found = {pair: reference_of(folder, *pair) for pair in [*pairs, (decoder_adapter, adapter)]}
+    for other in found.values():
+        changes = [(a[1] - b[1]).abs().max() for a, b in zip(other.logits, reference.logits)]
+        assert min(changes) > 0.05, "the teacher's adapter must show"
+    return found
 
 
 def test_saved_adapter_is_pefts(folder, runs):
@@ -416,6 +525,25 @@ def test_only_on_purpose(folder, adapter, tmp_path, flags, kinds, expected):
     ]
     (found,) = run_ranks(parts_of, 1, argv, kinds)
     assert found == expected if expected == [] else expected in found
+
+
+def test_text_does_not_reach_the_towers_of_the_teacher(folder, teacher_adapter, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", text_rows(4))
+    said = run_training(
+        1,
+        arguments(
+            model=folder,
+            dataset=rows,
+            output_dir=tmp_path,
+            teacher_adapter=teacher_adapter,
+            per_device_train_batch_size=4,
+            max_steps=1,
+        ),
+    )
+    assert f"Note: {teacher_adapter}: has LoRA on 12 linears of the towers" in said
+    assert "which text does not reach: it is left out" in said
+    num_parameters = json.loads((tmp_path / "run.json").read_text())["parameters"]
+    assert num_parameters["teacher_adapter"] == 4 * 3 * ((64 + 64) + (128 + 64))
 
 
 def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
