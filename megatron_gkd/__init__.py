@@ -1,3 +1,3 @@
-"""GKD LoRA self-distillation of a Qwen3-Omni thinker on megatron-core. Importing this package
+"""GKD LoRA self-distillation of Qwen3-Omni and Qwen3 MoE on megatron-core. Importing this package
 changes nothing in any other library.
 """

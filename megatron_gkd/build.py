@@ -106,6 +106,11 @@ def read_data(
     and --output_dir takes files. Raises ValueError, OSError or DataError; see `load_data`.
     """
     model_args = read_model_args(config.model.model)
+    if config.lora.lora_towers and not model_args.family.towers:
+        raise ValueError(
+            f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
+            "leave it out"
+        )
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
         check_writable(config.run.output_dir)

@@ -327,10 +327,12 @@ def write_adapter(
         )
     if "lm_head" in targets:
         vocab_size, hidden_size = model.model.lm_head.weight.shape
-        down = torch.randn(rank, hidden_size, generator=generator)
-        up = torch.randn(vocab_size, rank, generator=generator)
-        tensors[f"{model.head_name}lora_A.weight"] = down * std
-        tensors[f"{model.head_name}lora_B.weight"] = up * std
+        tensors[f"{model.head_name}lora_A.weight"] = (
+            torch.randn(rank, hidden_size, generator=generator) * std
+        )
+        tensors[f"{model.head_name}lora_B.weight"] = (
+            torch.randn(vocab_size, rank, generator=generator) * std
+        )
     os.makedirs(folder)
     save_file(tensors, Path(folder, "adapter_model.safetensors"))
     config = {

@@ -65,7 +65,12 @@ FOLDERS = {
         thinker_only=True,
     ),
     "text, plain rope": dict(
-        SIZES, family="qwen3_moe", num_key_value_heads=2, head_dim=24, vocab_size=600, rope_theta=1e4
+        SIZES,
+        family="qwen3_moe",
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=600,
+        rope_theta=1e4,
     ),
 }
 

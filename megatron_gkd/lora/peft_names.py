@@ -71,7 +71,7 @@ def peft_names(family: Family) -> PeftNames:
 
 
 def _one_of(texts: tuple[str, ...]) -> str:
-    return f"(?:{'|'.join(map(re.escape, texts)) or _NOTHING})"
+    return f"(?:{'|'.join(map(re.escape, texts))})" if texts else _NOTHING
 
 
 def linear_of(name: str) -> str:
