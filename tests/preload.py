@@ -20,6 +20,7 @@ for module in (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel.schedules",
     "torch.utils._sympy",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe",
     "megatron_gkd.train",
 ):

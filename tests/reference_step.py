@@ -89,8 +89,8 @@ class ReferenceModel:
         changed: dict[str, Tensor] | None = None,
         media: dict | None = None,
     ) -> Tensor:
-        """[S, V] float64 of one row; `changed` are the student's weights (`with_lora`), None is the
-        teacher. `media`: the thinker's arguments for them.
+        """[S, V] float64 of one row; `changed` are the weights of an adapter (`with_lora`), None is
+        the base. `media`: the thinker's arguments for them.
         """
         ids = torch.tensor([input_ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False} | (
@@ -194,6 +194,7 @@ def step_loss(
     scale: float,
     rows: list[dict],
     *,
+    teacher: str | None = None,
     temperature: float = 2.0,
     kind: str = "jsd",
     beta: float = 0.5,
@@ -201,7 +202,8 @@ def step_loss(
     clip: float = math.inf,
 ) -> dict[str, Tensor]:
     """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows;
-    `num_tokens`; and the other means of metrics.jsonl.
+    `num_tokens`; and the other means of metrics.jsonl. teacher: folder of an adapter that the
+    teacher has; otherwise it is the base.
     """
     sums = dict.fromkeys(
         (
@@ -217,11 +219,13 @@ def step_loss(
         0.0,
     )
     num_tokens, changed = 0, model.with_lora(adapter, scale)
+    with torch.no_grad():
+        of_teacher = model.with_lora(*read_adapter(teacher)) if teacher else None
     for row in rows:
         student_ids, student_labels, teacher_ids, teacher_labels = views(row)
         with torch.no_grad():
             teacher, _ = response_logits(
-                model.logits(teacher_ids, media=row.get("teacher_media")), teacher_labels
+                model.logits(teacher_ids, of_teacher, row.get("teacher_media")), teacher_labels
             )
         student, targets = response_logits(
             model.logits(student_ids, changed, row.get("media")), student_labels

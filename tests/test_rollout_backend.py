@@ -85,7 +85,7 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         seed=0,
     )
     for module in lora_modules(model):
-        for up in module.up.values():
+        for up in module.slots[STUDENT].up.values():
             torch.nn.init.constant_(up, 0.1)
     rows = [
         row

@@ -63,7 +63,7 @@ OTHER |= dict(
     hidden_size=64, head_dim=16, moe_intermediate_size=24, tie_word_embeddings=True, seed=3
 )
 
-# name: (model, adapter, rows, settings of the reference, flags of the run)
+# name: (model, adapter, rows, settings of the reference, flags of the run; teacher_adapter by name)
 CASES = {
     "plain": ("small", "all", "teacher", {}, {}),
     "guide": (
@@ -123,6 +123,27 @@ CASES = {
         "mixed",
         dict(sft_alpha=0.2, clip=1e-3),
         dict(sft_alpha=0.2, divergence_clip=1e-3),
+    ),
+    "a teacher with attention": (
+        "small",
+        "all",
+        "plain",
+        dict(sft_alpha=0.2),
+        dict(sft_alpha=0.2, teacher_adapter="attention"),
+    ),
+    "a teacher with all": (
+        "small",
+        "attention",
+        "teacher",
+        dict(temperature=1.0),
+        dict(temperature=1, teacher_adapter="all"),
+    ),
+    "a teacher with lm_head": (
+        "small",
+        "some",
+        "mixed",
+        dict(sft_alpha=0.3),
+        dict(sft_alpha=0.3, teacher_adapter="head", recompute="full"),
     ),
     "one layer": ("small", "one layer", "mixed", dict(sft_alpha=0.3), dict(sft_alpha=0.3)),
     "a lower rank": ("small", "a lower rank", "teacher", {}, {}),
@@ -245,11 +266,12 @@ def folders(tiny_folder, tmp_path_factory):
 def expected(folders, name: str) -> dict:
     """The reference of a case, computed once."""
     if name not in folders["expected"]:
-        model, adapter, rows, settings, _ = CASES[name]
+        model, adapter, rows, settings, flags = CASES[name]
         values = reference_step(
             folders["models"][model],
             folders["adapters"][model, adapter],
             folders["rows"][rows],
+            teacher=folders["adapters"].get((model, flags.get("teacher_adapter"))),
             **settings,
         )
         folders["expected"][name] = values
@@ -261,6 +283,8 @@ def case_arguments(
 ) -> list[str]:
     """Flags of a case such that one step takes all NUM_ROWS rows."""
     model, adapter, rows, _, own = CASES[name]
+    if "teacher_adapter" in own:
+        own = own | dict(teacher_adapter=folders["adapters"][model, own["teacher_adapter"]])
     return arguments(
         model=folders["models"][model],
         adapter=folders["adapters"][model, adapter],
@@ -356,14 +380,17 @@ def test_one_rank_all_cases(folders, tmp_path):
                 "lm_head alone",
                 "one layer",
                 "a lower rank",
+                "a teacher with attention",
+                "a teacher with lm_head",
             ],
         ),
         (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
         (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
-        (2, 1, 2, 1, 2, ["text", "text lm_head"]),
+        (2, 1, 2, 1, 2, ["a teacher with attention", "a teacher with all", "text", "text lm_head"]),
+        (2, 2, 1, 2, 1, ["a teacher with all", "a teacher with lm_head"]),
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
         (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute", "text"]),
-        (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head"]),
+        (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head", "a teacher with lm_head"]),
         (4, 4, 1, 4, 1, ["guide", "paper", "other"]),
         (4, 2, 1, 4, 2, ["guide", "other recompute"]),
     ],
