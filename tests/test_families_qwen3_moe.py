@@ -35,6 +35,7 @@ from tests.adapters import (
     write_adapter,
 )
 from tests.ranks import run_ranks
+from tests.rollouts import GREEDY
 from tests.test_rollout import load, transformers_greedy, write
 from tests.test_train import error_of_run
 from tests.test_verify import rewrite, run_verify
@@ -110,7 +111,7 @@ def test_folder_can_be_taught_and_has_no_lessons_for_towers(tmp_path, capsys):
 
 
 def write_greedily(rank, world_size, folder, layout, prompts):
-    return write(*load(folder, *layout), prompts, temperature=0.0)
+    return write(*load(folder, *layout), prompts, sampling=GREEDY)
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 1, 2), (2, 1, 2, 1)], ids=["TP2 EP2", "PP2"])
@@ -149,11 +150,11 @@ def test_conversion_both_ways_and_verify(folder, adapter, tmp_path):
         assert compared == [f"{model}, text" for model in models]
         assert float(printed.splitlines()[-2].split()[-1]) > 0.1, "the adapter must move the logits"
 
-    key = "decoder.layers.self_attention.linear_proj.weight"
+    key = "decoder.layers.pre_mlp_layernorm.weight"
     rewrite(checkpoint, key, (1,), lambda weight: weight + 1e-2)
     passed, printed = verify_at(1, 1, 1, hf_model=str(folder), checkpoint=str(checkpoint))
     assert not passed
-    assert "model.layers.1.self_attn.o_proj.weight: differs from row 0" in printed
+    assert "model.layers.1.post_attention_layernorm.weight: differs from row 0" in printed
     assert "base, text" in printed and "DIFFERS; first at layer 1" in printed
 
 
