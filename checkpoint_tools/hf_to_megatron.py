@@ -8,6 +8,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below
+    startup.quiet_imports()
+
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.megatron_writer import open_checkpoint_source, write_megatron_folder
@@ -21,7 +26,7 @@ class HfToMegatronConfig:
     hf_model: str = field(metadata={"help": "Hugging Face model folder."})
     output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
     tensor_model_parallel_size: int = setting(
-        1, "Layout of the training to come: pads the vocabulary, cuts the pieces."
+        1, "Layout of the training to come: pads the vocabulary, cuts the chunks."
     )
     pipeline_model_parallel_size: int = setting(
         1, "Checked against the model; the checkpoint loads at any layout."

@@ -11,6 +11,11 @@ is padded with zeros. Raising a rank needs no tool: training continues an adapte
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below
+    startup.quiet_imports()
+
 from checkpoint_tools.command import run_command
 from megatron_gkd.lora.lower_rank import lower_rank
 from megatron_gkd.lora.peft_folder import PeftAdapter

@@ -9,12 +9,17 @@ hears nothing for that); tests call `build_folder`: random weights, in a second.
 
 import sys
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below
+    startup.quiet_imports()
+
 import transformers
 
-from checkpoint_tools.command import Parser, refusals_in_one_line
+from checkpoint_tools.command import refusals_in_one_line
 from demo.tiny.folder import build_folder
 from megatron_gkd.families import families
-from megatron_gkd.flags import refuse_unknown
+from megatron_gkd.flags import Parser, refuse_unknown
 
 # What the command line does unless told otherwise. 600 steps are a minute of one core: every rule
 # of the toy language at or near 100 % on held-out prompts. 500 are half a minute: the tower tells

@@ -10,6 +10,11 @@ adapter. --adapter adds adapters to any of them.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below
+    startup.quiet_imports()
+
 from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from megatron_gkd.flags import setting
 from megatron_gkd.formats.safetensors_writer import write_hf_folder

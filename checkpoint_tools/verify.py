@@ -15,11 +15,16 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below
+    startup.quiet_imports()
+
 import torch
 
 from checkpoint_tools.command import parse_flags, refusals_in_one_line
-from megatron_gkd import parallel as parallel_layout
 from megatron_gkd.flags import setting
+from megatron_gkd.parallel import destroy, initialize, resolve_device
 from megatron_gkd.verify.models import report_logits
 from megatron_gkd.verify.tensors import Folders, report_tensors
 
@@ -75,8 +80,8 @@ def verify(config: VerifyConfig) -> bool:
     check_tensors = partial(report_tensors, config.folders, config.tensor_tolerance, config.quick)
     if config.quick:
         return os.environ.get("RANK", "0") != "0" or check_tensors()
-    parallel = parallel_layout.initialize(
-        parallel_layout.resolve_device(config.device),
+    parallel = initialize(
+        resolve_device(config.device),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
@@ -97,7 +102,7 @@ def main() -> None:
         config = parse_flags(VerifyConfig, __doc__)
         passed = verify(config)
     if torch.distributed.is_initialized():
-        parallel_layout.destroy()
+        destroy()
     sys.exit(0 if passed else 1)
 
 

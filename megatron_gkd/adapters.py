@@ -56,7 +56,8 @@ def resolve(
     if adapter and adapter.outside:
         log_rank_0(
             parallel,
-            f"Note: {source}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"Note: {source}: {len(adapter.outside)} tensors of "
+            f"{model_args.family.other_models_title} "
             f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
         )
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
@@ -88,7 +89,7 @@ def resolve(
 
 @contextmanager
 def named_by_flag(flag: str) -> Iterator[None]:
-    """Errors about a folder say by which flag it came."""
+    """Prefixes errors about a folder with the flag that named it."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -121,7 +122,8 @@ def open_teacher(
     if adapter.outside:
         log_rank_0(
             parallel,
-            f"Note: {folder}: {len(adapter.outside)} tensors of talker or vocoder "
+            f"Note: {folder}: {len(adapter.outside)} tensors of "
+            f"{model_args.family.other_models_title} "
             f"({adapter.outside[0]}, ...) are left out",
         )
     return adapter

@@ -47,7 +47,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     check_trainable(config, train_data.report)
     kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
     audio, visual = "audio" in kinds, bool(kinds - {"audio"})
-    more_linears = bool(config.lora.lora_target_modules)
+    more_linears = bool(config.lora.lora_target_modules)  # before `resolve` fills the flag in
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
     )
@@ -102,8 +102,9 @@ def build_run(config: Config, parallel: Parallel) -> Run:
 def read_data(
     config: Config, parallel: Parallel
 ) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
-    """(sizes of the model, training data, evaluation data or None), when the layout fits the model
-    and --output_dir takes files. Raises ValueError, OSError or DataError; see `load_data`.
+    """(sizes of the model, training data, evaluation data or None), once it is clear that the
+    layout fits the model and that --output_dir is writable. Raises ValueError, OSError or
+    DataError; see `load_data`.
     """
     model_args = read_model_args(config.model.model)
     if config.lora.lora_towers and not model_args.family.towers:
@@ -247,11 +248,11 @@ def check_trainable(config: Config, report: DataReport) -> None:
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
-        checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
-        given = config.lora.adapter or checkpoint
         if distill.teacher_adapter:
+            checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
             check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
             return
+        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
         why = (
             f"the divergence can only pull the student from the LoRA of {given} back to the base "
             "model"

@@ -7,12 +7,11 @@ OUTPUT/checkpoint-STEP/
     trainer_state.json            step and counters; random state is a function of (seed, step)
 OUTPUT/latest_checkpoint          name of the last run's newest, empty before its first
 
-Each rank writes the pieces it owns, rank 0 joins them: no tensor travels over the network, but all
-ranks must see the output folder.
+Each rank writes the slices that it owns, rank 0 joins them: no tensor travels over the network, but
+all ranks must see the output folder.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from megatron_gkd.formats.job import sync
 from megatron_gkd.lora.adapter import (
     adapter_slices,
     adapter_tensors,
@@ -140,7 +140,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     try:
-        _write_pieces(partial, model, model_args, parallel, optimizer)
+        _write_slices(partial, model, model_args, parallel, optimizer)
         if parallel.rank == 0:
             _join_files(
                 partial,
@@ -175,27 +175,27 @@ def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None
         shutil.rmtree(gone)
 
 
-def _write_pieces(
+def _write_slices(
     partial: Path,
     model: nn.Module,
     model_args: ModelArgs,
     parallel: Parallel,
     optimizer: Optimizer | None,
 ) -> None:
-    """This rank's pieces into its own file. What goes wrong on one rank is raised on all: else the
+    """This rank's slices into its own file. What goes wrong on one rank is raised on all: else the
     first to speak would be one that misses its files.
     """
-    owned = [piece for piece in adapter_slices(model, model_args, parallel) if piece.owned]
+    owned = [part for part in adapter_slices(model, model_args, parallel) if part.owned]
     kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
     moments = {} if optimizer is None else optimizer.moments()
-    pieces = {}
-    for piece in owned:
+    slices = {}
+    for part in owned:
         for kind in kinds:
-            values = piece.view if kind == "weight" else moments[piece.parameter][kind][piece.where]
-            pieces[_piece_key(kind, piece.stored)] = values.detach().cpu().contiguous()
+            values = part.view if kind == "weight" else moments[part.parameter][kind][part.where]
+            slices[_slice_key(kind, part.stored)] = values.detach().cpu().contiguous()
     error = ""
     try:
-        save_file(pieces, partial / f"rank-{parallel.rank}.safetensors")
+        save_file(slices, partial / f"rank-{parallel.rank}.safetensors")
     except (OSError, SafetensorError) as caught:
         error = f"rank {parallel.rank} cannot write its part of {partial}: {caught}"
     errors = all_gather_objects(error)
@@ -215,14 +215,14 @@ def _join_files(
     dropout: float,
     base_model: str,
 ) -> None:
-    """The ranks' pieces as the files of a checkpoint."""
+    """The ranks' slices as the files of a checkpoint."""
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     weights = _join(partial, "weight", shapes, parallel.world_size)
     saved = weights | zero_tensors(model_args, rank, targets)
     save_tensors(saved, partial, model_args.family, rank=rank, alpha=alpha, targets=targets)
-    _sync(partial / TENSORS)
+    sync(partial / TENSORS)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
     config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
     _save_json(config, partial / CONFIG)
@@ -233,7 +233,7 @@ def _join_files(
             for name, t in _join(partial, kind, shapes, parallel.world_size).items()
         }
         save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
-        _sync(partial / OPTIMIZER)
+        sync(partial / OPTIMIZER)
         full_state = state | {
             "num_updates": optimizer.num_updates,
             "loss_scale": optimizer.scaler_state(),
@@ -264,11 +264,11 @@ def load_checkpoint(
                 "one"
             )
     with _opened(folder / TENSORS) as weights, _opened(folder / OPTIMIZER) as states:
-        for piece in adapter_slices(model, model_args, parallel):
-            name, index = piece.stored.name, piece.stored.index
-            piece.view.copy_(weights.get_slice(name)[index])
+        for part in adapter_slices(model, model_args, parallel):
+            name, index = part.stored.name, part.stored.index
+            part.view.copy_(weights.get_slice(name)[index])
             for kind in MOMENTS:
-                moments[piece.parameter][kind][piece.where].copy_(
+                moments[part.parameter][kind][part.where].copy_(
                     states.get_slice(f"{name}.{kind}")[index]
                 )
     optimizer.num_updates = state["num_updates"]
@@ -283,12 +283,12 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
 
 
-def _piece_key(kind: str, piece: TensorSlice) -> str:
-    spans = [part for part in piece.index if isinstance(part, slice)]  # all: it is of a matrix
+def _slice_key(kind: str, part: TensorSlice) -> str:
+    spans = [part for part in part.index if isinstance(part, slice)]  # all: it is of a matrix
     index = ",".join(
         f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in spans
     )
-    return f"{kind}|{piece.name}|{index}"
+    return f"{kind}|{part.name}|{index}"
 
 
 def _parse_index(text: str) -> tuple[slice, ...]:
@@ -309,8 +309,8 @@ def _join(
     for rank in range(num_ranks):
         with safe_open(folder / f"rank-{rank}.safetensors", framework="pt") as file:
             for key in file.keys():
-                piece_kind, name, index = key.split("|")
-                if piece_kind == kind:
+                slice_kind, name, index = key.split("|")
+                if slice_kind == kind:
                     values = file.get_tensor(key)
                     joined[name][_parse_index(index)] = values
                     missing[name] -= values.numel()
@@ -323,27 +323,19 @@ def _join(
 
 def _save_json(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _replace(partial: Path, final: Path) -> None:
     """Rename the finished folder into place; one of the same step (another run came by here) steps
     aside first.
     """
-    _sync(partial)
+    sync(partial)
     aside = final.with_name(f".{final.name}.old")
     if final.exists():
         final.rename(aside)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -74,9 +74,8 @@ def choice_lines() -> list[str]:
     """
     if problem := import_problem():  # megatron-core, which the imports below bring, fails with it
         return [f"error: {problem}"]
-    with (
-        warnings.catch_warnings()
-    ):  # megatron-core warns about each optional package that this report lists
+    # megatron-core warns about each optional package that this report lists
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron_gkd.loss.passes import select_kernels
         from megatron_gkd.model.decoder import core_attention

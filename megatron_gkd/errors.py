@@ -56,3 +56,8 @@ def bad_rows_error(bad_rows: list[BadRow], num_rows: int) -> DataError:
         f"{len(bad_rows)} of {num_rows} data rows cannot be used; correct them, or pass "
         "--skip_bad_rows true to leave them out:\n" + "\n".join(lines)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -180,9 +180,8 @@ def refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) ->
     """
     for word in arguments:
         flag = word.split("=")[0]
-        looks_like_one = re.fullmatch(
-            r"--\S+|-[^-\d.\s]\S*", word
-        )  # not a negative number, a text, or `--` alone
+        # not a negative number, a text, or `--` alone
+        looks_like_one = re.fullmatch(r"--\S+|-[^-\d.\s]\S*", word)
         if looks_like_one and flag not in parser._option_string_actions:
             raise unknown_flag(flag.lstrip("-"), flag, parser)
 

@@ -29,7 +29,7 @@ from megatron_gkd.parallel import Parallel
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss of a whole run is: (1 - sft_alpha) divergence + sft_alpha cross-entropy."""
+    """The loss of the whole run: (1 - sft_alpha) divergence + sft_alpha cross-entropy."""
 
     divergence: Divergence
     sft_alpha: float
@@ -55,6 +55,7 @@ def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tens
     each rank's slice of the vocabulary contributes.
     """
     hidden = parallel.gather_sequence(hidden)
+    # response_rows number positions as b * S + s (data/batch.py)
     rows, size = view.response_rows, view.input_ids.shape[1]
     return hidden[rows % size, rows // size]
 
@@ -91,8 +92,8 @@ def _run_schedule(
     forward_only: bool,
     collect: bool = False,
 ) -> list:
-    """One pass of the pipeline over the micro-batches. `loss(index, hidden)` sees the last stage's
-    output of each.
+    """One pass of the pipeline over the micro-batches. `loss(index, hidden)` is called on the last
+    stage with each micro-batch's output; with `collect` (forward only) its results are returned.
     """
 
     def step(indices: Iterator[int], model: nn.Module) -> tuple[Tensor, Callable]:

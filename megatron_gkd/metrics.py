@@ -35,19 +35,14 @@ SUMMED = (
     "token_correct",
 )
 MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
-GROUPED = (
-    "jsd",
-    "sft_loss",
-    "top1_agreement",
-    "token_accuracy",
-    "num_tokens",
-)  # of these, the means of each source and pair of views
+# The means that are also kept for each source and pair of views.
+GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Parts of the data whose sums are kept apart, by names that all ranks agree on. A single name
-    is the whole: none.
+    """Parts of the data whose sums are kept apart, by names that all ranks agree on; empty where
+    there would be one group only, the whole.
     """
 
     sources: tuple[str, ...] = ()
@@ -86,7 +81,7 @@ class TokenSums:
 
     @classmethod
     def unknown(cls, device: torch.device) -> "TokenSums":
-        """Of a step that was not taken: no tokens, and means that are NaN."""
+        """The sums of a step that was not taken: no tokens, and means that are NaN."""
         sums = cls.zero(device)
         sums.values[:, :-1] = math.nan
         return sums

@@ -20,8 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def learning_rate(
     step: int, total_steps: int, *, peak: float, warmup_ratio: float, kind: str
 ) -> float:
-    """Of update `step` (the first is 1): linear from 0 to `peak` over the warm-up, then `cosine` or
-    `linear` to 0, or `constant`.
+    """The learning rate of update `step` (the first is 1): linear from 0 to `peak` over the
+    warm-up, then `cosine` or `linear` to 0, or `constant`.
     """
     warmup = math.ceil(total_steps * warmup_ratio)
     if step <= warmup:
@@ -64,8 +64,8 @@ class Optimizer:
     """megatron-core's optimizer on the trainable parameters of `model`, a DistributedDataParallel.
 
     Weights and moments are fp32 whatever the base's dtype; a float16 base brings dynamic loss
-    scaling. One scale serves dense and expert parameters (megatron-core keeps one each, which may
-    part).
+    scaling. One scale serves dense and expert parameters (megatron-core keeps two, which may
+    drift apart).
     """
 
     def __init__(
@@ -137,9 +137,8 @@ class Optimizer:
 
     def _groups(self) -> Iterator[tuple[torch.optim.Optimizer, dict]]:
         for part in getattr(self.inner, "chained_optimizers", [self.inner]):
-            for (
-                group
-            ) in part.param_groups:  # none where LoRA is on experts alone, or on attention alone
+            # no group where LoRA is on experts alone, or on attention alone
+            for group in part.param_groups:
                 yield part.optimizer, group
 
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -162,9 +161,8 @@ class Optimizer:
         correction).
         """
         adam, group = next(self._groups())
-        return int(
-            adam.state[group["params"][0]].get("step", group.get("step", 0))
-        )  # torch keeps it by parameter, fused Adam by group
+        # torch keeps it by parameter, fused Adam by group
+        return int(adam.state[group["params"][0]].get("step", group.get("step", 0)))
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:

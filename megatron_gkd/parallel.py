@@ -90,6 +90,18 @@ class Parallel:
             x, tensor_parallel_output_grad=tensor_parallel_output_grad, group=self.groups.tp
         )
 
+    def last_position(self, x: Tensor) -> Tensor:
+        """This rank's positions [S/TP, ...] -> the last of the whole sequence, [1, ...], on every
+        rank that shares it: what decoding needs of a prefill. No gradient.
+
+        Collectives: a broadcast of one position from the rank that holds the last shard.
+        """
+        last = x[-1:].detach().contiguous()
+        if self.tp_size > 1:
+            owner = torch.distributed.get_global_rank(self.groups.tp, self.tp_size - 1)
+            torch.distributed.broadcast(last, owner, group=self.groups.tp)
+        return last
+
 
 def resolve_device(device: str) -> torch.device:
     """`auto` is CUDA where torch sees a GPU. Raises ValueError for `cuda` where it sees none."""

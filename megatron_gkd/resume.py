@@ -93,8 +93,8 @@ def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
     }
 
 
-# Where they may differ between a run and its continuation without a word: they change no number, or
-# others stand for them.
+# Settings that may change on resume without a note: the first group changes no number, the second
+# is covered by global_batch_size and total_steps.
 FREE_SETTINGS = {
     "dataloader_num_workers",
     "dataset_num_proc",

@@ -50,7 +50,7 @@ class StepResult:
     on_policy: bool
     learning_rate: float
     means: dict[str, Any]
-    """Of the global batch (`TokenSums.means`)."""
+    """Means over the global batch (`TokenSums.means`)."""
     update: Update
 
 
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Of the whole run, resumed or not."""
+        """Steps of the whole run, resumed or not."""
         return self.config.train.max_steps
 
     @property
@@ -166,7 +166,7 @@ class Run:
             yield batch.to(self.parallel.device)
 
     def learning_rate(self) -> float:
-        """Of the step that comes next."""
+        """The learning rate of the next step."""
         train = self.config.train
         return learning_rate(
             self.progress.step + 1,

@@ -10,6 +10,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
+from megatron_gkd.errors import first_line
 from megatron_gkd.flags import exit_with
 
 if TYPE_CHECKING:
@@ -18,21 +19,28 @@ if TYPE_CHECKING:
 # Every rank would repeat these while megatron-core is imported; megatron_gkd.doctor says what is
 # installed.
 QUIET = (
+    ".*Apex (is|are) not installed",
     "Transformer Engine and Apex are not",
-    "Apex is not installed",
     "full scope is deprecated",
     "`torch.distributed.*deprecated",
 )
 
 
-def prepare_imports() -> None:
-    """For a program, before it imports megatron-core: silences what the import would say on every
-    rank, and ends the process with one line where Transformer Engine would make it fail.
+def quiet_imports() -> None:
+    """For a program, before it imports megatron-core or transformers: silences what the imports
+    would say about absent packages, on every rank.
     """
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     # does not know the talker's rotary keys
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+
+
+def prepare_imports() -> None:
+    """As `quiet_imports`, and ends the process with one line where Transformer Engine would make
+    the import of megatron-core fail.
+    """
+    quiet_imports()
     if problem := import_problem():
         exit_with(ValueError(problem))
 
@@ -48,9 +56,9 @@ def import_problem() -> str:
     except Exception as error:  # a build for another torch or CUDA: ImportError, OSError, ...
         import torch
 
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
-            f"Transformer Engine is installed and cannot be imported ({first_line}): install the "
+            f"Transformer Engine is installed and cannot be imported ({first_line(error)}): "
+            f"install the "
             f"build for torch {torch.__version__} (EXTRAS=test,gpu bash launch/setup_env.sh), or "
             "pip uninstall transformer-engine transformer-engine-torch to run without it"
         )

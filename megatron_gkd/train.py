@@ -24,14 +24,21 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import torch
 from safetensors import SafetensorError
 
-from megatron_gkd import parallel as parallel_layout
 from megatron_gkd.build import build_run, check_data
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.optimizer import Update
-from megatron_gkd.parallel import Parallel, any_rank, log_rank_0
+from megatron_gkd.parallel import (
+    Parallel,
+    any_rank,
+    destroy,
+    initialize,
+    log_rank_0,
+    resolve_device,
+    use_deterministic_kernels,
+)
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
 from megatron_gkd.rollout.backend import Author
 from megatron_gkd.run import Run, StepResult
@@ -54,8 +61,9 @@ def train(config: Config, parallel: Parallel) -> None:
                 if run.is_logging_step(result, stop):
                     run.writer.log_train(run.step_metrics(result, counts))
                 check_health(run)
-                if run.is_eval_step:  # it may take longer than a step
+                if run.is_eval_step:
                     run.writer.log_eval(evaluate(run))
+                    # SIGTERM may have come during the evaluation: ask the ranks again
                     stop = any_rank(bool(requests), parallel.device)
                 save_if_due(run, result.update, ends=stop or run.is_complete)
                 if stop and not run.is_complete:
@@ -74,7 +82,8 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     author: Author | None = (
         "student" if on_policy else "teacher" if run.config.distill.seq_kd else None
     )
-    if author is not None and run.rollout is not None:
+    if author is not None:
+        assert run.rollout is not None, "build_run makes one wherever a step may need it"
         batches = run.rollout.respond_or_skip(batches, step, author, media)
     clock.lap("rollout_time")
     if batches:
@@ -86,9 +95,10 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         )
         means = sums.means(parallel)
         clock.lap("student_time")
+        # no rank updates where the loss or a gradient is not finite on any
         update = run.optimizer.step(run.learning_rate(), means["loss"])
         clock.lap("optimizer_time")
-    else:  # a response of some rank was not finite: no rank takes the step
+    else:  # the logits of some rank's rollout were not finite: every rank skips the step
         means = TokenSums.unknown(parallel.device).means(parallel)
         update = Update(applied=False, grad_norm=math.nan)
     num_truncated = run.rollout.num_truncated(batches) if run.rollout is not None else 0
@@ -127,16 +137,18 @@ def stop_requests() -> Iterator[list[int]]:
 
 def main(argv: list[str]) -> None:
     """The command line without the program's name. Every rank calls it."""
-    run_config(parse_config_or_exit(argv))
+    run_from_config(parse_config_or_exit(argv))
 
 
-def run_config(config: Config) -> None:
-    """The process group, the run, and the end: 2 with one line where it cannot go on."""
+def run_from_config(config: Config) -> None:
+    """Set up the process group, run, tear down. An expected error ends the process with one line
+    and exit status 2.
+    """
     if config.train.deterministic:
-        parallel_layout.use_deterministic_kernels()
+        use_deterministic_kernels()
     try:
-        parallel = parallel_layout.initialize(
-            parallel_layout.resolve_device(config.model.device),
+        parallel = initialize(
+            resolve_device(config.model.device),
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
             expert_model_parallel_size=config.parallel.expert_model_parallel_size,
@@ -147,8 +159,8 @@ def run_config(config: Config) -> None:
         exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell says it: 128 + SIGINT
-    parallel_layout.destroy()
+    destroy()
 
 
 if __name__ == "__main__":
-    run_config(CONFIG)
+    run_from_config(CONFIG)

@@ -275,3 +275,15 @@ def test_a_folder_without_a_model_names_the_families(tmp_path):
     shutil.copy(REPOSITORY / "setup.py", tmp_path / "config.json")
     with pytest.raises(ValueError, match=str(tmp_path / "config.json")):
         read_model_args(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["false", 1, None, []])
+def test_tied_embeddings_are_a_boolean(value, tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder(**SMALLEST), folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.get("thinker_config", config)["tie_word_embeddings"] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tie_word_embeddings = .* expected a bool"):
+        read_model_args(folder)

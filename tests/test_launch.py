@@ -219,7 +219,7 @@ def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
     """With stubs for all that it calls: every step is in the report, the exit status is that of the
     worst.
     """
-    for folder in ("launch", "docs", ".venv/bin"):
+    for folder in ("launch", "demo", "docs", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/gpu_checks.sh", tmp_path / "launch")
     stubs = tmp_path / ".venv/bin"

@@ -147,14 +147,12 @@ def run_pass(passes, rank, num_columns, device):
         row_scalars(*whole, temperature),
         Divergence(beta=0.3, temperature=temperature),
     )
-    entries = torch.empty_like(student) if torch.float32 in passes.ENTRIES_OUT_DTYPES else None
-    sums = passes.compare(
-        student, teacher, num_columns, rows, divergence, True, entries_out=entries
-    )
+    kept_a = torch.empty_like(student) if torch.float32 in passes.DTYPES_THAT_KEEP_A else None
+    sums = passes.compare(student, teacher, num_columns, rows, divergence, True, a_out=kept_a)
     factor = torch.linspace(-1.0, 2.0, 6, device=device).unsqueeze(1)
     factors = GradientFactors(factor, factor * 0.1, 1.0 - factor, labels - first_column)
     gradient = torch.full_like(student, 50.0)
-    second = teacher if entries is None else entries
+    second = teacher if kept_a is None else kept_a
     passes.write_gradient(gradient, student, second, num_columns, rows, divergence, factors)
     return [tensor.cpu() for tensor in (*sides[0], *sides[1], *sums, gradient)]
 

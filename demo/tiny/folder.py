@@ -24,6 +24,7 @@ from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from demo.tiny.tower_training import train_audio_tower
 from demo.tiny.training import train_toy_language
 from megatron_gkd.families import Family, families
+from megatron_gkd.model.transformer_config import DTYPES
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
@@ -102,10 +103,9 @@ def _write_folder(
     if train_steps or tower_steps:
         tower = {"tower_steps": tower_steps, "tower_sound": tower_sound} if has_towers else {}
         _write_json(folder / "lessons.json", {"train_steps": train_steps, **tower, "seed": seed})
-    model.to(getattr(torch, torch_dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
-    _write_json(
-        folder / "config.json", config
-    )  # save_pretrained writes its own spelling: keep the hub's
+    model.to(DTYPES[torch_dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
+    # save_pretrained writes its own spelling: keep the hub's
+    _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", hub_files.generation_config(token_ids))
 
 
@@ -150,6 +150,8 @@ def build_folder(
                     f"--{flag}: {families()[family].title} is a text model without towers; "
                     "leave it out"
                 )
+    if torch_dtype not in DTYPES:
+        raise ValueError(f"--torch_dtype {torch_dtype}: choose one of {', '.join(DTYPES)}")
     speak = make_speaker(tower_sound)
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise ValueError(

@@ -61,9 +61,8 @@ def thinker_config(
     `token_ids` maps token text to id.
     """
     hidden_size = text["hidden_size"]
-    deepstack = list(
-        range(min(2, text["num_hidden_layers"]))
-    )  # vision features join the first decoder layers
+    # vision features join the first decoder layers
+    deepstack = list(range(min(2, text["num_hidden_layers"])))
     return {
         "model_type": "qwen3_omni_moe_thinker",
         "audio_config": {

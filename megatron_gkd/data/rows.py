@@ -41,9 +41,10 @@ _TEACHER_NAMES = (
     *TEACHER_COLUMNS,
     *(name for name in MEDIA_COLUMNS if name.startswith("teacher_")),
 )
+# Prefixes of columns that are left alone, such as teacher_image_id.
 _TEACHER_METADATA = tuple(
     f"{name}_" for column in _TEACHER_NAMES for name in (column, column.removesuffix("s"))
-)  # prefixes of columns that are left alone, such as teacher_image_id
+)
 
 RowMedia = dict[str, list[Reference]]
 """Kind -> a view's media of that kind, in the order of their placeholders."""

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from megatron_gkd.data.order import SUBSET, permutation
 from megatron_gkd.data.rows import MEDIA_COLUMNS
-from megatron_gkd.errors import DataError, RowError
+from megatron_gkd.errors import DataError, RowError, first_line
 
 LINE_COLUMN = "line"
 # Nothing is cached under it; without one `datasets` would hash the whole table.
@@ -82,7 +82,7 @@ def _open(name: str, download: bool) -> Source:
                 )
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise DataError(
-                    f"{name} is not a readable parquet file: {_first_line(error)}"
+                    f"{name} is not a readable parquet file: {first_line(error)}"
                 ) from None
         raise DataError(
             f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per "
@@ -104,7 +104,7 @@ def _open(name: str, download: bool) -> Source:
             loaded = datasets.load_dataset(name)
     except Exception as error:  # a loader's own errors are of any type
         raise DataError(
-            f"`datasets` could not load {name} ({type(error).__name__}: {_first_line(error)}); "
+            f"`datasets` could not load {name} ({type(error).__name__}: {first_line(error)}); "
             "a data set that is neither here nor on the hub must be downloaded first: give its "
             "file or folder"
         ) from error
@@ -116,10 +116,6 @@ def _open(name: str, download: bool) -> Source:
             )
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     return _table_source(name, loaded)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _open_jsonl(path: str) -> Source:
@@ -153,7 +149,7 @@ def _parse_line(row: dict[str, bytes]) -> Any:
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise RowError(f"not JSON that can be read: {_first_line(error)}") from None
+        raise RowError(f"not JSON that can be read: {first_line(error)}") from None
 
 
 def _table_source(name: str, rows: datasets.Dataset) -> Source:

@@ -69,6 +69,8 @@ class Family:
     towers: tuple[Tower, ...] = ()
     other_models: tuple[str, ...] = ()
     """Prefixes of the tensors of models that are never trained and travel along: `talker.`"""
+    other_models_title: str = "other models"
+    """For messages: `talker or vocoder`"""
     media_settings: Callable[[Any], dict[str, Any]] | None = None
     """transformers' config -> the fields of `media.positions.MediaTokenIds`. Raises ValueError
     naming one that is missing."""

@@ -123,6 +123,7 @@ FAMILY = Family(
         ),
     ),
     other_models=("talker.", "code2wav."),
+    other_models_title="talker or vocoder",
     media_settings=_media_settings,
     num_audio_tokens=_num_audio_tokens,
     # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it

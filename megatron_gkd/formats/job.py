@@ -187,9 +187,8 @@ class Journal:
         """Raises ValueError when the file belongs to another conversion."""
         self.path = path
         self.results: list[Any] = [None] * num_shards
-        lines = (
-            path.read_text().split("\n")[:-1] if path.is_file() else []
-        )  # a line without its end was being written
+        # A line without its end was being written.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         if lines and json.loads(lines[0]) != _plain(identity):
             raise ValueError(_OTHERS.format(path.parent))
         for line in lines[1:]:
@@ -243,8 +242,8 @@ def _bytes_on_disk(folder: Path) -> int:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Exclusive among commands, who make the folder `partial`, and the last of whom removes it. The
-    workers inherit the lock, so a killed command's orphans hold it until they are gone.
+    """An exclusive lock among commands: each may make the folder `partial`, the last one removes
+    it. The workers inherit the lock, so a killed command's orphans hold it until they are gone.
     """
     end = time.monotonic() + _WAIT_FOR_LOCK
     while True:
@@ -269,16 +268,17 @@ def _locked(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if (
-                _is_at(file, partial / "lock") and len(list(partial.iterdir())) == 1
-            ):  # a refusal leaves nothing behind
+            # A refusal leaves nothing behind.
+            if _is_at(file, partial / "lock") and len(list(partial.iterdir())) == 1:
                 (partial / "lock").unlink()
                 with suppress(OSError):
                     partial.rmdir()
 
 
 def _is_at(file: IO, path: Path) -> bool:
-    """Whether the open file is still the one of this name: who finishes removes it."""
+    """Whether the open file is still the one of this name: the command that finishes
+    removes it.
+    """
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -90,10 +90,8 @@ class _DescriptionUnpickler(pickle.Unpickler):
         self.known = {
             **{(module, name): type(name, (_Record,), {}) for module, name in _RECORDS},
             **dict.fromkeys(_IGNORED, ignored),
-            (
-                "builtins",
-                "getattr",
-            ): member,  # early Python 3.11 (Debian 12's 3.11.2) pickles enumerations by it
+            # early Python 3.11 (Debian 12's 3.11.2) pickles enumerations by it
+            ("builtins", "getattr"): member,
             ("torch", "Size"): torch.Size,
             ("collections", "OrderedDict"): dict,
             ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
@@ -113,10 +111,8 @@ class _TensorUnpickler(pickle.Unpickler):
     """data.pkl of a saved tensor -> (its first element in the storage, its size, its stride)."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in (
-            "_rebuild_tensor_v2",
-            "_rebuild_tensor_v3",
-        ):  # the third: 8-bit floats
+        # the third version: 8-bit floats
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
             return lambda storage, offset, size, stride, *rest: (offset, size, stride)
         if (module, name) == ("collections", "OrderedDict"):
             return dict

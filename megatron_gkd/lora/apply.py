@@ -65,9 +65,8 @@ def apply_lora(
     for part in adapter_slices(model, model_args, parallel):
         name = part.stored.name
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(
-                zlib.crc32(f"{seed} {name}".encode())
-            )  # torch reads 32 bits of a seed
+            # torch reads 32 bits of a seed
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             bound = 1 / math.sqrt(full_shapes[name][1])
             full = torch.empty(full_shapes[name]).uniform_(-bound, bound, generator=generator)
             part.view.copy_(full[part.stored.index])
@@ -162,8 +161,8 @@ def num_adapter_parameters(
 
 
 def num_teacher_parameters(model_args: ModelArgs, model: Any) -> int:
-    """Of the teacher's own adapter over all ranks; 0 where the teacher is the base alone. model:
-    the first stage.
+    """Parameters of the teacher's own adapter over all ranks; 0 where the teacher is the base
+    alone. model: the first stage.
     """
     if TEACHER not in getattr(model, "applied_lora", {}):
         return 0

@@ -54,13 +54,13 @@ def load_adapter(
                 part.view.zero_()
             continue
         values, own_scale = adapter.tensor(name)
-        side = 0 if ".lora_B." in name else 1
+        is_up = ".lora_B." in name
+        side = 0 if is_up else 1
         if name in in_towers and values.shape[side] != in_towers[name][side]:
             raise ValueError(
                 f"{adapter.path}: {name} is {list(values.shape)}, "
                 f"this model's tower has {list(in_towers[name])}"
             )
-        is_up = ".lora_B." in name
         own_rank = values.shape[1] if is_up else values.shape[0]
         if is_up:
             part.view.zero_()

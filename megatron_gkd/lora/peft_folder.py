@@ -98,7 +98,7 @@ class PeftAdapter:
             raise ValueError(f"{self.folder / CONFIG}: {name} {error}") from None
 
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, _Source]]:
-        """Of the decoder's tensors, and of the towers'."""
+        """The sources of the decoder's tensors, and those of the towers'."""
         sources: dict[str, _Source] = {}
         in_towers: dict[str, _Source] = {}
         fused: dict[tuple[str, str], dict[str, str]] = {}
@@ -342,12 +342,11 @@ class PeftAdapter:
         if stored is None:
             return
         copy = self._file.get_slice(stored)[rows]
+        dtypes = (copy.dtype, base.dtype)
         relative = max(
-            torch.finfo(dtype).eps for dtype in (copy.dtype, base.dtype)
-        )  # either may be a rounding of the other
-        absolute = (
-            6e-8 if torch.float16 in (copy.dtype, base.dtype) else 0.0
-        )  # below that float16 has no number
+            torch.finfo(dtype).eps for dtype in dtypes
+        )  # either may be the other, rounded
+        absolute = 6e-8 if torch.float16 in dtypes else 0.0  # float16 has no smaller number
         if not torch.allclose(
             copy.to(base.device).float(), base.float(), rtol=relative, atol=absolute
         ):

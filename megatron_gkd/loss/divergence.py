@@ -22,7 +22,7 @@ multiple of Q to A changes nothing.
 
 Three passes over the logits: `statistics` of each side, `compare`, `write_gradient`. They exist
 twice, in torch_kernels.py for any device and in triton_kernels.py; passes.py chooses. Between the
-last two either A is kept (a module's ENTRIES_OUT_DTYPES) or the teacher's logits are.
+last two either A is kept (a module's DTYPES_THAT_KEEP_A) or the teacher's logits are.
 
 A new divergence is an entry of KINDS with its two rules, its name in `Name`, and its formula in
 tests/reference_loss.py. This file imports neither torch nor triton: config.py reads it too.

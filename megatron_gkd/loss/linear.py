@@ -23,7 +23,7 @@ from megatron_gkd.loss.passes import (
     LossCall,
     compare_sides,
     group_size,
-    keeps_entries,
+    keeps_a,
     vocabulary_slice,
     write_gradient,
 )
@@ -36,9 +36,8 @@ from megatron_gkd.loss.rows import (
     zero_masked_rows,
 )
 
-# By device. Of both sides' float32 logits in a chunk, unless the caller gives chunk_rows: a GEMM
-# reads the whole head for each chunk, so that a GPU, whose arithmetic is dearer to starve, takes
-# larger ones.
+# By device: bytes of both sides' float32 logits in a chunk, unless the caller gives chunk_rows.
+# Each chunk's GEMM reads the whole head, so a GPU takes larger chunks.
 CHUNK_BYTES = {"cpu": 300 * 2**20, "cuda": 2**31}  # cpu: 256 rows of 152k columns
 ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk should fill
 # Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as
@@ -124,8 +123,8 @@ def _distil_chunk(
     With call.gradient, `gradient` [C, V] is filled with the loss's gradient w.r.t. the student's
     logits; it may be `teacher`, which does not keep its logits.
     """
-    entries_out = teacher if keeps_entries(student, call) else None
-    found = compare_sides(student, teacher, labels, call, entries_out)
+    a_out = teacher if keeps_a(student, call) else None
+    found = compare_sides(student, teacher, labels, call, a_out)
     if call.gradient:
         write_gradient(
             gradient,

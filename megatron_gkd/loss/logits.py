@@ -18,7 +18,7 @@ from megatron_gkd.loss.passes import (
     LossCall,
     compare_sides,
     group_size,
-    keeps_entries,
+    keeps_a,
     vocabulary_slice,
     write_gradient,
 )
@@ -51,18 +51,18 @@ class _LogitsDivergence(torch.autograd.Function):
         weights: RowWeights,
         call: LossCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        entries = torch.empty_like(student_logits) if keeps_entries(student_logits, call) else None
-        found = compare_sides(student_logits, teacher_logits, labels, call, entries)
+        a = torch.empty_like(student_logits) if keeps_a(student_logits, call) else None
+        found = compare_sides(student_logits, teacher_logits, labels, call, a)
         results = row_results(found.student, found.teacher, found.sums, labels, weights)
         ctx.save_for_backward(
             student_logits,
-            teacher_logits if entries is None else entries,
+            teacher_logits if a is None else a,
             labels,
             *found.scalars,
             found.sums.gradient_sum,
             *weights,
         )
-        ctx.call, ctx.kept_entries = call, entries is not None
+        ctx.call, ctx.kept_a = call, a is not None
         loss, metrics = results[0], results[1:].clone()
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
@@ -70,15 +70,15 @@ class _LogitsDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-        student_logits, teacher_or_entries, labels, *scalars, gradient_sum, first, second = (
+        student_logits, teacher_or_a, labels, *scalars, gradient_sum, first, second = (
             ctx.saved_tensors
         )
         weights = RowWeights(first * upstream, second * upstream)
-        gradient = teacher_or_entries if ctx.kept_entries else torch.empty_like(student_logits)
+        gradient = teacher_or_a if ctx.kept_a else torch.empty_like(student_logits)
         write_gradient(
             gradient,
             student_logits,
-            teacher_or_entries,
+            teacher_or_a,
             RowScalars(*scalars),
             gradient_sum,
             labels,

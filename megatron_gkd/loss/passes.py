@@ -46,7 +46,7 @@ class LossCall(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of rows, what follows from both sides' logits; over the whole vocabulary."""
+    """What both sides' logits of some rows give, over the whole vocabulary."""
 
     student: SideStatistics
     teacher: SideStatistics
@@ -123,11 +123,11 @@ def reduce_sums(sums: Sums, group: dist.ProcessGroup | None) -> Sums:
     return Sums(*packed.unbind(0))
 
 
-def keeps_entries(logits: torch.Tensor, call: LossCall) -> bool:
+def keeps_a(logits: torch.Tensor, call: LossCall) -> bool:
     """Whether `compare` is to write A for the gradient of these logits: where that is cheaper than
     to compute it again.
     """
-    return call.gradient and logits.dtype in select_kernels(logits.device).ENTRIES_OUT_DTYPES
+    return call.gradient and logits.dtype in select_kernels(logits.device).DTYPES_THAT_KEEP_A
 
 
 def compare_sides(
@@ -135,11 +135,11 @@ def compare_sides(
     teacher: torch.Tensor,
     labels: torch.Tensor | None,
     call: LossCall,
-    entries_out: torch.Tensor | None,
+    a_out: torch.Tensor | None,
 ) -> Comparison:
-    """Of both sides' logits [N, W] of this rank: the first two passes.
+    """The first two passes over this rank's logits [N, W] of both sides.
 
-    entries_out: float32 [N, W] for A, which may be one of the logits, or None.
+    a_out: float32 [N, W] for A, which may be one of the logits, or None.
     Collectives: one all-gather and one all-reduce.
     """
     kernels = select_kernels(student.device)
@@ -155,7 +155,7 @@ def compare_sides(
     )
     scalars = row_scalars(student_statistics, teacher_statistics, divergence.temperature)
     sums = kernels.compare(
-        student, teacher, num_columns, scalars, divergence, call.metrics, entries_out=entries_out
+        student, teacher, num_columns, scalars, divergence, call.metrics, a_out=a_out
     )
     return Comparison(
         student_statistics, teacher_statistics, scalars, reduce_sums(sums, call.group)
@@ -165,7 +165,7 @@ def compare_sides(
 def write_gradient(
     out: torch.Tensor,
     student: torch.Tensor,
-    teacher_or_entries: torch.Tensor,
+    teacher_or_a: torch.Tensor,
     scalars: RowScalars,
     gradient_sum: torch.Tensor,
     labels: torch.Tensor | None,
@@ -175,7 +175,7 @@ def write_gradient(
     """The third pass: out [N, W] = the gradient of the rows' losses times their weights, with
     respect to the student's logits. No collectives.
 
-    teacher_or_entries: A where `keeps_entries`, otherwise the teacher's logits. out may be one of
+    teacher_or_a: A where `keeps_a`, otherwise the teacher's logits. out may be one of
     the inputs. gradient_sum [N]: Sums.gradient_sum over the whole vocabulary.
     """
     (first_column, num_columns), divergence = call.columns, call.divergence
@@ -183,5 +183,5 @@ def write_gradient(
         weights, gradient_sum, divergence.temperature, call.sft_alpha, labels, first_column
     )
     select_kernels(out.device).write_gradient(
-        out, student, teacher_or_entries, num_columns, scalars, divergence, factors
+        out, student, teacher_or_a, num_columns, scalars, divergence, factors
     )

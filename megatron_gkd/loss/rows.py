@@ -37,8 +37,8 @@ class LinearJsdOutput(NamedTuple):
 
 
 class SideStatistics(NamedTuple):
-    """Of one side, float64 [N] each; over a rank's own columns, or after `merge` over the whole
-    vocabulary.
+    """Statistics of one side's logits, float64 [N] each; over a rank's own columns, or after
+    `merge` over the whole vocabulary.
     """
 
     top: torch.Tensor  # largest logit

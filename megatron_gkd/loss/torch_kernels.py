@@ -26,8 +26,8 @@ BLOCK_ENTRIES = {"cpu": 2**19}
 DEVICE_BLOCK_ENTRIES = 2**24  # what fills a GPU
 LOG2_E = math.log2(math.e)
 SEGMENT = 512  # columns among which the largest logit is looked for by index
-# Of logits of these dtypes `compare` may write A to `entries_out`, and `write_gradient` takes it.
-ENTRIES_OUT_DTYPES = (torch.float32,)
+# Of logits of these dtypes `compare` may write A to `a_out`, and `write_gradient` takes it.
+DTYPES_THAT_KEEP_A = (torch.float32,)
 
 
 class _Scratch:
@@ -53,8 +53,8 @@ def _blocks(
     num_rows: int, num_columns: int, device: torch.device
 ) -> tuple[_Scratch, Iterator[slice]]:
     """Scratch for blocks of at most BLOCK_ENTRIES logits (at least one row), and their rows."""
-    entries = BLOCK_ENTRIES.get(device.type, DEVICE_BLOCK_ENTRIES)
-    size = min(num_rows, max(1, entries // num_columns))
+    num_entries = BLOCK_ENTRIES.get(device.type, DEVICE_BLOCK_ENTRIES)
+    size = min(num_rows, max(1, num_entries // num_columns))
     slices = (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
     return _Scratch(size, num_columns, device), slices
 
@@ -201,14 +201,14 @@ class _Block:
 
 
 def _clip(
-    entries: torch.Tensor, values: torch.Tensor, q: torch.Tensor, clip: float, a_beyond_clip: float
+    a: torch.Tensor, summands: torch.Tensor, q: torch.Tensor, clip: float, a_beyond_clip: float
 ) -> torch.Tensor:
-    """What the divergence's entries `values` are above `clip`, [R, V]; there A in `entries` is
+    """What the divergence's `summands` are above `clip`, [R, V]; there A in `a` is
     overwritten as divergence.py says.
     """
-    above = values > clip
-    excess = torch.where(above, values - clip, 0.0)
-    entries.copy_(torch.where(above, q * a_beyond_clip, entries))
+    above = summands > clip
+    excess = torch.where(above, summands - clip, 0.0)
+    a.copy_(torch.where(above, q * a_beyond_clip, a))
     return excess
 
 
@@ -219,13 +219,13 @@ def compare(
     scalars: RowScalars,
     divergence: Divergence,
     metrics: bool,
-    entries_out: torch.Tensor | None = None,
+    a_out: torch.Tensor | None = None,
 ) -> Sums:
     """The divergence's sums over the first `num_columns` columns of student and teacher logits [N,
     W] of any dtype.
 
     Without `metrics`, kl_forward and kl_reverse are zeros unless one of them is the divergence.
-    entries_out: float32 [N, W] for A, or None; may be one of the logits.
+    a_out: float32 [N, W] for A, or None; may be one of the logits.
     """
     num_rows, kind = len(student), KINDS[divergence.kind]
     sums = Sums(
@@ -246,33 +246,33 @@ def compare(
             sums.kl_forward[rows] = block.kl_forward_sum().double()
         if metrics or kind.sum_field == "kl_reverse":
             sums.kl_reverse[rows] = block.kl_reverse_sum().double()
-        entries, values = kind.torch_rule(block, divergence.beta)
+        a, summands = kind.torch_rule(block, divergence.beta)
         if kind.sum_field == "divergence":
-            sums.divergence[rows] = values.sum(-1).double()
+            sums.divergence[rows] = summands.sum(-1).double()
         if divergence.clip is not None:
-            excess = _clip(entries, values, block.q, divergence.clip, kind.a_beyond_clip)
+            excess = _clip(a, summands, block.q, divergence.clip, kind.a_beyond_clip)
             sums.divergence[rows] -= excess.sum(-1).double()
-        sums.gradient_sum[rows] = entries.sum(-1).double()
-        if entries_out is not None:
-            entries_out[rows, :num_columns] = entries
+        sums.gradient_sum[rows] = a.sum(-1).double()
+        if a_out is not None:
+            a_out[rows, :num_columns] = a
     if kind.sum_field != "divergence":
         sums.divergence.add_(getattr(sums, kind.sum_field))
     return sums
 
 
-def _recompute_entries(block: _Block, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
+def _recompute_a(block: _Block, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """A and Q of a block, as in `compare`."""
     kind = KINDS[divergence.kind]
-    entries, values = kind.torch_rule(block, divergence.beta)
+    a, summands = kind.torch_rule(block, divergence.beta)
     if divergence.clip is not None:
-        _clip(entries, values, block.q, divergence.clip, kind.a_beyond_clip)
-    return entries, block.q
+        _clip(a, summands, block.q, divergence.clip, kind.a_beyond_clip)
+    return a, block.q
 
 
 def write_gradient(
     out: torch.Tensor,
     student: torch.Tensor,
-    teacher_or_entries: torch.Tensor,
+    teacher_or_a: torch.Tensor,
     num_columns: int,
     scalars: RowScalars,
     divergence: Divergence,
@@ -280,7 +280,7 @@ def write_gradient(
 ) -> None:
     """out [N, W] = the loss's gradient w.r.t. the student's logits [N, W], 0 in padded columns.
 
-    teacher_or_entries: A as `compare` wrote it if student's dtype is in ENTRIES_OUT_DTYPES,
+    teacher_or_a: A as `compare` wrote it if student's dtype is in DTYPES_THAT_KEEP_A,
     otherwise the teacher's logits. out may be one of the inputs.
     """
     out[:, num_columns:] = 0
@@ -291,17 +291,17 @@ def write_gradient(
     for rows in blocks:
         own = RowScalars(*(scalar[rows] for scalar in scalars))
         z = scratch.float32("z_student", student[rows, :num_columns])
-        second = teacher_or_entries[rows, :num_columns]
-        if student.dtype in ENTRIES_OUT_DTYPES:
+        second = teacher_or_a[rows, :num_columns]
+        if student.dtype in DTYPES_THAT_KEEP_A:
             q = scratch.get("q", len(z))
             _probabilities(z, own.student_top, own.student_log_sum_exp, temperature, out=q)
-            entries = second
+            a = second
         else:
             z_teacher = scratch.float32("z_teacher", second)
             block = _Block(z, z_teacher, own, temperature, scratch)
-            entries, q = _recompute_entries(block, divergence)
+            a, q = _recompute_a(block, divergence)
         result = torch.addcmul(
-            entries, q, factors.gradient_sum[rows], value=-1.0, out=scratch.get("result", len(z))
+            a, q, factors.gradient_sum[rows], value=-1.0, out=scratch.get("result", len(z))
         )
         result.mul_(factors.divergence[rows])
         if cross_entropy is not None and label_columns is not None:

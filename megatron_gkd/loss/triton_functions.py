@@ -78,7 +78,7 @@ def log1p(y: tl.tensor):
 
 
 @triton.jit
-def entries_of_block(
+def a_and_summands(
     student: tl.tensor,
     teacher: tl.tensor,
     columns: tl.tensor,
@@ -124,10 +124,10 @@ def entries_of_block(
         common = log1p(e * tl.where(log2_p_over_q > 0.0, beta, 1.0 - beta))
     log_m_over_q = common + tl.maximum(d, 0.0)
     log_m_over_p = common + tl.maximum(-d, 0.0)
-    entries, values = RULE(q, p, d, p_minus_q, log_m_over_q, log_m_over_p, beta)
+    a, summands = RULE(q, p, d, p_minus_q, log_m_over_q, log_m_over_p, beta)
     excess = 0.0
     if CLIP:
-        above = values > clip
-        excess = tl.where(above, values - clip, 0.0)
-        entries = tl.where(above, A_BEYOND_CLIP * q, entries)
-    return z_student, q, p, d, p_minus_q, entries, values, excess
+        above = summands > clip
+        excess = tl.where(above, summands - clip, 0.0)
+        a = tl.where(above, A_BEYOND_CLIP * q, a)
+    return z_student, q, p, d, p_minus_q, a, summands, excess

@@ -3,7 +3,7 @@
 Of a row, with its maxima t and log-sum-exps l over all ranks, and of one column of it:
 
     statistics      sum exp((z - t) / T), and with metrics sum x exp(x) of x = (z - t) / T
-    A, entry        triton_functions.entries_of_block
+    A, entry        triton_functions.a_and_summands
     gradient        w_divergence / T (A - Q sum A) + w_cross_entropy (exp(z - t - l_1) - onehot),
                     l_1 the log-sum-exp at T = 1
 
@@ -40,13 +40,13 @@ from megatron_gkd.loss.rows import (
     Sums,
     empty_statistics,
 )
-from megatron_gkd.loss.triton_functions import LN_2, LOG2_E, ON_DEVICE, entries_of_block, exp2
+from megatron_gkd.loss.triton_functions import LN_2, LOG2_E, ON_DEVICE, a_and_summands, exp2
 
 BLOCK = 4096  # columns of a row that a program handles at a time, at most
 NUM_WARPS = 8
 # Triton 3.10 no longer fuses multiplications and additions by itself.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-ENTRIES_OUT_DTYPES = ()  # none: A is cheaper computed twice than written and read
+DTYPES_THAT_KEEP_A = ()  # none: A is cheaper computed twice than written and read
 # The interpreter calls plain functions, and refuses to wrap one of a file without triton.language.
 RULES = {
     name: triton.jit(kind.rule) if ON_DEVICE.value else kind.rule for name, kind in KINDS.items()
@@ -147,15 +147,15 @@ def _compare_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         valid = columns < num_columns
-        _, q, p, d, p_minus_q, entries, values, excess = entries_of_block(
+        _, q, p, d, p_minus_q, a, summands, excess = a_and_summands(
             student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
             RULE, A_BEYOND_CLIP, HALF, CLIP,
         )  # fmt: skip
         if SUM_VALUES:
-            divergence += values
+            divergence += summands
         if CLIP:
             divergence -= excess
-        gradient_sum += entries
+        gradient_sum += a
         if KL_FORWARD:
             kl_forward += d * p - p_minus_q
         if KL_REVERSE:
@@ -202,11 +202,11 @@ def _gradient_kernel(
     student += row * student_stride
     teacher += row * teacher_stride
     scalars += row
-    z_student, q, _, _, _, entries, _, _ = entries_of_block(
+    z_student, q, _, _, _, a, _, _ = a_and_summands(
         student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
         RULE, A_BEYOND_CLIP, HALF, CLIP,
     )  # fmt: skip
-    gradient = (entries - q * tl.load(gradient_sum + row)) * tl.load(divergence_factor + row)
+    gradient = (a - q * tl.load(gradient_sum + row)) * tl.load(divergence_factor + row)
     if CROSS_ENTROPY:
         unit_log_sum_exp = tl.load(scalars + 2 * num_rows)
         softmax = exp2((z_student - tl.load(scalars)) * LOG2_E - unit_log_sum_exp)
@@ -303,7 +303,7 @@ def compare(
     scalars: RowScalars,
     divergence: Divergence,
     metrics: bool,
-    entries_out: None = None,
+    a_out: None = None,
 ) -> Sums:
     """As torch_kernels.compare, which alone keeps A."""
     _check_rows(student, teacher)

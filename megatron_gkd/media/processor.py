@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from megatron_gkd.errors import DataError, RowError
+from megatron_gkd.errors import DataError, RowError, first_line
 from megatron_gkd.families import families
 from megatron_gkd.media.cache import cache_path, read_cached, write_cached
 from megatron_gkd.media.medium import Medium, Reference, Size
@@ -284,10 +284,9 @@ class MediaProcessor:
                 self.folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # user files may raise errors of any type
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"rows with {kind}s need the processor files of --model {self.folder} "
-                f"(preprocessor_config.json): {first_line}"
+                f"(preprocessor_config.json): {first_line(error)}"
             ) from error
 
     @cached_property
@@ -308,8 +307,7 @@ class MediaProcessor:
         except Exception as error:  # decoders and processors raise errors of any type
             if reference.path and not os.path.exists(reference.path):
                 raise RowError(f"{reference.name}: there is no such file") from None
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RowError(f"{reference.name}: cannot be read ({first_line})") from error
+            raise RowError(f"{reference.name}: cannot be read ({first_line(error)})") from error
 
     @cached_property
     def _processor_digest(self) -> str:

@@ -35,7 +35,7 @@ _TYPES: dict[str, type] = {
     "sliding_window": int,
     "use_sliding_window": bool,
 }
-_MAY_BE_NULL = ("head_dim", "mlp_only_layers", "sliding_window")
+_MAY_BE_NULL = ("head_dim", "mlp_only_layers", "sliding_window", "use_sliding_window")
 _DEFAULT_MROPE_SECTION = (24, 20, 20)  # transformers' own
 
 
@@ -211,8 +211,18 @@ def read_model_args(folder: str | Path) -> ModelArgs:
         vocab_size=text["vocab_size"],
         rms_norm_eps=text["rms_norm_eps"],
         **_rope(config, text["rope_theta"], head_dim, refuse),
-        tie_word_embeddings=config.settings.get("tie_word_embeddings", False),
+        tie_word_embeddings=_tie_word_embeddings(config),
     )
+
+
+def _tie_word_embeddings(config: FolderConfig) -> bool:
+    tied = config.settings.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise ValueError(
+            f"{config.path}: tie_word_embeddings = {tied!r} is a {type(tied).__name__}, "
+            "expected a bool"
+        )
+    return tied
 
 
 def _where(config: FolderConfig) -> str:
@@ -227,7 +237,8 @@ def _text_settings(config: FolderConfig) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, default in config.family.text_defaults.items():
-        known_as = name if name in config.text else config.family.aliases.get(name, name)
+        alias = config.family.aliases.get(name, name)  # wins in transformers where both are there
+        known_as = alias if alias in config.text else name
         value, wanted = config.text.get(known_as, default), _TYPES[name]
         if value is None and name in _MAY_BE_NULL:
             found[name] = None

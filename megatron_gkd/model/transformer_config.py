@@ -33,9 +33,8 @@ def transformer_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
-        moe_permute_fusion=transformer_engine_usable(
-            parallel.device
-        ),  # its kernels add without atomics, and without waiting
+        # Transformer Engine's kernels add without atomics, and without waiting.
+        moe_permute_fusion=transformer_engine_usable(parallel.device),
         normalization="RMSNorm",
         layernorm_epsilon=model_args.rms_norm_eps,
         qk_layernorm=True,

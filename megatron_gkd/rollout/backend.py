@@ -23,7 +23,7 @@ sequence-level distillation.
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a data-parallel rank has answered in one step: the prompts of all its micro-batches,
+    """The prompts that a data-parallel rank wants answered in one step, of all its micro-batches,
     without padding rows. Prompt i is index i of each list, of `references` and of `media`.
     """
 

@@ -25,6 +25,8 @@ from megatron_gkd.parallel import Parallel, world_max
 from megatron_gkd.rollout.mode import generation_mode, without_sequence_parallel
 from megatron_gkd.rollout.sampling import Sampler, Sampling
 
+OTHER_RANKS_ROW = "a row of another rank"  # in an error that names no row of this rank
+
 
 @dataclass(frozen=True)
 class PromptMedia:
@@ -83,9 +85,8 @@ def generate(
     replicas_share_experts = parallel.tp_size % parallel.ep_size != 0
     if not (world_max(num_prompts, parallel.device) if replicas_share_experts else num_prompts):
         return []
-    if (
-        not prompts
-    ):  # other ranks' tokens need this rank's experts: it takes part with a padding row
+    if not prompts:
+        # Other ranks' tokens need this rank's experts: it takes part with a padding row.
         prompts, row_ids, sample_ids, media = [[pad_token_id]], [0], [0], None
 
     padded = _pad_left(prompts, media, max_new_tokens, pad_token_id, parallel)
@@ -190,10 +191,10 @@ class _Stage:
     def prefill(self, input_ids: Tensor, media: PromptMedia | None) -> Tensor:
         """The padded prompts, input_ids [B, W] -> on the last stage the output at their last
         position, [1, B, H]; on others what they have sent. Collectives: those of `forward`, and on
-        the last stage an all-gather of the sequence shards.
+        the last stage a broadcast of that position over the tensor-parallel ranks.
         """
         hidden = self.forward(input_ids, **self._media_inputs(media))
-        return self.parallel.gather_sequence(hidden)[-1:] if self.parallel.is_last_stage else hidden
+        return self.parallel.last_position(hidden) if self.parallel.is_last_stage else hidden
 
     def forward(self, input_ids: Tensor, **media_inputs: Any) -> Tensor:
         """The S newest positions, input_ids [B, S] -> this stage's output [S, B, H] (while sequence
@@ -350,6 +351,6 @@ def _not_finite_error(
     named = ", ".join(f"row {row_ids[row]} (prompt {row} of {num_prompts})" for row in rows)
     return FloatingPointError(
         f"rollout: the logits of token {step + 1} are not finite for "
-        f"{named or 'a row of another rank'}: weights or activations have overflowed; lower "
+        f"{named or OTHER_RANKS_ROW}: weights or activations have overflowed; lower "
         "--learning_rate, or take bfloat16 instead of float16"
     )

@@ -18,7 +18,7 @@ from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
-from megatron_gkd.rollout.generate import PromptMedia
+from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, PromptMedia
 from megatron_gkd.rollout.sampling import Sampling
 
 
@@ -55,7 +55,7 @@ class Rollout:
         errors = all_gather_objects(error)
         if not any(errors):
             return written
-        of_rows = [text for text in errors if text and "a row of another rank" not in text]
+        of_rows = [text for text in errors if text and OTHER_RANKS_ROW not in text]
         # The longest names the most rows.
         line = f"Step {step + 1} is skipped: {max(of_rows or errors, key=len)}"
         log_rank_0(self.parallel, line)
@@ -89,7 +89,7 @@ class Rollout:
     ) -> Prompts:
         """What `author` reads before the responses of the batches' rows."""
         views = [batch.student if author == "student" else batch.teacher for batch in batches]
-        # Of each micro-batch the indices of its rows, without padding rows.
+        # The indices of each micro-batch's rows, without padding rows.
         indices = [[index for index, row in enumerate(batch.rows) if row >= 0] for batch in batches]
         token_ids, row_ids, sample_ids = [], [], []
         for number, (batch, view, of_batch) in enumerate(zip(batches, views, indices)):
@@ -175,7 +175,7 @@ def make_rollout(
     model_folder: str,
     seed: int,
 ) -> Rollout:
-    """The rollout of a run: the backend is chosen here and nowhere else, from the settings.
+    """The rollout of a run. The backend is chosen here and nowhere else; today there is one.
 
     model: this rank's stage of the decoder, bare. data: the rows of the batches to come. Raises
     ValueError for a damaged file of the model folder that names its stop tokens.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw; the defaults are those of the flags, `RolloutConfig`. Raises ValueError naming
-    the setting that is out of range.
+    """How to draw; the flags' defaults are in `RolloutConfig`. Raises ValueError naming the setting
+    that is out of range.
     """
 
     temperature: float

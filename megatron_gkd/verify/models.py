@@ -41,7 +41,7 @@ class Expected:
 
 
 def expected_of_transformers(folders: Folders) -> list[Expected]:
-    """Of every model that the folders make up, on every row."""
+    """What transformers gives for every model that the folders make up, on every row."""
     model = load_model(folders.hf_model)
     all_rows = make_rows(model.config)
     found = _expected(BASE, model, all_rows)

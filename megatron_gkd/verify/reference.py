@@ -49,7 +49,7 @@ def load_peft(model: Any, adapter: str | Path, **options: Any) -> PeftModel:
         raise FileNotFoundError(
             f"{file} does not exist: save the adapter with safe_serialization=True"
         )
-    from peft import PeftModel  # not at the top: only who has an adapter needs peft
+    from peft import PeftModel  # needed only with an adapter
 
     roots = family_of(model.config.model_type).adapter_roots
     mapping = {f"^{re.escape(root)}": "" for root in roots if root}
