@@ -247,8 +247,8 @@ def _text_settings(config: FolderConfig) -> dict[str, Any]:
             value = float(value)
         if type(value) is not wanted:
             raise ValueError(
-                f"{_where(config)}{known_as} = {value!r} is a {type(value).__name__}, "
-                f"expected a {wanted.__name__}"
+                f"{_where(config)}{known_as} = {value!r} is of type {type(value).__name__}, "
+                f"expected {wanted.__name__}"
             )
         found[name] = value
     return found
