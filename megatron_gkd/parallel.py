@@ -96,7 +96,7 @@ class Parallel:
 
         Collectives: a broadcast of one position from the rank that holds the last shard.
         """
-        last = x[-1:].detach().contiguous()
+        last = x[-1:].detach().clone()  # the broadcast writes into it
         if self.tp_size > 1:
             owner = torch.distributed.get_global_rank(self.groups.tp, self.tp_size - 1)
             torch.distributed.broadcast(last, owner, group=self.groups.tp)
