@@ -71,9 +71,9 @@ def generate(
 
     Holds a fp32 copy of this rank's lm_head rows and the keys and values of B x (W + T) positions
     meanwhile. Collectives for a token: those of the forward, of `Sampler.draw` on the last stage
-    (before the first, an all-gather of the last layer's sequence shards), a broadcast of B ids over
-    PP, and, where replicas share experts, a world-wide maximum of one number: their ranks need each
-    other in every forward and stop together.
+    (before the first, a broadcast of the last position over TP), a broadcast of B ids over PP, and,
+    where replicas share experts, a world-wide maximum of one number: their ranks need each other in
+    every forward and stop together.
 
     Raises ValueError for an empty prompt or an id outside of the vocabulary; FloatingPointError, on
     all ranks that generate together, for logits that are not finite, naming the row.
