@@ -240,7 +240,7 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
     from megatron_gkd import parallel, train
     from megatron_gkd.run import Progress
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    train.destroy = parallel.parallel_state.destroy_model_parallel
     count, evaluate, said = Progress.count, train.evaluate, io.StringIO()
 
     def kill(here, steps):
@@ -530,7 +530,7 @@ def _train_on_a_full_disk(rank, world_size, argv):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    train.destroy = parallel.parallel_state.destroy_model_parallel
     checkpoint.save_tensors = full
     try:
         train.main(argv)
@@ -557,7 +557,7 @@ def _save_where_one_rank_cannot(rank, world_size, argv):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    train.destroy = parallel.parallel_state.destroy_model_parallel
     flags.SECONDS_FOR_RANK_0 = 0
     if rank == 1:
         checkpoint.save_file = full

@@ -247,7 +247,7 @@ def train_with(rank, world_size, argv, folder, saved):
     from megatron_gkd import parallel, train
     from megatron_gkd.rollout import rollout
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel  # the harness leaves the rest
+    train.destroy = parallel.parallel_state.destroy_model_parallel  # the harness leaves the rest
     events = []
     rollout.MegatronBackend = partial(TransformersBackend, folder, saved, events)
     train.main(argv)

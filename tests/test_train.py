@@ -406,7 +406,7 @@ def _watched(rank, world_size, argv):
     """A run, with `hashes` before and after, and the dtypes of what it trains."""
     from megatron_gkd import parallel, train
 
-    parallel.destroy = lambda: None
+    train.destroy = lambda: None
     build, kept = train.build_run, {}
 
     def build_and_keep(*args):
@@ -463,7 +463,7 @@ def _poisoned(rank, world_size, argv, where, steps):
     """
     from megatron_gkd import forward, optimizer, parallel, train
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    train.destroy = parallel.parallel_state.destroy_model_parallel
     add, finalize, update, stayed, number = (
         forward.TokenSums.add,
         forward.finalize_model_grads,
@@ -600,7 +600,7 @@ def _writes_badly(rank, world_size, argv, steps):
     from megatron_gkd import parallel, train
     from megatron_gkd.rollout import backend
 
-    parallel.destroy = parallel.parallel_state.destroy_model_parallel
+    train.destroy = parallel.parallel_state.destroy_model_parallel
     write = backend.MegatronBackend.write
 
     def fail(writer, prompts, step):
@@ -718,7 +718,7 @@ def test_data_order_is_the_same_at_any_data_parallel_size(data, tmp_path):
 
 
 def train_deterministically(rank, world_size, argv):
-    parallel.destroy = (
+    train.destroy = (
         parallel.parallel_state.destroy_model_parallel
     )  # the process group is the harness's to leave
     main(argv)

@@ -82,7 +82,7 @@ def layout_flags(tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, int]:
 def _train(rank: int, world_size: int, argument_lists: list[list[str]]) -> str:
     from megatron_gkd import parallel, train
 
-    parallel.destroy = (
+    train.destroy = (
         parallel.parallel_state.destroy_model_parallel
     )  # the process group is the harness's to leave
     said = io.StringIO()
