@@ -404,7 +404,7 @@ def hashes(run) -> tuple[dict, dict]:
 
 def _watched(rank, world_size, argv):
     """A run, with `hashes` before and after, and the dtypes of what it trains."""
-    from megatron_gkd import parallel, train
+    from megatron_gkd import train
 
     train.destroy = lambda: None
     build, kept = train.build_run, {}
