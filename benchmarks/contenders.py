@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
 
 Contender = Callable[[], Any]
-Settings = dict[str, float]
+Settings = dict[str, Any]  # beta, temperature
 
 
 def run_ours(

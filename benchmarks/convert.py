@@ -20,8 +20,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -67,7 +69,8 @@ def make_folder(folder: Path, num_layers: int) -> int:
     )
     model_args = read_model_args(folder)
     sizes = decoder_tensors(model_args) | frozen_tensors(folder, model_args)[0]
-    shards, num_bytes = [{}], 0
+    shards: list[dict[str, Sequence[int]]] = [{}]
+    num_bytes = 0
     for name, size in sizes.items():
         if num_bytes + 2 * math.prod(size) > SHARD_BYTES:
             shards, num_bytes = [*shards, {}], 0
@@ -84,8 +87,9 @@ def make_folder(folder: Path, num_layers: int) -> int:
     return sum(_write_shard(folder / file, tensors) for file, tensors in files.items())
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]]) -> int:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def _write_shard(path: Path, tensors: dict[str, Sequence[int]]) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, size in tensors.items():
         end = offset + 2 * math.prod(size)
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [offset, end]}

@@ -24,16 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.loss import (
-    MIB,
-    REAL,
-    REPOSITORY,
-    available_bytes,
-    commit,
-    machine,
-    resident_bytes,
-    table,
-)
+from benchmarks.loss_tables import REAL
+from benchmarks.meter import available_bytes, resident_bytes
+from benchmarks.report import MIB, REPOSITORY, commit, machine, table
 from megatron_gkd.loss import Divergence, LinearJsdOutput
 
 DOCS = {"cpu": "docs/benchmarks/step_memory.md", "cuda": "docs/benchmarks/step_memory_gpu.md"}
@@ -78,8 +71,9 @@ def run(way: str, argv: list[str], answer: str) -> None:
 
     if way == "before":
         assert hasattr(forward, "linear_divergence")  # what forward.py calls
-        forward.linear_divergence = all_logits
-    cuda, seen = "cuda" in argv, {}
+        setattr(forward, "linear_divergence", all_logits)  # noqa: B010 (of another type)
+    cuda = "cuda" in argv
+    seen: dict[str, float] = {}
 
     def start(*arguments: Any, _original: Callable = train.teacher_forward, **keywords: Any) -> Any:
         if not seen:
@@ -168,11 +162,15 @@ def measure(way: str, device: str, folder: str, root: Path) -> dict[str, Any] | 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure both ways, print and write the page."""
+    from demo.tiny.config import TinyModelConfig
     from demo.tiny.folder import build_folder
 
-    device, vocab_size, found = arguments.device, arguments.vocab_size, {}
+    device, vocab_size = arguments.device, arguments.vocab_size
+    found: dict[str, dict | str] = {}
     with tempfile.TemporaryDirectory() as root:
-        folder = build_folder(f"{root}/model", vocab_size=vocab_size, thinker_only=True)
+        folder = build_folder(
+            f"{root}/model", TinyModelConfig(vocab_size=vocab_size, thinker_only=True)
+        )
         write_rows(Path(root, "rows.jsonl"), vocab_size)
         for way in WAYS:
             needed = UNITS_BEFORE * 4 * NUM_ROWS * RESPONSE * vocab_size if way == "before" else 0

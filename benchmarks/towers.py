@@ -31,14 +31,14 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoeVisionEncoder,
 )
 
-from benchmarks.loss import commit, machine, table
+from benchmarks.report import commit, machine, table
 from megatron_gkd.data import Batch, Sample, View, collate
 from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.towers import Towers
 
 HIDDEN, PATCH = 512, 3 * 2 * 16 * 16
-CASES = {  # audio: frames of 10 ms; visual: patches in time, height and width
+CASES: dict[str, list] = {  # audio: frames of 10 ms; visual: patches in time, height and width
     "1 image of 256 tokens": [(1, 32, 32)],
     "2 images of 256 tokens": [(1, 32, 32)] * 2,
     "8 images of 16 to 256 tokens": [(1, size, 8) for size in (8, 16, 24, 32, 48, 64, 96, 128)],
@@ -48,7 +48,7 @@ CASES = {  # audio: frames of 10 ms; visual: patches in time, height and width
     "8 audios of 2 to 9 s": [100 * seconds for seconds in range(2, 10)],
     "4 audios of 5 s and 4 images of 64 tokens": [500] * 4 + [(1, 16, 16)] * 4,
 }
-SMALL = {"2 audios and 1 image": [150, 90, (1, 4, 4)], "1 audio": [40]}
+SMALL: dict[str, list] = {"2 audios and 1 image": [150, 90, (1, 4, 4)], "1 audio": [40]}
 
 
 def towers(place: Any, shares: bool, small: bool) -> Towers:
@@ -122,7 +122,8 @@ def run_rank(rank: int, tp_size: int, store: str, rounds: int, small: bool, resu
     place = SimpleNamespace(tp_rank=rank, tp_size=tp_size, groups=groups, device=device)
     ways = {name: towers(place, name == "share", small) for name in ("all", "share")}
     for case, sizes in (SMALL if small else CASES).items():
-        batch, taken = batch_of(sizes), {name: [] for name in ways}
+        batch = batch_of(sizes)
+        taken: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(rounds + 1):
             for name, encoder in ways.items():
                 seconds = seconds_of(encoder, batch)

@@ -5,39 +5,20 @@ megatron_gkd/formats/megatron_writer.py does the work; docs/formats.md describes
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint_tools.command import parse_flags, run_command
+from checkpoint_tools.settings import HfToMegatronConfig
 from megatron_gkd import startup
 
-if __name__ == "__main__":  # before the imports below
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = parse_flags(HfToMegatronConfig, __doc__)
     startup.quiet_imports()
 
-from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
-from megatron_gkd.flags import setting
 from megatron_gkd.formats.megatron_writer import open_checkpoint_source, write_megatron_folder
 from megatron_gkd.formats.stored_tensor import SHARD_BYTES
 from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs
-
-
-@dataclass
-class HfToMegatronConfig:
-    hf_model: str = field(metadata={"help": "Hugging Face model folder."})
-    output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
-    tensor_model_parallel_size: int = setting(
-        1, "Layout of the training to come: pads the vocabulary, cuts the chunks."
-    )
-    pipeline_model_parallel_size: int = setting(
-        1, "Checked against the model; the checkpoint loads at any layout."
-    )
-    expert_model_parallel_size: int = setting(
-        1, "Checked against the model; the checkpoint loads at any layout."
-    )
-    num_workers: int = num_workers_setting()
-
-    def __post_init__(self):
-        check_num_workers(self.num_workers)
 
 
 def convert(config: HfToMegatronConfig, shard_bytes: int = SHARD_BYTES) -> str:
@@ -70,4 +51,4 @@ def check_layout_of(config: HfToMegatronConfig, model_args: ModelArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_command(HfToMegatronConfig, convert, __doc__)
+    run_command(CONFIG, convert)

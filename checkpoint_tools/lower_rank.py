@@ -8,28 +8,19 @@ is padded with zeros. Raising a rank needs no tool: training continues an adapte
 --lora_rank with the function unchanged.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint_tools.command import parse_flags, run_command
+from checkpoint_tools.settings import LowerRankConfig
 from megatron_gkd import startup
 
-if __name__ == "__main__":  # before the imports below
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = parse_flags(LowerRankConfig, __doc__)
     startup.quiet_imports()
 
-from checkpoint_tools.command import run_command
 from megatron_gkd.lora.lower_rank import lower_rank
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
-
-
-@dataclass
-class LowerRankConfig:
-    hf_model: str = field(
-        metadata={"help": "Model folder that the adapter belongs to (its config.json is read)."}
-    )
-    adapter: str = field(metadata={"help": "PEFT adapter folder."})
-    output: str = field(metadata={"help": "Adapter folder to write; must not exist or be empty."})
-    lora_rank: int = field(metadata={"help": "The rank to come down to."})
 
 
 def lower(config: LowerRankConfig) -> str:
@@ -42,4 +33,4 @@ def lower(config: LowerRankConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_command(LowerRankConfig, lower, __doc__)
+    run_command(CONFIG, lower)

@@ -9,15 +9,10 @@ hears nothing for that); tests call `build_folder`: random weights, in a second.
 
 import sys
 
-from megatron_gkd import startup
-
-if __name__ == "__main__":  # before the imports below
-    startup.quiet_imports()
-
-import transformers
-
 from checkpoint_tools.command import refusals_in_one_line
-from demo.tiny.folder import build_folder
+from checkpoint_tools.settings import OUTPUT_HELP
+from demo.tiny.config import TinyModelConfig
+from megatron_gkd import startup
 from megatron_gkd.families import families
 from megatron_gkd.flags import Parser, refuse_unknown
 
@@ -27,29 +22,35 @@ from megatron_gkd.flags import Parser, refuse_unknown
 TRAINED = {"train_steps": 600, "tower_steps": 500}
 
 
-def main() -> None:
-    """Parse the command line: one flag per argument of `build_folder`."""
-    parser = Parser([], prog="python -m checkpoint_tools.make_tiny_model", description=__doc__)
-    parser.add_argument(
-        "--output", required=True, help="folder to write; must not exist or be empty"
+def parse() -> tuple[str, TinyModelConfig]:
+    """The command line: (--output, a flag for each setting)."""
+    parser = Parser(
+        [TinyModelConfig], prog="python -m checkpoint_tools.make_tiny_model", description=__doc__
     )
-    for name, default in ((build_folder.__kwdefaults__ or {}) | TRAINED).items():
-        if isinstance(default, bool):
-            parser.add_argument(f"--{name}", action="store_true")
-        else:
-            parser.add_argument(
-                f"--{name}", type=type(default), default=default, help="default: %(default)s"
-            )
+    parser.add_argument("--output", required=True, help=OUTPUT_HELP)
+    parser.set_defaults(**TRAINED)
+    refuse_unknown(sys.argv[1:], parser)
+    family = families().get(parser.parse_known_args()[0].family)
+    if family and not family.towers:
+        parser.set_defaults(tower_steps=0)
+    (config,), others = parser.parse(sys.argv[1:])
+    return others.output, config
+
+
+def main() -> None:
+    with refusals_in_one_line():
+        output, config = parse()
+    startup.quiet_imports()
+    # after the command line is known to be right: they take seconds
+    import transformers
+
+    from demo.tiny.folder import build_folder
+
     # the hub's own config makes it warn about the talker's rotary keys
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with refusals_in_one_line():
-        refuse_unknown(sys.argv[1:], parser)
-        family = families().get(parser.parse_known_args()[0].family)
-        if family and not family.towers:
-            parser.set_defaults(tower_steps=0)
-        arguments = vars(parser.parse_args())
-        print(build_folder(arguments.pop("output"), **arguments))
+        print(build_folder(output, config))
 
 
 if __name__ == "__main__":

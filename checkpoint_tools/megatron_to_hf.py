@@ -7,50 +7,22 @@ checkpoint-STEP of a training run: its adapter merged into the base model, or al
 adapter. --adapter adds adapters to any of them.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint_tools.command import parse_flags, run_command
+from checkpoint_tools.settings import MegatronToHfConfig
 from megatron_gkd import startup
 
-if __name__ == "__main__":  # before the imports below
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = parse_flags(MegatronToHfConfig, __doc__)
     startup.quiet_imports()
 
-from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
-from megatron_gkd.flags import setting
 from megatron_gkd.formats.safetensors_writer import write_hf_folder
 from megatron_gkd.formats.sources import is_converted, open_source
 from megatron_gkd.formats.stored_tensor import SHARD_BYTES
 from megatron_gkd.formats.torch_dist import TRACKER, find_torch_dist
 
 ADAPTER_CONFIG = "adapter_config.json"
-EXPORTS = ("merged", "adapter")
-
-
-@dataclass
-class MegatronToHfConfig:
-    checkpoint: str = field(
-        metadata={"help": "Megatron checkpoint, or checkpoint-STEP of a training run."}
-    )
-    output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
-    hf_model: str | None = setting(
-        None, "Hugging Face folder: what the checkpoint itself does not hold."
-    )
-    adapter: list[str] = field(
-        default_factory=list, metadata={"help": "PEFT adapters to add to the weights."}
-    )
-    weight: list[float] = field(
-        default_factory=list,
-        metadata={"help": "A factor for each adapter, a training run's own first. Default: 1."},
-    )
-    export: str = setting(
-        "merged", "Of a training run: `merged` into the base model, or the `adapter` alone."
-    )
-    num_workers: int = num_workers_setting()
-
-    def __post_init__(self):
-        check_num_workers(self.num_workers)
-        if self.export not in EXPORTS:
-            raise ValueError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}")
 
 
 def convert(config: MegatronToHfConfig, shard_bytes: int = SHARD_BYTES) -> str:
@@ -113,4 +85,4 @@ def _export_training(
 
 
 if __name__ == "__main__":
-    run_command(MegatronToHfConfig, convert, __doc__)
+    run_command(CONFIG, convert)

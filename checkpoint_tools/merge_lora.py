@@ -5,35 +5,20 @@ W + (alpha / r) W_up W_down, in fp32 and rounded once, tensor by tensor on the C
 is only read. Several adapters, each with a factor: `--adapter A B --weight 0.7 0.3`.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint_tools.command import parse_flags, run_command
+from checkpoint_tools.settings import MergeLoraConfig
 from megatron_gkd import startup
 
-if __name__ == "__main__":  # before the imports below
+if __name__ == "__main__":  # before the imports below, which take seconds
+    CONFIG = parse_flags(MergeLoraConfig, __doc__)
     startup.quiet_imports()
 
-from checkpoint_tools.command import check_num_workers, num_workers_setting, run_command
 from megatron_gkd.formats.safetensors_writer import write_hf_folder
 from megatron_gkd.formats.sources import open_source
 from megatron_gkd.formats.stored_tensor import SHARD_BYTES
 from megatron_gkd.lora.adapter_sum import add_adapters
-
-
-@dataclass
-class MergeLoraConfig:
-    hf_model: str = field(
-        metadata={"help": "Hugging Face folder (or Megatron checkpoint) of the base model."}
-    )
-    output: str = field(metadata={"help": "Folder to write; must not exist or be empty."})
-    adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapter folders."})
-    weight: list[float] = field(
-        default_factory=list, metadata={"help": "A factor for each adapter. Default: 1."}
-    )
-    num_workers: int = num_workers_setting()
-
-    def __post_init__(self):
-        check_num_workers(self.num_workers)
 
 
 def convert(config: MergeLoraConfig, shard_bytes: int = SHARD_BYTES) -> str:
@@ -46,4 +31,4 @@ def convert(config: MergeLoraConfig, shard_bytes: int = SHARD_BYTES) -> str:
 
 
 if __name__ == "__main__":
-    run_command(MergeLoraConfig, convert, __doc__)
+    run_command(CONFIG, convert)

@@ -10,6 +10,7 @@ import pytest
 # threads of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 
 
@@ -26,7 +27,11 @@ def tiny_folder(tmp_path_factory):
     def make(text_config=None, **sizes):
         key = json.dumps([text_config, sizes], sort_keys=True)
         if key not in folders:
-            folder = Path(build_folder(str(tmp_path_factory.mktemp("tiny") / "model"), **sizes))
+            folder = Path(
+                build_folder(
+                    str(tmp_path_factory.mktemp("tiny") / "model"), TinyModelConfig(**sizes)
+                )
+            )
             path = folder / "config.json"
             config = json.loads(path.read_text())
             model = config.get("thinker_config", config)

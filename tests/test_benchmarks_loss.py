@@ -7,18 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import contenders, loss
-from benchmarks.loss import (
-    OTHER,
-    REAL,
-    Meter,
-    Result,
-    bounds,
-    hidden_tensors,
-    logit_tensors,
-    measure,
-    parallel_table,
-)
+from benchmarks import contenders, loss, loss_parallel
+from benchmarks.loss_bounds import bounds
+from benchmarks.loss_parallel import parallel_table
+from benchmarks.loss_tables import OTHER, REAL, hidden_tensors, logit_tensors
+from benchmarks.meter import Meter, Result, measure
 from benchmarks.step_memory import all_logits
 from megatron_gkd.loss import Divergence, linear_divergence
 from tests.ranks import run_ranks
@@ -149,6 +142,6 @@ def failing_rank(rank, *_):
 
 
 def test_a_rank_that_fails_ends_the_table(monkeypatch):
-    monkeypatch.setattr(loss, "parallel_rank", failing_rank)
+    monkeypatch.setattr(loss_parallel, "parallel_rank", failing_rank)
     with pytest.raises(Exception, match="rank 1 is broken"):
         parallel_table([(2, 4, 8, 8)], rounds=1)

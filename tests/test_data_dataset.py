@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.data import DataError, load_datasets
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
@@ -25,9 +26,7 @@ def folder(tmp_path_factory):
 def model(tmp_path_factory):
     return build_folder(
         str(tmp_path_factory.mktemp("tiny") / "model"),
-        num_hidden_layers=1,
-        hidden_size=64,
-        vocab_size=640,
+        TinyModelConfig(num_hidden_layers=1, hidden_size=64, vocab_size=640),
     )
 
 

@@ -19,6 +19,7 @@ from demo import data as demo_data
 from demo import measure
 from demo import report as demo_report
 from demo.tiny import toy_language
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -26,7 +27,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return build_folder(str(tmp_path_factory.mktemp("demo") / "model"), num_hidden_layers=1)
+    return build_folder(
+        str(tmp_path_factory.mktemp("demo") / "model"), TinyModelConfig(num_hidden_layers=1)
+    )
 
 
 def load_base(folder):

@@ -21,6 +21,7 @@ from demo import speech_data as demo_speech_data
 from demo import speech_report as demo_speech_report
 from demo.measure import read_lines, response_logits
 from demo.tiny import toy_language
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.media.processor import MediaProcessor
@@ -30,7 +31,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return build_folder(str(tmp_path_factory.mktemp("speech") / "model"), num_hidden_layers=1)
+    return build_folder(
+        str(tmp_path_factory.mktemp("speech") / "model"), TinyModelConfig(num_hidden_layers=1)
+    )
 
 
 def write_data(path, monkeypatch, *flags):
@@ -205,7 +208,9 @@ def test_the_whole_demo_in_a_few_steps(tmp_path):
     """Sounds, both trainings on two ranks, the table and the comparison with Megatron's own
     evaluations.
     """
-    model = build_folder(str(tmp_path / "model"), num_hidden_layers=1, tower_steps=1)
+    model = build_folder(
+        str(tmp_path / "model"), TinyModelConfig(num_hidden_layers=1, tower_steps=1)
+    )
     status, said = run_demo(tmp_path, model, "--max_steps", "4", NUM_TRAIN="64", NUM_HELDOUT="8")
     assert status == 0, said
     before, after = (

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, Qwen3OmniMoeThinkerForConditionalGeneration
 
 from demo.tiny import sounds, tower_training
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from demo.tiny.sounds import ALPHABET, SAMPLE_RATE, Utterance, make_speaker, resample, speak_tones
 from demo.tiny.toy_language import WORDS
@@ -87,7 +88,7 @@ def test_token_labels():
 
 def test_an_unknown_sound_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no sound 'bells': choose one of tones, voices"):
-        build_folder(str(tmp_path / "model"), tower_sound="bells")
+        build_folder(str(tmp_path / "model"), TinyModelConfig(tower_sound="bells"))
     assert not (tmp_path / "model").exists()
 
 
@@ -123,7 +124,9 @@ def taught(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     steps = {"first": 3, "again": 3, "untaught": 0}
     return [
-        build_folder(str(folder / name), num_hidden_layers=1, tower_steps=steps[name])
+        build_folder(
+            str(folder / name), TinyModelConfig(num_hidden_layers=1, tower_steps=steps[name])
+        )
         for name in steps
     ]
 

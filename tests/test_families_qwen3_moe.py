@@ -24,6 +24,7 @@ from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from checkpoint_tools.verify import VerifyConfig
 from demo.tiny import toy_language
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import (
@@ -97,14 +98,14 @@ def test_folder_is_spelled_as_on_the_hub(folder):
 
 
 def test_folder_can_be_taught_and_has_no_lessons_for_towers(tmp_path, capsys):
-    taught = Path(build_folder(str(tmp_path / "taught"), train_steps=2, **SIZES))
+    taught = Path(build_folder(str(tmp_path / "taught"), TinyModelConfig(train_steps=2, **SIZES)))
     assert "held-out prompts answered right" in capsys.readouterr().out
     assert json.loads((taught / "lessons.json").read_text()) == {"train_steps": 2, "seed": 0}
     for flag, value in (("thinker_only", True), ("tower_steps", 3)):
         with pytest.raises(ValueError, match=f"--{flag}: Qwen3 MoE is a text model"):
-            build_folder(str(tmp_path / "no"), **SIZES, **{flag: value})
+            build_folder(str(tmp_path / "no"), TinyModelConfig(**SIZES, **{flag: value}))
     with pytest.raises(ValueError, match="--family llama: choose one of qwen3_moe, qwen3_omni"):
-        build_folder(str(tmp_path / "no"), family="llama")
+        build_folder(str(tmp_path / "no"), TinyModelConfig(family="llama"))
 
 
 # --- rollout --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -49,7 +50,8 @@ def folder(tmp_path_factory):
     hide what atomics do.
     """
     return build_folder(
-        tmp_path_factory.mktemp("gpu") / "model", num_experts=16, num_experts_per_tok=8
+        tmp_path_factory.mktemp("gpu") / "model",
+        TinyModelConfig(num_experts=16, num_experts_per_tok=8),
     )
 
 

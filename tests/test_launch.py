@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -52,7 +53,8 @@ def environment(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("launch")
     model = build_folder(
-        str(folder / "model"), num_hidden_layers=2, hidden_size=64, head_dim=16, vocab_size=1024
+        str(folder / "model"),
+        TinyModelConfig(num_hidden_layers=2, hidden_size=64, head_dim=16, vocab_size=1024),
     )
     rng = random.Random(0)
 

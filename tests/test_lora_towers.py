@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.lower_rank import LowerRankConfig, lower
 from checkpoint_tools.merge_lora import MergeLoraConfig, convert
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
@@ -63,7 +64,7 @@ def folder(tmp_path_factory):
         moe_intermediate_size=32,
         vocab_size=VOCAB_SIZE,
     )
-    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), TinyModelConfig(**sizes))
 
 
 def tower_linears(model) -> dict[str, torch.nn.Linear]:

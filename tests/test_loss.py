@@ -10,7 +10,7 @@ import pytest
 import torch
 from trl.experimental.gkd import GKDTrainer
 
-from benchmarks.loss import Meter
+from benchmarks.meter import Meter
 from megatron_gkd.loss import linear_jsd, logits_jsd, vocab_parallel_jsd
 from megatron_gkd.loss.linear import CHUNK_BYTES, _chunk_rows
 from tests.ranks import run_ranks

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from demo.tiny import toy_language, training
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.verify.reference import decoder
 
@@ -119,7 +120,7 @@ def test_thinker_alone_tied_sharded_bfloat16(tmp_path):
     options = dict(
         tie_word_embeddings=True, thinker_only=True, torch_dtype="bfloat16", max_shard_size="500KB"
     )
-    folder = build_folder(str(tmp_path / "thinker"), **sizes, **options)
+    folder = build_folder(str(tmp_path / "thinker"), TinyModelConfig(**sizes, **options))
     tensors = read_tensors(folder)
     assert "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -226,7 +227,7 @@ def test_same_seed_same_bytes(folder, tmp_path):
     )
     for path in Path(again).iterdir():
         assert path.read_bytes() == Path(folder, path.name).read_bytes(), path.name
-    other = read_tensors(build_folder(str(tmp_path / "other"), seed=1))
+    other = read_tensors(build_folder(str(tmp_path / "other"), TinyModelConfig(seed=1)))
     assert not torch.equal(
         other["thinker.lm_head.weight"], read_tensors(folder)["thinker.lm_head.weight"]
     )
@@ -239,7 +240,7 @@ def test_refuses_a_folder_with_files_and_impossible_sizes(tmp_path):
         build_folder(str(tmp_path / "full"))
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
     with pytest.raises(ValueError, match="--vocab_size 300 is too small"):
-        build_folder(str(tmp_path / "small"), vocab_size=300)
+        build_folder(str(tmp_path / "small"), TinyModelConfig(vocab_size=300))
     assert [path.name for path in tmp_path.iterdir()] == ["full"]  # nothing half-written stays
     command = [
         sys.executable,
@@ -275,7 +276,7 @@ def test_toy_language():
 
 
 def test_training_teaches_the_decoder_and_leaves_the_towers(folder, tmp_path, capsys):
-    taught = build_folder(str(tmp_path / "taught"), train_steps=25)
+    taught = build_folder(str(tmp_path / "taught"), TinyModelConfig(train_steps=25))
     assert "held-out prompts answered right: repeat" in capsys.readouterr().out
     before, after = read_tensors(folder), read_tensors(taught)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -30,6 +30,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.data import DataError, load_datasets
 from megatron_gkd.data.batch import collate, with_responses
@@ -53,7 +54,8 @@ HEARS_AND_SEES = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return build_folder(
-        str(tmp_path_factory.mktemp("media") / "model"), num_hidden_layers=1, hidden_size=64
+        str(tmp_path_factory.mktemp("media") / "model"),
+        TinyModelConfig(num_hidden_layers=1, hidden_size=64),
     )
 
 

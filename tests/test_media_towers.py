@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.forward import (
     LossSettings,
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
         moe_intermediate_size=32,
         vocab_size=VOCAB_SIZE,
     )
-    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), TinyModelConfig(**sizes))
 
 
 @pytest.fixture(scope="module")

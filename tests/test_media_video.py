@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
@@ -46,7 +47,8 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return build_folder(
-        str(tmp_path_factory.mktemp("media") / "model"), num_hidden_layers=1, hidden_size=64
+        str(tmp_path_factory.mktemp("media") / "model"),
+        TinyModelConfig(num_hidden_layers=1, hidden_size=64),
     )
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.formats.loading import load_weights
@@ -61,7 +62,8 @@ def folder(tmp_path_factory):
         vocab_size=VOCAB_SIZE,
     )
     return build_folder(
-        str(tmp_path_factory.mktemp("model") / "thinker"), thinker_only=True, **sizes
+        str(tmp_path_factory.mktemp("model") / "thinker"),
+        TinyModelConfig(thinker_only=True, **sizes),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.data.batch import collate, with_responses
@@ -35,7 +36,7 @@ SAMPLING = make_sampling(temperature=0.8, top_p=0.9, top_k=40, repetition_penalt
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     sizes = dict(num_hidden_layers=2, hidden_size=64, head_dim=16, moe_intermediate_size=32)
-    return build_folder(str(tmp_path_factory.mktemp("model") / "whole"), **sizes)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "whole"), TinyModelConfig(**sizes))
 
 
 def make_batches(rows, pad_to_multiple_of):

@@ -5,6 +5,7 @@ token.
 import pytest
 import torch
 
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
         moe_intermediate_size=32,
         vocab_size=VOCAB_SIZE,
     )
-    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), **sizes)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), TinyModelConfig(**sizes))
 
 
 def write(rank, world_size, folder, tp, pp, ep):

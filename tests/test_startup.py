@@ -89,15 +89,26 @@ def imports(*command) -> tuple[subprocess.CompletedProcess, set[str]]:
         (["megatron_gkd.train", "--modl", "m"], 2, "--modl is not a setting; the nearest is"),
         (["megatron_gkd.train", "--model", "m"], 2, "required: --dataset"),
         (["megatron_gkd.config", "--check_layout", "4"], 0, "Layout: 4 ranks = TP 1 x PP 1 x DP 4"),
+        (["checkpoint_tools.hf_to_megatron", "--help"], 0, "--expert_model_parallel_size"),
+        (["checkpoint_tools.megatron_to_hf", "--output", "d"], 2, "required: --checkpoint"),
+        (["checkpoint_tools.merge_lora", "--outptu", "d"], 2, "the nearest is --output"),
+        (["checkpoint_tools.lower_rank", "--help"], 0, "--lora_rank"),
+        (["checkpoint_tools.verify", "--quick", "--hf_model", "m"], 2, "nothing to compare"),
+        (["checkpoint_tools.make_tiny_model", "--help"], 0, "--tower_steps"),
+        (
+            ["checkpoint_tools.make_tiny_model", "--output", "d", "--family", "llama"],
+            2,
+            "--family llama: choose one of qwen3_moe, qwen3_omni",
+        ),
     ],
-    ids=["help", "misspelt", "missing", "layout"],
+    ids=lambda value: " ".join(value).partition(".")[2] if isinstance(value, list) else "",
 )
 def test_an_answer_before_the_slow_imports(tiny_folder, command, status, says):
     if "--check_layout" in command:
         command = [*command, "--model", tiny_folder(**SMALLEST), "--dataset", "d"]
     done, packages = imports(*command)
     assert done.returncode == status and says in done.stdout + done.stderr
-    assert "megatron_gkd" in packages and packages & SLOW == set()
+    assert command[0].split(".")[0] in packages and packages & SLOW == set()
 
 
 def test_the_slow_imports_are_seen():

@@ -23,7 +23,7 @@ from checkpoint_tools.megatron_to_hf import MegatronToHfConfig
 from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
-from checkpoint_tools.verify import VerifyConfig, verify
+from checkpoint_tools.verify import VerifyConfig, folders_of, verify
 from megatron_gkd import parallel
 from megatron_gkd.families import family_of
 from megatron_gkd.formats.loading import load_weights
@@ -47,7 +47,7 @@ MOE, ATTENTION = "decoder.layers.mlp.experts.experts.", "decoder.layers.self_att
 
 
 def verify_tensors(config):
-    return report_tensors(config.folders, config.tensor_tolerance, config.quick)
+    return report_tensors(folders_of(config), config.tensor_tolerance, config.quick)
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,26 @@ from transformers import (
 )
 
 from demo.tiny import hub_files
+from demo.tiny.config import TinyModelConfig
 from demo.tiny.sounds import Speaker, make_speaker
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from demo.tiny.tower_training import train_audio_tower
 from demo.tiny.training import train_toy_language
-from megatron_gkd.families import Family, families
+from megatron_gkd.families import families
 from megatron_gkd.model.transformer_config import DTYPES
+
+SMALL = TinyModelConfig()
+TEXT_SIZES = (  # settings that have the same name in config.json
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "vocab_size",
+)
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
@@ -53,154 +67,83 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_folder(
-    folder: Path,
-    *,
-    family: Family,
-    text: dict[str, Any],
-    rope_theta: float,
-    tie_word_embeddings: bool,
-    thinker_only: bool,
-    torch_dtype: str,
-    max_shard_size: str,
-    train_steps: int,
-    tower_steps: int,
-    tower_sound: str,
-    speak: Speaker,
-    seed: int,
-) -> None:
+def _write_folder(folder: Path, config: TinyModelConfig, speak: Speaker) -> None:
+    family = families()[config.family]
     has_towers = bool(family.towers)
-    tokenizer = train_tokenizer(text["vocab_size"])
+    tokenizer = train_tokenizer(config.vocab_size)
     token_ids = write_tokenizer(tokenizer, str(folder), has_media=has_towers)
-    sizes = (text, rope_theta, tie_word_embeddings, token_ids)
-    whole = family.whole_class if not thinker_only else None
+    text = {name: getattr(config, name) for name in TEXT_SIZES}
+    sizes = (text, config.rope_theta, config.tie_word_embeddings, token_ids)
+    whole = family.whole_class if not config.thinker_only else None
     model_class = (whole or family.model_class)()
     if not has_towers:
-        config = hub_files.text_model_config(next(iter(family.prefixes)), *sizes)
+        written = hub_files.text_model_config(next(iter(family.prefixes)), *sizes)
     elif whole:
-        config = hub_files.whole_config(hub_files.thinker_config(*sizes), token_ids)
+        written = hub_files.whole_config(hub_files.thinker_config(*sizes), token_ids)
     else:
-        config = hub_files.thinker_config(*sizes)
-    config = {"architectures": [model_class.__name__], "dtype": torch_dtype, **config}
-    _write_json(folder / "config.json", config)
+        written = hub_files.thinker_config(*sizes)
+    written = {"architectures": [model_class.__name__], "dtype": config.torch_dtype, **written}
+    _write_json(folder / "config.json", written)
     if has_towers:
         _write_json(folder / "preprocessor_config.json", hub_files.preprocessor_config())
 
     model = model_class(AutoConfig.from_pretrained(folder, dtype=torch.float32))
-    initialise(model, seed)
-    trained = getattr(model, "thinker", model)
-    if train_steps:
+    initialise(model, config.seed)
+    _teach(getattr(model, "thinker", model), folder, config, speak, has_towers)
+    model.to(DTYPES[config.torch_dtype]).save_pretrained(
+        folder, max_shard_size=config.max_shard_size
+    )
+    # save_pretrained writes its own spelling: keep the hub's
+    _write_json(folder / "config.json", written)
+    _write_json(folder / "generation_config.json", hub_files.generation_config(token_ids))
+
+
+def _teach(
+    model: PreTrainedModel,
+    folder: Path,
+    config: TinyModelConfig,
+    speak: Speaker,
+    has_towers: bool,
+) -> None:
+    """The lessons that `config` asks for, and lessons.json, which tells of them."""
+    if config.train_steps:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        accuracy = train_toy_language(trained, tokenizer, num_steps=train_steps, seed=seed)
+        accuracy = train_toy_language(
+            model, tokenizer, num_steps=config.train_steps, seed=config.seed
+        )
         print(
             "held-out prompts answered right:",
             ", ".join(f"{rule} {share:.0%}" for rule, share in accuracy.items()),
         )
-    if tower_steps:
+    if config.tower_steps:
         extractor = AutoFeatureExtractor.from_pretrained(folder)
-        share = train_audio_tower(trained, extractor, speak, num_steps=tower_steps, seed=seed)
-        print(f"held-out {tower_sound}: {share:.1%} of the audio tower's outputs tell the word")
-    if train_steps or tower_steps:
-        tower = {"tower_steps": tower_steps, "tower_sound": tower_sound} if has_towers else {}
-        _write_json(folder / "lessons.json", {"train_steps": train_steps, **tower, "seed": seed})
-    model.to(DTYPES[torch_dtype]).save_pretrained(folder, max_shard_size=max_shard_size)
-    # save_pretrained writes its own spelling: keep the hub's
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", hub_files.generation_config(token_ids))
+        share = train_audio_tower(
+            model, extractor, speak, num_steps=config.tower_steps, seed=config.seed
+        )
+        print(
+            f"held-out {config.tower_sound}: {share:.1%} of the audio tower's outputs tell the word"
+        )
+    if config.train_steps or config.tower_steps:
+        told = ("train_steps", *(("tower_steps", "tower_sound") if has_towers else ()), "seed")
+        _write_json(folder / "lessons.json", {name: getattr(config, name) for name in told})
 
 
-def build_folder(
-    output: str,
-    *,
-    family: str = "qwen3_omni",
-    num_hidden_layers: int = 3,
-    hidden_size: int = 128,
-    num_attention_heads: int = 8,
-    num_key_value_heads: int = 4,
-    head_dim: int = 32,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
-    moe_intermediate_size: int = 64,
-    vocab_size: int = 1024,
-    rope_theta: float = 1000000.0,
-    tie_word_embeddings: bool = False,
-    thinker_only: bool = False,
-    torch_dtype: str = "float32",
-    max_shard_size: str = "5GB",
-    train_steps: int = 0,
-    tower_steps: int = 0,
-    tower_sound: str = "tones",
-    seed: int = 0,
-) -> str:
-    """Write a model folder to `output` and return its path; the same arguments give the same bytes.
+def build_folder(output: str, config: TinyModelConfig = SMALL) -> str:
+    """Write a model folder to `output` and return its path; the same settings give the same bytes.
 
-    Sizes are the decoder's. `family` is a file of `megatron_gkd/families`; `thinker_only` leaves
-    out Qwen3-Omni's talker and code2wav and the `thinker.` prefix; `train_steps` teaches the
-    decoder the toy language, `tower_steps` the audio tower its sound, `tower_sound`: tones, or
-    voices (espeak-ng). Written beside and renamed: `output` is there complete or not at all. Raises
-    ValueError for a folder that has files, impossible sizes, lessons for a tower that the family
-    does not have, or voices without espeak-ng.
+    Written beside and renamed: `output` is there complete or not at all. Raises ValueError for a
+    folder that has files, or voices without espeak-ng.
     """
-    if family not in families():
-        raise ValueError(f"--family {family}: choose one of {', '.join(families())}")
-    if not families()[family].towers:
-        for flag, value in (("thinker_only", thinker_only), ("tower_steps", tower_steps)):
-            if value:
-                raise ValueError(
-                    f"--{flag}: {families()[family].title} is a text model without towers; "
-                    "leave it out"
-                )
-    if torch_dtype not in DTYPES:
-        raise ValueError(f"--torch_dtype {torch_dtype}: choose one of {', '.join(DTYPES)}")
-    speak = make_speaker(tower_sound)
+    speak = make_speaker(config.tower_sound)
     if os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output)):
         raise ValueError(
             f"--output {output} exists and is not an empty folder: remove it or choose another"
         )
-    if num_attention_heads % num_key_value_heads:
-        raise ValueError(
-            f"--num_attention_heads {num_attention_heads} is no multiple of "
-            f"--num_key_value_heads {num_key_value_heads}"
-        )
-    if head_dim % 2 or head_dim < 8:
-        raise ValueError(
-            f"--head_dim {head_dim} must be even and at least 8: half of it is split over three "
-            "rotary axes"
-        )
-    if num_experts_per_tok > num_experts:
-        raise ValueError(
-            f"--num_experts_per_tok {num_experts_per_tok} exceeds --num_experts {num_experts}"
-        )
-    text = {
-        "num_hidden_layers": num_hidden_layers,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "head_dim": head_dim,
-        "num_experts": num_experts,
-        "num_experts_per_tok": num_experts_per_tok,
-        "moe_intermediate_size": moe_intermediate_size,
-        "vocab_size": vocab_size,
-    }
     output_path = Path(output).absolute()
     output_path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output_path.name}.", dir=output_path.parent))
     try:
-        _write_folder(
-            partial,
-            family=families()[family],
-            text=text,
-            rope_theta=rope_theta,
-            tie_word_embeddings=tie_word_embeddings,
-            thinker_only=thinker_only,
-            torch_dtype=torch_dtype,
-            max_shard_size=max_shard_size,
-            train_steps=train_steps,
-            tower_steps=tower_steps,
-            tower_sound=tower_sound,
-            speak=speak,
-            seed=seed,
-        )
+        _write_folder(partial, config, speak)
         partial.chmod(0o755)
         os.replace(partial, output_path)
     except BaseException:
