@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.rows import IGNORED_LABEL
 from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.media.medium import Media
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import datasets
 from pyarrow import compute
 
-from megatron_gkd.data.rows import IGNORED_LABEL
 from megatron_gkd.data.sample import media_pair
 from megatron_gkd.errors import BadRow
+from megatron_gkd.loss.rows import IGNORED_LABEL
 
 
 @dataclass

@@ -21,9 +21,9 @@ from megatron_gkd.data.conversation import (
     check_text,
 )
 from megatron_gkd.errors import RowError, short_repr, type_name
+from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.media.medium import KINDS, Reference, read_reference
 
-IGNORED_LABEL = -100
 MEDIA_COLUMNS = tuple(f"{prefix}{kind}s" for prefix in ("", "teacher_") for kind in KINDS)
 REFUSED_COLUMNS = {
     **{

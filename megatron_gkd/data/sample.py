@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.chat import ChatTokenizer
-from megatron_gkd.data.rows import IGNORED_LABEL, Row, RowMedia
+from megatron_gkd.data.rows import Row, RowMedia
 from megatron_gkd.errors import RowError
+from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.media.medium import KINDS, Medium, Reference, Size
 from megatron_gkd.media.placeholders import (
     BOTH,

@@ -1,0 +1,344 @@
+"""Does the working tree still compute the bits that another revision computes? For a change that is
+not meant to change numbers:
+
+    python -m tests.same_bits REVISION [--keep DIR]
+
+Checks REVISION out beside, and runs the same commands with both trees, each in its own processes:
+the loss on many settings, trainings with fixed seeds on gloo ranks (on-policy and off-policy, text
+and sound, TP, EP, PP, recomputation), conversions in both directions, a merge, the small model, and
+what the command line makes of its flags. Compares metrics (times aside), adapters, optimizer states
+and converted folders bit by bit. Prints a line for each comparison, and for a difference where it
+begins; the exit status is 1 on any. Takes five to ten minutes on two cores.
+"""
+
+import argparse
+import hashlib
+import importlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields, is_dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Of a metrics line: what a clock or the machine says.
+MEASURED = ("tokens_per_second", "peak_memory_gib")
+STATE = "trainer_state.json"  # of a checkpoint: compared setting by setting, there may be new ones
+COMMON = (
+    "--torch_dtype float32 --device cpu --max_completion_length 6 --logging_steps 1 "
+    "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 "
+    "--gradient_accumulation_steps 2 --max_steps 4 --eval_steps 2 --save_steps 4 "
+    "--learning_rate 1e-3 --top_k 20 --lmbda 0.5"
+)
+# name: (ranks, data, flags)
+TRAININGS = {
+    "on-policy, TP 2 EP 2": (
+        4,
+        "text",
+        "--tensor_model_parallel_size 2 --expert_model_parallel_size 2 --sft_alpha 0.2 "
+        "--lora_dropout 0.1",
+    ),
+    "teacher's text, PP 2": (
+        2,
+        "text",
+        "--pipeline_model_parallel_size 2 --divergence forward_kl --seq_kd true --recompute full",
+    ),
+    "sound, TP 2": (
+        2,
+        "sound",
+        "--tensor_model_parallel_size 2 --expert_model_parallel_size 2 --divergence reverse_kl "
+        "--lora_towers true",
+    ),
+}
+COMMAND_LINES = (
+    "",
+    "--beta 0.3 --temperature 2 --divergence skew_kl",
+    "--lmbda 0:0.1,100:0.9 --seq_kd true --sft_alpha 0.1 --divergence_clip 4",
+    "--tensor_model_parallel_size 4 --expert_model_parallel_size 8 --lora_rank 64",
+    "--lora_target_modules q_proj down_proj --recompute full --bf16 true",
+    "--max_steps 10 --num_train_epochs 3 --warmup_ratio 0.1 --lr_scheduler_type cosine",
+    "--no_tie --lr 1",
+    "--learning-rate 1e-5 --logging_steps 0",
+    "--beta 2",
+    "--temperature nan",
+    "--lmbda 5:x",
+    "--top_p 0 --top_k -1",
+    "--torch_dtype float64",
+    "--save_only_model maybe",
+    "--deepspeed zero3 --seed 1",
+    "stray",
+)
+
+
+def digest(*tensors: Any) -> str:
+    """Of the bits of torch tensors; None counts."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(b"none" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def loss_cases() -> dict[str, str]:
+    """Loss, metrics and gradient of the public functions on every kind, with and without labels."""
+    import torch
+
+    from megatron_gkd.loss import linear_jsd, logits_jsd, vocab_parallel_jsd
+
+    found = {}
+    for kind, beta, temperature, clip, labelled, dtype in product(
+        ("jsd", "forward_kl", "reverse_kl"),
+        (0.1, 0.5),
+        (1.0, 2.0),
+        (None, 0.01),
+        (False, True),
+        (torch.float32, torch.bfloat16),
+    ):
+        torch.manual_seed(0)
+        student, teacher = (torch.randn(37, 16).to(dtype).requires_grad_() for _ in range(2))
+        weight = torch.randn(211, 16).to(dtype)
+        logits = [(3 * torch.randn(37, 211)).to(dtype).requires_grad_() for _ in range(2)]
+        labels = torch.randint(0, 200, (37,))
+        labels[::5] = -100
+        settings = dict(divergence=kind, beta=beta, temperature=temperature, clip=clip)
+        more: dict[str, Any] = {"labels": labels, "sft_alpha": 0.3} if labelled else {}
+        outputs = {
+            "linear_jsd": linear_jsd(
+                student, teacher.detach(), weight, vocab_size=207, **settings, **more
+            ),
+            "logits_jsd": logits_jsd(logits[0], logits[1].detach(), **settings, **more),
+        }
+        case = f"{kind} {beta} {temperature} {clip} {labelled} {dtype}"
+        for name, output in outputs.items():
+            inputs = student if name == "linear_jsd" else logits[0]
+            (gradient,) = torch.autograd.grad(output.loss.sum(), inputs)
+            found[f"{name} {case}"] = digest(*output, gradient.view(torch.uint8))
+        if not labelled:
+            loss = vocab_parallel_jsd(logits[0], logits[1].detach(), **settings)
+            (gradient,) = torch.autograd.grad(loss.sum(), logits[0])
+            found[f"vocab_parallel_jsd {case}"] = digest(loss, gradient.view(torch.uint8))
+    return found
+
+
+def leaves(config: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting in dataclasses of dataclasses."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        yield from leaves(value) if is_dataclass(value) else [(one.name, repr(value))]
+
+
+def command_lines() -> dict[str, Any]:
+    """What the training's command line makes of flags: every setting and what is printed, or the
+    error's text.
+    """
+    from megatron_gkd.config import parse_config
+
+    found: dict[str, Any] = {}
+    for line in COMMAND_LINES:
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed):
+                config = parse_config(["--model", "m", "--dataset", "d", *line.split()])
+            found[f"{line}: printed"] = printed.getvalue()
+            found |= {f"{line}: {name}": value for name, value in leaves(config)}
+        except ValueError as error:
+            found[f"{line}: error"] = " ".join(str(error).split())
+    return found
+
+
+PROBES = {"loss": loss_cases, "command lines": command_lines}
+
+
+def probe(name: str, tree: Path) -> None:
+    """Print the answers of one of PROBES with the package of `tree`, which comes first in
+    PYTHONPATH.
+    """
+    package = importlib.import_module("megatron_gkd")
+    assert Path(package.__path__[0]).parent == tree, f"{package.__path__} is not of {tree}"
+    print(json.dumps(PROBES[name]()))
+
+
+def run(tree: Path, log: Path, *command: str) -> str:
+    """Run `python COMMAND` with the code of `tree` and return what it printed; stderr goes to the
+    end of `log`. RuntimeError with its last lines if it fails.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with open(log, "a", encoding="utf-8") as errors:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tree,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    if done.returncode:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
+        raise RuntimeError(f"{tree}: {' '.join(command)} ended with {done.returncode}:\n{last}")
+    return done.stdout
+
+
+def write_data(folder: Path) -> None:
+    """Rows with token ids and another view for the teacher; rows that are heard."""
+    draw = random.Random(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [draw.randrange(300, 500) for _ in range(draw.randrange(low, high))]
+
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(24):
+            prompt, answer = tokens(3, 9), tokens(3, 9)
+            row = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+            file.write(json.dumps(row | {"teacher_input_ids": tokens(12, 13)}) + "\n")
+    sound = ["--output", str(folder / "sound"), "--num_train", "24", "--num_heldout", "2"]
+    run(REPOSITORY, folder / "log", "-m", "demo.speech_data", *sound)
+
+
+def work(tree: Path, shared: Path, out: Path) -> None:
+    """Everything that `tree` computes, into `out`. shared: the data and, once made, the model."""
+    out.mkdir()
+    log = out / "log"
+    for name in PROBES:
+        answers = run(tree, log, __file__, "--probe", name, str(tree))
+        (out / f"{name}.json").write_text(answers, encoding="utf-8")
+    lessons = ["--train_steps", "5", "--tower_steps", "2", "--seed", "3"]
+    model = out / "model"
+    run(tree, log, "-m", "checkpoint_tools.make_tiny_model", "--output", str(model), *lessons)
+    if not (shared / "model").exists():
+        (shared / "model").symlink_to(model)
+    model = shared / "model"
+    for number, (ranks, data, flags) in enumerate(TRAININGS.values()):
+        rows = shared / {"text": "text.jsonl", "sound": "sound/train.jsonl"}[data]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        length = {"text": "48", "sound": "96"}[data]
+        folders = ["--model", str(model), "--dataset", str(rows), "--split_dataset_ratio", "0.2"]
+        folders += ["--output_dir", str(out / f"run{number}"), "--max_length", length]
+        module = ["-m", "megatron_gkd.train"]
+        run(tree, log, *launcher, *module, *folders, *COMMON.split(), *flags.split())
+    there = ["--hf_model", str(model), "--output", str(out / "megatron")]
+    run(tree, log, "-m", "checkpoint_tools.hf_to_megatron", *there)
+    back = ["--checkpoint", str(out / "megatron"), "--output", str(out / "back")]
+    run(tree, log, "-m", "checkpoint_tools.megatron_to_hf", *back)
+    adapter = ["--adapter", str(out / "run0/checkpoint-4"), "--output", str(out / "merged")]
+    run(tree, log, "-m", "checkpoint_tools.merge_lora", "--hf_model", str(model), *adapter)
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """{file: digest of its bytes} of a folder; not empty."""
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != STATE
+    }
+    assert found, f"{folder} is empty"
+    return found
+
+
+def json_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything in a JSON mapping."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from json_leaves(below, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def run_answers(folder: Path) -> dict[str, Any]:
+    """{what: value} of a training: every metric of every line, the bits of its checkpoints."""
+    found: dict[str, Any] = {}
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for key, value in row.items():
+                if not key.endswith("_time") and key not in MEASURED:
+                    found[f"{name} step {row['step']} {key}"] = value
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        digests = folder_digests(checkpoint)
+        found |= {f"{checkpoint.name}/{file}": value for file, value in digests.items()}
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        found |= {f"{checkpoint.name}/{STATE} {key}": value for key, value in json_leaves(state)}
+    return found
+
+
+def answers(out: Path) -> dict[str, dict[str, Any]]:
+    """{comparison: {what: value}} of one tree."""
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in PROBES}
+    for number, name in enumerate(TRAININGS):
+        found[f"training: {name}"] = run_answers(out / f"run{number}")
+    for name in ("model", "megatron", "back", "merged"):
+        found[f"folder: {name}"] = folder_digests(out / name)
+    return found
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What has another value, or is no more there. What only `after` has is new and not one."""
+    return [
+        f"{name}: {value} before, {after.get(name, 'nothing')} after"
+        for name, value in before.items()
+        if name not in after or after[name] != value
+    ]
+
+
+def report(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> bool:
+    """Print a line for each comparison and the first differences; whether there is none."""
+    same = True
+    for name, values in before.items():
+        found = differences(values, after[name])
+        same &= not found
+        print(f"{name:<36} {len(values):>5} values  {'DIFFERS' if found else 'same'}")
+        for line in found[:5]:
+            print(f"    {line}")
+        if len(found) > 5:
+            print(f"    and {len(found) - 5} more")
+    return same
+
+
+@contextmanager
+def checkout(revision: str, folder: Path) -> Iterator[Path]:
+    """A worktree of `revision`, removed at the end."""
+    git = ["git", "-C", str(REPOSITORY), "worktree"]
+    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), revision], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+
+
+def main(revision: str, keep: str | None) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(keep or scratch).resolve()
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "shared").mkdir()
+        write_data(root / "shared")
+        with checkout(revision, root / "tree") as tree:
+            for name, code in (("before", tree), ("after", REPOSITORY)):
+                print(f"running with {code}", flush=True)
+                work(code, root / "shared", root / name)
+        same = report(answers(root / "before"), answers(root / "after"))
+    print(f"{'the same bits as' if same else 'other bits than'} {revision}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--probe"]:
+        probe(sys.argv[2], Path(sys.argv[3]))
+        sys.exit()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("revision", help="a commit, branch or tag")
+    parser.add_argument("--keep", help="a new folder that keeps what both trees wrote")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.revision, arguments.keep))
