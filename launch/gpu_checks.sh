@@ -36,7 +36,8 @@ printf '# On a GPU: what `bash launch/gpu_checks.sh` saw\n\nCommit %s, %s.\n' "$
 step "Machine" nvidia-smi -L
 step "Versions" python -m megatron_gkd.doctor
 step "Liger-Kernel, for the comparison" python -m pip --disable-pip-version-check install -q -e ".[benchmarks]"
-step "Tests" python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_kernels.py tests/test_benchmarks_loss.py
+step "Tests" python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_linear.py tests/test_loss_kernels.py \
+    tests/test_benchmarks_loss.py
 step "Memory accesses of the kernels (compute-sanitizer)" sanitize
 step "The demo in bf16 on one GPU" env DEMO=output/demo_gpu NPROC=1 DEVICE=cuda DTYPE=bfloat16 bash demo/run.sh
 step "The loss (docs/benchmarks/loss_gpu.md)" python -m benchmarks.loss --device cuda

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
+from tests.conversions import TIED, WHOLE, to_megatron
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,17 @@ def tiny_folder(tmp_path_factory):
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny_folder, tmp_path_factory):
+    """The two standard folders as checkpoints: name -> (folder, checkpoint). Shared: copy before
+    changing.
+    """
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {}
+    for name, sizes, tp in (("whole", WHOLE, 2), ("tied", TIED, 1)):
+        folder = tiny_folder(**sizes)
+        to_megatron(folder, root / name, tp)
+        made[name] = (Path(folder), root / name)
+    return made

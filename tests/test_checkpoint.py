@@ -1,15 +1,9 @@
-"""Checkpoints: what a run leaves, and that going on from it is the run that was never stopped."""
+"""Checkpoints: what a run leaves, that going on from it is the run that was never stopped, and what
+is said where it cannot be written or read.
+"""
 
-import contextlib
-import io
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,15 +31,18 @@ TENSORS, OPTIMIZER, STATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tiny_folder, tmp_path_factory):
-    """A model folder, rows to train on and rows to evaluate on."""
-    root = tmp_path_factory.mktemp("data")
+def write_data(tiny_folder, root: Path) -> dict[str, str]:
+    """A model folder, rows to train on and rows to evaluate on, by flag."""
     train, evaluation = (
         write_rows(root / "train.jsonl", make_rows(20)),
         write_rows(root / "eval.jsonl", make_rows(5, seed=1)),
     )
     return dict(model=tiny_folder(**SMALL), dataset=train, val_dataset=evaluation)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder, tmp_path_factory):
+    return write_data(tiny_folder, tmp_path_factory.mktemp("data"))
 
 
 def flags_of_run(data, output: Path, **flags) -> list[str]:
@@ -159,191 +156,6 @@ def test_resumed_at_other_layouts(data, tmp_path):
         for name, tensor in adapter_of(copy / "checkpoint-6").items():
             moved = (whole[name] - start[name]).norm()
             assert (tensor - whole[name]).norm() <= 1e-3 * max(moved, 0.01), name
-
-
-def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
-    """torchrun, its output in a file: an orphan would hold a pipe."""
-    torchrun = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc_per_node",
-        str(nproc),
-    ]
-    with log_path.open("w") as log:
-        command = [*torchrun, "-m", "megatron_gkd.train", *argv]
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until(reached, launcher: subprocess.Popen, log_path: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not reached():
-        assert launcher.poll() is None and time.monotonic() < deadline, log_path.read_text()
-        time.sleep(0.02)
-
-
-def signal_run(argv: list[str], log_path: Path, newest: int, whom: str) -> str:
-    """torchrun on two ranks; after checkpoint `newest`, at a random moment, SIGKILL to all its
-    processes or SIGTERM to torchrun. Its log.
-    """
-    output = Path(argv[argv.index("--output_dir") + 1])
-    launcher = launch_run(argv, log_path, nproc=2)
-    wait_until(lambda: newest in [step for step, _ in checkpoints(output)], launcher, log_path)
-    time.sleep(random.random() / 4)
-    if whom == "torchrun":
-        launcher.terminate()
-    else:
-        ranks = children(launcher.pid)
-        assert len(ranks) == 2
-        for pid in [launcher.pid, *ranks]:
-            os.kill(pid, signal.SIGKILL)
-    assert launcher.wait() != 0
-    assert read_lines(output / "metrics.jsonl")[-1]["step"] < 32, (
-        "the run was over before the signal"
-    )
-    return log_path.read_text()
-
-
-def test_signals(data, tmp_path):
-    """The real thing, at random moments: killed, resumed, told to stop (loader workers get SIGTERM,
-    too), resumed.
-    """
-    flags = layout_flags(tp=2, ep=2) | dict(max_steps=32, save_steps=4, save_total_limit=2)
-    run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
-    output = tmp_path / "stopped"
-    argv = flags_of_run(data, output, resume_from_checkpoint="latest", **flags)
-    assert "no checkpoint in" in signal_run(argv, tmp_path / "log", 4, "all")
-    last = find_checkpoint("latest", output).name.removeprefix("checkpoint-")
-    said = signal_run(
-        [*argv, "--dataloader_num_workers", "2"], tmp_path / "log", int(last) + 4, "torchrun"
-    )
-    assert (
-        f"checkpoint-{last} at step {last} of 32" in said and "SIGTERM: stopped after step" in said
-    )
-    assert (
-        find_checkpoint("latest", output).name
-        == f"checkpoint-{read_lines(output / 'metrics.jsonl')[-1]['step']}"
-    )
-    run_training(2, argv)
-    assert_same_run(output, tmp_path / "whole", 32)
-
-
-def _train_with_sigterm(rank, world_size, argv, step, during="step"):
-    """SIGTERM reaches the last rank alone, after it has done `step` steps, or in the evaluation
-    after them. What the rank said, and whether the signal means again what it did.
-    """
-    from megatron_gkd import parallel, train
-    from megatron_gkd.run import Progress
-
-    train.destroy = parallel.parallel_state.destroy_model_parallel
-    count, evaluate, said = Progress.count, train.evaluate, io.StringIO()
-
-    def kill(here, steps):
-        if during == here and steps == step and rank == world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def count_and_kill(progress, *args):
-        count(progress, *args)
-        kill("step", progress.step)
-
-    def evaluate_and_kill(*args, **kwargs):
-        values = evaluate(*args, **kwargs)
-        kill("evaluation", values["step"])
-        return values
-
-    Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
-    with contextlib.redirect_stdout(said):
-        train.main(argv)
-    return said.getvalue(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_sigterm_saves_and_stops(data, tmp_path):
-    flags = layout_flags(tp=2)
-    run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
-    (said, restored), (_, other) = run_ranks(
-        _train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4
-    )
-    assert restored and other
-    assert "SIGTERM: stopped after step 4 of 6; go on with --resume_from_checkpoint latest" in said
-    assert [step for step, _ in checkpoints(tmp_path / "stopped")] == [3, 4]
-    assert read_lines(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == 4
-    run_training(
-        2, flags_of_run(data, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
-    )
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
-
-
-def test_sigterm_in_an_evaluation(data, tmp_path):
-    """Looked at once more after it; a checkpoint that cannot be resumed is not said to be."""
-    argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0, **layout_flags(tp=2))
-    (said, _), _ = run_ranks(_train_with_sigterm, 2, argv, 4, "evaluation")
-    folder = tmp_path / "checkpoint-4"
-    assert (
-        f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)"
-        in said
-    )
-    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
-
-
-def test_a_run_that_fails_ends_its_workers(data, tmp_path):
-    """Loader workers ignore SIGTERM: left alone, they keep their process, and torchrun with it, for
-    ever.
-    """
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / ".checkpoint-1.partial").touch()  # a file where saving expects a folder
-    argv = flags_of_run(
-        data, output, dataloader_num_workers=1, lmbda=0, max_steps=9, save_steps=1, val_dataset=None
-    )
-    launcher = launch_run(argv, tmp_path / "log", nproc=1)
-    metrics = output / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size, launcher, tmp_path / "log")
-    try:
-        assert launcher.wait(timeout=30) != 0
-    except subprocess.TimeoutExpired:
-        (rank,) = children(launcher.pid)
-        for pid in [launcher.pid, rank]:
-            os.kill(pid, signal.SIGKILL)
-        raise
-    assert "megatron_gkd: error: [Errno 20] Not a directory" in (tmp_path / "log").read_text()
-
-
-def _train_killed_while_saving(rank, world_size, argv, step):
-    from megatron_gkd import train
-
-    replace = checkpoint._replace
-
-    def die(partial, final):
-        if final.name == f"checkpoint-{step}":
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(partial, final)
-
-    checkpoint._replace = die
-    train.main(argv)
-
-
-def test_killed_while_saving(data, tmp_path):
-    """Everything is written but not renamed: the checkpoint before it counts, the half one is
-    cleaned away.
-    """
-    run_training(1, flags_of_run(data, tmp_path / "whole", save_steps=2))
-    with pytest.raises(RuntimeError, match="died without a word"):
-        run_ranks(
-            _train_killed_while_saving, 1, flags_of_run(data, tmp_path / "killed", save_steps=2), 4
-        )
-    output = tmp_path / "killed"
-    assert (output / ".checkpoint-4.partial" / STATE).is_file()
-    assert find_checkpoint("latest", output) == output / "checkpoint-2"
-    run_training(1, flags_of_run(data, output, save_steps=3, resume_from_checkpoint="latest"))
-    assert [step for step, _ in checkpoints(output)] == [2, 3, 6] and not list(
-        output.glob(".checkpoint-*")
-    )
-    assert_same_run(output, tmp_path / "whole", 6)
 
 
 def make_checkpoint(output: Path, step: int) -> Path:

@@ -28,7 +28,8 @@ from megatron_gkd.formats.job import Job, Journal, run_job
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import ALL, random_adapter, write_adapter
-from tests.test_formats_convert import TIED, assert_same_folder
+from tests.conversions import TIED
+from tests.test_formats_convert import assert_same_folder
 
 SHARD_BYTES = 60_000
 MOST_KILLS = 12

@@ -26,7 +26,7 @@ from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.formats.torch_dist_writer import EXTRA_STATE_FILE, write_description
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
-from tests.test_formats_convert import SHARD_BYTES, WHOLE
+from tests.conversions import SHARD_BYTES, WHOLE
 
 # --- each byte once -------------------------------------------------------------------------------
 

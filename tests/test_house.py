@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("megatron_gkd", "checkpoint_tools", "demo", "benchmarks")
 MOST_LINES = 400
+MOST_LINES_OF_A_TEST = 500
 MOST_FILES = 400  # a bound against a generated tree by mistake
 
 
@@ -110,9 +112,20 @@ def test_imports_run_downhill(below, above):
     assert rooms()[f"megatron_gkd.{below}"] & others == set()
 
 
-def test_files_stay_short():
+def longer_than(most: int, paths: Iterable[Path]) -> dict[str, int]:
+    """File -> its number of lines, of those that have more than `most`."""
     lengths = {
         str(path.relative_to(REPOSITORY)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in files().values()
+        for path in paths
     }
-    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+    return {name: lines for name, lines in lengths.items() if lines > most}
+
+
+def test_files_stay_short():
+    assert longer_than(MOST_LINES, files().values()) == {}
+
+
+def test_tests_stay_short():
+    paths = sorted((REPOSITORY / "tests").glob("*.py"))
+    assert 60 < len(paths) < MOST_FILES
+    assert longer_than(MOST_LINES_OF_A_TEST, paths) == {}

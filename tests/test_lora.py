@@ -1,11 +1,9 @@
-"""LoRA against peft at every parallel layout, the toggle, dropout, how adapters start, what the run
-says about them.
+"""LoRA against peft at every parallel layout, the toggle, and experts without rows.
 
 Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
 """
 
 import math
-from dataclasses import replace
 from statistics import median
 from types import SimpleNamespace
 
@@ -13,21 +11,18 @@ import pytest
 import torch
 
 from megatron_gkd import cpu, parallel
-from megatron_gkd.adapters import resolve
-from megatron_gkd.config import parse_config
 from megatron_gkd.lora import as_student, as_teacher
-from megatron_gkd.lora.adapter import adapter_slices, applied, resolve_targets
-from megatron_gkd.lora.apply import banner, count_parameters
+from megatron_gkd.lora.adapter import adapter_slices
+from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.load import load_teacher
 from megatron_gkd.lora.modules import LoraGrouped
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, activate, lora_modules
-from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear
 from megatron_gkd.verify.reference import decoder
 from tests.adapters import (
     ALL,
-    ATTENTION,
     EXPERTS,
     linear_sizes,
     load_peft,
@@ -44,7 +39,6 @@ from tests.lora_runs import (
     VOCAB_SIZE,
     add_lora,
     build,
-    gather,
     in_reducer,
     initialize,
     make_optimizer,
@@ -315,190 +309,6 @@ def test_toggle_nests_and_comes_back_after_an_exception():
     assert active() == [STUDENT, None, STUDENT]
 
 
-def equal_on_all(values, group):
-    flat = torch.cat([value.flatten() for value in values])
-    return all(torch.equal(flat, part) for part in gather(flat[None], group, 0))
-
-
-def check_copies(place, model, get):
-    """Bit-equal copies of get(parameter): replicated weights over TP, attention's over DP, experts'
-    over their own data-parallel group.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    experts = [
-        get(parameter) for parameter in trainable if not getattr(parameter, "allreduce", True)
-    ]
-    attention = [get(parameter) for parameter in trainable if getattr(parameter, "allreduce", True)]
-    replicated = [
-        get(parameter)
-        for parameter in trainable
-        if not getattr(parameter, "tensor_model_parallel", False)
-    ]
-    assert len(replicated) == 4 * len(
-        model.decoder.layers
-    )  # W_down of q, k, v and W_up of o in each layer
-    assert (
-        equal_on_all(replicated, place.groups.tp)
-        and equal_on_all(attention, place.groups.dp)
-        and equal_on_all(experts, place.groups.expt_dp)
-    )
-
-
-def train_with_dropout(rank, world_size, tp, pp, ep, folder):
-    place = initialize(tp, pp, ep)
-    _, model = build(place, folder, rank=3, alpha=6, targets=ALL, seed=0, dropout=DROPOUT)
-    ddp, batches = in_reducer(model), share(make_batches(VOCAB_SIZE), place)
-    base = run_schedule(place, ddp, batches, backward=False, forward_slot=TEACHER)
-    start = [
-        parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad
-    ]
-    optimizer = make_optimizer(ddp.train())
-    for step in range(20):
-        parallel.seed_step(42, step, place)
-        optimizer.zero_grad()
-        run_schedule(place, ddp, batches)
-        check_copies(place, model, lambda parameter: parameter.main_grad)
-        assert optimizer.step(1e-2, 0.0).applied
-        check_copies(place, model, lambda parameter: parameter.data)
-    now = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all((after - before).abs().max() > 1e-3 for before, after in zip(start, now)), (
-        "a weight was never trained"
-    )
-    off = run_schedule(place, ddp, batches, backward=False, forward_slot=TEACHER)
-    assert all(torch.equal(*pair) for pair in zip(off, base)), "LoRA off is no longer the base"
-
-
-@pytest.mark.parametrize(
-    "world_size, tp, pp, ep",
-    [
-        pytest.param(4, 2, 1, 2, id="TP2 DP2 EP2, experts twice", marks=pytest.mark.smoke),
-        pytest.param(4, 4, 1, 1, id="TP4, experts four times"),
-        pytest.param(4, 2, 2, 2, id="TP2 PP2 EP2"),
-    ],
-)
-def test_copies_stay_bit_equal_over_20_steps_with_dropout(tiny_folder, world_size, tp, pp, ep):
-    run_ranks(train_with_dropout, world_size, tp, pp, ep, tiny_folder(**FOLDERS["4 KV heads"]))
-
-
-def dropout_masks(rank, world_size, folder):
-    """At TP 2, DP 2: masks of the first layer's linears, and what dropout does to one linear and in
-    evaluation.
-    """
-    place = initialize(2, 1, 2)
-    model_args, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=DROPOUT)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # W_up too; equal on all ranks, which does not matter here
-            parameter.data.normal_(generator=torch.Generator().manual_seed(9), std=0.1)
-    layer = model.decoder.layers[0]
-    linears = dict(
-        qkv=layer.self_attention.linear_qkv,
-        o=layer.self_attention.linear_proj,
-        down=layer.mlp.experts.down,
-    )
-    model.train()
-    masks = []
-    for step in (0, 0, 1):
-        parallel.seed_step(42, step, place)
-        masks.append(
-            {
-                name: linear.drop(torch.ones(64, 64), linear.slot, generator_of(name))
-                for name, linear in linears.items()
-            }
-        )
-
-    x, rows = (
-        torch.randn(8, model_args.moe_intermediate_size),
-        ExpertRows.of(torch.tensor([1, 2, 3, 2]), "cpu"),
-    )
-    with torch.no_grad():
-        model.eval()
-        evaluated = linears["down"](x, rows)
-        model.train()
-        average = sum(linears["down"](x, rows) for _ in range(1000)) / 1000
-        with as_teacher(model):
-            base = linears["down"](x, rows)
-
-    evaluations = []
-    for dropout in (0.0, DROPOUT):
-        _, model = build(place, folder, rank=4, alpha=8, targets=ALL, seed=0, dropout=dropout)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(0.05)
-        evaluations.append(
-            run_schedule(
-                place, in_reducer(model.eval()), make_batches(VOCAB_SIZE)[:1], backward=False
-            )[0]
-        )
-    return SimpleNamespace(
-        masks=masks, averaged=(average - base, evaluated - base), evaluations=evaluations
-    )
-
-
-def generator_of(name):
-    return "expert-parallel-rng" if name == "down" else "model-parallel-rng"
-
-
-def test_dropout(tiny_folder):
-    """Masks: seeded by the step, different on sequence shards, feature shards, experts and
-    data-parallel ranks; scaled so that the mean is kept; none in evaluation.
-    """
-    results = run_ranks(dropout_masks, 4, tiny_folder(**FOLDERS["4 KV heads"]))
-    for name in ("qkv", "o", "down"):
-        first, again, next_step = (
-            [result.masks[step][name] for result in results] for step in range(3)
-        )
-        for rank in range(4):
-            assert torch.equal(first[rank], again[rank])
-            others = [next_step[rank], *(first[other] for other in range(4) if other != rank)]
-            assert not any(torch.equal(first[rank], other) for other in others), (
-                f"{name}: rank {rank} shares a mask"
-            )
-        values = torch.stack(first)
-        kept = values != 0
-        torch.testing.assert_close(values[kept], torch.full_like(values[kept], 1 / (1 - DROPOUT)))
-        assert kept.float().mean().item() == pytest.approx(1 - DROPOUT, abs=0.02)
-    for result in results:
-        average, exact = result.averaged
-        assert (average - exact).norm() < 0.1 * exact.norm() and exact.norm() > 0.1
-        assert torch.equal(*result.evaluations)
-
-
-def test_parameter_count_of_the_real_model():
-    """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
-    model_args = ModelArgs(
-        model_type="qwen3_omni_moe",
-        num_layers=48,
-        hidden_size=2048,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        moe_intermediate_size=768,
-        vocab_size=152064,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        mrope_section=(24, 20, 20),
-        tie_word_embeddings=False,
-    )
-    attention = (2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048)
-    experts = 128 * 3 * (2048 + 768)
-    norms, router = 2 * 2048 + 2 * 128, 128 * 2048
-    layer = 2048 * (4096 + 512 + 512) + 4096 * 2048 + router + norms + 128 * 3 * 2048 * 768
-    base = 48 * layer + 2 * 152064 * 2048 + 2048
-    assert base == 30_532_646_912
-    assert count_parameters(model_args, 8, ALL) == (
-        48 * 8 * (attention + experts),
-        base + 48 * 8 * (attention + experts),
-    )
-    assert count_parameters(model_args, 16, ATTENTION) == (
-        48 * 16 * attention,
-        base + 48 * 16 * attention,
-    )
-    assert count_parameters(model_args, 1, ["k_proj", "down_proj"])[0] == 48 * (2560 + 128 * 2816)
-
-
 def test_parameter_count_is_what_trains(cases):
     """The count of the banner against the elements of the adapter that peft loads."""
     folder, adapter, targets, _ = cases["k and experts, rank 1"]
@@ -512,60 +322,6 @@ def test_parameter_count_is_what_trains(cases):
     assert expected == sum(
         value.numel() for value in random_adapter(model_args, 1, targets).values()
     )
-
-
-def test_banner():
-    assert banner(150_994_944, 30_573_527_040) == (
-        "Using shared base model architecture:\n"
-        "  - Student model: base_model + LoRA (trainable)\n"
-        "  - Teacher model: base_model with LoRA disabled (frozen)\n"
-        "trainable params: 150,994,944 (0.49% of 30,573,527,040)"
-    )
-
-
-def test_a_model_without_lora_is_refused():
-    with pytest.raises(
-        ValueError,
-        match="requires the model to have LoRA adapters.*--lora_target_modules.*--adapter DIR",
-    ):
-        applied(torch.nn.Linear(2, 2))
-
-
-def test_lm_head_is_for_untied_models_and_not_alone(tiny_folder):
-    config = parse_config(
-        ["--model", "m", "--dataset", "d", "--lora_target_modules", "q_proj,lm_head"]
-    )
-    model_args = read_model_args(tiny_folder(**FOLDERS["4 KV heads"]))
-    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1)
-    assert resolve(config, model_args, place)[0].lora.lora_target_modules == ["q_proj", "lm_head"]
-    with pytest.raises(
-        ValueError,
-        match="q_proj,lm_head: the lm_head of this model is its embedding .* leave lm_head out",
-    ):
-        resolve(config, replace(model_args, tie_word_embeddings=True), place)
-    alone = replace(config, lora=replace(config.lora, lora_target_modules=["lm_head"]))
-    with pytest.raises(
-        ValueError,
-        match="lm_head alone leaves the stages before the last nothing to train: "
-        ".*size 2 must be 1",
-    ):
-        resolve(alone, model_args, SimpleNamespace(device=torch.device("cpu"), pp_size=2))
-
-
-def test_names_of_linears():
-    assert resolve_targets(["ALL"]) == resolve_targets(["all-linear"]) == ALL
-    assert resolve_targets(["up_proj", "q_proj", "up_proj"]) == ["q_proj", "up_proj"]
-    assert resolve_targets(["lm_head", "q_proj"]) == [
-        "q_proj",
-        "lm_head",
-    ] and "lm_head" not in resolve_targets(["ALL"])
-    assert resolve_targets(["lm_head"]) == ["lm_head"]
-    with pytest.raises(
-        ValueError, match="--lora_target_modules q_proj,qkv_proj: choose ALL, or some of q_proj"
-    ):
-        resolve_targets(["q_proj", "qkv_proj"])
-    with pytest.raises(ValueError, match=r"\(nothing\)"):
-        resolve_targets([])
 
 
 class GarbageForEmptyGroups(torch.autograd.Function):

@@ -1,52 +1,47 @@
 """--lora_towers: LoRA on the towers' attention and MLP equals peft's in value and gradient, is
-saved, loaded, merged and resumed; without the flag none lands there.
+saved, loaded, merged and resumed.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core import parallel_state
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from checkpoint_tools.lower_rank import LowerRankConfig, lower
 from checkpoint_tools.merge_lora import MergeLoraConfig, convert
-from demo.tiny.config import TinyModelConfig
-from demo.tiny.folder import build_folder
 from megatron_gkd.checkpoint import load_checkpoint, save_checkpoint
 from megatron_gkd.forward import student_forward_backward, teacher_forward, view_logits
-from megatron_gkd.lora import apply_lora, as_teacher
+from megatron_gkd.lora import as_teacher
 from megatron_gkd.lora.adapter import adapter_slices, tower_loras, tower_tensors
 from megatron_gkd.lora.apply import count_parameters
-from megatron_gkd.lora.load import load_adapter, load_teacher
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import activate
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.verify.reference import tower
-from tests.adapters import THINKER, load_peft, load_thinker, load_whole, random_adapter
-from tests.lora_runs import build, in_reducer, initialize, make_optimizer
-from tests.random_media import make_batch, make_rows
+from tests.adapters import THINKER, load_peft, load_thinker, load_whole
+from tests.lora_runs import in_reducer, initialize, make_optimizer
+from tests.random_media import make_rows
 from tests.ranks import run_ranks
 from tests.reference_step import divergence
-from tests.test_media_towers import SETTINGS, TEMPERATURE, VOCAB_SIZE
-from tests.train_runs import arguments, build_parts, run_training, write_rows
-from tests.train_runs import make_rows as text_rows
-
-RANK, ALPHA, TARGETS, DROPOUT = 2, 4, ["q_proj", "o_proj"], 0.25
-AUDIO = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "fc1",
-    "fc2",
+from tests.test_media_towers import SETTINGS, TEMPERATURE
+from tests.tower_adapters import (
+    ALPHA,
+    AUDIO,
+    RANK,
+    TARGETS,
+    VISUAL,
+    build_thinker,
+    make_model,
+    my_batches,
+    write_teacher_adapter,
+    write_tower_adapter,
 )
-VISUAL = ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
-TOWERS = ("audio_tower", "visual")
+
+DROPOUT = 0.25
 LAYOUTS = [
     pytest.param((1, 1, 1, True), id="single-recompute"),
     pytest.param((2, 2, 1, False), id="TP2"),
@@ -57,60 +52,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    sizes = dict(
-        num_hidden_layers=4,
-        hidden_size=64,
-        head_dim=16,
-        moe_intermediate_size=32,
-        vocab_size=VOCAB_SIZE,
-    )
-    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), TinyModelConfig(**sizes))
-
-
-def tower_linears(model) -> dict[str, torch.nn.Linear]:
-    """Those that carry LoRA, of a transformers' thinker, under the names of the hub."""
-    audio, visual = tower(model, "audio_tower"), tower(model, "visual")
-    linears = {
-        f"audio_tower.layers.{i}.{name}": layer.get_submodule(name)
-        for i, layer in enumerate(audio.layers)
-        for name in AUDIO
-    }
-    return linears | {
-        f"visual.blocks.{i}.{name}": block.get_submodule(name)
-        for i, block in enumerate(visual.blocks)
-        for name in VISUAL
-    }
-
-
-def write_tower_adapter(
-    folder: str, path: Path, *, rank=RANK, alpha=ALPHA, targets=TARGETS, towers=TOWERS, seed=6
-) -> str:
-    """A PEFT folder with random LoRA on the decoder's `targets` and on every linear of `towers`."""
-    tensors = random_adapter(read_model_args(folder), rank, targets)
-    generator, names = torch.Generator().manual_seed(seed), []
-    for name, linear in tower_linears(load_thinker(folder)).items():
-        if name.split(".")[0] not in towers:
-            continue
-        names.append(name)
-        down = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
-        tensors[f"{THINKER}{name}.lora_A.weight"] = down
-        tensors[f"{THINKER}{name}.lora_B.weight"] = (
-            torch.randn(linear.out_features, rank, generator=generator) * 0.3
-        )
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    excluded = [name for name in (*TOWERS, "talker", "code2wav") if name not in towers]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets + names,
-        "exclude_modules": f".*({'|'.join(excluded)}).*",
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return str(path)
+    return build_thinker(tmp_path_factory.mktemp("model") / "thinker")
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +63,7 @@ def adapter(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher_adapter(folder, tmp_path_factory):
-    """Of another rank and alpha, on other linears of the decoder and on the vision tower alone."""
-    path = tmp_path_factory.mktemp("teacher")
-    return write_tower_adapter(
-        folder, path, rank=3, alpha=5, targets=["v_proj", "o_proj"], towers=["visual"], seed=7
-    )
+    return write_teacher_adapter(folder, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -184,40 +122,6 @@ def reference(folder, adapter):
     found = reference_of(folder, adapter)
     assert len(found.gradients) == 2 * (4 * len(TARGETS) + 2 * len(AUDIO) + 3 * len(VISUAL))
     return found
-
-
-def make_model(
-    place, folder, *, adapter=None, teacher=None, towers=True, recompute=False, dropout=0.0
-):
-    """(sizes, decoder with towers and LoRA on both, or on the decoder alone). teacher: the adapter
-    that the teacher has.
-    """
-    model_args, model = build(place, folder, recompute=recompute)
-    model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
-    apply_lora(
-        model,
-        model_args,
-        place,
-        rank=RANK,
-        alpha=ALPHA,
-        dropout=dropout,
-        targets=TARGETS,
-        seed=0,
-        towers=towers,
-    )
-    if adapter is not None:
-        load_adapter(model, model_args, place, PeftAdapter(adapter, model_args))
-    if teacher is not None:
-        load_teacher(model, model_args, place, PeftAdapter(teacher, model_args))
-    return model_args, model
-
-
-def my_batches(place, folder, tp):
-    rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
-    for of_batch in rows:
-        batches.append(make_batch(of_batch, tp, first))
-        first += len(of_batch)
-    return batches[place.dp_rank :: place.dp_size]
 
 
 def logits_of(place, model_args, model, batches):
@@ -485,72 +389,3 @@ def test_merge_and_lower_rank(folder, adapter, tmp_path):
     assert len(whole.towers) == 2 * len(AUDIO) + 3 * len(VISUAL)
     _, missing = load_peft(load_thinker(folder), str(tmp_path / "lower"))
     assert not missing
-
-
-def parts_of(rank, world_size, argv, kinds):
-    try:
-        parts = build_parts(argv, **kinds)
-    except ValueError as error:
-        return str(error)
-    return [
-        name
-        for name, p in parts.model.named_parameters()
-        if p.requires_grad and name.startswith("towers.")
-    ]
-
-
-@pytest.mark.parametrize(
-    "flags, kinds, expected",
-    [
-        (["--lora_target_modules", "ALL"], dict(audio=True, visual=True), []),  # never by accident
-        (["--lora_towers", "true"], {}, "--lora_towers: no row of the data has audio"),
-        (["--adapter", "ADAPTER"], dict(audio=True), "has LoRA on 24 linears of the towers"),
-        (["--adapter", "ADAPTER"], {}, []),  # text does not reach the towers
-    ],
-)
-def test_only_on_purpose(folder, adapter, tmp_path, flags, kinds, expected):
-    argv = [
-        "--model",
-        folder,
-        "--dataset",
-        "unused.jsonl",
-        "--device",
-        "cpu",
-        "--torch_dtype",
-        "float32",
-    ]
-    argv += [
-        "--output_dir",
-        str(tmp_path),
-        *(adapter if word == "ADAPTER" else word for word in flags),
-    ]
-    (found,) = run_ranks(parts_of, 1, argv, kinds)
-    assert found == expected if expected == [] else expected in found
-
-
-def test_text_does_not_reach_the_towers_of_the_teacher(folder, teacher_adapter, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", text_rows(4))
-    said = run_training(
-        1,
-        arguments(
-            model=folder,
-            dataset=rows,
-            output_dir=tmp_path,
-            teacher_adapter=teacher_adapter,
-            per_device_train_batch_size=4,
-            max_steps=1,
-        ),
-    )
-    assert f"Note: {teacher_adapter}: has LoRA on 12 linears of the towers" in said
-    assert "which text does not reach: it is left out" in said
-    num_parameters = json.loads((tmp_path / "run.json").read_text())["parameters"]
-    assert num_parameters["teacher_adapter"] == 4 * 3 * ((64 + 64) + (128 + 64))
-
-
-def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
-    tensors = load_file(Path(adapter, "adapter_model.safetensors"))
-    del tensors[f"{THINKER}visual.blocks.0.attn.qkv.lora_A.weight"]
-    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "adapter_config.json").write_text(Path(adapter, "adapter_config.json").read_text())
-    with pytest.raises(ValueError, match="misses tensor .*visual.blocks.0.attn.qkv.lora_A.weight"):
-        PeftAdapter(tmp_path, read_model_args(folder))

@@ -5,12 +5,10 @@ and named.
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,20 +22,14 @@ from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from checkpoint_tools.verify import VerifyConfig, folders_of, verify
-from megatron_gkd import parallel
 from megatron_gkd.families import family_of
-from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.lora.peft_writer import save_tensors
-from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.parallel import parallel_state
-from megatron_gkd.verify.logits import Trace, first_parting, layer_errors, megatron_trace
-from megatron_gkd.verify.models import expected_of_transformers
-from megatron_gkd.verify.tensors import Folders, report_tensors
+from megatron_gkd.verify.tensors import report_tensors
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
@@ -327,199 +319,6 @@ def test_a_wrong_alpha_is_caught(folder, adapter, merged, tmp_path, capsys):
 def change_config(folder, **settings):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
-
-
-def test_quick_compares_manifests(folder, checkpoint, tmp_path, capsys):
-    """Passes without reading a tensor; a changed manifest or file is named."""
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    config = VerifyConfig(str(folder), checkpoint=str(copy), quick=True)
-    assert verify_tensors(config)
-    manifest = json.loads((copy / "conversion_manifest.json").read_text())
-    manifest["tensors"]["thinker.model.norm.weight"]["shape"] = [31]
-    manifest["files"]["config.json"]["sha256"] = "0"
-    (copy / "conversion_manifest.json").write_text(json.dumps(manifest))
-    assert not verify_tensors(config)
-    printed = capsys.readouterr().out
-    assert (
-        "thinker.model.norm.weight: differs in shape" in printed
-        and "config.json: not the file" in printed
-    )
-    (copy / "conversion_manifest.json").unlink()
-    assert not verify_tensors(config)
-    assert "--quick compares manifests, leave it out" in capsys.readouterr().out
-
-
-def test_quick_looks_at_the_checkpoints_files(folder, checkpoint, tmp_path, capsys):
-    """They must be there, the tensors' in their sizes."""
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    config = VerifyConfig(str(folder), checkpoint=str(copy), quick=True)
-    (copy / "tokenizer.json").unlink()
-    assert not verify_tensors(config)
-    assert "copy/tokenizer.json: missing" in capsys.readouterr().out
-    chunks = copy / "release" / "__0_0.distcp"
-    chunks.write_bytes(chunks.read_bytes()[:-1000])
-    assert not verify_tensors(config)
-    assert "__0_0.distcp: truncated" in capsys.readouterr().out
-    chunks.unlink()
-    assert not verify_tensors(config)
-    assert "__0_0.distcp is missing" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(merged="DIR"), "--merged is compared with --hf_model and --adapter"),
-        (dict(quick=True), "--quick: there is nothing to compare"),
-        (
-            dict(quick=True, adapter="DIR", merged="DIR"),
-            "--merged needs the tensors, and --quick reads none",
-        ),
-        (
-            dict(quick=True, checkpoint="DIR", tensor_tolerance=1e-3),
-            "--tensor_tolerance needs the tensors",
-        ),
-        (dict(tensor_tolerance=-1.0), "--tensor_tolerance -1.0: must be 0 or more"),
-    ],
-)
-def test_flags_that_are_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        VerifyConfig("DIR", **flags)
-
-
-def test_quick_with_nothing_but_an_adapter_without_records(folder, adapter):
-    with pytest.raises(
-        ValueError, match="--quick: there is nothing to compare, the adapter has no records"
-    ):
-        verify(VerifyConfig(str(folder), adapter=adapter, quick=True))
-
-
-def test_values_to_a_tolerance(folder, tmp_path, capsys):
-    """A bf16 copy of an fp32 model passes to a tolerance, with the largest difference of every
-    kind; bit by bit not.
-    """
-    copy = Path(shutil.copytree(folder, tmp_path / "bf16"))
-    tensors = load_file(copy / "model.safetensors")
-    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
-    hf_to_megatron(HfToMegatronConfig(str(copy), str(tmp_path / "checkpoint"), num_workers=1))
-    largest = max(
-        (rounded[name].float() - tensor).abs().max().item() for name, tensor in tensors.items()
-    )
-    config = VerifyConfig(
-        str(folder), checkpoint=str(tmp_path / "checkpoint"), tensor_tolerance=largest
-    )
-    assert verify_tensors(config)
-    printed = capsys.readouterr().out
-    assert f"tensors, to {largest:g}: ok" in printed
-    head = (
-        (rounded["thinker.lm_head.weight"].float() - tensors["thinker.lm_head.weight"])
-        .abs()
-        .max()
-        .item()
-    )
-    assert any(
-        line.split() == ["lm_head", "1", *f"tensors, largest difference {head:.1e}".split()]
-        for line in printed.splitlines()
-    )
-    config.tensor_tolerance = 0.9 * largest
-    assert not verify_tensors(config)
-    assert f"on, by up to {largest:.1e}" in capsys.readouterr().out
-    config.tensor_tolerance = 0.0
-    assert not verify_tensors(config)
-    assert ": BF16 [24], expected F32 [24]" in capsys.readouterr().out
-
-
-def test_a_nan_passes_no_tolerance(folder, checkpoint, tmp_path, capsys):
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    rewrite(
-        copy,
-        "decoder.final_layernorm.weight",
-        (),
-        lambda w: w.index_fill(0, torch.tensor([5]), float("nan")),
-    )
-    assert not verify_tensors(VerifyConfig(str(folder), checkpoint=str(copy), tensor_tolerance=1e9))
-    assert (
-        "thinker.model.norm.weight: differs from row 5 on, by up to inf" in capsys.readouterr().out
-    )
-
-
-# --- the rows and the layers ----------------------------------------------------------------------
-
-
-def without_media(rank, world_size, folder):
-    """Row -> the largest difference of a logit with its media, with media that are silent or black,
-    and without what the vision tower adds to the first layers.
-    """
-    place = parallel.initialize(torch.device("cpu"))
-    model_args = read_model_args(folder)
-    model = build_decoder(model_args, place, torch.float32).eval()
-    load_weights(model, model_args, place, folder)
-    model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
-    encode, found = model.towers.encode, {}
-    for expected in expected_of_transformers(Folders(folder)):
-        rows, differences = expected.rows, []
-        media = rows.media and replace(
-            rows.media, audio=rows.media.audio * 0, pixels=rows.media.pixels * 0
-        )
-        for shown, with_deepstack in (
-            (rows, True),
-            (replace(rows, media=media), True),
-            (rows, False),
-        ):
-            model.towers.encode = (
-                encode if with_deepstack else lambda batch: replace(encode(batch), deepstack=None)
-            )
-            ours = megatron_trace(model, model_args, place, shown, expected.positions).logits
-            differences.append((ours - expected.trace.logits).abs()[rows.real].max().item())
-        found[rows.name] = differences
-    return found
-
-
-def test_media_take_part(folder):
-    """Audio and image rows pass only with what the towers make of these very media, a picture also
-    with deepstack.
-    """
-    [found] = run_ranks(without_media, 1, folder)
-    assert found.keys() == {"text", "audio", "image"}
-    assert all(differences[0] < 1e-4 for differences in found.values())
-    assert max(found["text"]) < 1e-4 and found["audio"][1] > 0.01
-    assert found["image"][1] > 0.01 and found["image"][2] > 0.01
-
-
-@pytest.mark.parametrize(
-    "errors, said",
-    [
-        (
-            [0.0, 1e-7, 2e-7, 3e-3, 4e-3],
-            "first at layer 2: a token is off by 3.0e-03 of its RMS, before it 2.0e-07",
-        ),
-        ([2e-2, 2e-2, 2e-2], "first at the embedding or a tower: a token is off by 2.0e-02"),
-        ([0.0, 1e-7, math.inf, math.inf], "first at layer 1: a token is off by inf"),
-        (
-            [0.0, 4e-6, 3e-5, 6e-5],
-            "no layer stands out: the largest jump is at layer 0, from 0.0e+00 to 4.0e-06",
-        ),
-        (
-            [0.0, 1e-7, 8e-7, 9e-7],
-            "all layers agree: the final norm or the lm_head (the largest jump is at layer 1, from",
-        ),
-    ],
-)
-def test_the_layer_that_parts(errors, said):
-    assert first_parting(dict(enumerate(errors))).startswith(said)
-
-
-def test_one_token_of_many_that_parts_is_enough():
-    """The error is a token's own, not drowned in the others'."""
-    hidden = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
-    wrong = hidden.clone()
-    wrong[0, 70] *= 1.01
-    real = torch.ones(1, 100, dtype=torch.bool)
-    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[
-        1
-    ] == pytest.approx(0.01, rel=1e-4)
-    real[0, 70] = False
-    assert layer_errors(Trace({1: wrong}, wrong), Trace({1: hidden}, hidden), real)[1] == 0
 
 
 def test_the_command_line(folder, checkpoint, tmp_path):

@@ -1,0 +1,206 @@
+"""Media that are refused, each with its line and file: what cannot be read, what does not fit its
+placeholder or --max_length.
+"""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from megatron_gkd.data import DataError
+from megatron_gkd.data.loader import step_loader
+from tests.test_media_processor import ANSWER, build_model, load, row, write_media
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    return write_media(tmp_path_factory.mktemp("files"))
+
+
+def wav(samples, rate=16_000):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV")
+    return file.getvalue()
+
+
+def bad_media(folder, media):
+    """name -> (a row, its reason)."""
+    whole = (media / "wide.png").read_bytes()
+    files = {
+        "empty.wav": b"",
+        "text.wav": b"hello",
+        "silent.wav": wav([]),
+        "short.wav": wav([0.1] * 100),
+    }
+    files |= {"text.png": b"hello", "torn.png": whole[: len(whole) // 2], "nan.wav": b""}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    soundfile.write(folder / "nan.wav", np.array([0.1, np.nan] * 1000), 16_000, subtype="FLOAT")
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("RGB", (2000, 4)).save(folder / "line.png")
+
+    def hears(name, **more):
+        return {
+            "messages": [{"role": "user", "content": "<audio>?"}, ANSWER],
+            "audios": [str(folder / name)],
+        } | more
+
+    def sees(name):
+        return {
+            "messages": [{"role": "user", "content": "<image>?"}, ANSWER],
+            "images": [str(folder / name)],
+        }
+
+    told = [{"role": "user", "content": "a cat"}, ANSWER]
+    return [
+        (hears("none.wav"), "none.wav: there is no such file"),
+        (hears("empty.wav"), "empty.wav: the file is empty"),
+        (hears("text.wav"), "text.wav: cannot be read"),
+        (
+            hears("silent.wav"),
+            "silent.wav: zero-length, 0 samples at 16000 Hz where a frame takes 160",
+        ),
+        (hears("short.wav"), "short.wav: zero-length, 100 samples"),
+        (sees("none.png"), "none.png: there is no such file"),
+        (sees("text.png"), "text.png: cannot be read"),
+        (sees("pixel.png"), "pixel.png: 1 x 1 pixels, an image needs at least 2 x 2"),
+        (sees("line.png"), "line.png: cannot be read (absolute aspect ratio"),
+        (
+            hears("short.wav", messages=[{"role": "user", "content": "?"}, ANSWER]),
+            "the row has 0 audio placeholders for 1 audio",
+        ),
+        (
+            hears(
+                media / "mono.flac",
+                messages=[{"role": "user", "content": "<audio><audio>"}, ANSWER],
+            ),
+            "the row has 2 audio placeholders for 1 audio",
+        ),
+        (
+            hears(media / "mono.flac", teacher_messages=told),
+            "the teacher's view has 0 audio placeholders for 1 audio; "
+            "teacher_images, teacher_audios",
+        ),
+    ]
+
+
+def test_bad_media_are_listed_with_their_lines(model, media, tmp_path):
+    cases = bad_media(tmp_path, media)
+    with pytest.raises(DataError) as error:
+        load(model, tmp_path, *(row for row, _ in cases))
+    message = str(error.value)
+    for line, (_, reason) in enumerate(cases, start=1):
+        assert (
+            f"rows.jsonl:{line}: " in message
+            and reason in message.split(f"rows.jsonl:{line}: ")[1].splitlines()[0]
+        ), reason
+    assert len(load(model, media, row(), cases[0][0], skip_bad_rows=True)) == 1
+
+
+def torn(folder, media):
+    """Rows whose media have good headers and broken bodies, and one good row."""
+    bad_media(folder, media)
+    sees = {
+        "messages": [{"role": "user", "content": "<image>?"}, ANSWER],
+        "images": [str(folder / "torn.png")],
+    }
+    hears = {
+        "messages": [{"role": "user", "content": "<audio>?"}, ANSWER],
+        "audios": [str(folder / "nan.wav")],
+    }
+    good = {"messages": [{"role": "user", "content": "?"}, ANSWER]}
+    return [good, sees, hears]
+
+
+def test_a_torn_file_is_found_by_check_data(model, media, tmp_path):
+    with pytest.raises(DataError, match="2 of 3 data rows") as error:
+        load(model, tmp_path, *torn(tmp_path, media), check_data=True)
+    assert "rows.jsonl:2: image" in str(error.value) and "torn.png: cannot be read" in str(
+        error.value
+    )
+    assert "rows.jsonl:3: audio" in str(error.value) and "a sample is not a finite number" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_torn_file_is_named_when_its_row_is_reached(model, media, tmp_path, num_workers, capfd):
+    steps = dict(
+        per_device_batch_size=3,
+        gradient_accumulation_steps=1,
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        start_step=0,
+    )
+    steps |= dict(num_steps=1, num_workers=num_workers, pad_token_id=0, pad_to_multiple_of=1)
+    rows = torn(tmp_path, media)
+    with contextlib.closing(step_loader(load(model, tmp_path, *rows), **steps)) as loader:
+        with pytest.raises(DataError, match=r"rows.jsonl:[23]: ") as error:
+            next(loader)
+    assert "Traceback" not in str(error.value)
+    with contextlib.closing(
+        step_loader(load(model, tmp_path, *rows, skip_bad_rows=True), **steps)
+    ) as loader:
+        (batch,) = next(loader)
+    assert sorted(batch.rows) == [-1, -1, 0] and batch.media is None
+    assert capfd.readouterr().err.count("Left out (--skip_bad_rows): ") == 2
+
+
+def test_media_tokens_count_towards_max_length(model, media):
+    student = load(model, media, row())[0].student
+    length = len(student.input_ids)
+    assert (
+        load(model, media, row(), max_length=length - 1)[0].cut_tokens == 1
+    )  # the response is cut, never a medium
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: the prompt has \d+ tokens and leaves no room"
+    ):
+        load(model, media, row(), max_length=student.response_start)
+
+
+def test_a_placeholder_as_long_as_another_medium(model, media):
+    sample = load(model, media, row())[0]
+    ids = list(sample.student.input_ids)
+    del ids[sample.student.media[0].positions[0]]
+    labels = [-100] * (sample.student.response_start - 1) + ids[sample.student.response_start - 1 :]
+    with pytest.raises(
+        DataError,
+        match=r"placeholder 1 \(audio\) has 17 tokens and its medium makes 18: write one, or all",
+    ):
+        load(
+            model,
+            media,
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "audios": ["stereo.wav"],
+                "images": ["wide.png", "tall.png"],
+            },
+        )
+
+
+def test_videos_need_a_decoder(model, media, tmp_path):
+    try:
+        import torchcodec  # noqa: F401
+        import torchvision  # noqa: F401
+    except ImportError:
+        (tmp_path / "v.mp4").write_bytes(b"x")
+        sees = {
+            "messages": [{"role": "user", "content": "<video>?"}, ANSWER],
+            "videos": [str(tmp_path / "v.mp4")],
+        }
+        with pytest.raises(
+            DataError, match="rows with videos need torch(vision|codec), which is not installed"
+        ):
+            load(model, tmp_path, sees)
+    else:
+        pytest.skip("torchvision and torchcodec are installed")

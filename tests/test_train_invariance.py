@@ -1,0 +1,167 @@
+"""What stays equal: replicas and the base bit for bit; metrics with recompute, at any data-parallel
+size and with deterministic kernels.
+"""
+
+import hashlib
+
+import pytest
+import torch
+
+from megatron_gkd import parallel, train
+from megatron_gkd.train import main
+from tests.ranks import run_ranks
+from tests.test_train import flags_of_run, write_data
+from tests.train_runs import arguments, layout_flags, read_lines, run_training, stable
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder, tmp_path_factory):
+    return write_data(tiny_folder, tmp_path_factory.mktemp("train"))
+
+
+def hashes(run) -> tuple[dict, dict]:
+    """This rank's hashes: of the pieces of the adapter by what they are, of the frozen parameters
+    by name.
+    """
+    from megatron_gkd.lora.adapter import adapter_slices
+
+    def digest(tensor):
+        return hashlib.sha256(
+            tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+
+    trained = {
+        (piece.stored.name, str(piece.stored.index)): digest(piece.view)
+        for piece in adapter_slices(run.model, run.model_args, run.parallel)
+    }
+    return trained, {
+        name: digest(value)
+        for name, value in run.model.named_parameters()
+        if not value.requires_grad
+    }
+
+
+def _watched(rank, world_size, argv):
+    """A run, with `hashes` before and after, and the dtypes of what it trains."""
+    from megatron_gkd import train
+
+    train.destroy = lambda: None
+    build, kept = train.build_run, {}
+
+    def build_and_keep(*args):
+        kept["run"] = build(*args)
+        kept["before"] = hashes(kept["run"])
+        return kept["run"]
+
+    train.build_run = build_and_keep
+    train.main(argv)
+    return (
+        kept["before"],
+        hashes(kept["run"]),
+        {str(p.dtype) for p in kept["run"].model.parameters() if p.requires_grad},
+    )
+
+
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep",
+    [pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke), (8, 4, 1, 8), (4, 2, 2, 1)],
+)
+def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep):
+    """Twenty steps with dropout and on-policy text: every copy of an adapter weight has the same
+    bits on all ranks that hold one; no frozen weight has changed.
+    """
+    flags = dict(
+        max_steps=20,
+        lora_dropout=0.2,
+        learning_rate=0.01,
+        torch_dtype="bfloat16",
+        lmbda=0.2,
+        max_completion_length=4,
+    )
+    flags |= dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_steps=100,
+        logging_steps=20,
+    ) | layout_flags(tp, pp, ep)
+    results = run_ranks(_watched, world_size, flags_of_run(data, tmp_path, **flags))
+    after, copies = {}, 0
+    for (trained_before, frozen_before), (trained, frozen), dtypes in results:
+        assert frozen == frozen_before and len(frozen) > 5 and dtypes == {"torch.float32"}
+        assert not any(trained[name] == trained_before[name] for name in trained)
+        for name, value in trained.items():
+            copies += name in after
+            assert after.setdefault(name, value) == value, name
+    assert copies > 0
+
+
+def test_recompute_trains_the_same(data, tmp_path):
+    """With dropout and accumulation, at PP and TP: the same losses and gradient norms."""
+    flags = dict(
+        lora_dropout=0.2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=0.003,
+    ) | layout_flags(tp=2, pp=2, ep=2)
+    run_training(
+        4,
+        *[
+            flags_of_run(data, tmp_path / name, recompute=name, **flags)
+            for name in ("none", "full")
+        ],
+    )
+    plain, recomputed = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("none", "full"))
+    for line, expected in zip(recomputed, plain, strict=True):
+        for key in ("loss", "grad_norm", "num_tokens"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert plain[0]["grad_norm"] > 0
+
+
+def test_data_order_is_the_same_at_any_data_parallel_size(data, tmp_path):
+    """More rows than a step takes: step by step the same rows, whatever shares them."""
+    for dp in (1, 2, 4):
+        flags = dict(per_device_train_batch_size=4 // dp, max_steps=5, learning_rate=0.003)
+        run_training(dp, flags_of_run(data, tmp_path / str(dp), adapter=data["adapter"], **flags))
+    first, *others = (read_lines(tmp_path / str(dp) / "metrics.jsonl") for dp in (1, 2, 4))
+    assert len({line["num_tokens"] for line in first}) > 1
+    for lines in others:
+        for line, expected in zip(lines, first, strict=True):
+            for key in ("loss", "grad_norm", "num_tokens", "epoch"):
+                assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+def train_deterministically(rank, world_size, argv):
+    train.destroy = (
+        parallel.parallel_state.destroy_model_parallel
+    )  # the process group is the harness's to leave
+    main(argv)
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def test_deterministic_kernels_train_the_same(data, tmp_path):
+    """Other kernels under the same numbers; that they give the same bits twice on a GPU is for
+    tests/test_gpu.py.
+    """
+    flags = dict(
+        model=data["model"],
+        dataset=data["dataset"],
+        max_steps=2,
+        learning_rate=0.01,
+        lmbda=0.5,
+        **layout_flags(2, 1, 2),
+    )
+    run_training(2, arguments(output_dir=tmp_path / "usual", **flags))
+    modes = run_ranks(
+        train_deterministically,
+        2,
+        arguments(output_dir=tmp_path / "same", deterministic=True, **flags),
+    )
+    assert modes == [(True, True)] * 2
+    usual, same = (
+        stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("usual", "same")
+    )
+    for line, other in zip(usual, same, strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-6)

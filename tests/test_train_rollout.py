@@ -1,0 +1,122 @@
+"""Responses that a run writes: which steps are on-policy, and the numbers of rows whose responses
+the reference model wrote.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gkd.train import draw
+from tests.reference_step import load_model, read_adapter, reference_step
+from tests.test_train import flags_of_run, write_data
+from tests.train_runs import layout_flags, read_lines, run_training
+
+GREEDY = dict(rollout_temperature=0, repetition_penalty=1, max_completion_length=6)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder, tmp_path_factory):
+    return write_data(tiny_folder, tmp_path_factory.mktemp("train"))
+
+
+def test_draws():
+    draws = [draw(3, step) for step in range(4000)]
+    assert sum(value < 0.3 for value in draws) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert all(0 <= value < 1 for value in draws) and len(set(draws)) == 4000
+    assert draws[:50] != [draw(4, step) for step in range(50)]
+
+
+def test_on_policy_steps(data, tmp_path):
+    """lmbda as a number and as a schedule; cross-entropy is for the data set's own responses."""
+    cases = {"never": "0", "always": "1", "half": "0.5", "schedule": "0:0,3:1,5:0.5"}
+    flags = dict(
+        max_steps=8,
+        sft_alpha=0.5,
+        max_completion_length=4,
+        per_device_train_batch_size=2,
+        lora_dropout=0.1,
+    ) | layout_flags(tp=2, ep=2)
+    run_training(
+        2,
+        *[
+            flags_of_run(data, tmp_path / name, lmbda=lmbda, **flags)
+            for name, lmbda in cases.items()
+        ],
+    )
+    drawn = [draw(42, step) < 0.5 for step in range(8)]
+    assert len(set(drawn)) == 2
+    expected = {
+        "never": [False] * 8,
+        "always": [True] * 8,
+        "half": drawn,
+        "schedule": [False] * 3 + [True] * 2 + drawn[5:],
+    }
+    for name, on_policy in expected.items():
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        assert [line["on_policy"] for line in lines] == on_policy, name
+        assert [line["on_policy_share"] for line in lines] == pytest.approx(
+            [sum(on_policy[: i + 1]) / (i + 1) for i in range(8)]
+        )
+        for line in lines:
+            assert line["response_length"] <= 4 or not line["on_policy"]
+            if line["on_policy"]:
+                assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
+            else:
+                assert line["loss"] == pytest.approx(
+                    0.5 * line["jsd"] + 0.5 * line["sft_loss"], rel=1e-6
+                )
+
+
+def written_rows(data, teacher_writes: bool) -> list[dict]:
+    """The training rows with greedy responses of the reference model."""
+    model, (adapter, scale) = load_model(data["model"]), read_adapter(data["adapter"])
+    stops = json.loads(Path(data["model"], "generation_config.json").read_text())["eos_token_id"]
+    rows = []
+    with torch.no_grad():
+        weights = None if teacher_writes else model.with_lora(adapter, scale)
+        for row in data["rows"]:
+            prompt = row["input_ids"][
+                : next(i for i, label in enumerate(row["labels"]) if label != -100)
+            ]
+            text = list(row["teacher_input_ids"] if teacher_writes else prompt)
+            response = []
+            while len(response) < GREEDY["max_completion_length"] and not set(response) & set(
+                stops if isinstance(stops, list) else [stops]
+            ):
+                response.append(int(model.logits(text + response, weights)[-1].argmax()))
+            rows.append(
+                row | {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+            )
+    return rows
+
+
+@pytest.mark.parametrize(
+    "writer, flags", [("student", dict(lmbda=1)), ("teacher", dict(lmbda=0, seq_kd=True))]
+)
+def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
+    """Greedy on-policy steps, and --seq_kd: the numbers are those of rows whose responses the
+    reference model wrote.
+    """
+    expected = reference_step(
+        data["model"], data["adapter"], written_rows(data, writer == "teacher")
+    )
+    for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 2, 1, 4), (4, 2, 2, 2)]:
+        own = (
+            flags
+            | GREEDY
+            | layout_flags(tp, pp, ep)
+            | dict(per_device_train_batch_size=8 * tp * pp // world_size, sft_alpha=0.4)
+        )
+        run_training(
+            world_size,
+            flags_of_run(data, tmp_path / f"{tp}{pp}", adapter=data["adapter"], max_steps=1, **own),
+        )
+        (line,) = read_lines(tmp_path / f"{tp}{pp}" / "metrics.jsonl")
+        assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
+        for key in ("jsd", "sft_loss", "num_tokens", "kl_reverse"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), (key, tp, pp)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert line["on_policy"] is (writer == "student")
+        assert line["truncated_responses"] >= 8 * (line["num_tokens"] == 48)
