@@ -151,6 +151,7 @@ def test_deterministic_kernels_train_the_same(data, tmp_path):
         max_steps=2,
         learning_rate=0.01,
         lmbda=0.5,
+        max_completion_length=8,
         **layout_flags(2, 1, 2),
     )
     run_training(2, arguments(output_dir=tmp_path / "usual", **flags))
