@@ -59,12 +59,14 @@ EXTRAS = {
     "video": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
     # Compiled too unless a wheel fits; torch's own attention is used without it.
     "flash": ["flash-attn>=2.8,<2.9"],
-    # What benchmarks/loss.py is compared with on CUDA, beside TRL (extra `test`). It calls two
+    # What benchmarks/loss.py is compared with on CUDA, besides TRL (extra `test`). It calls two
     # autograd Functions by the order of their arguments, which is 0.8's; no test here has run it.
     "benchmarks": ["liger-kernel>=0.8,<0.9"],
     "test": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
+        # Two tests at a time on two cores: ranks wait for each other half of the time.
+        "pytest-xdist>=3.8,<4",
         # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring
         # their own triton.
         "triton>=3.6,<3.10",

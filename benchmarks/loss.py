@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
     if copied:
         text += f"\nTensor.copy_ of 1 GiB moves {copied / 1e9:.0f} GB/s, read and written.\n"
     if not arguments.small:
-        text += "\n## Bounds\n\n" + bounds(device, logits, linear, copied)
+        text += "\n## Bounds\n\n" + bounds(logits, linear, copied)
         text += "" if device == "cuda" else f"\n{CHUNKS_NOTE}"
     text += "\n## From logits, forward and backward\n\n" + logits_table(logits, copied)
     text += "\n## From hidden states, forward and backward\n\n" + linear_table(linear)

@@ -17,10 +17,15 @@ def parse_flags(settings: type[Settings], description: str) -> Settings:
     Called before the slow imports.
     """
     with refusals_in_one_line():
-        parser = Parser([settings], description=description.strip().splitlines()[0])
+        parser = Parser([settings], description=first_paragraph(description))
         refuse_unknown(sys.argv[1:], parser)
         (config,), _ = parser.parse(sys.argv[1:])
     return config
+
+
+def first_paragraph(text: str) -> str:
+    """What --help shows of a module's docstring, in one line that argparse wraps."""
+    return " ".join(text.strip().split("\n\n")[0].split())
 
 
 @contextmanager
@@ -39,6 +44,6 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def run_command(config: Settings, run: Callable[[Settings], str]) -> None:
-    """Run, print what `run` returns."""
+    """Run and print the line that `run` returns."""
     with refusals_in_one_line():
         print(run(config))

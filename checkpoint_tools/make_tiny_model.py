@@ -9,7 +9,7 @@ hears nothing for that); tests call `build_folder`: random weights, in a second.
 
 import sys
 
-from checkpoint_tools.command import refusals_in_one_line
+from checkpoint_tools.command import first_paragraph, refusals_in_one_line
 from checkpoint_tools.settings import OUTPUT_HELP
 from demo.tiny.config import TinyModelConfig
 from megatron_gkd import startup
@@ -25,7 +25,9 @@ TRAINED = {"train_steps": 600, "tower_steps": 500}
 def parse() -> tuple[str, TinyModelConfig]:
     """The command line: (--output, a flag for each setting)."""
     parser = Parser(
-        [TinyModelConfig], prog="python -m checkpoint_tools.make_tiny_model", description=__doc__
+        [TinyModelConfig],
+        prog="python -m checkpoint_tools.make_tiny_model",
+        description=first_paragraph(__doc__),
     )
     parser.add_argument("--output", required=True, help=OUTPUT_HELP)
     parser.set_defaults(**TRAINED)

@@ -22,7 +22,7 @@ from megatron_gkd.formats.sources import is_converted, open_source
 from megatron_gkd.formats.stored_tensor import SHARD_BYTES
 from megatron_gkd.formats.torch_dist import TRACKER, find_torch_dist
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # peft_config.CONFIG, whose import takes seconds
 
 
 def convert(config: MegatronToHfConfig, shard_bytes: int = SHARD_BYTES) -> str:

@@ -1,14 +1,13 @@
-"""The flags of the tools, one dataclass each. Imports no torch, so that --help and a misspelt flag
-are answered at once.
+"""The flags of the tools, one dataclass each (make_tiny_model's: demo/tiny/config.py). Imports no
+torch, so that --help and a misspelt flag are answered at once.
 """
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_gkd.flags import setting
 
-EXPORTS = ("merged", "adapter")
 OUTPUT_HELP = "Folder to write; must not exist or be empty."
 
 
@@ -53,22 +52,17 @@ class MegatronToHfConfig:
     hf_model: str | None = setting(
         None, "Hugging Face folder: what the checkpoint itself does not hold."
     )
-    adapter: list[str] = field(
-        default_factory=list, metadata={"help": "PEFT adapters to add to the weights."}
+    adapter: list[str] = setting([], "PEFT adapters to add to the weights.")
+    weight: list[float] = setting(
+        [], "A factor for each adapter, a training run's own first. Default: 1."
     )
-    weight: list[float] = field(
-        default_factory=list,
-        metadata={"help": "A factor for each adapter, a training run's own first. Default: 1."},
-    )
-    export: str = setting(
+    export: Literal["merged", "adapter"] = setting(
         "merged", "Of a training run: `merged` into the base model, or the `adapter` alone."
     )
     num_workers: int = num_workers_setting()
 
     def __post_init__(self):
         check_num_workers(self.num_workers)
-        if self.export not in EXPORTS:
-            raise ValueError(f"--export {self.export!r}: choose one of {', '.join(EXPORTS)}")
 
 
 @dataclass
@@ -77,10 +71,8 @@ class MergeLoraConfig:
         metadata={"help": "Hugging Face folder (or Megatron checkpoint) of the base model."}
     )
     output: str = field(metadata={"help": OUTPUT_HELP})
-    adapter: list[str] = field(default_factory=list, metadata={"help": "PEFT adapter folders."})
-    weight: list[float] = field(
-        default_factory=list, metadata={"help": "A factor for each adapter. Default: 1."}
-    )
+    adapter: list[str] = setting([], "PEFT adapter folders.")
+    weight: list[float] = setting([], "A factor for each adapter. Default: 1.")
     num_workers: int = num_workers_setting()
 
     def __post_init__(self):
@@ -108,10 +100,10 @@ class VerifyConfig:
     quick: bool = setting(
         False, "Compare manifests, headers and small files only; no tensor is read."
     )
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    device: str = setting("auto", "auto, cuda or cpu.")
+    tensor_model_parallel_size: int = setting(1, "Layout at which the logits are computed.")
+    pipeline_model_parallel_size: int = setting(1, "The same.")
+    expert_model_parallel_size: int = setting(1, "The same.")
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: CUDA where torch sees a GPU.")
     tolerance: float = setting(1e-4, "Largest difference of a logit that passes.")
     tensor_tolerance: float = setting(
         0.0,

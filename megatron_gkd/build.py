@@ -262,8 +262,9 @@ def check_trainable(config: Config, report: DataReport) -> None:
         raise ValueError(
             "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
             f"so {why}. Give the teacher more to see (teacher_messages or teacher_prompt in the "
-            "data rows), or set --sft_alpha above 0 (it counts on the data set's own responses: "
-            "--lmbda below 1, no --seq_kd); --allow_zero_signal runs it all the same"
+            "data rows) or an adapter of its own (--teacher_adapter), or set --sft_alpha above 0 "
+            "(it counts on the data set's own responses: --lmbda below 1, no --seq_kd); "
+            "--allow_zero_signal runs it all the same"
         )
 
 

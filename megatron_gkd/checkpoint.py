@@ -1,5 +1,5 @@
-"""Checkpoints: a PEFT adapter folder with, beside it, all that is needed to go on. Written beside
-and renamed, independent of the layout.
+"""Checkpoints: a PEFT adapter folder that also holds all that is needed to go on. Written under
+another name and renamed, independent of the layout.
 
 OUTPUT/checkpoint-STEP/
     adapter_{config.json,model.safetensors}    what `peft` loads
@@ -41,7 +41,7 @@ from megatron_gkd.run_folder import write_atomically
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
-_STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # beside what the caller adds
+_STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -284,9 +284,9 @@ def _opened(path: Path) -> Any:
 
 
 def _slice_key(kind: str, part: TensorSlice) -> str:
-    spans = [part for part in part.index if isinstance(part, slice)]  # all: it is of a matrix
+    slices = [one for one in part.index if isinstance(one, slice)]  # all: it is of a matrix
     index = ",".join(
-        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in spans
+        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in slices
     )
     return f"{kind}|{part.name}|{index}"
 

@@ -325,7 +325,7 @@ class Config:
         return asdict(self)
 
     def describe(self) -> str:
-        """The resolved settings for the log, one line a group."""
+        """The resolved settings for the log, one line per group."""
         lines = [
             f"  {group}: " + " ".join(f"{k}={v}" for k, v in values.items())
             for group, values in self.to_dict().items()
@@ -381,7 +381,9 @@ def main() -> None:
     and the reason.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_gkd.config", add_help=False, allow_abbrev=False
+        prog="python -m megatron_gkd.config",
+        allow_abbrev=False,
+        epilog="The other flags are those of megatron_gkd.train, whose --help lists them.",
     )
     parser.add_argument("--check_layout", type=int, required=True, metavar="RANKS")
     own, flags = parser.parse_known_args()

@@ -9,7 +9,6 @@ the last pipeline stage. Both views are compacted to their response rows before 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -66,11 +65,11 @@ def hidden_states(
     """This stage's output [S/TP, B, H] for a view. On the first stage the features of its media
     replace the embeddings of their placeholder tokens.
     """
-    more = {}
+    media_inputs = {}
     if parallel.is_first_stage and len(view.media_rows):
         assert features is not None, "the view shows media, and no features came along"
         decoder = model.module if isinstance(model, DistributedDataParallel) else model
-        more = media_arguments(
+        media_inputs = media_arguments(
             decoder,
             parallel,
             view.input_ids,
@@ -79,21 +78,22 @@ def hidden_states(
             view.media_tokens,
             features,
         )
-    return model(view.input_ids, view.position_ids, attention_mask=None, **more)
+    return model(view.input_ids, view.position_ids, attention_mask=None, **media_inputs)
 
 
 def _run_schedule(
     model: nn.Module,
     views: Sequence[BatchView],
-    loss: Callable[[int, Tensor], Tensor | tuple],
+    on_output: Callable[[int, Tensor], Tensor | tuple],
     parallel: Parallel,
     media: StepMedia | Sequence[MediaFeatures | None] | None,
     *,
     forward_only: bool,
     collect: bool = False,
 ) -> list:
-    """One pass of the pipeline over the micro-batches. `loss(index, hidden)` is called on the last
-    stage with each micro-batch's output; with `collect` (forward only) its results are returned.
+    """One pass of the pipeline over the micro-batches. `on_output(index, hidden)` is called on the
+    last stage with each micro-batch's output: it returns the loss, or with `collect` (forward only)
+    what this function returns in a list.
     """
 
     def step(indices: Iterator[int], model: nn.Module) -> tuple[Tensor, Callable]:
@@ -101,7 +101,7 @@ def _run_schedule(
         hidden = hidden_states(
             model, views[index], media[index] if media is not None else None, parallel
         )
-        return hidden, lambda output, non_loss_data=False: loss(index, output)
+        return hidden, lambda output, non_loss_data=False: on_output(index, output)
 
     return get_forward_backward_func()(
         forward_step_func=step,
@@ -152,27 +152,32 @@ def _loss_function(
     def loss(index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
         batch, decoder = batches[index], model.module
         student, teacher = response_hidden(hidden, batch.student, parallel), teacher_hidden[index]
-        arguments: dict[str, Any] = dict(
-            labels=batch.student.targets,
-            sft_alpha=0.0 if batch.on_policy else settings.sft_alpha,
-            group=parallel.groups.tp if parallel.tp_size > 1 else None,
-            vocab_size=settings.vocab_size,
-        )
+        labels = batch.student.targets
+        sft_alpha = 0.0 if batch.on_policy else settings.sft_alpha
+        group = parallel.groups.tp if parallel.tp_size > 1 else None
         if not has_head_lora(decoder):
             output = linear_divergence(
                 student,
                 teacher,
                 decoder.output_layer.weight,
                 settings.divergence,
+                labels=labels,
+                sft_alpha=sft_alpha,
+                group=group,
+                vocab_size=settings.vocab_size,
                 reduce_hidden_grad=False,  # response_hidden's backward sums it over the ranks
-                **arguments,
             )
         else:
             with torch.no_grad(), as_teacher(decoder):
                 teacher_logits = lm_head(decoder, teacher)
-            student_logits = lm_head(decoder, student)
             output = logits_divergence(
-                student_logits, teacher_logits, settings.divergence, **arguments
+                lm_head(decoder, student),
+                teacher_logits,
+                settings.divergence,
+                labels=labels,
+                sft_alpha=sft_alpha,
+                group=group,
+                vocab_size=settings.vocab_size,
             )
         num_tokens = len(output.loss)
         if num_tokens:
@@ -231,34 +236,6 @@ def student_forward(
 
 
 @torch.no_grad()
-def forward_logits(
-    model: nn.Module,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    input_ids: Tensor,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """fp32 logits [B, S, V] of text, whole and on the CPU of every rank: for verification and
-    tests, not for training.
-
-    input_ids [B, S] int64, position_ids [3, B, S] (text's by default), the same on all ranks.
-    Collectives: the pipeline's, an all-gather of the vocabulary slices, a broadcast from the last
-    stage.
-    """
-    num_rows, length = input_ids.shape
-    padding = (0, -length % parallel.sequence_multiple)
-    padded = torch.nn.functional.pad(input_ids, padding)
-    positions = torch.arange(padded.shape[1], device=padded.device).expand(3, num_rows, -1)
-    if position_ids is not None:
-        positions = torch.nn.functional.pad(position_ids, padding)
-    rows = torch.arange(num_rows, device=padded.device)
-    view = BatchView(
-        padded, torch.zeros_like(padded), rows, rows, positions.float(), rows[:0], rows[:0]
-    )
-    return view_logits(model, model_args, parallel, view)[:, :length]
-
-
-@torch.no_grad()
 def view_logits(
     model: nn.Module,
     model_args: ModelArgs,
@@ -266,10 +243,12 @@ def view_logits(
     view: BatchView,
     features: MediaFeatures | None = None,
 ) -> Tensor:
-    """As `forward_logits`, of a view with its media: B rows of S positions, a multiple of
-    `parallel.sequence_multiple`.
+    """fp32 logits [B, S, V] of a view with its media, whole and on the CPU of every rank: for
+    verification, not for training. S is a multiple of `parallel.sequence_multiple`.
 
     features: of the batch that the view belongs to (`Towers.encode`), on the first stage.
+    Collectives: the pipeline's, an all-gather of the vocabulary slices, a broadcast from the last
+    stage.
     """
 
     def slice_of_logits(index: int, hidden: Tensor) -> Tensor:

@@ -34,15 +34,16 @@ SUMMED = (
     "top1_agreement",
     "token_correct",
 )
-MEANS = (*SUMMED[:-1], "token_accuracy")  # what their means are called
+MEAN_NAMES = {"token_correct": "token_accuracy"}  # means that have another name than the sum
+MEANS = tuple(MEAN_NAMES.get(name, name) for name in SUMMED)
 # The means that are also kept for each source and pair of views.
 GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Parts of the data whose sums are kept apart, by names that all ranks agree on; empty where
-    there would be one group only, the whole.
+    """The parts of the data that have sums of their own, by names that all ranks agree on; empty
+    where the only part would be the whole.
     """
 
     sources: tuple[str, ...] = ()

@@ -6,8 +6,9 @@ is always 1: an expert lives whole on one rank, and the ranks of a tensor-parall
 data-parallel ranks for the experts.
 
 Between the linears of a layer a sequence is sharded over the tensor-parallel ranks (megatron-core's
-sequence parallelism). How it is sharded is known here alone: `Parallel.sequence_multiple`,
-`shard_sequence` and `gather_sequence`.
+sequence parallelism). Around the layers `Parallel.sequence_multiple`, `shard_sequence`,
+`gather_sequence` and `last_position` know how; within them megatron-core's linears and ours
+(lora/modules.py) do.
 """
 
 import os
@@ -28,10 +29,10 @@ class Parallel:
     """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep,
     expt_dp, ...).
 
-    Context parallelism would change three members: `sequence_multiple` becomes a multiple of
-    2 x CP x TP, and `shard_sequence` and `gather_sequence` first cut and last join the two chunks
-    of each context-parallel rank. Callers assume neither that a shard is one contiguous block nor
-    which rank holds the last position.
+    Context parallelism would change four members: `sequence_multiple` becomes a multiple of
+    2 x CP x TP, `shard_sequence` and `gather_sequence` first cut and last join the two chunks of
+    each context-parallel rank, and `last_position` asks another rank. Callers assume neither that a
+    shard is one contiguous block nor which rank holds the last position.
     """
 
     groups: ProcessGroupCollection

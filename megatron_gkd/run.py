@@ -17,6 +17,7 @@ from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update, learning_rate
 from megatron_gkd.parallel import Parallel, seed_step
+from megatron_gkd.rollout.backend import Author
 from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.run_folder import MetricsWriter
 
@@ -108,6 +109,12 @@ class Run:
     @property
     def is_complete(self) -> bool:
         return self.progress.step >= self.total_steps
+
+    def author(self, on_policy: bool) -> Author | None:
+        """Who writes the responses of a step; None: they are the data set's own."""
+        if on_policy:
+            return "student"
+        return "teacher" if self.config.distill.seq_kd else None
 
     def is_logging_step(self, result: StepResult, stop: bool) -> bool:
         """Whether the step that was just counted has a line in metrics.jsonl; a skipped one has."""

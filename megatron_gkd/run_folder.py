@@ -1,9 +1,9 @@
 """What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the
 progress on the screen.
 
-One object a logged step, flushed as it is written. A resumed run first drops the lines after its
-checkpoint, so that the files read as if the run had never stopped; a run that starts at step 0
-moves an earlier one's files aside. Only the rank that is `enabled` writes anything.
+Each logged step is one JSON object, flushed as it is written. A resumed run first drops the lines
+after its checkpoint, so that the files read as if the run had never stopped; a run that starts at
+step 0 moves an earlier one's files aside. Only the rank that is `enabled` writes anything.
 """
 
 import json

@@ -58,8 +58,8 @@ def import_problem() -> str:
 
         return (
             f"Transformer Engine is installed and cannot be imported ({first_line(error)}): "
-            f"install the "
-            f"build for torch {torch.__version__} (EXTRAS=test,gpu bash launch/setup_env.sh), or "
+            f"install the build for torch {torch.__version__} "
+            "(EXTRAS=test,gpu bash launch/setup_env.sh), or "
             "pip uninstall transformer-engine transformer-engine-torch to run without it"
         )
     return ""

@@ -40,7 +40,6 @@ from megatron_gkd.parallel import (
     use_deterministic_kernels,
 )
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
-from megatron_gkd.rollout.backend import Author
 from megatron_gkd.run import Run, StepResult
 
 
@@ -76,13 +75,10 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     AdamW. Every rank calls it with its share of the global batch.
     """
     step, parallel, clock = run.progress.step, run.parallel, run.clock
+    learning_rate = run.learning_rate()
     media = StepMedia(run.towers, [batch.media for batch in batches])
     on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)
-    # None: the data set's own responses
-    author: Author | None = (
-        "student" if on_policy else "teacher" if run.config.distill.seq_kd else None
-    )
-    if author is not None:
+    if author := run.author(on_policy):
         assert run.rollout is not None, "build_run makes one wherever a step may need it"
         batches = run.rollout.respond_or_skip(batches, step, author, media)
     clock.lap("rollout_time")
@@ -96,13 +92,19 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         means = sums.means(parallel)
         clock.lap("student_time")
         # no rank updates where the loss or a gradient is not finite on any
-        update = run.optimizer.step(run.learning_rate(), means["loss"])
+        update = run.optimizer.step(learning_rate, means["loss"])
         clock.lap("optimizer_time")
     else:  # the logits of some rank's rollout were not finite: every rank skips the step
         means = TokenSums.unknown(parallel.device).means(parallel)
         update = Update(applied=False, grad_norm=math.nan)
-    num_truncated = run.rollout.num_truncated(batches) if run.rollout is not None else 0
-    return StepResult(batches, num_truncated, on_policy, run.learning_rate(), means, update)
+    return StepResult(
+        batches=batches,
+        num_truncated=run.rollout.num_truncated(batches) if run.rollout is not None else 0,
+        on_policy=on_policy,
+        learning_rate=learning_rate,
+        means=means,
+        update=update,
+    )
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -154,7 +156,10 @@ def run_from_config(config: Config) -> None:
             expert_model_parallel_size=config.parallel.expert_model_parallel_size,
             seed=config.train.seed,
         )
-        (check_data if config.data.check_data else train)(config, parallel)
+        if config.data.check_data:
+            check_data(config, parallel)
+        else:
+            train(config, parallel)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         exit_with(error)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What CI runs: set-up, format, lint, types, the distributed smoke tests on the other supported megatron-core, and all
+# What CI runs: set-up, format, lint, types, the distributed smoke tests on the other supported megatron-core, and the
 # tests. The first part that fails ends the script, which names it.
 #   bash tests/run.sh [pytest arguments for the last part, such as -k lora]
+#   bash tests/run.sh -m ''    also the tests marked `extended`: more layouts of what the others test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,6 +17,8 @@ begin "set-up (launch/setup_env.sh)"
 bash launch/setup_env.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=1
+# A test has up to 8 ranks: some run while others wait. A file's tests share fixtures and stay in one process.
+pytest=("$python" -m pytest -q -n logical --maxprocesses 4 --dist loadfile)
 
 begin "format (ruff format --check .)"
 "$python" -m ruff format --check .
@@ -39,8 +42,8 @@ for version in 0.16.1 0.19.2; do
             --target "$folder.part" "megatron-core==$version"
         mv "$folder.part" "$folder"
     fi
-    PYTHONPATH=$folder "$python" -m pytest -q -m smoke
+    PYTHONPATH=$folder "${pytest[@]}" -m smoke
 done
 
-begin "all tests on megatron-core $installed"
-"$python" -m pytest -q "$@"
+begin "tests on megatron-core $installed"
+"${pytest[@]}" -m "not extended" "$@"

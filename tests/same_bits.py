@@ -3,12 +3,14 @@ not meant to change numbers:
 
     python -m tests.same_bits REVISION [--keep DIR]
 
-Checks REVISION out beside, and runs the same commands with both trees, each in its own processes:
-the loss on many settings, trainings with fixed seeds on gloo ranks (on-policy and off-policy, text
-and sound, TP, EP, PP, recomputation), conversions in both directions, a merge, the small model, and
-what the command line makes of its flags. Compares metrics (times aside), adapters, optimizer states
-and converted folders bit by bit. Prints a line for each comparison, and for a difference where it
-begins; the exit status is 1 on any. Takes five to ten minutes on two cores.
+Checks REVISION out into a temporary folder and runs the same commands with both trees, each in its
+own processes: the loss on many settings, trainings with fixed seeds on gloo ranks (on-policy and
+off-policy, text and sound, TP, EP, PP, recomputation, bfloat16), one of them resumed from what
+REVISION saved, conversions in both directions, a merge, an adapter of a lower rank, the small
+model, what the training command makes of its flags, and the tools' --help. Compares metrics (times
+aside), adapters, optimizer states, converted folders and settings, value by value and file by
+file; only settings may be new. Prints a line for each comparison and where a difference begins;
+the exit status is 1 on any. Takes about ten minutes on two cores.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,33 +34,44 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Of a metrics line: what a clock or the machine says.
 MEASURED = ("tokens_per_second", "peak_memory_gib")
-STATE = "trainer_state.json"  # of a checkpoint: compared setting by setting, there may be new ones
+STATE = "trainer_state.json"  # of a checkpoint: compared setting by setting
+SETTINGS = "settings: "  # what the names of comparisons in which there may be new values begin with
+ELSEWHERE = (".config.run.output_dir", ".config.run.resume_from_checkpoint")  # of run.json
+TOOLS = ("hf_to_megatron", "megatron_to_hf", "merge_lora", "lower_rank", "verify")
 COMMON = (
-    "--torch_dtype float32 --device cpu --max_completion_length 6 --logging_steps 1 "
+    "--device cpu --max_completion_length 6 --logging_steps 1 "
     "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 "
-    "--gradient_accumulation_steps 2 --max_steps 4 --eval_steps 2 --save_steps 4 "
+    "--gradient_accumulation_steps 2 --eval_steps 2 --save_steps 2 "
     "--learning_rate 1e-3 --top_k 20 --lmbda 0.5"
+)
+ON_POLICY = (
+    "--torch_dtype float32 --tensor_model_parallel_size 2 --expert_model_parallel_size 2 "
+    "--sft_alpha 0.2 --lora_dropout 0.1 --max_steps 4"
 )
 # name: (ranks, data, flags)
 TRAININGS = {
-    "on-policy, TP 2 EP 2": (
-        4,
-        "text",
-        "--tensor_model_parallel_size 2 --expert_model_parallel_size 2 --sft_alpha 0.2 "
-        "--lora_dropout 0.1",
-    ),
+    "on-policy, TP 2 EP 2": (4, "text", ON_POLICY),
     "teacher's text, PP 2": (
         2,
         "text",
-        "--pipeline_model_parallel_size 2 --divergence forward_kl --seq_kd true --recompute full",
+        "--torch_dtype float32 --pipeline_model_parallel_size 2 --divergence forward_kl "
+        "--seq_kd true --recompute full --max_steps 2",
     ),
     "sound, TP 2": (
         2,
         "sound",
-        "--tensor_model_parallel_size 2 --expert_model_parallel_size 2 --divergence reverse_kl "
-        "--lora_towers true",
+        "--torch_dtype float32 --tensor_model_parallel_size 2 --expert_model_parallel_size 2 "
+        "--divergence reverse_kl --lora_towers true --max_steps 2",
     ),
+    "bfloat16, LoRA on the lm_head": (
+        1,
+        "text",
+        "--torch_dtype bfloat16 --lora_target_modules q_proj lm_head --divergence_clip 2 "
+        "--max_steps 2",
+    ),
+    "resumed": (4, "text", ON_POLICY),
 }
+RESUMED = "resumed"  # goes on from what the first training of REVISION saved after half its steps
 COMMAND_LINES = (
     "",
     "--beta 0.3 --temperature 2 --divergence skew_kl",
@@ -153,7 +167,7 @@ def command_lines() -> dict[str, Any]:
     return found
 
 
-PROBES = {"loss": loss_cases, "command lines": command_lines}
+PROBES = {"loss": loss_cases, "flags": command_lines}
 
 
 def probe(name: str, tree: Path) -> None:
@@ -207,32 +221,45 @@ def write_data(folder: Path) -> None:
 
 
 def work(tree: Path, shared: Path, out: Path) -> None:
-    """Everything that `tree` computes, into `out`. shared: the data and, once made, the model."""
+    """Everything that `tree` computes, into `out`. shared: the data, and of the first tree the
+    model and a checkpoint.
+    """
     out.mkdir()
-    log = out / "log"
+    log, tools = out / "log", ["-m", "checkpoint_tools"]
     for name in PROBES:
         answers = run(tree, log, __file__, "--probe", name, str(tree))
         (out / f"{name}.json").write_text(answers, encoding="utf-8")
-    lessons = ["--train_steps", "5", "--tower_steps", "2", "--seed", "3"]
-    model = out / "model"
-    run(tree, log, "-m", "checkpoint_tools.make_tiny_model", "--output", str(model), *lessons)
-    if not (shared / "model").exists():
-        (shared / "model").symlink_to(model)
-    model = shared / "model"
-    for number, (ranks, data, flags) in enumerate(TRAININGS.values()):
+    helps = {tool: run(tree, log, "-m", f"checkpoint_tools.{tool}", "--help") for tool in TOOLS}
+    (out / "help.json").write_text(json.dumps(helps), encoding="utf-8")
+
+    def tool(name: str, output: str, *flags: object) -> None:
+        command = [f"{tools[1]}.{name}", "--output", str(out / output), *map(str, flags)]
+        print(f"    {name}", flush=True)
+        run(tree, log, tools[0], *command)
+
+    tool("make_tiny_model", "model", "--train_steps", 5, "--tower_steps", 2, "--seed", 3)
+    model, saved = shared / "model", shared / "checkpoint-2"
+    if not model.exists():
+        model.symlink_to(out / "model")
+    for number, (name, (num_ranks, data, flags)) in enumerate(TRAININGS.items()):
+        print(f"    training: {name}", flush=True)
         rows = shared / {"text": "text.jsonl", "sound": "sound/train.jsonl"}[data]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        length = {"text": "48", "sound": "96"}[data]
-        folders = ["--model", str(model), "--dataset", str(rows), "--split_dataset_ratio", "0.2"]
-        folders += ["--output_dir", str(out / f"run{number}"), "--max_length", length]
-        module = ["-m", "megatron_gkd.train"]
-        run(tree, log, *launcher, *module, *folders, *COMMON.split(), *flags.split())
-    there = ["--hf_model", str(model), "--output", str(out / "megatron")]
-    run(tree, log, "-m", "checkpoint_tools.hf_to_megatron", *there)
-    back = ["--checkpoint", str(out / "megatron"), "--output", str(out / "back")]
-    run(tree, log, "-m", "checkpoint_tools.megatron_to_hf", *back)
-    adapter = ["--adapter", str(out / "run0/checkpoint-4"), "--output", str(out / "merged")]
-    run(tree, log, "-m", "checkpoint_tools.merge_lora", "--hf_model", str(model), *adapter)
+        command = ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(num_ranks), "-m", "megatron_gkd.train"]
+        command += ["--model", str(model), "--dataset", str(rows), "--split_dataset_ratio", "0.2"]
+        command += ["--max_length", {"text": "48", "sound": "96"}[data]]
+        command += ["--output_dir", str(out / f"run{number}"), *COMMON.split(), *flags.split()]
+        if name == RESUMED:
+            command += ["--resume_from_checkpoint", str(saved)]
+        run(tree, log, *command)
+        if not saved.exists():
+            shutil.copytree(out / "run0" / saved.name, saved)
+    adapter = out / "run0/checkpoint-4"
+    tool("hf_to_megatron", "megatron", "--hf_model", model)
+    tool("megatron_to_hf", "back", "--checkpoint", out / "megatron")
+    tool("megatron_to_hf", "exported", "--checkpoint", adapter, "--export", "adapter")
+    tool("merge_lora", "merged", "--hf_model", model, "--adapter", adapter)
+    tool("lower_rank", "lower", "--hf_model", model, "--adapter", adapter, "--lora_rank", 2)
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
@@ -257,37 +284,50 @@ def json_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def run_answers(folder: Path) -> dict[str, Any]:
     """{what: value} of a training: every metric of every line, the bits of its checkpoints."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"newest": (folder / "latest_checkpoint").read_text(encoding="utf-8")}
     for name in ("metrics.jsonl", "eval.jsonl"):
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            for key, value in row.items():
+        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
+            for key, value in json.loads(line).items():
                 if not key.endswith("_time") and key not in MEASURED:
-                    found[f"{name} step {row['step']} {key}"] = value
+                    found[f"{name}, line {number}: {key}"] = value
     for checkpoint in sorted(folder.glob("checkpoint-*")):
         digests = folder_digests(checkpoint)
         found |= {f"{checkpoint.name}/{file}": value for file, value in digests.items()}
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        found |= {f"{checkpoint.name}/{STATE} {key}": value for key, value in json_leaves(state)}
+    return found
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """{what: value} of what a training records of itself: run.json, the state in its
+    checkpoints.
+    """
+    found = {}
+    for path in [folder / "run.json", *sorted(folder.glob(f"checkpoint-*/{STATE}"))]:
+        values = json_leaves(json.loads(path.read_text(encoding="utf-8")))
+        name = path.relative_to(folder)
+        found |= {f"{name} {key}": value for key, value in values if key not in ELSEWHERE}
     return found
 
 
 def answers(out: Path) -> dict[str, dict[str, Any]]:
     """{comparison: {what: value}} of one tree."""
-    found = {name: json.loads((out / f"{name}.json").read_text()) for name in PROBES}
+    found = {"loss": json.loads((out / "loss.json").read_text())}
+    found[f"{SETTINGS}flags"] = json.loads((out / "flags.json").read_text())
+    found["--help of the tools"] = json.loads((out / "help.json").read_text())
     for number, name in enumerate(TRAININGS):
         found[f"training: {name}"] = run_answers(out / f"run{number}")
-    for name in ("model", "megatron", "back", "merged"):
+        found[f"{SETTINGS}{name}"] = run_settings(out / f"run{number}")
+    for name in ("model", "megatron", "back", "exported", "merged", "lower"):
         found[f"folder: {name}"] = folder_digests(out / name)
     return found
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What has another value, or is no more there. What only `after` has is new and not one."""
+def differences(before: dict[str, Any], after: dict[str, Any], may_be_new: bool) -> list[str]:
+    """What has another value, is there no longer, or, unless it may be, is new."""
+    names = before if may_be_new else before | after
     return [
-        f"{name}: {value} before, {after.get(name, 'nothing')} after"
-        for name, value in before.items()
-        if name not in after or after[name] != value
+        f"{name}: {before.get(name, 'nothing')} before, {after.get(name, 'nothing')} after"
+        for name in names
+        if name not in before or name not in after or before[name] != after[name]
     ]
 
 
@@ -295,9 +335,9 @@ def report(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) 
     """Print a line for each comparison and the first differences; whether there is none."""
     same = True
     for name, values in before.items():
-        found = differences(values, after[name])
+        found = differences(values, after[name], name.startswith(SETTINGS))
         same &= not found
-        print(f"{name:<36} {len(values):>5} values  {'DIFFERS' if found else 'same'}")
+        print(f"{name:<40} {len(values):>5} values  {'DIFFERS' if found else 'same'}")
         for line in found[:5]:
             print(f"    {line}")
         if len(found) > 5:

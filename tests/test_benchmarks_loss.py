@@ -123,11 +123,10 @@ def test_bounds_are_computed():
         )
     ]
     words = [
-        line.split(" | ")[-1].strip(" |")
-        for line in bounds("cpu", logits, linear, None).splitlines()[2:]
+        line.split(" | ")[-1].strip(" |") for line in bounds(logits, linear, None).splitlines()[2:]
     ]
     assert words == ["held"] * 3 + ["missed"] + ["held"] + ["held", "missed"] * 2
-    assert "not measured" in bounds("cuda", [], [], 1e12)
+    assert "not measured" in bounds([], [], 1e12)
     sizes = {case[:3] for case in logit_sizes}
     assert {case[0] for case in sizes} >= {256, 8192} and {case[1] for case in sizes} == {
         OTHER,

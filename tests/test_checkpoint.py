@@ -100,7 +100,12 @@ def stopped_after_three(whole: Path, copy: Path) -> Path:
 
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep",
-    [(1, 1, 1, 1), pytest.param(2, 2, 1, 2, marks=pytest.mark.smoke), (4, 2, 2, 1), (4, 1, 1, 4)],
+    [
+        (1, 1, 1, 1),
+        pytest.param(2, 2, 1, 2, marks=pytest.mark.smoke),
+        (4, 2, 2, 1),
+        pytest.param(4, 1, 1, 4, marks=pytest.mark.extended),
+    ],
 )
 def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
     accumulation = 8 // 4 if world_size == tp * pp else 1

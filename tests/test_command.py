@@ -129,7 +129,7 @@ def test_a_tool_does_its_work(made, tool, says):
         (
             "megatron_to_hf",
             ["--checkpoint", "A", "--output", "B", "--export", "all"],
-            "--export 'all': choose one of",
+            "argument --export: invalid choice: 'all' (choose from ",
         ),
         (
             "merge_lora",

@@ -182,7 +182,15 @@ OTHER_LAYOUTS = [(1, 1, 4), (4, 1, 1), (1, 2, 2)]  # TP, PP, EP of four ranks
     "name, dtype, tp, pp, ep",
     [
         pytest.param("whole", "bfloat16", 2, 2, 2, id="whole, converted for TP2, at TP2 PP2 EP2"),
-        pytest.param("tied", "float32", 1, 1, 4, id="tied, converted for TP1, at DP4 EP4"),
+        pytest.param(
+            "tied",
+            "float32",
+            1,
+            1,
+            4,
+            id="tied, converted for TP1, at DP4 EP4",
+            marks=pytest.mark.extended,
+        ),
         pytest.param(
             "tied",
             "float32",

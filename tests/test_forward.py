@@ -183,27 +183,27 @@ def _empty(rank, world_size, argv):
     parts = build_parts(argv)
     parallel = parts.parallel
     whole = pass_through(parts, parallel, micro_batches(parts, parallel, (8,)))
-    pieces = pass_through(parts, parallel, micro_batches(parts, parallel, (3, 0, 5)))
+    chunks = pass_through(parts, parallel, micro_batches(parts, parallel, (3, 0, 5)))
     nothing = pass_through(parts, parallel, micro_batches(parts, parallel, (0,)))
     return (
         whole[0],
-        pieces[0],
-        max(float((x - y).norm() / x.norm()) for x, y in zip(whole[1], pieces[1]) if x.any()),
+        chunks[0],
+        max(float((x - y).norm() / x.norm()) for x, y in zip(whole[1], chunks[1]) if x.any()),
         nothing[0],
     )
 
 
 @pytest.mark.parametrize("world_size, tp, pp, ep", LAYOUTS)
 def test_micro_batches_do_not_matter(flags, world_size, tp, pp, ep):
-    """One batch, or ragged pieces of it and one without any response token: the same means and
+    """One batch, or ragged chunks of it and one without any response token: the same means and
     gradients.
     """
-    for whole, pieces, error, nothing in run_ranks(
+    for whole, chunks, error, nothing in run_ranks(
         _empty, world_size, arguments(**flags, **layout_flags(tp, pp, ep))
     ):
-        assert error < 1e-4 and whole.keys() == pieces.keys()
+        assert error < 1e-4 and whole.keys() == chunks.keys()
         for name, value in whole.items():
-            assert pieces[name] == pytest.approx(value, rel=1e-5), name
+            assert chunks[name] == pytest.approx(value, rel=1e-5), name
         assert nothing["num_tokens"] == 0 and nothing["loss"] == 0
 
 

@@ -1,4 +1,6 @@
-"""The structure of the code: imports run downhill, files stay short, everything has a place."""
+"""The structure of the code: imports run downhill and close no circle, files stay short, the loop
+and a step fit on a screen each.
+"""
 
 import ast
 from collections import defaultdict
@@ -34,7 +36,8 @@ def imports() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module and not node.level, f"{path}:{node.lineno}: a relative import"
                 for alias in node.names:
                     full = f"{node.module}.{alias.name}"
                     names.add(full if full in modules else node.module)
@@ -129,3 +132,13 @@ def test_tests_stay_short():
     paths = sorted((REPOSITORY / "tests").glob("*.py"))
     assert 60 < len(paths) < MOST_FILES
     assert longer_than(MOST_LINES_OF_A_TEST, paths) == {}
+
+
+def test_the_loop_and_a_step_fit_on_a_screen():
+    tree = ast.parse((REPOSITORY / "megatron_gkd/train.py").read_text(encoding="utf-8"))
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name in ("train", "train_step")
+    }
+    assert len(lengths) == 2 and max(lengths.values()) <= 40

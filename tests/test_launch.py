@@ -103,10 +103,11 @@ def check_one_step(output, layout):
             {"world_size": 8, "tp": 8, "ep": 8, "dp": 1},
             "8 ranks = TP 8 x PP 1 x DP 1; EP 8: 1 of 8 experts a rank",
         ),
-        (
+        pytest.param(
             "qwen3_omni_30b_8gpu_tp4.sh",
             {"world_size": 8, "tp": 4, "ep": 8, "dp": 2},
             "8 ranks = TP 4 x PP 1 x DP 2; EP 8: 1 of 8 experts a rank",
+            marks=pytest.mark.extended,
         ),
     ],
 )

@@ -18,9 +18,10 @@ from checkpoint_tools.megatron_to_hf import convert as megatron_to_hf
 from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from megatron_gkd.formats.manifest import MANIFEST
-from megatron_gkd.forward import eval_mode, forward_logits
+from megatron_gkd.forward import eval_mode
 from megatron_gkd.verify.tensors import check_adapter
 from tests.adapters import ROOT, make_batches
+from tests.logits import forward_logits
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
 from tests.test_lora_merge import read_folder

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gkd.data import Sample, View, collate
-from megatron_gkd.forward import forward_logits, student_forward_backward, teacher_forward
+from megatron_gkd.forward import student_forward_backward, teacher_forward
 from megatron_gkd.lora.adapter import adapter_slices, applied
 from megatron_gkd.lora.apply import count_parameters, num_teacher_parameters
 from megatron_gkd.lora.load import load_teacher
@@ -32,6 +32,7 @@ from tests.adapters import (
     random_adapter,
     write_adapter,
 )
+from tests.logits import forward_logits
 from tests.lora_runs import build, in_reducer, initialize, make_optimizer
 from tests.ranks import run_ranks
 from tests.reference_step import divergence, response_logits, views
@@ -238,7 +239,7 @@ def distil(rank, world_size, tp, pp, ep, recompute, folder, student, teachers):
         pytest.param(2, 2, 1, 2, True, id="TP2 EP2, recompute"),
         pytest.param(2, 1, 2, 1, False, id="PP2"),
         pytest.param(4, 2, 2, 2, True, id="TP2 PP2 EP2, recompute", marks=pytest.mark.smoke),
-        pytest.param(4, 4, 1, 2, False, id="TP4 EP2"),
+        pytest.param(4, 4, 1, 2, False, id="TP4 EP2", marks=pytest.mark.extended),
     ],
 )
 def test_a_step_equals_peft_with_two_adapters(

@@ -9,6 +9,7 @@ import torch
 from trl.experimental.gkd import GKDTrainer
 
 from megatron_gkd.loss import linear_jsd, logits_jsd, vocab_parallel_jsd
+from megatron_gkd.loss.divergence import KINDS
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -18,8 +19,6 @@ from tests.reference_loss import (
     student_gradient,
     upstream_for,
 )
-
-KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 
 @pytest.mark.parametrize("kind", KINDS)

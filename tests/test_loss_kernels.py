@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import kernel_instructions
 from megatron_gkd.loss import torch_kernels
+from megatron_gkd.loss.divergence import KINDS
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -25,7 +26,6 @@ from tests.reference_loss import (
 )
 
 CUDA = torch.cuda.is_available()
-KINDS = ("jsd", "forward_kl", "reverse_kl")
 # name: rows, vocabulary, padded columns, largest block, dtype, gap of the logits, settings
 LOGIT_CASES = {
     "one row": (1, 1003, 0, 4096, torch.float32, 1.0, dict(beta=0.3)),

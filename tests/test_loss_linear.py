@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.meter import Meter
 from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
+from megatron_gkd.loss.divergence import KINDS
 from megatron_gkd.loss.linear import CHUNK_BYTES, _chunk_rows
 from tests.ranks import run_ranks
 from tests.reference_loss import (
@@ -19,7 +20,6 @@ from tests.reference_loss import (
     relative_error,
     student_gradient,
 )
-from tests.test_loss import KINDS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -85,13 +85,13 @@ def test_config_is_spelled_as_on_the_hub(folder):
 )
 def test_transformers_loads_every_tensor(folder, model_class):
     model, report = model_class.from_pretrained(folder, output_loading_info=True)
-    other_parts = (
+    frozen_parts = (
         ("talker.", "code2wav.")
         if model_class is Qwen3OmniMoeThinkerForConditionalGeneration
         else ()
     )
     unexpected = [
-        key for key in report["unexpected_keys"] if not key.startswith(other_parts)
+        key for key in report["unexpected_keys"] if not key.startswith(frozen_parts)
     ]  # until 5.20 they are listed
     assert not report["missing_keys"] and not unexpected and not report["mismatched_keys"]
     thinker = getattr(model, "thinker", model)

@@ -1,38 +1,54 @@
-"""`tests/same_bits.py` sees a difference and only a difference."""
+"""What `tests/same_bits.py` counts as a difference, and what not."""
 
 import json
 
 import torch
 
-from tests.same_bits import differences, digest, report, run_answers
+from tests.same_bits import differences, digest, report, run_answers, run_settings
 
 
-def write_run(folder, loss, step_time, weight, state):
+def write_run(folder, *, losses=(0.5,), step_time=1.0, weight=b"w", **settings):
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir(parents=True)
-    row = {"step": 1, "loss": loss, "step_time": step_time, "tokens_per_second": 1 / step_time}
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [{"step": 1, "loss": loss, "step_time": step_time} for loss in losses]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "eval.jsonl").write_text("")
+    (folder / "latest_checkpoint").write_text(checkpoint.name)
+    (folder / "run.json").write_text(json.dumps({"config": {"run": {"output_dir": str(folder)}}}))
     (checkpoint / "adapter_model.safetensors").write_bytes(weight)
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    return {"training": run_answers(folder)}
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"settings": settings}))
+    return {"training": run_answers(folder), "settings: it": run_settings(folder)}
 
 
-def test_times_and_new_settings_do_not_count(tmp_path, capsys):
-    before = write_run(tmp_path / "a", 0.5, 1.0, b"w", {"settings": {"beta": 0.5}})
-    after = write_run(tmp_path / "b", 0.5, 2.0, b"w", {"settings": {"beta": 0.5, "new": 1}})
+def test_times_folders_and_new_settings_do_not_count(tmp_path, capsys):
+    before = write_run(tmp_path / "a", beta=0.5)
+    after = write_run(tmp_path / "b", step_time=2.0, beta=0.5, new=1)
     assert report(before, after)
-    assert capsys.readouterr().out.split() == ["training", "4", "values", "same"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["training", "4", "values", "same"],
+        ["settings:", "it", "1", "values", "same"],
+    ]
 
 
 def test_a_last_bit_a_weight_and_a_setting_count(tmp_path, capsys):
-    before = write_run(tmp_path / "a", 0.5, 1.0, b"w", {"settings": {"beta": 0.5, "gone": 1}})
-    after = write_run(tmp_path / "b", 0.5 + 2**-53, 1.0, b"v", {"settings": {"beta": 0.1}})
+    before = write_run(tmp_path / "a", beta=0.5, gone=1)
+    after = write_run(tmp_path / "b", losses=[0.5 + 2**-53], weight=b"v", beta=0.1)
     assert not report(before, after)
     text = capsys.readouterr().out
-    assert "DIFFERS" in text and "metrics.jsonl step 1 loss: 0.5 before" in text
-    assert len(differences(before["training"], after["training"])) == 4
+    assert text.count("DIFFERS") == 2 and "metrics.jsonl, line 1: loss: 0.5 before" in text
+    assert "adapter_model.safetensors: " in text and "beta: 0.5 before, 0.1 after" in text
     assert "gone: 1 before, nothing after" in text
+
+
+def test_a_line_and_a_file_too_many_count(tmp_path):
+    before = write_run(tmp_path / "a")["training"]
+    twice = write_run(tmp_path / "b", losses=[0.5, 0.5])["training"]
+    assert [line.split(":")[0] for line in differences(before, twice, False)] == [
+        "metrics.jsonl, line 2"
+    ] * 2
+    (tmp_path / "a" / "checkpoint-1" / "more").write_text("")
+    assert len(differences(before, run_answers(tmp_path / "a"), False)) == 1
 
 
 def test_a_digest_is_of_the_bits():

@@ -221,7 +221,7 @@ def test_one_rank_all_cases(folders, tmp_path):
         (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
         (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute", "text"]),
         (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head", "a teacher with lm_head"]),
-        (4, 4, 1, 4, 1, ["guide", "paper", "other"]),
+        pytest.param(4, 4, 1, 4, 1, ["guide", "paper", "other"], marks=pytest.mark.extended),
         (4, 2, 1, 4, 2, ["guide", "other recompute"]),
     ],
 )
@@ -237,9 +237,9 @@ def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names)
             2, 2, 4, 2, ["guide", "recompute", "forward", "other"], marks=pytest.mark.smoke
         ),
         (4, 1, 8, 2, ["guide", "paper 1", "other recompute"]),
-        (1, 1, 8, 2, ["guide", "recompute"]),
-        (2, 4, 1, 4, ["other", "other recompute"]),
-        (8, 1, 1, 1, ["guide", "other"]),
+        pytest.param(1, 1, 8, 2, ["guide", "recompute"], marks=pytest.mark.extended),
+        pytest.param(2, 4, 1, 4, ["other", "other recompute"], marks=pytest.mark.extended),
+        pytest.param(8, 1, 1, 1, ["guide", "other"], marks=pytest.mark.extended),
     ],
 )
 def test_layouts_of_eight_ranks(folders, tmp_path, tp, pp, ep, accumulation, names):

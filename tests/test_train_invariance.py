@@ -64,7 +64,11 @@ def _watched(rank, world_size, argv):
 
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep",
-    [pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke), (8, 4, 1, 8), (4, 2, 2, 1)],
+    [
+        pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke),
+        pytest.param(8, 4, 1, 8, marks=pytest.mark.extended),
+        (4, 2, 2, 1),
+    ],
 )
 def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep):
     """Twenty steps with dropout and on-policy text: every copy of an adapter weight has the same

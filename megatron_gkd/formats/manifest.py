@@ -1,6 +1,6 @@
-"""What a converted folder holds beside its tensors: conversion_manifest.json, with size and SHA-256
-of every tensor and file, and the extra files (configs, tokenizer, processor, licence, ...), which
-are copied.
+"""What a converted folder holds besides its tensors: conversion_manifest.json, with size and
+SHA-256 of every tensor and file, and the extra files (configs, tokenizer, processor, licence, ...),
+which are copied.
 """
 
 import hashlib

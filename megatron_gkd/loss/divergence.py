@@ -1,8 +1,10 @@
 """The divergences: their mathematics, one entry each in one table, and their settings.
 
 Letters: N rows, V valid columns of this rank, z logits, T temperature, b the STUDENT's weight in
-the mixture. Q = softmax(z_student / T), P = softmax(z_teacher / T), M = b Q + (1 - b) P, d = log P
-- log Q, e = expm1(-|d|).
+the mixture, and
+
+    Q = softmax(z_student / T),  P = softmax(z_teacher / T),  M = b Q + (1 - b) P,
+    d = log P - log Q,  e = expm1(-|d|).
 
     jsd          b KL(Q||M) + (1 - b) KL(P||M)     A = b Q log(Q/M)
     forward_kl   KL(P||Q)                          A = Q - P
@@ -30,7 +32,7 @@ tests/reference_loss.py. This file imports neither torch nor triton: config.py r
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,14 @@ class TorchBlock(Protocol):
 
     def log_m_over_q_and_p(self, beta: float) -> "tuple[Tensor, Tensor]":
         """log(M/Q) and log(M/P); overwrites d."""
+
+
+class NeededSums(NamedTuple):
+    """Which sums over the vocabulary `compare` makes, besides that of A."""
+
+    entries: bool  # of the divergence's entries, where it is none of the KLs
+    kl_forward: bool
+    kl_reverse: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,14 @@ class Kind:
     def uses_beta(self) -> bool:
         """Whether there is a mixture, of which beta is the student's weight."""
         return self.limits is not None
+
+    def needed_sums(self, metrics: bool) -> NeededSums:
+        """With `metrics` both KLs; otherwise what the divergence itself needs."""
+        return NeededSums(
+            self.sum_field == "divergence",
+            metrics or self.sum_field == "kl_forward",
+            metrics or self.sum_field == "kl_reverse",
+        )
 
 
 def _jsd(

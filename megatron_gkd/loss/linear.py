@@ -31,6 +31,7 @@ from megatron_gkd.loss.rows import (
     LinearJsdOutput,
     RowWeights,
     check_labels,
+    empty_results,
     row_results,
     row_weights,
     zero_masked_rows,
@@ -45,7 +46,7 @@ ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk s
 WEIGHT_BLOCK_ROWS = {"cpu": 1024, "cuda": 16384}
 
 
-def _for(device: torch.device, table: dict[str, int]) -> int:
+def _by_device(device: torch.device, table: dict[str, int]) -> int:
     return table.get(device.type, table["cuda"])
 
 
@@ -56,7 +57,7 @@ def _float32_blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]
     step = (
         max(1, len(weight))
         if weight.dtype == torch.float32
-        else _for(weight.device, WEIGHT_BLOCK_ROWS)
+        else _by_device(weight.device, WEIGHT_BLOCK_ROWS)
     )
     for start in range(0, len(weight), step):
         columns = slice(start, min(start + step, len(weight)))
@@ -67,8 +68,8 @@ def _chunk_rows(num_rows: int, num_local_columns: int, device: torch.device) -> 
     """Rows of a chunk: all chunks nearly equal, their number the least whose float32 logits fit
     CHUNK_BYTES.
     """
-    multiple = _for(device, ROW_MULTIPLE)
-    most = max(1, _for(device, CHUNK_BYTES) // (8 * num_local_columns * multiple)) * multiple
+    multiple = _by_device(device, ROW_MULTIPLE)
+    most = max(1, _by_device(device, CHUNK_BYTES) // (8 * num_local_columns * multiple)) * multiple
     rows = math.ceil(num_rows / math.ceil(num_rows / most))
     return min(math.ceil(rows / multiple) * multiple, num_rows)
 
@@ -168,10 +169,12 @@ class _LinearDivergence(torch.autograd.Function):
         )
         # bfloat16 feeds the tensor cores (float16 would lose small entries), float32 takes the
         # teacher's place
-        bfloat16 = weight.dtype == torch.bfloat16 and _uses_tensor_cores(student_hidden, weight)
+        rounds_to_bfloat16 = weight.dtype == torch.bfloat16 and _uses_tensor_cores(
+            student_hidden, weight
+        )
         gradients = (
             torch.empty_like(buffers[0], dtype=torch.bfloat16)
-            if bfloat16 and call.gradient
+            if rounds_to_bfloat16 and call.gradient
             else buffers[1]
         )
         chunks = []
@@ -261,15 +264,15 @@ def linear_divergence(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "weight requires a gradient, which linear_jsd does not give: freeze it, or use "
-            "logits_jsd"
+            "weight requires a gradient, which the loss from hidden states does not give: freeze "
+            "it, or use logits_jsd or logits_divergence"
         )
     num_rows = len(student_hidden)
     columns = vocabulary_slice(len(weight), vocab_size, group)
     check_labels(labels, num_rows, vocab_size or len(weight) * group_size(group), sft_alpha)
     if num_rows == 0:  # the same on all ranks of the group: no rank calls a collective
         loss = student_hidden.float().sum(-1)
-        return LinearJsdOutput(loss, *loss.detach().new_empty(6 if labels is None else 10, 0))
+        return LinearJsdOutput(loss, *empty_results(labels, loss))
     call = LossCall(
         divergence,
         columns,

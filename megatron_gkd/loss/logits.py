@@ -27,6 +27,7 @@ from megatron_gkd.loss.rows import (
     RowScalars,
     RowWeights,
     check_labels,
+    empty_results,
     row_results,
     row_weights,
     zero_masked_rows,
@@ -115,7 +116,7 @@ def _apply(
     call = LossCall(divergence, columns, sft_alpha, group, metrics, gradient)
     if num_rows == 0:  # the same on all ranks of the group: no rank calls a collective
         loss = student_logits.float().sum(-1)
-        return loss, loss.new_empty(6 if labels is None else 10, 0)
+        return loss, empty_results(labels, loss)
     return _LogitsDivergence.apply(student_logits, teacher_logits.detach(), labels, weights, call)
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_gkd.loss.divergence import Kind
+
 IGNORED_LABEL = -100
 
 
@@ -92,6 +94,21 @@ class GradientFactors(NamedTuple):
     # None for both: there is no cross-entropy term
     cross_entropy: torch.Tensor | None
     label_columns: torch.Tensor | None  # int64 [N], outside 0 .. V-1 where another rank owns it
+
+
+def add_kl(sums: Sums, kind: Kind) -> Sums:
+    """`sums`, where the divergence is a KL: its sum is added to the field of the divergence, which
+    so far holds only what the clip takes off.
+    """
+    if kind.sum_field != "divergence":
+        sums.divergence.add_(getattr(sums, kind.sum_field))
+    return sums
+
+
+def empty_results(labels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The fields after `loss` of no rows: [K, 0], K as in `row_results`."""
+    optional = 0 if labels is not None else len(LinearJsdOutput._field_defaults)
+    return like.detach().new_empty(len(LinearJsdOutput._fields) - 1 - optional, 0)
 
 
 def empty_statistics(num_rows: int, device: torch.device) -> SideStatistics:

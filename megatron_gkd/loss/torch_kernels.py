@@ -18,6 +18,7 @@ from megatron_gkd.loss.rows import (
     RowScalars,
     SideStatistics,
     Sums,
+    add_kl,
     empty_statistics,
 )
 
@@ -233,6 +234,7 @@ def compare(
     )
     if num_columns == 0:
         return sums
+    needed = kind.needed_sums(metrics)
     scratch, blocks = _blocks(num_rows, num_columns, student.device)
     for rows in blocks:
         block = _Block(
@@ -242,12 +244,12 @@ def compare(
             divergence.temperature,
             scratch,
         )
-        if metrics or kind.sum_field == "kl_forward":
+        if needed.kl_forward:
             sums.kl_forward[rows] = block.kl_forward_sum().double()
-        if metrics or kind.sum_field == "kl_reverse":
+        if needed.kl_reverse:
             sums.kl_reverse[rows] = block.kl_reverse_sum().double()
         a, summands = kind.torch_rule(block, divergence.beta)
-        if kind.sum_field == "divergence":
+        if needed.entries:
             sums.divergence[rows] = summands.sum(-1).double()
         if divergence.clip is not None:
             excess = _clip(a, summands, block.q, divergence.clip, kind.a_beyond_clip)
@@ -255,9 +257,7 @@ def compare(
         sums.gradient_sum[rows] = a.sum(-1).double()
         if a_out is not None:
             a_out[rows, :num_columns] = a
-    if kind.sum_field != "divergence":
-        sums.divergence.add_(getattr(sums, kind.sum_field))
-    return sums
+    return add_kl(sums, kind)
 
 
 def _recompute_a(block: _Block, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,6 +38,7 @@ from megatron_gkd.loss.rows import (
     RowScalars,
     SideStatistics,
     Sums,
+    add_kl,
     empty_statistics,
 )
 from megatron_gkd.loss.triton_functions import LN_2, LOG2_E, ON_DEVICE, a_and_summands, exp2
@@ -231,11 +232,9 @@ def sum_constants(divergence: Divergence, metrics: bool) -> dict[str, bool]:
     """Which sums `compare` makes, besides that of A: the divergence's, and the KLs that are metrics
     or the divergence.
     """
-    field = KINDS[divergence.kind].sum_field
+    needed = KINDS[divergence.kind].needed_sums(metrics)
     return dict(
-        SUM_VALUES=field == "divergence",
-        KL_FORWARD=metrics or field == "kl_forward",
-        KL_REVERSE=metrics or field == "kl_reverse",
+        SUM_VALUES=needed.entries, KL_FORWARD=needed.kl_forward, KL_REVERSE=needed.kl_reverse
     )
 
 
@@ -326,10 +325,7 @@ def compare(
         **sum_constants(divergence, metrics),
         **OPTIONS,
     )
-    sums = Sums(*out)
-    if (field := KINDS[divergence.kind].sum_field) != "divergence":
-        sums.divergence.add_(getattr(sums, field))
-    return sums
+    return add_kl(Sums(*out), KINDS[divergence.kind])
 
 
 def write_gradient(

@@ -96,6 +96,7 @@ class MegatronBackend:
     def write(self, prompts: Prompts, step: int) -> list[list[int]]:
         """Collectives: those of `generate`, and of the towers where they have LoRA."""
         toggle = as_student if prompts.author == "student" else as_teacher
+        # also the towers, which encode the prompts' media
         with toggle(self.model), generation_mode(self.model):
             return generate(
                 self.model,
