@@ -18,7 +18,7 @@ bash launch/setup_env.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=1
 # A test has up to 8 ranks: some run while others wait. A file's tests share fixtures and stay in one process.
-pytest=("$python" -m pytest -q -n logical --maxprocesses 4 --dist loadfile)
+pytest=("$python" -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 
 begin "format (ruff format --check .)"
 "$python" -m ruff format --check .

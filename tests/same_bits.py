@@ -20,6 +20,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def probe(name: str, tree: Path) -> None:
 
 def run(tree: Path, log: Path, *command: str) -> str:
     """Run `python COMMAND` with the code of `tree` and return what it printed; stderr goes to the
-    end of `log`. RuntimeError with its last lines if it fails.
+    end of `log`. RuntimeError with its errors and its last lines if it fails.
     """
     environment = os.environ | {
         "PYTHONPATH": str(tree),
@@ -199,8 +200,10 @@ def run(tree: Path, log: Path, *command: str) -> str:
             text=True,
         )
     if done.returncode:
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
-        raise RuntimeError(f"{tree}: {' '.join(command)} ended with {done.returncode}:\n{last}")
+        lines = log.read_text(encoding="utf-8").splitlines()
+        said = [line for line in lines if "megatron_gkd: error" in line] + lines[-20:]
+        ended = f"{tree}: {' '.join(command)} ended with {done.returncode}:"
+        raise RuntimeError("\n".join([ended, *said]))
     return done.stdout
 
 
@@ -220,6 +223,16 @@ def write_data(folder: Path) -> None:
     run(REPOSITORY, folder / "log", "-m", "demo.speech_data", *sound)
 
 
+def help_answers(helps: dict[str, str]) -> dict[str, str]:
+    """{what: value} of the tools' --help: what each does, and each of its flags."""
+    found = {}
+    for tool, text in helps.items():
+        _usage, description, *_ = text.split("\n\n")
+        found[f"{tool}: {' '.join(description.split())}"] = "said"
+        found |= {f"{tool} {flag}": "there" for flag in re.findall(r"--[a-z_]+", text)}
+    return found
+
+
 def work(tree: Path, shared: Path, out: Path) -> None:
     """Everything that `tree` computes, into `out`. shared: the data, and of the first tree the
     model and a checkpoint.
@@ -230,14 +243,15 @@ def work(tree: Path, shared: Path, out: Path) -> None:
         answers = run(tree, log, __file__, "--probe", name, str(tree))
         (out / f"{name}.json").write_text(answers, encoding="utf-8")
     helps = {tool: run(tree, log, "-m", f"checkpoint_tools.{tool}", "--help") for tool in TOOLS}
-    (out / "help.json").write_text(json.dumps(helps), encoding="utf-8")
+    (out / "help.json").write_text(json.dumps(help_answers(helps)), encoding="utf-8")
 
     def tool(name: str, output: str, *flags: object) -> None:
         command = [f"{tools[1]}.{name}", "--output", str(out / output), *map(str, flags)]
         print(f"    {name}", flush=True)
         run(tree, log, tools[0], *command)
 
-    tool("make_tiny_model", "model", "--train_steps", 5, "--tower_steps", 2, "--seed", 3)
+    lessons = ["--train_steps", 5, "--tower_steps", 2, "--seed", 3]
+    tool("make_tiny_model", "model", "--num_hidden_layers", 4, *lessons)
     model, saved = shared / "model", shared / "checkpoint-2"
     if not model.exists():
         model.symlink_to(out / "model")
