@@ -204,6 +204,7 @@ def test_a_model_that_never_heard_this_is_refused(folder, tmp_path):
 
 
 @needs_own_venv
+@pytest.mark.extended
 def test_the_whole_demo_in_a_few_steps(tmp_path):
     """Sounds, both trainings on two ranks, the table and the comparison with Megatron's own
     evaluations.

@@ -160,7 +160,7 @@ def test_run_folder(data, tmp_path):
 
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep",
-    [(1, 1, 1, 1), (2, 1, 1, 2), pytest.param(4, 2, 2, 2, marks=pytest.mark.smoke), (4, 2, 1, 2)],
+    [(1, 1, 1, 1), (2, 1, 1, 2), (4, 2, 2, 2), (4, 2, 1, 2)],
 )
 def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
     """Five rows in micro-batches of two: padding samples, whole batches of them, count nothing."""

@@ -65,7 +65,7 @@ def _watched(rank, world_size, argv):
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep",
     [
-        pytest.param(4, 2, 1, 2, marks=pytest.mark.smoke),
+        (4, 2, 1, 2),
         pytest.param(8, 4, 1, 8, marks=pytest.mark.extended),
         (4, 2, 2, 1),
     ],
