@@ -238,7 +238,7 @@ def work(tree: Path, shared: Path, out: Path) -> None:
     model and a checkpoint.
     """
     out.mkdir()
-    log, tools = out / "log", ["-m", "checkpoint_tools"]
+    log = out / "log"
     for name in PROBES:
         answers = run(tree, log, __file__, "--probe", name, str(tree))
         (out / f"{name}.json").write_text(answers, encoding="utf-8")
@@ -246,9 +246,9 @@ def work(tree: Path, shared: Path, out: Path) -> None:
     (out / "help.json").write_text(json.dumps(help_answers(helps)), encoding="utf-8")
 
     def tool(name: str, output: str, *flags: object) -> None:
-        command = [f"{tools[1]}.{name}", "--output", str(out / output), *map(str, flags)]
         print(f"    {name}", flush=True)
-        run(tree, log, tools[0], *command)
+        command = [f"checkpoint_tools.{name}", "--output", str(out / output), *map(str, flags)]
+        run(tree, log, "-m", *command)
 
     lessons = ["--train_steps", 5, "--tower_steps", 2, "--seed", 3]
     tool("make_tiny_model", "model", "--num_hidden_layers", 4, *lessons)

@@ -15,9 +15,9 @@ from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.load import load_teacher
-from megatron_gkd.lora.modules import LoraGrouped
+from megatron_gkd.lora.modules import LoraGrouped, LoraLinear
 from megatron_gkd.lora.peft_folder import PeftAdapter
-from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, activate, lora_modules
+from megatron_gkd.lora.slots import STUDENT, TEACHER, activate, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear
 from megatron_gkd.verify.reference import decoder
@@ -294,7 +294,9 @@ def test_recompute_sees_the_slot_of_the_forward_pass(cases, world_size, tp, pp, 
 
 
 def test_toggle_nests_and_comes_back_after_an_exception():
-    model = torch.nn.ModuleList(LoraModule(torch.nn.Identity()) for _ in range(3))
+    model = torch.nn.ModuleList(
+        LoraLinear(torch.nn.Identity(), sequence_parallel=False) for _ in range(3)
+    )
     active = lambda: [module.active for module in model]
     model[1].active = None
     with pytest.raises(KeyError, match="a step went wrong"):

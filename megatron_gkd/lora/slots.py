@@ -7,6 +7,7 @@ without an adapter of its own needs nothing in memory, and the two may differ in
 alpha. Another adapter (an average of the student's weights, say) is one more name.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -33,7 +34,7 @@ class LoraSlot(nn.Module):
         self.up = nn.ParameterDict()
 
 
-class LoraModule(nn.Module):
+class LoraModule(nn.Module, ABC):
     """What the kinds of LoRA modules share: the frozen base, the slots, the name of the active one
     (None: the base alone).
     """
@@ -59,11 +60,11 @@ class LoraModule(nn.Module):
         self.fill(slot, targets)
         self.slots[name] = slot.requires_grad_(name == STUDENT)
 
+    @abstractmethod
     def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
         """Give `slot` this rank's zero matrices of the projections `targets`, with the marks that
         tell megatron-core how to reduce their gradients.
         """
-        raise NotImplementedError
 
     def drop(self, x: Tensor, slot: LoraSlot, generator: str | None) -> Tensor:
         """The slot's dropout on x, with the named generator of megatron-core's tracker; None is the
