@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and with a record: versions, the tests on CUDA, the demo in bf16, the loss
-# benchmark.
+# benchmark, rollouts.
 #
 #   bash launch/gpu_checks.sh     writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
 #   EXTRAS=test,gpu bash launch/gpu_checks.sh     the same with Transformer Engine
@@ -37,11 +37,13 @@ step "Machine" nvidia-smi -L
 step "Versions" python -m megatron_gkd.doctor
 step "Liger-Kernel, for the comparison" python -m pip --disable-pip-version-check install -q -e ".[benchmarks]"
 step "Tests" python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_linear.py tests/test_loss_kernels.py \
-    tests/test_benchmarks_loss.py
+    tests/test_benchmarks_loss.py tests/test_gpu_rollout.py tests/test_rollout_kernels.py
 step "Memory accesses of the kernels (compute-sanitizer)" sanitize
 step "The demo in bf16 on one GPU" env DEMO=output/demo_gpu NPROC=1 DEVICE=cuda DTYPE=bfloat16 bash demo/run.sh
 step "The loss (docs/benchmarks/loss_gpu.md)" python -m benchmarks.loss --device cuda
 step "Memory of a whole step (docs/benchmarks/step_memory_gpu.md)" python -m benchmarks.step_memory --device cuda
+step "Rollouts at the 30B's sizes" python -m benchmarks.rollout_real --rows 32,8,16,64,4,128 --eager 32 --equal 8 --whole 32
+step "Rollouts of a small model against transformers" python -m benchmarks.rollout --device cuda --dtype bfloat16
 
 echo "written: $report, docs/benchmarks/loss_gpu.md, docs/benchmarks/step_memory_gpu.md"
 [ ${#failed[@]} -eq 0 ] || { printf 'gpu_checks: failed: %s\n' "${failed[@]}" >&2; exit 1; }

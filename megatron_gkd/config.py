@@ -1,7 +1,7 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
-flags.py turns them into flags, and each class checks its own values when it is built; two of them
-have files of their own, layout.py and distillation.py. `python -m megatron_gkd.config
+flags.py turns them into flags, and each class checks its own values when it is built; three of them
+have files of their own, layout.py, distillation.py and responses.py. `python -m megatron_gkd.config
 --check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
 work; the guide's ranges are recommendations. Imports nothing slow, so that a misspelt flag is
 answered at once.
@@ -19,7 +19,6 @@ from megatron_gkd.flags import (
     POSITIVE,
     SHARE,
     Parser,
-    Range,
     exit_with,
     refuse_unknown,
     require,
@@ -30,6 +29,7 @@ from megatron_gkd.flags import (
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
 from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.responses import RolloutConfig
 
 # Flags of the swift command that have no meaning here, and the one line that answers each of them.
 REPLACED_FLAGS = {
@@ -190,30 +190,6 @@ class DataConfig:
         require_at_least(self, 1, "dataset_num_proc")
         for name in self.dataset + self.val_dataset:
             require(bool(name.strip()), "dataset", repr(name), "a file or a name")
-
-
-@dataclass
-class RolloutConfig:
-    _argument_group_name = "rollout"
-
-    max_completion_length: int = setting(512, "Tokens that a generated response may have.")
-    rollout_temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
-    top_p: float = setting(
-        0.9, "Sample from the smallest set of tokens with this much probability; 1 is off."
-    )
-    top_k: int = setting(50, "Sample from this many most probable tokens; 0 is off.")
-    repetition_penalty: float = setting(
-        1.1,
-        "Divides the positive logits of tokens already seen, multiplies the negative; 1 is off.",
-    )
-
-    def __post_init__(self):
-        require_at_least(self, 1, "max_completion_length")
-        greedy_or_more = Range("0 (greedy) or more", NOT_NEGATIVE.holds)
-        require_in(self, greedy_or_more, "rollout_temperature")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
-        require_in(self, POSITIVE, "repetition_penalty", way_out="1 switches it off")
 
 
 @dataclass

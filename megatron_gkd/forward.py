@@ -134,6 +134,29 @@ def teacher_forward(
         return _run_schedule(model, views, keep, parallel, media, forward_only=True, collect=True)
 
 
+@torch.no_grad()
+def last_hidden_states(
+    model: nn.Module,
+    views: Sequence[BatchView],
+    parallel: Parallel,
+    media: Sequence[MediaFeatures | None],
+) -> list[Tensor]:
+    """The hidden states of each view's last tokens, [B, H], on the last stage, an empty list on the
+    others: what the first token after a prompt is drawn from. No dropout; the active adapter.
+
+    media: the features of each view, None where it shows none and on later stages. Collectives: the
+    pipeline's, and of each view an all-gather of the sequence shards.
+    """
+
+    def last(index: int, hidden: Tensor) -> Tensor:
+        lengths = views[index].lengths
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return parallel.gather_sequence(hidden)[lengths - 1, rows]
+
+    with eval_mode(model):
+        return _run_schedule(model, views, last, parallel, media, forward_only=True, collect=True)
+
+
 def _loss_function(
     model: DistributedDataParallel,
     batches: Sequence[Batch],

@@ -36,6 +36,9 @@ SUMMED = (
 )
 MEAN_NAMES = {"token_correct": "token_accuracy"}  # means that have another name than the sum
 MEANS = tuple(MEAN_NAMES.get(name, name) for name in SUMMED)
+# Columns of the sums behind SUMMED: |the rollout's log-probability - the student forward's|, the
+# tokens that have one, all tokens.
+GAP, NUM_WRITTEN, NUM_TOKENS = range(len(SUMMED), len(SUMMED) + 3)
 # The means that are also kept for each source and pair of views.
 GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")
 
@@ -66,8 +69,8 @@ NO_GROUPS = Groups()
 
 @dataclass
 class TokenSums:
-    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 1]: of all and of each
-    of the G groups; the number of tokens stands in the last column.
+    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 3]: of all and of each
+    of the G groups.
     """
 
     values: Tensor
@@ -76,7 +79,7 @@ class TokenSums:
     @classmethod
     def zero(cls, device: torch.device, groups: Groups = NO_GROUPS) -> "TokenSums":
         return cls(
-            torch.zeros(1 + len(groups), len(SUMMED) + 1, dtype=torch.float64, device=device),
+            torch.zeros(1 + len(groups), NUM_TOKENS + 1, dtype=torch.float64, device=device),
             groups,
         )
 
@@ -84,15 +87,19 @@ class TokenSums:
     def unknown(cls, device: torch.device) -> "TokenSums":
         """The sums of a step that was not taken: no tokens, and means that are NaN."""
         sums = cls.zero(device)
-        sums.values[:, :-1] = math.nan
+        sums.values[:, :GAP] = math.nan
         return sums
 
     def add(self, output: LinearJsdOutput, batch: Batch) -> None:
         """The tokens of a micro-batch, `output` in the order of its student's response rows."""
-        values = torch.stack(
-            [getattr(output, name).detach().double() for name in SUMMED]
-            + [torch.ones_like(output.loss).double()]
-        )
+        summed = [getattr(output, name).detach().double() for name in SUMMED]
+        ones = torch.ones_like(summed[0])
+        gap, is_written = torch.zeros_like(ones), torch.zeros_like(ones)
+        if batch.log_probabilities is not None:
+            # cross-entropy at temperature 1: minus the log-probability that the loss saw
+            assert output.sft_loss is not None, "the batch has labels"
+            gap, is_written = (batch.log_probabilities + output.sft_loss.detach()).abs(), ones
+        values = torch.stack([*summed, gap.double(), is_written, ones])
         self.values[0] += values.sum(dim=1)
         if len(self.groups):
             rows = (batch.student.response_rows // batch.student.input_ids.shape[1]).tolist()
@@ -114,19 +121,21 @@ class TokenSums:
                     )
 
     def means(self, parallel: Parallel) -> dict[str, Any]:
-        """Means over the global batch and `num_tokens`, of groups a few under `by_source` and
-        `by_media` (those that have tokens). Collectives: a sum over data-parallel ranks, a
-        broadcast from the last stage.
+        """Means over the global batch and `num_tokens`, `rollout_logprob_gap` where tokens were
+        written; of groups a few under `by_source` and `by_media` (those that have tokens).
+        Collectives: a sum over data-parallel ranks, a broadcast from the last stage.
         """
         sums = self.values.clone()
         torch.distributed.all_reduce(sums, group=parallel.groups.dp)
         if parallel.pp_size > 1:
             torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
         every, *parts = (
-            {name: value / max(row[-1], 1) for name, value in zip(MEANS, row)}
-            | {"num_tokens": int(row[-1])}
+            {name: value / max(row[NUM_TOKENS], 1) for name, value in zip(MEANS, row)}
+            | {"num_tokens": int(row[NUM_TOKENS])}
             for row in sums.tolist()
         )
+        if sums[0, NUM_WRITTEN]:
+            every["rollout_logprob_gap"] = (sums[0, GAP] / sums[0, NUM_WRITTEN]).item()
         short = [{name: means[name] for name in GROUPED} for means in parts]
         split = {
             "by_source": dict(zip(self.groups.sources, short)),

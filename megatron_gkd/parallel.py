@@ -6,9 +6,8 @@ is always 1: an expert lives whole on one rank, and the ranks of a tensor-parall
 data-parallel ranks for the experts.
 
 Between the linears of a layer a sequence is sharded over the tensor-parallel ranks (megatron-core's
-sequence parallelism). Around the layers `Parallel.sequence_multiple`, `shard_sequence`,
-`gather_sequence` and `last_position` know how; within them megatron-core's linears and ours
-(lora/modules.py) do.
+sequence parallelism). Around the layers `Parallel.sequence_multiple`, `shard_sequence` and
+`gather_sequence` know how; within them megatron-core's linears and ours (lora/modules.py) do.
 """
 
 import os
@@ -29,10 +28,9 @@ class Parallel:
     """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep,
     expt_dp, ...).
 
-    Context parallelism would change four members: `sequence_multiple` becomes a multiple of
+    Context parallelism would change three members: `sequence_multiple` becomes a multiple of
     2 x CP x TP, `shard_sequence` and `gather_sequence` first cut and last join the two chunks of
-    each context-parallel rank, and `last_position` asks another rank. Callers assume neither that a
-    shard is one contiguous block nor which rank holds the last position.
+    each context-parallel rank. Callers do not assume that a shard is one contiguous block.
     """
 
     groups: ProcessGroupCollection
@@ -90,18 +88,6 @@ class Parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(
             x, tensor_parallel_output_grad=tensor_parallel_output_grad, group=self.groups.tp
         )
-
-    def last_position(self, x: Tensor) -> Tensor:
-        """This rank's positions [S/TP, ...] -> the last of the whole sequence, [1, ...], on every
-        rank that shares it: what decoding needs of a prefill. No gradient.
-
-        Collectives: a broadcast of one position from the rank that holds the last shard.
-        """
-        last = x[-1:].detach().clone()  # the broadcast writes into it
-        if self.tp_size > 1:
-            owner = torch.distributed.get_global_rank(self.groups.tp, self.tp_size - 1)
-            torch.distributed.broadcast(last, owner, group=self.groups.tp)
-        return last
 
 
 def resolve_device(device: str) -> torch.device:

@@ -46,6 +46,8 @@ class StepResult:
     """
 
     batches: list[Batch]
+    num_samples: int
+    """Rows that each row of the data became: several where the rollout wrote several responses"""
     num_truncated: int
     """Responses that the rollout cut before they ended."""
     on_policy: bool
@@ -199,7 +201,8 @@ class Run:
             "grad_norm": result.update.grad_norm,
             "learning_rate": result.learning_rate,
             "on_policy": result.on_policy,
-            "response_length": result.means["num_tokens"] / self.global_batch_size,
+            "response_length": result.means["num_tokens"]
+            / (self.global_batch_size * result.num_samples),
             "cut_tokens": counts.cut_tokens,
             "truncated_responses": counts.truncated_responses,
             "on_policy_share": self.progress.on_policy_steps / step,

@@ -78,9 +78,12 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     learning_rate = run.learning_rate()
     media = StepMedia(run.towers, [batch.media for batch in batches])
     on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)
+    num_samples = 1
     if author := run.author(on_policy):
         assert run.rollout is not None, "build_run makes one wherever a step may need it"
         batches = run.rollout.respond_or_skip(batches, step, author, media)
+        num_samples = run.rollout.num_samples
+        media = media.repeated(num_samples)
     clock.lap("rollout_time")
     if batches:
         teacher_hidden = teacher_forward(run.model, batches, parallel, media)
@@ -99,6 +102,7 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         update = Update(applied=False, grad_norm=math.nan)
     return StepResult(
         batches=batches,
+        num_samples=num_samples,
         num_truncated=run.rollout.num_truncated(batches) if run.rollout is not None else 0,
         on_policy=on_policy,
         learning_rate=learning_rate,

@@ -1,6 +1,7 @@
 """Rollouts in tests: sampling settings, and a `Rollout` around the training model."""
 
 from megatron_gkd.rollout.backend import MegatronBackend
+from megatron_gkd.rollout.engine import Engine, GenerationSettings
 from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.rollout.sampling import Sampling
 
@@ -15,6 +16,13 @@ def make_sampling(*, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0
 GREEDY = make_sampling(temperature=0.0)
 
 
+def make_engine(model, model_args, parallel, *, sampling=GREEDY, **settings) -> Engine:
+    """The pad token is 0, without stop ids a text has `max_new_tokens` tokens."""
+    defaults = dict(stop_token_ids=(), pad_token_id=0, prefill_tokens=64, cuda_graphs=True)
+    settings = GenerationSettings(sampling=sampling, **{**defaults, **settings})
+    return Engine(model, model_args, parallel, settings)
+
+
 def no_media(row: int, author: str):
     """The training model has its media as features of its own towers."""
     raise AssertionError(f"the references of row {row} were read for the {author}")
@@ -24,16 +32,15 @@ def megatron_rollout(
     model, model_args, parallel, *, sampling=GREEDY, max_new_tokens, stop_token_ids=(), seed=0
 ) -> Rollout:
     """The training model writes; the pad token is 0."""
-    backend = MegatronBackend(
-        model=model,
-        model_args=model_args,
-        parallel=parallel,
+    engine = make_engine(
+        model,
+        model_args,
+        parallel,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
-        pad_token_id=0,
-        seed=seed,
     )
+    backend = MegatronBackend(engine, seed)
     return Rollout(
         backend=backend,
         model=model,

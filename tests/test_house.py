@@ -107,7 +107,8 @@ def test_circles_are_found():
         ("formats", "lora media data rollout forward build train"),
         ("media", "data rollout forward build train"),
         ("data", "lora rollout forward build train checkpoint"),
-        ("rollout", "forward build train checkpoint"),
+        ("forward", "rollout build train checkpoint"),
+        ("rollout", "build train checkpoint"),
     ],
 )
 def test_imports_run_downhill(below, above):

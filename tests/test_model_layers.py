@@ -61,30 +61,28 @@ def attention_inputs(num_queries=5, num_keys=5):
     ]
 
 
-@pytest.mark.parametrize("num_queries", [1, 5])
-def test_attention_masks(num_queries):
-    """eager equals sdpa under an explicit mask; None is causal, or everything for one query;
-    nothing becomes NaN.
-    """
-    config = SimpleNamespace(kv_channels=8)
-    sdpa, eager = (kind(config, 1, None) for kind in (SdpaAttention, EagerAttention))
-    query, key, value = attention_inputs(num_queries)
-    hidden = torch.ones(num_queries, 5, dtype=torch.bool).triu(6 - num_queries)
-    causal = sdpa(query, key, value, hidden.expand(2, 1, num_queries, 5))
-    for attention in (sdpa, eager):
-        torch.testing.assert_close(attention(query, key, value, None), causal)
-    hidden = hidden.expand(2, 1, num_queries, 5).clone()
-    hidden[1, 0, 0] = True  # the first query of row 1 sees nothing, as a padding position may
-    results = [attention(query, key, value, hidden) for attention in (sdpa, eager)]
-    assert all(torch.isfinite(result).all() for result in results)
-    torch.testing.assert_close(results[0][:, 0], results[1][:, 0])
-    torch.testing.assert_close(results[0][1:], results[1][1:])
+@pytest.mark.parametrize("kind", [SdpaAttention, EagerAttention])
+@pytest.mark.parametrize("size", [1, 5])
+def test_attention_is_causal(kind, size):
+    """Two query heads read each key/value head, position by position in float64."""
+    query, key, value = attention_inputs(size, size)
+    found = kind(SimpleNamespace(kv_channels=8), 1, None)(query, key, value, None)
+    for position in range(size):
+        for head in range(4):
+            q, k, v = query[position, :, head], key[: position + 1, :, head // 2], value
+            scores = torch.einsum("bd,sbd->bs", q.double(), k.double()) * 8**-0.5
+            of_head = v[: position + 1, :, head // 2].double()
+            expected = torch.einsum("bs,sbd->bd", scores.softmax(dim=1), of_head)
+            actual = found[position, :, 8 * head : 8 * head + 8].double()
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_refuses_what_it_cannot_do():
     attention = SdpaAttention(SimpleNamespace(kv_channels=8), 1, None)
-    with pytest.raises(ValueError, match="3 queries over 5 keys need an explicit attention mask"):
+    with pytest.raises(ValueError, match="is causal, 3 queries over 5 keys, and takes no mask"):
         attention(*attention_inputs(num_queries=3), None)
+    with pytest.raises(ValueError, match="takes no mask"):
+        attention(*attention_inputs(), torch.zeros(2, 1, 5, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="packed sequences need Transformer Engine"):
         attention(*attention_inputs(), None, packed_seq_params=object())
 

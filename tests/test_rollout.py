@@ -6,6 +6,7 @@ single process of transformers and a single rank of ours are the references.
 """
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -22,15 +23,19 @@ from megatron_gkd.lora.adapter import HEAD, LINEARS, adapter_tensors
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_config import peft_config
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.slots import STUDENT, TEACHER, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.rollout.generate import generate
+from megatron_gkd.rollout.backend import MegatronBackend, Prompts
+from megatron_gkd.rollout.decode import Decoder
+from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, generate
 from tests.ranks import run_ranks
-from tests.rollouts import GREEDY, make_sampling
+from tests.rollouts import GREEDY, make_engine, make_sampling, no_media
 
 VOCAB_SIZE = 1000  # not a multiple of 128: every layout has padded columns
 LENGTHS = (9, 1, 17, 4, 12)
 MAX_NEW_TOKENS = 6
+NUM_CHUNKS = 2  # forwards for the prompts of one rank: those of 17, 12 and 9 tokens, the others
 SETTINGS = {
     "greedy": GREEDY,
     # below 1 rewards: what was written comes again
@@ -40,7 +45,7 @@ SETTINGS = {
 }
 # (world size, TP, PP, EP); data-parallel size is what remains
 LAYOUTS = [
-    pytest.param((2, 2, 1, 1), id="TP2"),
+    pytest.param((4, 4, 1, 2), id="TP4-EP2"),
     pytest.param((2, 1, 1, 2), id="EP2-DP2"),
     pytest.param((2, 1, 2, 1), id="PP2"),
     pytest.param((2, 2, 1, 2), id="TP2-EP2"),
@@ -89,20 +94,13 @@ def load(folder, world_size, tp, pp, ep, **options):
     return model, model_args, parallel
 
 
-def write(model, model_args, parallel, prompts, **settings):
+def write(model, model_args, parallel, prompts, *, seed=3, **settings):
     """The texts of this rank's share of `prompts` (every dp_size-th), by row number."""
     rows = range(len(prompts))[parallel.dp_rank :: parallel.dp_size]
-    defaults = dict(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=[], pad_token_id=0, seed=3)
-    defaults["sampling"] = make_sampling()
-    mine = [prompts[row] for row in rows]
-    return dict(
-        zip(
-            rows,
-            generate(
-                model, model_args, parallel, mine, row_ids=list(rows), **{**defaults, **settings}
-            ),
-        )
-    )
+    defaults = dict(max_new_tokens=MAX_NEW_TOKENS, sampling=make_sampling())
+    engine = make_engine(model, model_args, parallel, **{**defaults, **settings})
+    responses = generate(engine, [prompts[row] for row in rows], seed=seed, row_ids=list(rows))
+    return {row: response.token_ids for row, response in zip(rows, responses)}
 
 
 def write_all(rank, world_size, folder, layout, prompts):
@@ -241,45 +239,14 @@ def run_by_row(fn, layout, *args):
     ]
 
 
-def write_until_stopped(rank, world_size, folder, layout, prompts, stop_ids):
-    parts, calls = load(folder, *layout), []
-    text = write(
-        *parts,
-        prompts,
-        sampling=GREEDY,
-        stop_token_ids=stop_ids,
-        progress=lambda *counts: calls.append(counts),
-    )
-    return [text], calls
-
-
-@pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 1, 1, 2)], ids=["single", "EP2-DP2"])
-def test_text_ends_with_the_first_stop_id_and_writing_with_the_last_row(
-    folder, prompts, single_rank, layout
-):
-    whole = single_rank["greedy"]
-    stop_ids = [
-        whole[row][1 + row % 2] for row in whole
-    ]  # every row stops after at most three tokens
-    results = run_ranks(write_until_stopped, layout[0], folder, layout, prompts, stop_ids)
-    texts = {row: text for result, _ in results for row, text in result[0].items()}
-    for row, text in texts.items():
-        stop = min(whole[row].index(token) for token in stop_ids if token in whole[row])
-        assert text == whole[row][: stop + 1]
-    longest = max(map(len, texts.values()))
-    assert longest < MAX_NEW_TOKENS
-    for _, calls in results:  # ranks that share experts stop together
-        assert calls == [(step + 1, MAX_NEW_TOKENS) for step in range(longest)]
-
-
-def first_tokens(rank, world_size, folder, layout, prompt, num_rows, settings):
-    model, model_args, parallel = load(folder, *layout)
-    texts = write(model, model_args, parallel, [prompt] * num_rows, max_new_tokens=1, **settings)
-    return [texts]
+def first_tokens(rank, world_size, folder, layout, prompt, num_samples, sampling):
+    parts = load(folder, *layout)
+    engine = make_engine(*parts, max_new_tokens=1, sampling=sampling)
+    return generate(engine, [prompt], seed=3, row_ids=[0], num_samples=num_samples)
 
 
 def test_first_tokens_follow_the_softmax_of_transformers(folder, prompts, thinker):
-    settings, num_rows = dict(sampling=make_sampling(temperature=1.5, top_k=20, top_p=0.9)), 2_000
+    sampling, num_rows = make_sampling(temperature=1.5, top_k=20, top_p=0.9), 2_000
     scores = thinker(input_ids=torch.tensor([prompts[3]])).logits[0, -1] / 1.5
     top = scores.topk(20)
     probabilities = top.values.softmax(dim=0)
@@ -290,9 +257,10 @@ def test_first_tokens_follow_the_softmax_of_transformers(folder, prompts, thinke
     assert 3 < len(expected) < 20
 
     layout = (2, 2, 1, 2)
-    (texts,) = run_by_row(first_tokens, layout, folder, layout, prompts[3], num_rows, settings)
+    samples, again = run_ranks(first_tokens, 2, folder, layout, prompts[3], num_rows, sampling)
+    assert samples == again
     counts = torch.bincount(
-        torch.tensor([text[0] for text in texts.values()]), minlength=VOCAB_SIZE
+        torch.tensor([sample.token_ids[0] for sample in samples]), minlength=VOCAB_SIZE
     )
     assert counts.sum() == num_rows
     assert set(counts.nonzero().flatten().tolist()) <= set(expected)
@@ -321,63 +289,90 @@ def flags(model):
     ]
 
 
-def write_and_interrupt(rank, world_size, folder, layout, prompts):
-    model, model_args, parallel = load(folder, *layout)
-    model.train()
-    model.decoder.layers[0].eval()  # flags are restored one by one, not set to one value
-    before, attention = (
-        flags(model),
-        [layer.self_attention.core_attention for layer in model.decoder.layers],
-    )
+def num_hooks(model):
+    """Of each layer's core attention."""
+    attentions = [layer.self_attention.core_attention for layer in model.decoder.layers]
+    return [len(attention._forward_pre_hooks) for attention in attentions]
 
-    def interrupt(written, total):
-        cuts = parallel.tp_size > 1 and written == 1  # the prompts, over the tensor-parallel ranks
-        assert any(value for _, name, value in flags(model) if name == "sequence_parallel") == cuts
+
+def write_and_interrupt(rank, world_size, folder, layout, prompts):
+    """An interrupt in the second chunk of prompts, then one in the second token: the text that the
+    same engine writes after each.
+    """
+    model, model_args, parallel = load(folder, *layout)
+    options = dict(rank=2, alpha=2.0, dropout=0.5, targets=["q_proj"], seed=0)
+    apply_lora(model, model_args, parallel, **options)
+    for module in lora_modules(model):
+        for up in module.slots[STUDENT].up.values():
+            torch.nn.init.constant_(up, 0.1)
+    model.train()
+    before, layers, texts = flags(model), len(model.decoder.layers), []
+    engine = make_engine(model, model_args, parallel, max_new_tokens=MAX_NEW_TOKENS)
+    numbers = range(len(prompts))
+    asked = Prompts("teacher", 1, prompts, numbers, numbers, no_media, lambda: None)
+    calls, forward = [], Decoder.forward
+
+    def interrupt(num_hooks_now):
+        assert num_hooks(model) == [num_hooks_now] * layers
         assert not any(value for _, name, value in flags(model) if name == "training")
         assert not torch.is_grad_enabled()
-        if written == 2:
-            raise KeyboardInterrupt
+        assert all(module.active == TEACHER for module in lora_modules(model))
+        raise KeyboardInterrupt
 
-    try:
-        write(model, model_args, parallel, prompts, progress=interrupt)
-        raise AssertionError("the interrupt got lost")
-    except KeyboardInterrupt:
-        pass
-    assert flags(model) == before and torch.is_grad_enabled()
-    assert any(value for _, name, value in before if name == "sequence_parallel") == (
-        parallel.tp_size > 1
-    )
-    assert [layer.self_attention.core_attention for layer in model.decoder.layers] == attention
-    return [write(model, model_args, parallel, prompts, sampling=GREEDY)]
+    def in_prefill(mlp, inputs):
+        calls.append(mlp)
+        if len(calls) == 2:
+            interrupt(1)
+
+    def in_decoding(decoder, weights, rows, cache, num_written, key_mask):
+        if num_written == 1:
+            interrupt(0)
+        return forward(decoder, weights, rows, cache, num_written, key_mask)
+
+    def write_for_teacher():
+        responses = MegatronBackend(engine, seed=0).write(asked, 0)
+        return dict(zip(numbers, [response.token_ids for response in responses]))
+
+    for phase in ("prefill", "decoding"):
+        if phase == "prefill":
+            hook = model.decoder.layers[-1].mlp.register_forward_pre_hook(in_prefill)
+        else:
+            Decoder.forward = in_decoding
+        with pytest.raises(KeyboardInterrupt):
+            write_for_teacher()
+        hook.remove()
+        Decoder.forward = forward
+        assert flags(model) == before and torch.is_grad_enabled()
+        assert num_hooks(model) == [0] * layers
+        assert all(module.active == STUDENT for module in lora_modules(model))
+        texts.append(write_for_teacher())
+    return texts
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 2, 1, 1)], ids=["single", "TP2"])
 def test_an_interrupt_leaves_the_model_as_it_was(folder, prompts, single_rank, layout):
-    (texts,) = run_by_row(write_and_interrupt, layout, folder, layout, prompts)
+    """The teacher writes, LoRA and its dropout are the student's."""
+    for texts in run_ranks(write_and_interrupt, layout[0], folder, layout, prompts):
+        assert texts == [single_rank["greedy"]] * 2
+
+
+def calls_of_modules(rank, world_size, folder, layout, prompts):
+    """How often each module was called, with other core attention than elsewhere; the text."""
+    model, model_args, parallel = load(folder, *layout, attn_impl="eager")
+    calls = Counter()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: calls.update([name]))
+    return calls, write(model, model_args, parallel, prompts, sampling=GREEDY)
+
+
+def test_modules_read_the_prompts_and_decoding_runs_none_of_them(folder, prompts, single_rank):
+    """Whatever class the model's core attention is; the rotary embedding has no weights."""
+    ((calls, texts),) = run_ranks(calls_of_modules, 1, folder, (1, 1, 1, 1), prompts)
     assert texts == single_rank["greedy"]
-
-
-class ForeignAttention(torch.nn.Module):
-    """Stands for Transformer Engine's attention, which would ignore the mask of ragged prompts."""
-
-
-def write_with_foreign_attention(rank, world_size, folder, layout, prompts):
-    model, model_args, parallel = load(folder, *layout)
-    for layer in model.decoder.layers:
-        layer.self_attention.core_attention = ForeignAttention()
-    texts = write(model, model_args, parallel, prompts, sampling=GREEDY)
-    assert all(
-        isinstance(layer.self_attention.core_attention, ForeignAttention)
-        for layer in model.decoder.layers
-    )
-    return [texts]
-
-
-def test_attention_that_reads_no_mask_is_replaced_while_writing(folder, prompts, single_rank):
-    layout = (1, 1, 1, 1)
-    assert run_by_row(write_with_foreign_attention, layout, folder, layout, prompts) == [
-        single_rank["greedy"]
-    ]
+    assert calls.pop("rotary_pos_emb") == NUM_CHUNKS + MAX_NEW_TOKENS - 1
+    assert calls["decoder.layers.1.self_attention.core_attention"] == NUM_CHUNKS
+    assert calls["decoder.layers.1.mlp.experts"] == NUM_CHUNKS
+    assert set(calls.values()) == {NUM_CHUNKS}
 
 
 def write_nothing(rank, world_size, folder, layout):
@@ -389,30 +384,30 @@ def test_no_prompts_at_all(folder, layout):
     assert run_ranks(write_nothing, layout[0], folder, layout) == [{}] * layout[0]
 
 
-def write_with_broken_weights(rank, world_size, folder, layout, prompts):
+def write_with_broken_weights(rank, world_size, folder, layout, prompts, token):
     model, model_args, parallel = load(folder, *layout)
-    if (
-        parallel.is_first_stage
-    ):  # one token's embedding has overflowed; only the row that holds it is hit
-        model.embedding.word_embeddings.weight.data[7] = float("inf")
+    if parallel.is_first_stage:  # the embedding has overflowed: rows that hold the token are hit
+        model.embedding.word_embeddings.weight.data[token] = float("inf")
     try:
-        return str(write(model, model_args, parallel, prompts))
+        return str(write(model, model_args, parallel, prompts, sampling=GREEDY))
     except FloatingPointError as error:
         return str(error)
 
 
-def test_logits_that_are_not_finite_stop_all_ranks_with_the_row(folder):
+@pytest.mark.parametrize("number", [1, 3], ids=["in the prompt", "in the text"])
+def test_logits_that_are_not_finite_stop_all_ranks_with_the_row(
+    folder, prompts, single_rank, number
+):
+    """number: of the first token, from 1, that cannot be drawn."""
+    token = prompts[3][-1] if number == 1 else single_rank["greedy"][3][1]
+    rows = [row for row, text in single_rank["greedy"].items() if token in prompts[row] + text]
+    assert rows == [3]
     layout = (4, 1, 2, 2)
-    messages = run_ranks(
-        write_with_broken_weights, 4, folder, layout, [[1, 2], [3, 4], [5, 6], [8, 7, 9]]
-    )
-    assert all("logits of token 1 are not finite" in message for message in messages)
-    assert sorted("row 3 (prompt 1 of 2)" in message for message in messages) == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    messages = run_ranks(write_with_broken_weights, 4, folder, layout, prompts, token)
+    own = f"the logits of token {number} are not finite for row 3 (prompt 1 of 2): "
+    others = f"the logits of a token are not finite for {OTHER_RANKS_ROW}: "
+    assert [own in message for message in messages].count(True) == 2
+    assert [others in message for message in messages].count(True) == 2
 
 
 def error_of(rank, world_size, folder, prompts, settings):
@@ -439,19 +434,26 @@ def test_wrong_arguments_are_named(folder, prompts, settings, message):
     assert message in run_ranks(error_of, 1, folder, prompts, settings)[0]
 
 
-def rows_of_experts(rank, world_size, folder, layout, prompts):
-    """How many rows this rank's experts of the first layer got, for each token written."""
+def shapes_of_prompts(rank, world_size, folder, layout, prompts):
+    """Of each call: (positions, rows) that this rank has of the sequence between the linears, and
+    the rows that its experts of the first layer get; how many experts a token has.
+    """
     model, model_args, parallel = load(folder, *layout)
-    counts = []
-    model.decoder.layers[0].mlp.experts.register_forward_pre_hook(
-        lambda experts, inputs: counts.append(len(inputs[0]))
-    )
-    write(model, model_args, parallel, prompts, max_new_tokens=2)
-    return counts, model_args.num_experts_per_tok
+    shards, of_experts = [], []
+    mlp = model.decoder.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda mlp, inputs: shards.append(tuple(inputs[0].shape[:2])))
+    mlp.experts.register_forward_pre_hook(lambda experts, inputs: of_experts.append(len(inputs[0])))
+    write(model, model_args, parallel, prompts)
+    return shards, of_experts, model_args.num_experts_per_tok
 
 
 def test_prompts_are_cut_over_the_tensor_parallel_ranks(folder, prompts):
-    """The experts see each position of the prompts once, not once a rank."""
-    counts, per_token = zip(*run_ranks(rows_of_experts, 4, folder, (4, 4, 1, 4), prompts))
-    width = -(-max(map(len, prompts)) // 4) * 4
-    assert sum(count[0] for count in counts) == len(prompts) * width * per_token[0]
+    """Each rank has a quarter of the positions, and the experts see each of them once, not once a
+    rank.
+    """
+    results = run_ranks(shapes_of_prompts, 4, folder, (4, 4, 1, 4), prompts)
+    for shards, _, _ in results:
+        assert shards == [(20 // 4, 3), (4 // 4, 2)]  # 17, 12 and 9 tokens, 4 and 1
+    totals = [sum(of_call) for of_call in zip(*(of_experts for _, of_experts, _ in results))]
+    per_token = results[0][2]
+    assert totals == [3 * 20 * per_token, 2 * 4 * per_token]

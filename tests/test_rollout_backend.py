@@ -24,8 +24,9 @@ from megatron_gkd.lora.slots import STUDENT, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.generate import generate
+from megatron_gkd.rollout.rollout import Rollout
 from tests.ranks import run_ranks
-from tests.rollouts import make_sampling, megatron_rollout
+from tests.rollouts import make_engine, make_sampling, megatron_rollout, no_media
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
 STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
@@ -107,29 +108,37 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         ("student", STUDENT_PROMPTS.__getitem__, as_student),
         ("teacher", teacher_prompt, as_teacher),
     ):
-        texts = {}
+        texts, log_probabilities = {}, []
         for step in steps:
             batches = make_batches(rows, tp)
             for old, new in zip(batches, rollout.respond(batches, step, author)):
                 check_batch(old, new, tp)
                 for index, row in enumerate(new.rows):
                     texts[step, row] = split_row(new, index)
+                if step == 0:
+                    log_probabilities.append(new.log_probabilities)
         assert all(module.active == STUDENT for module in lora_modules(model))
         texts = {key: text for key, text in texts.items() if key[1] >= 0}
         with toggle(model):
             direct = generate(
-                model,
-                model_args,
-                parallel,
+                make_engine(
+                    model,
+                    model_args,
+                    parallel,
+                    sampling=SAMPLING,
+                    max_new_tokens=MAX_COMPLETION_LENGTH,
+                    stop_token_ids=[5],
+                ),
                 [prompt_of(row) for row in rows],
-                sampling=SAMPLING,
-                max_new_tokens=MAX_COMPLETION_LENGTH,
-                stop_token_ids=[5],
-                pad_token_id=0,
                 seed=4 << 32,
                 row_ids=list(rows),
             )
-        results.append((texts, dict(zip(rows, direct))))
+        if author == "student":
+            expected = [value for response in direct for value in response.log_probabilities]
+            torch.testing.assert_close(torch.cat(log_probabilities), torch.tensor(expected))
+        else:
+            assert log_probabilities == [None] * len(batches)
+        results.append((texts, {row: text.token_ids for row, text in zip(rows, direct)}))
     return results
 
 
@@ -225,8 +234,77 @@ def test_a_row_that_comes_twice_is_answered_twice(folder):
     assert first | second == alone
 
 
+def respond_with_samples(rank, world_size, folder, tp, pp, ep):
+    """Three responses to each of this rank's rows, at the places in the global batch that their
+    numbers are: {(row, sample): response}.
+    """
+    parallel = parallel_module.initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32)
+    load_weights(model, model_args, parallel, folder)
+    settings = dict(sampling=SAMPLING, max_new_tokens=20, stop_token_ids=range(0, 500, 9))
+    rollout = megatron_rollout(model, model_args, parallel, seed=4, **settings)
+    rollout = replace(rollout, num_samples=3)
+    rows = range(len(STUDENT_PROMPTS))
+    rows = [row for row in rows if row // 2 % parallel.dp_size == parallel.dp_rank]
+    batches = make_batches(rows, tp)
+    written = rollout.respond(batches, 0, "student")
+    direct = generate(
+        make_engine(model, model_args, parallel, **settings),
+        [STUDENT_PROMPTS[row] for row in rows],
+        seed=4 << 32,
+        row_ids=rows,
+        num_samples=3,
+    )
+    texts, of_text = {}, iter(direct)
+    expected = {(row, sample): next(of_text) for row in rows for sample in range(3)}
+    assert len(written) == 3 * len(batches)
+    for number, new in enumerate(written):
+        old, sample = batches[number // 3], number % 3
+        check_batch(old, new, tp)
+        found = new.log_probabilities.split(
+            [len(expected[row, sample].token_ids) for row in new.rows if row >= 0]
+        )
+        assert sum(map(len, found)) == len(new.student.targets)
+        for index, row in enumerate(new.rows):
+            if row >= 0:
+                student, teacher, texts[row, sample] = split_row(new, index)
+                assert student == STUDENT_PROMPTS[row] and teacher == teacher_prompt(row)
+                assert texts[row, sample] == expected[row, sample].token_ids
+                own = torch.tensor(expected[row, sample].log_probabilities)
+                torch.testing.assert_close(found[index], own)
+    return texts
+
+
+def test_samples_of_a_micro_batch_follow_each_other(folder):
+    """The same ones at every layout, of different lengths."""
+    (alone,) = run_ranks(respond_with_samples, 1, folder, 1, 1, 1)
+    assert sorted(alone) == [(row, sample) for row in range(5) for sample in range(3)]
+    assert len({str(text) for text in alone.values()}) == 15
+    assert len({len(text) for text in alone.values()}) > 5
+    for layout in [(2, 1, 1, 2), (4, 2, 2, 1)]:
+        texts = {}
+        for found in run_ranks(respond_with_samples, layout[0], folder, *layout[1:]):
+            for key, text in found.items():
+                assert texts.setdefault(key, text) == text
+        assert texts == alone
+
+
 def test_a_response_that_ends_by_itself_is_not_truncated():
-    rollout = megatron_rollout(None, None, None, max_new_tokens=3, stop_token_ids=[5, 6])
+    rollout = Rollout(
+        backend=None,
+        model=None,
+        parallel=None,
+        references=no_media,
+        max_new_tokens=3,
+        stop_token_ids=[5, 6],
+        pad_token_id=0,
+    )
     batches = make_batches([0, 1, 2], 1)
     responses = [
         [[9, 8, 7], [9, 8, 6]],

@@ -21,6 +21,7 @@ from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.rollout.generate import Response
 from megatron_gkd.rollout.rollout import make_rollout
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import build, initialize
@@ -42,30 +43,19 @@ class TransformersBackend:
     replica runs it, the others get its responses. `events`: what was called.
     """
 
-    def __init__(
-        self,
-        folder,
-        saved,
-        events,
-        *,
-        model,
-        model_args,
-        parallel,
-        sampling,
-        max_new_tokens,
-        stop_token_ids,
-        pad_token_id,
-        seed,
-    ):
-        """saved: where the adapters go. The rest as for `MegatronBackend`."""
-        assert sampling.temperature == 0 and sampling.repetition_penalty == 1
+    def __init__(self, folder, saved, events, engine, seed):
+        """saved: where the adapters go. The rest as for `MegatronBackend`: of `engine` only the
+        settings are read, `seed` is for texts that are drawn.
+        """
+        parallel, settings = engine.parallel, engine.settings
+        assert settings.sampling.temperature == 0 and settings.sampling.repetition_penalty == 1
         self.folder, self.saved, self.events = folder, saved, events
-        self.model_args, self.parallel = model_args, parallel
+        self.model_args, self.parallel = read_model_args(folder), parallel
         self.settings = dict(
             do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop_token_ids,
-            pad_token_id=pad_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=settings.stop_token_ids,
+            pad_token_id=settings.pad_token_id,
         )
         self.is_engine = parallel.tp_rank == parallel.pp_rank == 0
         self.base, self.student = load_thinker(folder), None
@@ -96,7 +86,9 @@ class TransformersBackend:
         responses = []
         if self.is_engine:
             for index, ids in enumerate(prompts.token_ids):
-                responses.append(self.generate(model, ids, prompts.references(index)))
+                for _ in range(prompts.num_samples):
+                    text = self.generate(model, ids, prompts.references(index))
+                    responses.append(Response(text, None))
         group, of_group = self.parallel.groups.mp, [responses]
         engine = torch.distributed.get_global_rank(group, 0)
         torch.distributed.broadcast_object_list(of_group, engine, group=group)
@@ -255,7 +247,9 @@ def train_with(rank, world_size, argv, folder, saved):
 
 
 def test_a_run_with_an_engine_outside_has_the_numbers_of_one_without(model, dataset, tmp_path):
-    """Three on-policy steps on 2 ranks, the weights moving between them."""
+    """Three on-policy steps on 2 ranks, the weights moving between them. The training model writes
+    each text twice, which changes no mean.
+    """
     flags = dict(
         model=model,
         dataset=dataset,
@@ -265,14 +259,15 @@ def test_a_run_with_an_engine_outside_has_the_numbers_of_one_without(model, data
         lr_scheduler_type="constant",
         lmbda=1,
         max_steps=3,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
         max_completion_length=MAX_NEW_TOKENS,
         rollout_temperature=0,
         repetition_penalty=1,
         **layout_flags(tp=2, ep=2),
     )
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    run_training(2, arguments(output_dir=inside, **flags))
+    run_training(2, arguments(output_dir=inside, num_generations=2, **flags))
     all_events = run_ranks(
         train_with, 2, arguments(output_dir=outside, **flags), model, tmp_path / "saved"
     )
@@ -281,7 +276,9 @@ def test_a_run_with_an_engine_outside_has_the_numbers_of_one_without(model, data
         assert events == [*steps, ("close", None)]
     lines = [read_lines(output / "metrics.jsonl") for output in (inside, outside)]
     for mine, other in zip(*lines, strict=True):
-        assert mine["num_tokens"] == other["num_tokens"]
+        assert mine["num_tokens"] == 2 * other["num_tokens"]
         for name in ("jsd", "kl_forward", "entropy_student", "grad_norm"):
             assert other[name] == pytest.approx(mine[name], rel=1e-3), name
+        # transformers told no log-probabilities
+        assert mine["rollout_logprob_gap"] < 1e-4 and "rollout_logprob_gap" not in other
     assert len({line["kl_forward"] for line in lines[0]}) == 3

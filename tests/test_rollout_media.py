@@ -2,6 +2,9 @@
 token.
 """
 
+from collections import defaultdict
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,8 +40,8 @@ def folder(tmp_path_factory):
 
 
 def write(rank, world_size, folder, tp, pp, ep):
-    """{side: {row: text}} of this rank's micro-batches. LoRA is there, W_up at zero: it changes
-    nothing.
+    """{side: {row: two texts}} of this rank's micro-batches, and the student's log-probabilities
+    {row: [2 x text]}. LoRA is there, W_up at zero: it changes nothing.
     """
     place = initialize(tp, pp, ep)
     rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
@@ -49,22 +52,28 @@ def write(rank, world_size, folder, tp, pp, ep):
     model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
     towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     rollout = megatron_rollout(model, model_args, place, max_new_tokens=MAX_NEW_TOKENS)
-    texts = {}
+    rollout = replace(rollout, num_samples=2)
+    texts, log_probabilities = {side: defaultdict(list) for side in SIDES}, defaultdict(list)
     for side in SIDES:
         media = StepMedia(towers, [batch.media for batch in batches])
-        texts[side] = {}
-        for old, new in zip(batches, rollout.respond(batches, 0, side, media)):
+        for new in rollout.respond(batches, 0, side, media):
             view = getattr(new, side)
             spans = zip(
                 view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist()
             )
-            texts[side] |= {row: ids[start:end] for row, (ids, start, end) in zip(old.rows, spans)}
-    return texts
+            for row, (ids, start, end) in zip(new.rows, spans):
+                texts[side][row].append(ids[start:end])
+            if side == "student":
+                for row, values in zip(new.rows, new.log_probabilities.split(MAX_NEW_TOKENS)):
+                    log_probabilities[row] += values.tolist()
+    return {side: dict(of_side) for side, of_side in texts.items()}, dict(log_probabilities)
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    model, texts = load_thinker(folder), {side: {} for side in SIDES}
+    """As `write` returns it."""
+    model, log_probabilities = load_thinker(folder), {}
+    texts = {side: {} for side in SIDES}
     for number, row in enumerate(
         row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch
     ):
@@ -73,16 +82,27 @@ def expected(folder):
             settings = dict(
                 do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0
             )
-            ids = model.generate(**inputs, **settings)
-            texts[side][number] = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return texts
+            settings |= dict(return_dict_in_generate=True, output_logits=True)
+            found = model.generate(**inputs, **settings)
+            text = found.sequences[0, inputs["input_ids"].shape[1] :]
+            texts[side][number] = [text.tolist()] * 2
+            if side == "student":
+                values = torch.cat(found.logits).log_softmax(dim=1).gather(1, text[:, None])
+                log_probabilities[number] = values[:, 0].tolist() * 2
+    return texts, log_probabilities
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_greedy_text_equals_transformers(folder, expected, layout):
-    assert expected["student"] != expected["teacher"]
-    found = {side: {} for side in SIDES}
-    for result in run_ranks(write, layout[0], folder, *layout[1:]):
+    """Two samples of each row; and its log-probabilities."""
+    expected_texts, expected_values = expected
+    assert expected_texts["student"] != expected_texts["teacher"]
+    texts, values = {side: {} for side in SIDES}, {}
+    for of_rank, values_of_rank in run_ranks(write, layout[0], folder, *layout[1:]):
         for side in SIDES:
-            found[side] |= result[side]
-    assert found == expected
+            texts[side] |= of_rank[side]
+        values |= values_of_rank
+    assert texts == expected_texts
+    assert sorted(values) == sorted(expected_values)
+    for row, of_row in values.items():
+        assert of_row == pytest.approx(expected_values[row], rel=0, abs=1e-5)

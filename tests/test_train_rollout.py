@@ -61,6 +61,7 @@ def test_on_policy_steps(data, tmp_path):
         )
         for line in lines:
             assert line["response_length"] <= 4 or not line["on_policy"]
+            assert ("rollout_logprob_gap" in line) == line["on_policy"]
             if line["on_policy"]:
                 assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
             else:
@@ -119,4 +120,68 @@ def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
             assert line[key] == pytest.approx(expected[key], rel=1e-4), (key, tp, pp)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert line["on_policy"] is (writer == "student")
+        assert ("rollout_logprob_gap" in line) == (writer == "student")
         assert line["truncated_responses"] >= 8 * (line["num_tokens"] == 48)
+
+
+def test_samples_of_a_prompt_are_rows_of_the_step(data, tmp_path):
+    """Two greedy responses to each prompt: the numbers of the reference for every row twice. Drawn
+    ones, in two steps: of each the log-probabilities that its own tokens have.
+    """
+    rows = [row for row in written_rows(data, False) for _ in range(2)]
+    expected = reference_step(data["model"], data["adapter"], rows)
+    for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 2, 1, 4)]:
+        sizes = dict(
+            per_device_train_batch_size=4 * tp * pp // world_size,
+            gradient_accumulation_steps=2,
+            **layout_flags(tp, pp, ep),
+        )
+        own = dict(adapter=data["adapter"], lmbda=1, num_generations=2, learning_rate=0.02) | sizes
+        greedy, drawn = tmp_path / f"greedy{tp}", tmp_path / f"drawn{tp}"
+        run_training(
+            world_size,
+            flags_of_run(data, greedy, max_steps=1, **GREEDY, **own),
+            flags_of_run(data, drawn, max_steps=2, max_completion_length=6, **own),
+        )
+        (line,) = read_lines(greedy / "metrics.jsonl")
+        assert line["num_tokens"] == expected["num_tokens"]
+        for key in ("jsd", "sft_loss", "kl_reverse", "grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), (key, tp)
+        lines = read_lines(drawn / "metrics.jsonl")
+        assert len(lines) == 2
+        for line in lines:
+            assert line["rollout_logprob_gap"] < 1e-4
+            assert 16 * 6 >= line["num_tokens"] >= 6 * line["truncated_responses"] > 8 * 6
+            assert line["response_length"] == line["num_tokens"] / 16
+
+
+def test_log_probabilities_of_the_rollout_are_those_of_the_training_pass(data, tmp_path):
+    """While the weights move, and only in on-policy steps; with dropout they are not."""
+    flags = dict(
+        max_steps=5,
+        lmbda="0:1,2:0,3:1",
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        max_completion_length=20,
+    )
+    for world_size, tp, pp, ep in [(1, 1, 1, 1), (2, 2, 1, 2), (2, 1, 2, 1), (2, 1, 1, 2)]:
+        dp = world_size // tp // pp
+        flags |= layout_flags(tp, pp, ep) | dict(per_device_train_batch_size=8 // dp)
+        folders = {dropout: tmp_path / f"{tp}{pp}{ep}{dropout}" for dropout in (0, 0.5)}
+        run_training(
+            world_size,
+            *[
+                flags_of_run(data, folder, lora_dropout=dropout, **flags)
+                for dropout, folder in folders.items()
+            ],
+        )
+        without, with_dropout = (
+            [line.get("rollout_logprob_gap") for line in read_lines(folder / "metrics.jsonl")]
+            for folder in folders.values()
+        )
+        for gaps in (without, with_dropout):
+            assert [gap is None for gap in gaps] == [False, False, True, False, False]
+            gaps.remove(None)
+        assert max(without) < 1e-4
+        assert with_dropout[0] < 1e-4  # W_up is zero
+        assert min(with_dropout[1:]) > 100 * max(without)

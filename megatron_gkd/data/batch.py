@@ -72,6 +72,10 @@ class Batch:
     """Trained tokens that did not fit into max_length, of all rows"""
     media: Media | None = None
     """Those of all rows and both views; None if there are none"""
+    log_probabilities: Tensor | None = None
+    """fp32 [N], in nats: of the responses' tokens as the rollout drew them from the student; None
+    where it did not
+    """
 
     def to(self, device: str | torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -81,6 +85,9 @@ class Batch:
             student=student,
             teacher=student if self.teacher is self.student else self.teacher.to(device),
             media=None if self.media is None else self.media.to(device),
+            log_probabilities=(
+                None if self.log_probabilities is None else self.log_probabilities.to(device)
+            ),
         )
 
 
@@ -213,7 +220,14 @@ def with_responses(
     if batch.teacher is not batch.student:
         teacher = _respond(batch.teacher, responses, pad_token_id, pad_to_multiple_of)
     _check_same_targets(student, teacher)
-    return replace(batch, student=student, teacher=teacher, on_policy=True, cut_tokens=0)
+    return replace(
+        batch,
+        student=student,
+        teacher=teacher,
+        on_policy=True,
+        cut_tokens=0,
+        log_probabilities=None,
+    )
 
 
 def _respond(

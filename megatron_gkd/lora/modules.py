@@ -65,11 +65,11 @@ class LoraColumnParallel(LoraModule):
         if slot is None:
             return output, bias
         x = self.drop(x, slot, "model-parallel-rng" if self.sequence_parallel else None)
-        down = torch.cat(list(slot.down.values())).to(x.dtype)
-        low = F.linear(x, down)
+        down, up = self.fused(slot)
+        low = F.linear(x, down.to(x.dtype))
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
-        update = F.linear(low, self.fused_up(slot).to(x.dtype))
+        update = F.linear(low, up.to(x.dtype))
         return torch.add(output, update, alpha=slot.scale), bias
 
     def target_segments(self, slot: LoraSlot) -> Iterator[tuple[TensorSlice, int]]:
@@ -80,9 +80,9 @@ class LoraColumnParallel(LoraModule):
                 yield segment, taken[segment.name]
                 taken[segment.name] += segment.num_rows
 
-    def fused_up(self, slot: LoraSlot) -> Tensor:
-        """[rows, P r]: each projection's rows in its own block of columns, zero elsewhere; rows in
-        the base's order.
+    def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
+        """W_down [P r, H], and W_up [rows, P r]: each projection's rows in its own block of
+        columns, zero elsewhere; rows in the base's order.
         """
         names, first_rows = list(slot.down), (first for _, first in self.target_segments(slot))
         blocks = []
@@ -96,7 +96,7 @@ class LoraColumnParallel(LoraModule):
             else:
                 size = (segment.num_rows, len(names) * slot.rank)
                 blocks.append(torch.zeros(size, device=self.base.weight.device))
-        return torch.cat(blocks)
+        return torch.cat(list(slot.down.values())), torch.cat(blocks)
 
 
 class LoraRowParallel(LoraModule):
@@ -124,13 +124,18 @@ class LoraRowParallel(LoraModule):
         slot = self.slot
         if slot is None:
             return output, bias
-        (down,), (up,) = slot.down.values(), slot.up.values()
+        down, up = self.fused(slot)
         low = F.linear(self.drop(x, slot, "model-parallel-rng"), down.to(x.dtype))
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
         return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale), bias
+
+    def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
+        """W_down [r, in/TP] and W_up [H, r]."""
+        (down,), (up,) = slot.down.values(), slot.up.values()
+        return down, up
 
 
 class LoraGrouped(LoraModule):
@@ -158,17 +163,17 @@ class LoraGrouped(LoraModule):
         slot = self.slot
         if slot is None:
             return output
-        down = torch.cat(list(slot.down.values()), dim=1)
-        down = F.pad(down, (0, 0, 0, _padding(down.shape[1])))
         # On some GPUs grouped_mm gives experts without rows a gradient out of uninitialised memory:
         # it ends here.
         has_rows = (rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) > 0)[:, None, None]
-        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in (down, self.fused_up(slot)))
+        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in self.fused(slot))
         low = grouped_product(self.drop(x, slot, "expert-parallel-rng"), down, rows.offsets)
         return torch.add(output, grouped_product(low, up, rows.offsets), alpha=slot.scale)
 
-    def fused_up(self, slot: LoraSlot) -> Tensor:
-        """[E, out, R]: each projection's rows in its own block of columns."""
+    def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
+        """W_down [E, R, in], and W_up [E, out, R]: each projection's rows in its own block of
+        columns.
+        """
         targets, blocks = list(slot.up), []
         num_experts, out_features, _ = self.base.weight.shape
         padding = _padding(len(targets) * slot.rank)
@@ -182,7 +187,8 @@ class LoraGrouped(LoraModule):
                 num_columns = len(targets) * slot.rank + padding
                 size = (num_experts, out_features // len(self.names), num_columns)
                 blocks.append(torch.zeros(size, device=self.base.weight.device))
-        return torch.cat(blocks, dim=1)
+        down = F.pad(torch.cat(list(slot.down.values()), dim=1), (0, 0, 0, padding))
+        return down, torch.cat(blocks, dim=1)
 
 
 class LoraLinear(LoraModule):
@@ -251,10 +257,10 @@ def has_head_lora(model: Any) -> bool:
     return getattr(model, "head_lora", None) is not None
 
 
-def lm_head(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+def lm_head(model: Any, hidden: Tensor) -> Tensor:
     """This rank's logits, fp32 [..., V/TP], of hidden [..., H] on the last stage, with the active
-    slot's LoRA. weight: the frozen one in fp32, if it is at hand.
+    slot's LoRA.
     """
-    logits = hidden.float() @ (model.output_layer.weight.float() if weight is None else weight).T
+    logits = hidden.float() @ model.output_layer.weight.float().T
     update = model.head_lora(hidden) if has_head_lora(model) else None
     return logits if update is None else logits + update

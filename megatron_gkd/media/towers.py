@@ -9,6 +9,7 @@ media tokens, H hidden size, D deepstack layers.
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,18 @@ class StepMedia:
                 self.features = [
                     None if towers is None else towers.encode(batch_media) for batch_media in media
                 ]
+
+    def repeated(self, times: int) -> "StepMedia":
+        """Of `times` copies of each micro-batch, one after the other. What is encoded is shared;
+        towers with LoRA encode each copy, as at every access.
+        """
+        if times == 1:
+            return self
+        repeated = copy(self)
+        repeated.media = [media for media in self.media for _ in range(times)]
+        if self.features is not None:
+            repeated.features = [found for found in self.features for _ in range(times)]
+        return repeated
 
     def __getitem__(self, index: int) -> MediaFeatures | None:
         """Of micro-batch `index`; None if it has no media, and on later stages."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
+from megatron_gkd.forward import eval_mode
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.medium import PromptReferences
-from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel
-from megatron_gkd.rollout.generate import PromptMedia, generate
-from megatron_gkd.rollout.mode import generation_mode
-from megatron_gkd.rollout.sampling import Sampling
+from megatron_gkd.rollout.engine import Engine
+from megatron_gkd.rollout.generate import Response, generate
+from megatron_gkd.rollout.prefill import PromptMedia
 
 Author = Literal["student", "teacher"]
 """Who answers, from its own view of a row: the student in on-policy steps, the teacher in
@@ -28,6 +29,8 @@ class Prompts:
     """
 
     author: Author
+    num_samples: int
+    """Responses to each prompt"""
     token_ids: Sequence[Sequence[int]]
     """As the decoder reads them: each medium is all of its placeholder tokens"""
     row_ids: Sequence[int]
@@ -57,9 +60,10 @@ class RolloutBackend(Protocol):
         """
         ...
 
-    def write(self, prompts: Prompts, step: int) -> list[list[int]]:
-        """A response to each prompt: 1 to `max_new_tokens` ids, ending with the stop id where it
-        ended by itself. A function of the prompts, the weights, the seed and `step` alone.
+    def write(self, prompts: Prompts, step: int) -> list[Response]:
+        """`num_samples` responses to each prompt, prompt by prompt: 1 to `max_new_tokens` ids,
+        ending with the stop id where it ended by itself. A function of the prompts, the weights,
+        the seed and `step` alone.
 
         The ranks of a replica (TP, PP) pass the same prompts and get the same responses; a rank may
         have no prompts. Raises FloatingPointError where logits are not finite: the step is skipped
@@ -76,42 +80,32 @@ class RolloutBackend(Protocol):
 class MegatronBackend:
     """The training model writes by itself: nothing is copied, merged or sent.
 
-    The micro-batches of a step are written together, because a decoding step costs about the same
-    for four rows as for forty.
+    The rows of a step are written together, whatever its micro-batches: a token costs about the
+    same for four rows as for forty.
     """
 
-    model: Any
-    """This rank's stage of the decoder, bare"""
-    model_args: ModelArgs
-    parallel: Parallel
-    sampling: Sampling
-    max_new_tokens: int
-    stop_token_ids: Sequence[int]
-    pad_token_id: int
+    engine: Engine
     seed: int
 
     def update_weights(self, model: Any, step: int) -> None:
-        """Nothing to do: `write` runs the model that is trained, whose weights are the newest."""
+        """Nothing to do: `write` reads the model that is trained, whose weights are the newest."""
 
-    def write(self, prompts: Prompts, step: int) -> list[list[int]]:
+    def write(self, prompts: Prompts, step: int) -> list[Response]:
         """Collectives: those of `generate`, and of the towers where they have LoRA."""
         toggle = as_student if prompts.author == "student" else as_teacher
+        model = self.engine.model
         # also the towers, which encode the prompts' media
-        with toggle(self.model), generation_mode(self.model):
+        with toggle(model), eval_mode(model), torch.no_grad():
             return generate(
-                self.model,
-                self.model_args,
-                self.parallel,
+                self.engine,
                 prompts.token_ids,
-                sampling=self.sampling,
-                max_new_tokens=self.max_new_tokens,
-                stop_token_ids=self.stop_token_ids,
-                pad_token_id=self.pad_token_id,
                 seed=(self.seed << 32) + step,
                 row_ids=prompts.row_ids,
                 sample_ids=prompts.sample_ids,
                 media=prompts.media(),
+                num_samples=prompts.num_samples,
             )
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Let go of the engine's graphs."""
+        self.engine.close()

@@ -3,12 +3,11 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from megatron_gkd.config import RolloutConfig
 from megatron_gkd.data.batch import Batch, BatchView, with_responses
 from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import SampleDataset
@@ -17,8 +16,11 @@ from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
-from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, PromptMedia
+from megatron_gkd.rollout.engine import Engine, GenerationSettings
+from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, Response
+from megatron_gkd.rollout.prefill import PromptMedia
 from megatron_gkd.rollout.sampling import Sampling
 
 
@@ -37,6 +39,8 @@ class Rollout:
     max_new_tokens: int
     stop_token_ids: Sequence[int]
     pad_token_id: int
+    num_samples: int = 1
+    """Responses to each prompt; each is a row of the step"""
 
     def respond_or_skip(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
@@ -64,8 +68,9 @@ class Rollout:
     def respond(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
     ) -> list[Batch]:
-        """This data-parallel rank's micro-batches with responses that `author` wrote; padding rows
-        get none. media: of these batches, where they have any.
+        """This data-parallel rank's micro-batches with responses that `author` wrote, each
+        num_samples times, one after the other; padding rows get none. media: of these batches,
+        where they have any.
 
         Collectives: those of the backend; every rank calls it, with its data-parallel rank's
         batches. Raises FloatingPointError as the backend does.
@@ -73,16 +78,38 @@ class Rollout:
         if author == "student":
             self.backend.update_weights(self.model, step)
         prompts = self.prompts(batches, author, media)
-        responses = iter(self.backend.write(prompts, step))
-        return [
-            with_responses(
-                batch,
-                [next(responses) if row >= 0 else [] for row in batch.rows],
-                self.pad_token_id,
-                self.parallel.sequence_multiple,
+        responses = self.backend.write(prompts, step)
+        expected = len(prompts.token_ids) * self.num_samples
+        if len(responses) != expected:
+            raise ValueError(
+                f"the rollout engine gave {len(responses)} responses; {self.num_samples} to each "
+                f"of {len(prompts.token_ids)} prompts were asked for"
             )
-            for batch in batches
-        ]
+        written, first = [], 0
+        for batch in batches:
+            num_rows = sum(row >= 0 for row in batch.rows)
+            end = first + num_rows * self.num_samples
+            for sample in range(self.num_samples):
+                of_batch = responses[first + sample : end : self.num_samples]
+                written.append(self._answered(batch, of_batch, author))
+            first = end
+        return written
+
+    def _answered(self, batch: Batch, responses: Sequence[Response], author: Author) -> Batch:
+        """The batch with a response to each of its data rows."""
+        of_row = iter(response.token_ids for response in responses)
+        token_ids = [next(of_row) if row >= 0 else [] for row in batch.rows]
+        answered = with_responses(
+            batch, token_ids, self.pad_token_id, self.parallel.sequence_multiple
+        )
+        parts = [response.log_probabilities for response in responses]
+        if author == "teacher" or None in parts:
+            return answered
+        log_probabilities = [value for part in parts if part is not None for value in part]
+        return replace(
+            answered,
+            log_probabilities=torch.tensor(log_probabilities, device=self.parallel.device),
+        )
 
     def prompts(
         self, batches: Sequence[Batch], author: Author, media: StepMedia | None = None
@@ -106,6 +133,7 @@ class Rollout:
 
         return Prompts(
             author=author,
+            num_samples=self.num_samples,
             token_ids=token_ids,
             row_ids=row_ids,
             sample_ids=sample_ids,
@@ -187,10 +215,7 @@ def make_rollout(
             f"Note: no file in {model_folder} that can be read names an end-of-text token; every "
             "response will have --max_completion_length tokens",
         )
-    backend = MegatronBackend(
-        model=model,
-        model_args=model_args,
-        parallel=parallel,
+    generation = GenerationSettings(
         sampling=Sampling(
             temperature=settings.rollout_temperature,
             top_p=settings.top_p,
@@ -200,8 +225,10 @@ def make_rollout(
         max_new_tokens=settings.max_completion_length,
         stop_token_ids=stop_token_ids,
         pad_token_id=data.pad_token_id,
-        seed=seed,
+        prefill_tokens=settings.rollout_prefill_tokens,
+        cuda_graphs=settings.rollout_cuda_graphs,
     )
+    backend = MegatronBackend(Engine(model, model_args, parallel, generation), seed)
     return Rollout(
         backend=backend,
         model=model,
@@ -210,4 +237,5 @@ def make_rollout(
         max_new_tokens=settings.max_completion_length,
         stop_token_ids=stop_token_ids,
         pad_token_id=data.pad_token_id,
+        num_samples=settings.num_generations,
     )

@@ -1,17 +1,19 @@
-"""The next token of every row from vocabulary shards, with the filters of `transformers`.
+"""The next token of every row from vocabulary shards, on the device, with the filters of
+`transformers`.
 
-Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. They give
-each row one cut-off value, below which a rank drops columns of its own shard. The draw is
-Gumbel-max: argmax of score + noise, a local argmax and one exchange of candidates. The noise of a
-column is a hash of (seed, row id, step, column), so the same seed gives the same text at every
-layout.
+Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. With top-k
+each rank sends its k best columns, and what follows concerns these candidates alone. The draw is
+Gumbel-max: argmax of score + noise. The noise of a column is a hash of (seed, row id, step,
+column), so the same seed gives the same text at every layout and batch size.
 
-Deviation from `transformers`: among equal scores at the cut-off all are kept (there, top-p keeps
-some of them, by sort order). Legend: B rows, C columns of this rank's shard, `group` the
-tensor-parallel group.
+Deviations from `transformers`: among scores equal to its cut-off top-k keeps any k, and top-p keeps
+all. Legend: B rows,
+C columns of this rank's shard, `group` the tensor-parallel group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,116 +52,149 @@ class Sampling:
 
 
 class Sampler:
-    """Draws for a fixed set of rows; remembers which tokens each row has seen.
+    """Draws for rows whose state stays at fixed addresses; a smaller batch is the first rows.
 
-    first_column: token id of this rank's first column. row_ids int64 [B] identify the rows in the
-    noise.
+    first_column: token id of this rank's first column; num_rows: of the largest batch.
     """
 
     def __init__(
         self,
         sampling: Sampling,
         *,
-        seed: int,
-        row_ids: Tensor,
+        num_rows: int,
         first_column: int,
         num_columns: int,
         vocab_size: int,
         group: Any,
+        device: torch.device,
+        kernels: ModuleType,
     ):
         self.sampling = sampling
-        self.vocab_size = vocab_size
-        self.group = group
-        self.columns = first_column + torch.arange(num_columns, device=row_ids.device)
-        self.row_keys = _mix(row_ids + _mix(torch.full_like(row_ids, seed)))
-        # The last column, one more than the shard has, takes the tokens of other shards.
-        self.seen = torch.zeros(
-            row_ids.numel(), num_columns + 1, dtype=torch.bool, device=row_ids.device
-        )
+        self.first_column, self.num_columns = first_column, num_columns
+        self.num_real = min(max(vocab_size - first_column, 0), num_columns)
+        self.group, self.kernels = group, kernels
+        self.row_keys = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        # The column behind the shard takes the tokens of other shards; 16: rows are aligned.
+        self.seen = torch.zeros(num_rows, num_columns + 16, dtype=torch.bool, device=device)
 
-    def observe(self, tokens: Tensor) -> None:
-        """Note tokens [B, n] as seen by their rows; negative ids are skipped."""
-        local = tokens - self.columns[0]
-        num_columns = self.columns.numel()
-        self.seen.scatter_(
-            1, torch.where((local >= 0) & (local < num_columns), local, num_columns), True
-        )
+    def begin(
+        self,
+        seed: int,
+        row_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        prompt_of_row: Sequence[int],
+    ) -> None:
+        """New texts: row_ids identify the rows in the noise; the row's prompt counts as seen."""
+        device = self.row_keys.device
+        ids = torch.tensor(row_ids, dtype=torch.int64, device=device)
+        self.row_keys[: len(row_ids)] = _mix(ids + _mix(torch.full_like(ids, seed)))
+        self.seen.zero_()
+        if self.sampling.repetition_penalty != 1:
+            tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+            lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+            numbers = torch.arange(len(prompts), device=device).repeat_interleave(lengths)
+            seen = self.seen.new_zeros(len(prompts), self.seen.shape[1])
+            seen[numbers, self._local(tokens)] = True
+            self.seen[: len(row_ids)] = seen[list(prompt_of_row)]
 
-    def filtered(self, logits: Tensor) -> Tensor:
-        """logits [B, C] fp32 -> scores [B, C], -inf where filtered out; `draw` draws from their
-        softmax.
+    def take(self, rows: Tensor) -> None:
+        """The rows with these indices become the first ones."""
+        for state in (self.row_keys, self.seen):
+            state[: len(rows)] = state[rows]
 
-        Collectives: with top-k one all-gather of k values for each row; with top-p but no top-k one
-        of all logits (any number of tokens may be needed for a probability: the sort needs every
-        column).
+    def _local(self, tokens: Tensor) -> Tensor:
+        """Ids -> columns of `seen`."""
+        local = tokens - self.first_column
+        return local.where((local >= 0) & (local < self.num_columns), self.num_columns)
+
+    def draw(self, logits: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [B, C] fp32, overwritten -> the rows' tokens number `step` (int64 [1], on the
+        device), [B] int64, and their log-probabilities, [B] fp32 in nats, under the softmax of the
+        logits as they came; equal on all ranks of the group.
+
+        A row with a logit that is NaN or infinite gets -1. Collectives: one all-gather, with top-k
+        of 3 k + 1 numbers a row, otherwise of 4; with top-p but no top-k another one, of all logits
+        (any number of tokens may be needed for a probability).
         """
         sampling = self.sampling
-        scores = logits.masked_fill(self.columns >= self.vocab_size, float("-inf"))
-        if sampling.repetition_penalty != 1:
-            penalised = torch.where(
-                scores < 0,
-                scores * sampling.repetition_penalty,
-                scores / sampling.repetition_penalty,
-            )
-            scores = torch.where(self.seen[:, :-1], penalised, scores)
-        if sampling.temperature > 0:
-            scores = scores / sampling.temperature
-            if sampling.top_k or sampling.top_p < 1:
-                scores = scores.masked_fill(
-                    scores < cut_off(scores, sampling.top_k, sampling.top_p, self.group),
-                    float("-inf"),
-                )
-        return scores
-
-    def draw(self, logits: Tensor, step: int) -> Tensor:
-        """logits [B, C] fp32 of the last position -> next tokens [B] int64, equal on all ranks of
-        the group.
-
-        A row with a logit that is NaN or infinite gets -1. Collectives: those of `filtered`, and
-        one all-gather of 3 numbers for each row.
-        """
-        not_finite = ~logits.isfinite() & (self.columns < self.vocab_size)
-        scores = self.filtered(logits).double()
-        if self.sampling.temperature > 0:
-            scores = scores + self.noise(step)
-        # Among equal scores argmax takes the first, here and over the ranks: the lowest id.
-        best = scores.argmax(dim=1, keepdim=True)
-        candidate = torch.cat(
-            (
-                scores.gather(1, best),
-                self.columns[best].double(),
-                not_finite.any(dim=1, keepdim=True).double(),
-            ),
-            dim=1,
+        has_candidates = sampling.temperature > 0 and sampling.top_k > 0
+        found = self.kernels.scores_of(
+            logits,
+            self.seen[: len(logits)],
+            self.num_real,
+            penalty=sampling.repetition_penalty,
+            temperature=sampling.temperature,
         )
-        candidates = torch.stack(_all_gather(candidate, self.group))  # [TP, B, 3]
-        owner = candidates[..., 0].argmax(dim=0, keepdim=True)
-        tokens = candidates[..., 1].gather(0, owner)[0].long()
-        return tokens.masked_fill(candidates[..., 2].any(dim=0), -1)
+        if has_candidates:
+            score, column = found.top_k(min(sampling.top_k, self.num_columns))
+        else:
+            score, column = self._best(found.scores, step)
+        parts = (
+            score,
+            logits.gather(1, column),
+            column + self.first_column,
+            found.log_sum[:, None],
+        )
+        candidates = torch.cat([part.double() for part in parts], dim=1)
+        if self.group is not None and self.group.size() > 1:
+            gathered = torch.stack(_all_gather(candidates, self.group), dim=1)  # [B, TP, 3 k + 1]
+            log_sum = gathered[..., -1].logsumexp(dim=1)
+            score, raw, column = (x.flatten(1) for x in gathered[..., :-1].tensor_split(3, dim=2))
+            order = score.argsort(dim=1, descending=True, stable=True)
+            score, raw, column = (x.gather(1, order) for x in (score, raw, column))
+        else:
+            log_sum = candidates[:, -1]
+            score, raw, column = candidates[:, :-1].tensor_split(3, dim=1)
+        if has_candidates:
+            score = score[:, : sampling.top_k]
+            dropped = score < _lowest_kept(score, sampling.top_p)
+            score = score.masked_fill(dropped, -float("inf"))
+            score = score + self.noise(column[:, : sampling.top_k].long(), step)
+        # Among equal scores the lowest id: ranks and their columns come in order.
+        index = score.argmax(dim=1, keepdim=True)
+        tokens = column.gather(1, index)[:, 0].long().where(log_sum.isfinite(), -1)
+        if sampling.repetition_penalty != 1:
+            self.seen[: len(tokens)].scatter_(1, self._local(tokens)[:, None], True)
+        return tokens, (raw.gather(1, index)[:, 0] - log_sum).float()
 
-    def noise(self, step: int) -> Tensor:
-        """Standard Gumbel noise [B, C] fp64, a pure function of (seed, row id, step, column)."""
-        step_keys = _mix(self.row_keys + step + 1)
-        bits = _mix(step_keys[:, None] + self.columns * _GOLDEN)
+    def _best(self, scores: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The one candidate of this rank, score and column [B, 1]: greedy, or among all columns."""
+        scores = scores.double()
+        if self.sampling.temperature > 0:
+            if self.sampling.top_p < 1:
+                lowest = top_p_cut_off(scores, self.sampling.top_p, self.group)
+                scores = scores.masked_fill(scores < lowest, -float("inf"))
+            columns = self.first_column + torch.arange(scores.shape[1], device=scores.device)
+            scores = scores + self.noise(columns.expand(len(scores), -1), step)
+        column = scores.argmax(dim=1, keepdim=True)  # the first of equal scores
+        return scores.gather(1, column), column
+
+    def noise(self, columns: Tensor, step: Tensor) -> Tensor:
+        """Standard Gumbel noise [B, n] fp64 for columns [B, n], a pure function of (seed, row id,
+        step, column).
+        """
+        step_keys = _mix(self.row_keys[: len(columns)] + step + 1)
+        bits = _mix(step_keys[:, None] + columns * _GOLDEN)
         uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
         return -torch.log(-torch.log(uniform))
 
 
-def cut_off(scores: Tensor, top_k: int, top_p: float, group: Any) -> Tensor:
-    """The lowest score [B, 1] that top-k (0 = off) and then top-p (1 = off) keep, from this rank's
-    scores [B, C]. Collectives: one all-gather of the k best scores, or of all where top-k is off.
+def top_p_cut_off(scores: Tensor, top_p: float, group: Any) -> Tensor:
+    """The lowest score [B, 1] that top-p keeps, from this rank's scores [B, C]. Collectives: one
+    all-gather of all scores.
     """
-    values = scores.topk(min(top_k, scores.shape[1]), dim=1).values if top_k else scores
-    values = torch.cat(_all_gather(values, group), dim=1).sort(dim=1, descending=True).values
-    if top_k:
-        values = values[:, :top_k]
-    num_kept = torch.full_like(values[:, :1], values.shape[1], dtype=torch.int64)
-    if top_p < 1:
-        probabilities = values.double().softmax(dim=1)
-        probability_before = probabilities.cumsum(dim=1) - probabilities
-        num_kept = (probability_before < top_p).sum(dim=1, keepdim=True)
-        num_kept = num_kept.clamp(min=1)  # 0 only where a score is NaN
-    return values.gather(1, num_kept - 1)
+    values = torch.cat(_all_gather(scores, group), dim=1)
+    return _lowest_kept(values.sort(dim=1, descending=True).values, top_p)
+
+
+def _lowest_kept(values: Tensor, top_p: float) -> Tensor:
+    """Scores [B, n] in falling order -> [B, 1], the last one that top-p keeps."""
+    if top_p == 1:
+        return values[:, -1:]
+    probabilities = values.double().softmax(dim=1)
+    probability_before = probabilities.cumsum(dim=1) - probabilities
+    num_kept = (probability_before < top_p).sum(dim=1, keepdim=True)
+    return values.gather(1, num_kept.clamp(min=1) - 1)  # 0 only where a score is NaN
 
 
 def _all_gather(x: Tensor, group: Any) -> list[Tensor]:

@@ -1,0 +1,130 @@
+"""Rollouts on a GPU: the Triton kernels in a CUDA graph write what transformers writes. Skipped
+where torch sees no GPU; `bash launch/gpu_checks.sh` runs it.
+"""
+
+import multiprocessing
+import pickle
+import traceback
+
+import pytest
+import torch
+
+from demo.tiny.config import TinyModelConfig
+from demo.tiny.folder import build_folder
+from megatron_gkd.lora.adapter import HEAD, LINEARS
+from megatron_gkd.model.args import read_model_args
+from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+MAX_NEW_TOKENS = 40
+LENGTHS = (9, 1, 17, 30, 12)
+TARGETS = [*LINEARS, HEAD]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = TinyModelConfig(thinker_only=True, num_experts=16, num_experts_per_tok=8)
+    return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), config)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    tensors = random_adapter(read_model_args(folder), 3, TARGETS)
+    return write_adapter(
+        tmp_path_factory.mktemp("adapter"), tensors, rank=3, alpha=5.0, targets=TARGETS
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1000, (size,), generator=generator).tolist() for size in LENGTHS]
+
+
+def write_all(connection, folder, adapter, prompts):
+    """Texts of the student, greedy and sampled (three samples of each prompt), with the graph and
+    without it; and which kernels ran.
+    """
+    try:
+        from megatron_gkd.formats.loading import load_weights
+        from megatron_gkd.lora import apply_lora
+        from megatron_gkd.lora.load import load_adapter
+        from megatron_gkd.lora.peft_folder import PeftAdapter
+        from megatron_gkd.model.decoder import build_decoder
+        from megatron_gkd.parallel import initialize
+        from megatron_gkd.rollout.generate import generate
+        from tests.rollouts import GREEDY, make_engine, make_sampling
+
+        sampled = make_sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1)
+        parallel, model_args = initialize(torch.device("cuda", 0)), read_model_args(folder)
+        model = build_decoder(model_args, parallel, torch.float32)
+        load_weights(model, model_args, parallel, folder)
+        stored = PeftAdapter(adapter, model_args)
+        options = dict(rank=stored.rank, alpha=stored.alpha, dropout=0.5, targets=stored.targets)
+        apply_lora(model, model_args, parallel, **options, seed=0)
+        load_adapter(model, model_args, parallel, stored)
+        texts = {}
+        for name, sampling, num_samples in (("greedy", GREEDY, 1), ("sampled", sampled, 3)):
+            for graphs in (True, False):
+                engine = make_engine(
+                    model,
+                    model_args,
+                    parallel,
+                    sampling=sampling,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    cuda_graphs=graphs,
+                )
+                for rollout in range(2):  # the second one replays what the first has captured
+                    responses = generate(
+                        engine,
+                        prompts,
+                        seed=3,
+                        row_ids=range(len(prompts)),
+                        num_samples=num_samples,
+                    )
+                    texts[name, graphs, rollout] = [found.token_ids for found in responses]
+        texts["kernels"] = engine.decoder.kernels.__name__
+        connection.send(pickle.dumps(texts))
+    except Exception:
+        connection.send(pickle.dumps(traceback.format_exc()))
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def texts(folder, adapter, prompts):
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=write_all, args=(sender, folder, adapter, prompts))
+    process.start()
+    sender.close()
+    results = pickle.loads(receiver.recv())
+    process.join()
+    if isinstance(results, str):
+        pytest.fail(results)
+    return results
+
+
+def test_triton_kernels_run(texts):
+    assert texts["kernels"].endswith("triton_kernels")
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graph", "eager"])
+def test_greedy_text_equals_peft(texts, folder, adapter, prompts, graphs):
+    model, _ = load_peft(load_thinker(folder), adapter)
+    for row, prompt in enumerate(prompts):
+        ids = model.generate(
+            input_ids=torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=[],
+            pad_token_id=0,
+        )
+        expected = ids[0, len(prompt) :].tolist()
+        for rollout in range(2):
+            assert texts["greedy", graphs, rollout][row] == expected
+
+
+def test_graph_and_eager_sample_the_same_texts(texts):
+    graphed = texts["sampled", True, 0]
+    assert len(graphed) == 3 * len(LENGTHS) == len(set(map(tuple, graphed)))
+    assert graphed == texts["sampled", True, 1] == texts["sampled", False, 0]

@@ -1,0 +1,233 @@
+"""The rollout's Triton kernels against its torch kernels (which test_rollout.py compares with
+megatron-core's and transformers' layers), and what a compiler makes of them.
+
+Where there is no CUDA, Triton's interpreter runs the kernels, in a process that switches it on
+before triton is imported.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+
+import pytest
+import torch
+
+from megatron_gkd.rollout import torch_kernels
+from tests.rollout_layer import CASES, LayerCase, run_layer, run_scores
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# penalty, temperature, columns that are no padding
+SCORES = [(1.1, 1.0, 4352), (1.0, 0.7, 4200), (1.3, 0.0, 4352), (1.2, 0.9, 0)]
+REAL = LayerCase(
+    num_rows=32,
+    hidden=2048,
+    groups=4,
+    queries=8,
+    head_dim=128,
+    num_experts=128,
+    num_local_experts=4,
+    experts_per_token=8,
+    intermediate=768,
+    rank=8,
+    dtype=torch.bfloat16,
+    longest_prompt=64,
+    max_new_tokens=64,
+)
+
+
+def run_all(connection):
+    try:
+        from megatron_gkd.rollout import triton_kernels
+
+        results = {}
+        for name, case in CASES.items():
+            # a launch of fewer programs: the interpreter takes milliseconds for each
+            triton_kernels.MOST_KEY_PARTS = 32 if CUDA or name == "LoRA" else 4
+            results[name] = run_layer(triton_kernels, case, DEVICE)
+        results |= {case: run_scores(triton_kernels, *case, DEVICE) for case in SCORES}
+        connection.send(pickle.dumps(results))
+    except Exception:
+        connection.send(pickle.dumps(traceback.format_exc()))
+    connection.close()
+
+
+def compile_all(connection):
+    """What the kernels of a layer need of a GPU of compute capability 9.0."""
+    try:
+        from megatron_gkd.rollout import triton_kernels
+        from tests.triton_launches import compile_launch, recorded_launches
+
+        results = []
+        with recorded_launches() as launches:
+            run_layer(triton_kernels, REAL)
+            run_scores(triton_kernels, 1.1, 1.0, 4352, "cpu")
+        for launch in launches:
+            kernel = compile_launch(launch)
+            results.append((launch.function.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
+        connection.send(pickle.dumps(results))
+    except Exception:
+        connection.send(pickle.dumps(traceback.format_exc()))
+    connection.close()
+
+
+def write_texts(connection):
+    """Texts of both modules' kernels through an engine whose batch becomes smaller, two samples a
+    prompt: of Triton's also the slots after it.
+    """
+    try:
+        from demo.tiny.config import TinyModelConfig
+        from demo.tiny.folder import build_folder
+        from megatron_gkd import parallel as parallel_module
+        from megatron_gkd.formats.loading import load_weights
+        from megatron_gkd.lora import apply_lora
+        from megatron_gkd.lora.adapter import LINEARS
+        from megatron_gkd.lora.slots import lora_modules
+        from megatron_gkd.model.args import read_model_args
+        from megatron_gkd.model.decoder import build_decoder
+        from megatron_gkd.rollout import cache, decode, generate, row_batch, triton_kernels
+        from tests.rollouts import make_engine, make_sampling
+
+        # a look after every second token, so that few tokens will do
+        triton_kernels.MOST_KEY_PARTS = 2
+        cache.LOOK = generate.LOOK = row_batch.LOOK = 2
+        with tempfile.TemporaryDirectory() as work:
+            config = TinyModelConfig(
+                thinker_only=True,
+                num_hidden_layers=1,
+                hidden_size=32,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_experts=2,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+            )
+            folder = build_folder(f"{work}/model", config)
+            parallel = parallel_module.initialize(torch.device("cpu"))
+            model_args = read_model_args(folder)
+            model = build_decoder(model_args, parallel, torch.float32)
+            load_weights(model, model_args, parallel, folder)
+        options = dict(rank=2, alpha=4.0, dropout=0.0, targets=list(LINEARS), seed=0)
+        apply_lora(model, model_args, parallel, **options)
+        for module in lora_modules(model):
+            for up in module.slot.up.values():
+                torch.nn.init.normal_(up, std=0.1)
+        prompts = [[5, 9, 2], [7], [4, 4]]
+        texts, slots = {}, []
+        for kernels in (torch_kernels, triton_kernels):
+            decode.select_kernels = lambda model_args, parallel, kernels=kernels: kernels
+            for stopping in (False, True):
+                written = texts.get(("torch_kernels", False), [])
+                # three of six rows end with their first token
+                stops = [written[row][0] for row in (0, 3, 4)] if stopping else []
+                engine = make_engine(
+                    model,
+                    model_args,
+                    parallel,
+                    sampling=make_sampling(temperature=1.5, top_k=40, top_p=0.95),
+                    max_new_tokens=5,
+                    stop_token_ids=stops,
+                )
+                shrink = generate.RowBatch.shrink
+
+                def watched(batch, size, shrink=shrink):
+                    shrink(batch, size)
+                    slots.append((batch.size, batch.rows.slots[: batch.size].tolist()))
+
+                generate.RowBatch.shrink = watched
+                found = generate.generate(engine, prompts, seed=1, row_ids=[0, 1, 2], num_samples=2)
+                generate.RowBatch.shrink = shrink
+                texts[kernels.__name__.split(".")[-1], stopping] = [
+                    response.token_ids for response in found
+                ]
+        connection.send(pickle.dumps((texts, slots)))
+    except Exception:
+        connection.send(pickle.dumps(traceback.format_exc()))
+    connection.close()
+
+
+def in_a_process(function, interpret):
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    before = os.environ.get("TRITON_INTERPRET")
+    try:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if interpret:
+            os.environ["TRITON_INTERPRET"] = "1"
+        process = context.Process(target=function, args=(sender,))
+        process.start()
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    sender.close()
+    results = pickle.loads(receiver.recv())
+    process.join()
+    if isinstance(results, str):
+        pytest.fail(results)
+    return results
+
+
+@pytest.fixture(scope="module")
+def computed():
+    return in_a_process(run_all, interpret=not CUDA)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_torch(computed, name):
+    """Every function of the module, for the second layer of a cache whose rows share prompts."""
+    case, expected = CASES[name], run_layer(torch_kernels, CASES[name])
+    tolerance = 3e-6 if case.dtype == torch.float32 else 5e-3
+    for key, found in computed[name].items():
+        wanted = expected[key]
+        if key == "ids":
+            assert torch.equal(found, wanted)
+        else:
+            assert wanted.norm() > 0
+            assert (found - wanted).norm() <= tolerance * wanted.norm(), key
+
+
+@pytest.mark.parametrize("case", SCORES, ids=str)
+def test_scores_equal_torch(computed, case):
+    """Scores, log-sum-exp (NaN where a logit is not finite) and the largest through the groups."""
+    expected = run_scores(torch_kernels, *case, "cpu")
+    for key, found in computed[case].items():
+        torch.testing.assert_close(found, expected[key], rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return in_a_process(compile_all, interpret=False)
+
+
+def test_a_layer_is_few_launches(compiled):
+    """At the real sizes, with LoRA on every linear; the router's product is one of cuBLAS's."""
+    names = [name for name, _, _ in compiled]
+    of_layer = [name for name in names if name not in ("sum_kernel", "scores_kernel")]
+    assert of_layer.count("add_norm_kernel") == 1  # this layer is run with one of its two norms
+    assert len(of_layer) + 1 + 1 == 13
+
+
+def test_weights_are_read_in_16_bytes(compiled):
+    """The kernels that read weights use no narrower copies, and fit into shared memory."""
+    for name, shared, ptx in compiled:
+        assert shared <= 100_000, name
+        if name in ("linear_kernel", "gate_up_kernel", "down_kernel", "attention_kernel"):
+            assert "cp.async.cg" in ptx and "cp.async.ca" not in ptx, name
+            assert "mma" in ptx, name
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter runs these kernels on a CPU's model")
+def test_texts_through_an_engine():
+    """Triton's kernels find the keys of a prompt that samples share, and those of rows that have
+    moved to other places: no two places write into one slot.
+    """
+    texts, slots = in_a_process(write_texts, interpret=True)
+    for stopping in (False, True):
+        expected = texts["torch_kernels", stopping]
+        assert texts["triton_kernels", stopping] == expected
+        assert len(set(map(tuple, expected))) > 3
+    assert {size for size, _ in slots} == {8, 4}
+    assert all(len(set(of_batch)) == size for size, of_batch in slots)
