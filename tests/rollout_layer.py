@@ -31,13 +31,13 @@ class LayerCase(NamedTuple):
 
 CASES = {
     "LoRA": LayerCase(),
-    "no LoRA": LayerCase(rank=0, renormalize=False),
+    "no LoRA, sizes that are no powers of two": LayerCase(
+        rank=0, renormalize=False, hidden=80, num_experts=12, num_local_experts=12
+    ),
     "one row, rank 1": LayerCase(num_rows=1, rank=1, num_written=0),
-    "experts of other ranks": LayerCase(first_expert=2, num_local_experts=3),
-    "rows of other ranks": LayerCase(share=(1, 2), num_local_experts=2, first_expert=4),
+    "experts and rows of other ranks": LayerCase(share=(1, 2), num_local_experts=3, first_expert=2),
     "float16": LayerCase(dtype=torch.float16, rank=8, hidden=128),
-    "many rows": LayerCase(num_rows=34, experts_per_token=3, queries=8, groups=1, rank=8),
-    "sizes that are no powers of two": LayerCase(hidden=80, num_experts=12, num_local_experts=12),
+    "many rows": LayerCase(num_rows=18, experts_per_token=3, queries=8, groups=1, rank=8),
     "many written": LayerCase(num_written=200, max_new_tokens=300, longest_prompt=5),
 }
 

@@ -2,10 +2,6 @@
 where torch sees no GPU; `bash launch/gpu_checks.sh` runs it.
 """
 
-import multiprocessing
-import pickle
-import traceback
-
 import pytest
 import torch
 
@@ -14,6 +10,7 @@ from demo.tiny.folder import build_folder
 from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
+from tests.processes import in_a_process
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 MAX_NEW_TOKENS = 40
@@ -41,67 +38,54 @@ def prompts():
     return [torch.randint(1000, (size,), generator=generator).tolist() for size in LENGTHS]
 
 
-def write_all(connection, folder, adapter, prompts):
+def write_all(folder, adapter, prompts):
     """Texts of the student, greedy and sampled (three samples of each prompt), with the graph and
     without it; and which kernels ran.
     """
-    try:
-        from megatron_gkd.formats.loading import load_weights
-        from megatron_gkd.lora import apply_lora
-        from megatron_gkd.lora.load import load_adapter
-        from megatron_gkd.lora.peft_folder import PeftAdapter
-        from megatron_gkd.model.decoder import build_decoder
-        from megatron_gkd.parallel import initialize
-        from megatron_gkd.rollout.generate import generate
-        from tests.rollouts import GREEDY, make_engine, make_sampling
+    from megatron_gkd.formats.loading import load_weights
+    from megatron_gkd.lora import apply_lora
+    from megatron_gkd.lora.load import load_adapter
+    from megatron_gkd.lora.peft_folder import PeftAdapter
+    from megatron_gkd.model.decoder import build_decoder
+    from megatron_gkd.parallel import initialize
+    from megatron_gkd.rollout.generate import generate
+    from tests.rollouts import GREEDY, make_engine, make_sampling
 
-        sampled = make_sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1)
-        parallel, model_args = initialize(torch.device("cuda", 0)), read_model_args(folder)
-        model = build_decoder(model_args, parallel, torch.float32)
-        load_weights(model, model_args, parallel, folder)
-        stored = PeftAdapter(adapter, model_args)
-        options = dict(rank=stored.rank, alpha=stored.alpha, dropout=0.5, targets=stored.targets)
-        apply_lora(model, model_args, parallel, **options, seed=0)
-        load_adapter(model, model_args, parallel, stored)
-        texts = {}
-        for name, sampling, num_samples in (("greedy", GREEDY, 1), ("sampled", sampled, 3)):
-            for graphs in (True, False):
-                engine = make_engine(
-                    model,
-                    model_args,
-                    parallel,
-                    sampling=sampling,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    cuda_graphs=graphs,
+    sampled = make_sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1)
+    parallel, model_args = initialize(torch.device("cuda", 0)), read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32)
+    load_weights(model, model_args, parallel, folder)
+    stored = PeftAdapter(adapter, model_args)
+    options = dict(rank=stored.rank, alpha=stored.alpha, dropout=0.5, targets=stored.targets)
+    apply_lora(model, model_args, parallel, **options, seed=0)
+    load_adapter(model, model_args, parallel, stored)
+    texts = {}
+    for name, sampling, num_samples in (("greedy", GREEDY, 1), ("sampled", sampled, 3)):
+        for graphs in (True, False):
+            engine = make_engine(
+                model,
+                model_args,
+                parallel,
+                sampling=sampling,
+                max_new_tokens=MAX_NEW_TOKENS,
+                cuda_graphs=graphs,
+            )
+            for rollout in range(2):  # the second one replays what the first has captured
+                responses = generate(
+                    engine,
+                    prompts,
+                    seed=3,
+                    row_ids=range(len(prompts)),
+                    num_samples=num_samples,
                 )
-                for rollout in range(2):  # the second one replays what the first has captured
-                    responses = generate(
-                        engine,
-                        prompts,
-                        seed=3,
-                        row_ids=range(len(prompts)),
-                        num_samples=num_samples,
-                    )
-                    texts[name, graphs, rollout] = [found.token_ids for found in responses]
-        texts["kernels"] = engine.decoder.kernels.__name__
-        connection.send(pickle.dumps(texts))
-    except Exception:
-        connection.send(pickle.dumps(traceback.format_exc()))
-    connection.close()
+                texts[name, graphs, rollout] = [found.token_ids for found in responses]
+    texts["kernels"] = engine.decoder.kernels.__name__
+    return texts
 
 
 @pytest.fixture(scope="module")
 def texts(folder, adapter, prompts):
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=write_all, args=(sender, folder, adapter, prompts))
-    process.start()
-    sender.close()
-    results = pickle.loads(receiver.recv())
-    process.join()
-    if isinstance(results, str):
-        pytest.fail(results)
-    return results
+    return in_a_process(write_all, folder, adapter, prompts)
 
 
 def test_triton_kernels_run(texts):

@@ -4,17 +4,13 @@ Where there is no CUDA, Triton's interpreter runs the same kernels. It must be s
 triton is first imported, hence the one process of its own that computes all cases.
 """
 
-import multiprocessing
-import os
-import pickle
-import traceback
-
 import pytest
 import torch
 
 from benchmarks import kernel_instructions
 from megatron_gkd.loss import torch_kernels
 from megatron_gkd.loss.divergence import KINDS
+from tests.processes import in_a_process
 from tests.reference_loss import (
     hidden_pair,
     labels_for,
@@ -183,51 +179,30 @@ def run_far_rows():
     return results
 
 
-def run_cases(connection):
+def run_cases():
     """In the process of its own: every case with the kernels in place of the torch passes."""
-    try:
-        from megatron_gkd.loss import passes
-        from megatron_gkd.loss import triton_kernels as kernels
+    from megatron_gkd.loss import passes
+    from megatron_gkd.loss import triton_kernels as kernels
 
-        chosen = [passes.select_kernels(torch.device(name)) for name in ("cpu", "cuda")]
-        passes.select_kernels = lambda device: kernels
-        results = {"chosen": [module.__name__ for module in chosen]}
-        for kind in KINDS:
-            for name, case in LOGIT_CASES.items():
-                results[name, kind] = run_logits_case(kernels, kind, case)
-        for name, kind in LINEAR_RUNS:
-            results[name, kind] = run_linear_case(kernels, kind, LINEAR_CASES[name])
-        device = "cuda" if CUDA else "cpu"
-        for rank, num_columns in PASS_CASES:
-            results["passes", rank, num_columns] = run_pass(kernels, rank, num_columns, device)
-        results["far"] = run_far_rows()
-        connection.send(pickle.dumps(results))
-    except Exception:
-        connection.send(pickle.dumps(traceback.format_exc()))
-    connection.close()
+    chosen = [passes.select_kernels(torch.device(name)) for name in ("cpu", "cuda")]
+    passes.select_kernels = lambda device: kernels
+    results = {"chosen": [module.__name__ for module in chosen]}
+    for kind in KINDS:
+        for name, case in LOGIT_CASES.items():
+            results[name, kind] = run_logits_case(kernels, kind, case)
+    for name, kind in LINEAR_RUNS:
+        results[name, kind] = run_linear_case(kernels, kind, LINEAR_CASES[name])
+    device = "cuda" if CUDA else "cpu"
+    for rank, num_columns in PASS_CASES:
+        results["passes", rank, num_columns] = run_pass(kernels, rank, num_columns, device)
+    results["far"] = run_far_rows()
+    return results
 
 
 @pytest.fixture(scope="module")
 def computed():
     """(case's name, kind) -> (the output's fields, the gradient)."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    before = os.environ.get("TRITON_INTERPRET")
-    try:
-        if not CUDA:
-            os.environ["TRITON_INTERPRET"] = "1"
-        process = context.Process(target=run_cases, args=(sender,))
-        process.start()
-    finally:
-        os.environ.pop("TRITON_INTERPRET", None)
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-    sender.close()
-    results = pickle.loads(receiver.recv())
-    process.join()
-    if isinstance(results, str):
-        pytest.fail(results)
-    return results
+    return in_a_process(run_cases, interpret_triton=not CUDA)
 
 
 def check_fields(output, expected, tolerance):

@@ -47,8 +47,8 @@ SETTINGS = {
 LAYOUTS = [
     pytest.param((4, 4, 1, 2), id="TP4-EP2"),
     pytest.param((2, 1, 1, 2), id="EP2-DP2"),
-    pytest.param((2, 1, 2, 1), id="PP2"),
-    pytest.param((2, 2, 1, 2), id="TP2-EP2"),
+    pytest.param((2, 1, 2, 1), id="PP2", marks=pytest.mark.extended),
+    pytest.param((2, 2, 1, 2), id="TP2-EP2", marks=pytest.mark.extended),
     pytest.param((3, 1, 1, 1), id="DP3"),
     pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2", marks=pytest.mark.smoke),
     pytest.param((8, 2, 2, 4), id="TP2-PP2-EP4-DP2"),

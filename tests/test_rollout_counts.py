@@ -117,7 +117,7 @@ def test_operations_of_a_layer_and_token(folders):
     "layout, most",
     [
         pytest.param((8, 8, 8), 2, id="TP8-EP8"),
-        pytest.param((4, 4, 2), 2, id="TP4-EP2"),
+        pytest.param((4, 4, 2), 2, id="TP4-EP2", marks=pytest.mark.extended),
         pytest.param((2, 1, 2), 2, id="EP2-DP2"),
         # experts over two replicas of two ranks: the sums come back in two steps
         pytest.param((4, 2, 4), 4, id="TP2-EP4-DP2", marks=pytest.mark.extended),

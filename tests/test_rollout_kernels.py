@@ -5,16 +5,13 @@ Where there is no CUDA, Triton's interpreter runs the kernels, in a process that
 before triton is imported.
 """
 
-import multiprocessing
-import os
-import pickle
 import tempfile
-import traceback
 
 import pytest
 import torch
 
 from megatron_gkd.rollout import torch_kernels
+from tests.processes import in_a_process
 from tests.rollout_layer import CASES, LayerCase, run_layer, run_scores
 
 CUDA = torch.cuda.is_available()
@@ -38,141 +35,107 @@ REAL = LayerCase(
 )
 
 
-def run_all(connection):
-    try:
-        from megatron_gkd.rollout import triton_kernels
+def run_all():
+    from megatron_gkd.rollout import triton_kernels
 
-        results = {}
-        for name, case in CASES.items():
-            # a launch of fewer programs: the interpreter takes milliseconds for each
-            triton_kernels.MOST_KEY_PARTS = 32 if CUDA or name == "LoRA" else 4
-            results[name] = run_layer(triton_kernels, case, DEVICE)
-        results |= {case: run_scores(triton_kernels, *case, DEVICE) for case in SCORES}
-        connection.send(pickle.dumps(results))
-    except Exception:
-        connection.send(pickle.dumps(traceback.format_exc()))
-    connection.close()
+    results = {}
+    for name, case in CASES.items():
+        # a launch of fewer programs: the interpreter takes milliseconds for each
+        triton_kernels.MOST_KEY_PARTS = 32 if CUDA or name == "one row, rank 1" else 4
+        results[name] = run_layer(triton_kernels, case, DEVICE)
+    results |= {case: run_scores(triton_kernels, *case, DEVICE) for case in SCORES}
+    return results
 
 
-def compile_all(connection):
+def compile_all():
     """What the kernels of a layer need of a GPU of compute capability 9.0."""
-    try:
-        from megatron_gkd.rollout import triton_kernels
-        from tests.triton_launches import compile_launch, recorded_launches
+    from megatron_gkd.rollout import triton_kernels
+    from tests.triton_launches import compile_launch, recorded_launches
 
-        results = []
-        with recorded_launches() as launches:
-            run_layer(triton_kernels, REAL)
-            run_scores(triton_kernels, 1.1, 1.0, 4352, "cpu")
-        for launch in launches:
-            kernel = compile_launch(launch)
-            results.append((launch.function.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
-        connection.send(pickle.dumps(results))
-    except Exception:
-        connection.send(pickle.dumps(traceback.format_exc()))
-    connection.close()
+    results = []
+    with recorded_launches() as launches:
+        run_layer(triton_kernels, REAL)
+        run_scores(triton_kernels, 1.1, 1.0, 4352, "cpu")
+    for launch in launches:
+        kernel = compile_launch(launch)
+        results.append((launch.function.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
+    return results
 
 
-def write_texts(connection):
+def write_texts():
     """Texts of both modules' kernels through an engine whose batch becomes smaller, two samples a
     prompt: of Triton's also the slots after it.
     """
-    try:
-        from demo.tiny.config import TinyModelConfig
-        from demo.tiny.folder import build_folder
-        from megatron_gkd import parallel as parallel_module
-        from megatron_gkd.formats.loading import load_weights
-        from megatron_gkd.lora import apply_lora
-        from megatron_gkd.lora.adapter import LINEARS
-        from megatron_gkd.lora.slots import lora_modules
-        from megatron_gkd.model.args import read_model_args
-        from megatron_gkd.model.decoder import build_decoder
-        from megatron_gkd.rollout import cache, decode, generate, row_batch, triton_kernels
-        from tests.rollouts import make_engine, make_sampling
+    from demo.tiny.config import TinyModelConfig
+    from demo.tiny.folder import build_folder
+    from megatron_gkd import parallel as parallel_module
+    from megatron_gkd.formats.loading import load_weights
+    from megatron_gkd.lora import apply_lora
+    from megatron_gkd.lora.adapter import LINEARS
+    from megatron_gkd.lora.slots import lora_modules
+    from megatron_gkd.model.args import read_model_args
+    from megatron_gkd.model.decoder import build_decoder
+    from megatron_gkd.rollout import cache, decode, generate, row_batch, triton_kernels
+    from tests.rollouts import make_engine, make_sampling
 
-        # a look after every second token, so that few tokens will do
-        triton_kernels.MOST_KEY_PARTS = 2
-        cache.LOOK = generate.LOOK = row_batch.LOOK = 2
-        with tempfile.TemporaryDirectory() as work:
-            config = TinyModelConfig(
-                thinker_only=True,
-                num_hidden_layers=1,
-                hidden_size=32,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_experts=2,
-                num_experts_per_tok=2,
-                moe_intermediate_size=16,
+    # a look after every second token, so that few tokens will do
+    triton_kernels.MOST_KEY_PARTS = 2
+    cache.LOOK = generate.LOOK = row_batch.LOOK = 2
+    with tempfile.TemporaryDirectory() as work:
+        config = TinyModelConfig(
+            thinker_only=True,
+            num_hidden_layers=1,
+            hidden_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=2,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        )
+        folder = build_folder(f"{work}/model", config)
+        parallel = parallel_module.initialize(torch.device("cpu"))
+        model_args = read_model_args(folder)
+        model = build_decoder(model_args, parallel, torch.float32)
+        load_weights(model, model_args, parallel, folder)
+    options = dict(rank=2, alpha=4.0, dropout=0.0, targets=list(LINEARS), seed=0)
+    apply_lora(model, model_args, parallel, **options)
+    for module in lora_modules(model):
+        for up in module.slot.up.values():
+            torch.nn.init.normal_(up, std=0.1)
+    prompts = [[5, 9, 2], [7], [4, 4]]
+    texts, slots = {}, []
+    for kernels in (torch_kernels, triton_kernels):
+        decode.select_kernels = lambda model_args, parallel, kernels=kernels: kernels
+        for stopping in (False, True):
+            written = texts.get(("torch_kernels", False), [])
+            # three of six rows end with their first token
+            stops = [written[row][0] for row in (0, 3, 4)] if stopping else []
+            engine = make_engine(
+                model,
+                model_args,
+                parallel,
+                sampling=make_sampling(temperature=1.5, top_k=40, top_p=0.95),
+                max_new_tokens=5,
+                stop_token_ids=stops,
             )
-            folder = build_folder(f"{work}/model", config)
-            parallel = parallel_module.initialize(torch.device("cpu"))
-            model_args = read_model_args(folder)
-            model = build_decoder(model_args, parallel, torch.float32)
-            load_weights(model, model_args, parallel, folder)
-        options = dict(rank=2, alpha=4.0, dropout=0.0, targets=list(LINEARS), seed=0)
-        apply_lora(model, model_args, parallel, **options)
-        for module in lora_modules(model):
-            for up in module.slot.up.values():
-                torch.nn.init.normal_(up, std=0.1)
-        prompts = [[5, 9, 2], [7], [4, 4]]
-        texts, slots = {}, []
-        for kernels in (torch_kernels, triton_kernels):
-            decode.select_kernels = lambda model_args, parallel, kernels=kernels: kernels
-            for stopping in (False, True):
-                written = texts.get(("torch_kernels", False), [])
-                # three of six rows end with their first token
-                stops = [written[row][0] for row in (0, 3, 4)] if stopping else []
-                engine = make_engine(
-                    model,
-                    model_args,
-                    parallel,
-                    sampling=make_sampling(temperature=1.5, top_k=40, top_p=0.95),
-                    max_new_tokens=5,
-                    stop_token_ids=stops,
-                )
-                shrink = generate.RowBatch.shrink
+            shrink = generate.RowBatch.shrink
 
-                def watched(batch, size, shrink=shrink):
-                    shrink(batch, size)
-                    slots.append((batch.size, batch.rows.slots[: batch.size].tolist()))
+            def watched(batch, size, shrink=shrink):
+                shrink(batch, size)
+                slots.append((batch.size, batch.rows.slots[: batch.size].tolist()))
 
-                generate.RowBatch.shrink = watched
-                found = generate.generate(engine, prompts, seed=1, row_ids=[0, 1, 2], num_samples=2)
-                generate.RowBatch.shrink = shrink
-                texts[kernels.__name__.split(".")[-1], stopping] = [
-                    response.token_ids for response in found
-                ]
-        connection.send(pickle.dumps((texts, slots)))
-    except Exception:
-        connection.send(pickle.dumps(traceback.format_exc()))
-    connection.close()
-
-
-def in_a_process(function, interpret):
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    before = os.environ.get("TRITON_INTERPRET")
-    try:
-        os.environ.pop("TRITON_INTERPRET", None)
-        if interpret:
-            os.environ["TRITON_INTERPRET"] = "1"
-        process = context.Process(target=function, args=(sender,))
-        process.start()
-    finally:
-        os.environ.pop("TRITON_INTERPRET", None)
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-    sender.close()
-    results = pickle.loads(receiver.recv())
-    process.join()
-    if isinstance(results, str):
-        pytest.fail(results)
-    return results
+            generate.RowBatch.shrink = watched
+            found = generate.generate(engine, prompts, seed=1, row_ids=[0, 1, 2], num_samples=2)
+            generate.RowBatch.shrink = shrink
+            texts[kernels.__name__.split(".")[-1], stopping] = [
+                response.token_ids for response in found
+            ]
+    return (texts, slots)
 
 
 @pytest.fixture(scope="module")
 def computed():
-    return in_a_process(run_all, interpret=not CUDA)
+    return in_a_process(run_all, interpret_triton=not CUDA)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,7 +162,7 @@ def test_scores_equal_torch(computed, case):
 
 @pytest.fixture(scope="module")
 def compiled():
-    return in_a_process(compile_all, interpret=False)
+    return in_a_process(compile_all)
 
 
 def test_a_layer_is_few_launches(compiled):
@@ -224,7 +187,7 @@ def test_texts_through_an_engine():
     """Triton's kernels find the keys of a prompt that samples share, and those of rows that have
     moved to other places: no two places write into one slot.
     """
-    texts, slots = in_a_process(write_texts, interpret=True)
+    texts, slots = in_a_process(write_texts, interpret_triton=True)
     for stopping in (False, True):
         expected = texts["torch_kernels", stopping]
         assert texts["triton_kernels", stopping] == expected
