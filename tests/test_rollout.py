@@ -51,7 +51,7 @@ LAYOUTS = [
     pytest.param((2, 2, 1, 2), id="TP2-EP2", marks=pytest.mark.extended),
     pytest.param((3, 1, 1, 1), id="DP3"),
     pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2", marks=pytest.mark.smoke),
-    pytest.param((8, 2, 2, 4), id="TP2-PP2-EP4-DP2"),
+    pytest.param((8, 2, 2, 4), id="TP2-PP2-EP4-DP2", marks=pytest.mark.extended),
     pytest.param((8, 8, 1, 8), id="TP8-EP8-four-kv-heads"),
     pytest.param((8, 1, 1, 8), id="EP8-DP8-ranks-without-prompts", marks=pytest.mark.smoke),
 ]
