@@ -142,7 +142,7 @@ def computed():
 def test_kernels_equal_torch(computed, name):
     """Every function of the module, for the second layer of a cache whose rows share prompts."""
     case, expected = CASES[name], run_layer(torch_kernels, CASES[name])
-    tolerance = 3e-6 if case.dtype == torch.float32 else 5e-3
+    tolerance = (1e-5 if CUDA else 3e-6) if case.dtype == torch.float32 else 5e-3
     for key, found in computed[name].items():
         wanted = expected[key]
         if key == "ids":
