@@ -2,12 +2,13 @@
 same adapter on all linears, the same prompts, greedy, in turn.
 
     python -m benchmarks.rollout [--batches 1,8,32] [--tokens 128] [--prompt 32] [--rounds 3]
+                                 [--experts 128] [--experts_per_token 8]
                                  [--device auto] [--dtype float32]
 
 The small model is the one of checkpoint_tools.make_tiny_model (3 layers, random weights) with the
 real model's router: 128 experts, of which a token takes 8. The column of equal tokens compares the
-two texts. Peak memory is what a rollout takes above what stood before it. For the real sizes:
-benchmarks.rollout_real.
+two texts; in float32 other texts end it with status 1. Peak memory is what a rollout takes above
+what stood before it. For the real sizes: benchmarks.rollout_real.
 """
 
 import argparse
@@ -157,6 +158,8 @@ def main(argv: Sequence[str]) -> None:
     add("--batches", default="1,8,32", help="rows of a rollout")
     add("--tokens", type=int, default=128, help="new tokens of a row")
     add("--prompt", type=int, default=32, help="tokens of a prompt")
+    add("--experts", type=int, default=128)
+    add("--experts_per_token", type=int, default=8)
     add("--rounds", type=int, default=3)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -164,11 +167,16 @@ def main(argv: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
     print(f"{machine(device.type)}; torch {torch.__version__}; commit {commit()}", flush=True)
+    config = TinyModelConfig(
+        thinker_only=True,
+        num_experts=arguments.experts,
+        num_experts_per_tok=arguments.experts_per_token,
+    )
     rows = []
     with tempfile.TemporaryDirectory() as work:
         folder = build_folder(
             str(Path(work) / "model"),
-            TinyModelConfig(thinker_only=True, num_experts=128, num_experts_per_tok=8),
+            config,
         )
         adapter = Path(work) / "adapter"
         write_adapter(adapter, folder)
@@ -179,6 +187,9 @@ def main(argv: Sequence[str]) -> None:
         for batch in map(int, arguments.batches.split(",")):
             rows.append(measure(engines, batch, arguments, Meter(device.type)))
             print(*rows[-1], flush=True)
+            number = batch * arguments.tokens
+            if dtype == torch.float32 and rows[-1][-1] != f"{number} of {number}":
+                sys.exit(f"other texts than transformers': {rows[-1][-1]} tokens are equal")
     names = ["transformers + peft", "this package"]
     header = ["rows", *(f"{name}, tokens/s" for name in names), "ratio"]
     header += [*(f"{name}, peak MiB" for name in names), "equal tokens"]

@@ -191,6 +191,8 @@ class Bench:
             of=num_rows * 128,
             different_in_a_step=different,
         )
+        if same < num_rows * 128:
+            sys.exit("the graph and the eager launches wrote different texts")
 
 
 def main(argv: Sequence[str]) -> None:

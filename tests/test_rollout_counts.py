@@ -62,8 +62,10 @@ class Counting(TorchDispatchMode):
         return result
 
 
-def count(rank, world_size, folder, tp, ep, num_written):
-    """(Counting of one token, the rank's layers) after so many tokens."""
+def count(rank, world_size, folder, tp, ep, num_written, max_new_tokens=MAX_NEW_TOKENS):
+    """What one token costs after so many; the first of them are not written where there are more
+    than a few hundred: what a number is does not change what it costs.
+    """
     parallel = parallel_module.initialize(
         torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
     )
@@ -73,17 +75,26 @@ def count(rank, world_size, folder, tp, ep, num_written):
     options = dict(rank=4, alpha=8.0, dropout=0.1, targets=[*LINEARS, HEAD], seed=0)
     apply_lora(model, model_args, parallel, **options)
     engine = make_engine(
-        model, model_args, parallel, sampling=SAMPLING, max_new_tokens=MAX_NEW_TOKENS
+        model,
+        model_args,
+        parallel,
+        sampling=SAMPLING,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=(1, 2),
     )
     prompts = [[row + 1] * (PROMPT_LENGTH - row) for row in range(NUM_ROWS)]
     with torch.no_grad():
         batch = RowBatch(engine, prompts, None, 1, NUM_ROWS, 0, list(range(NUM_ROWS)))
         batch.cache.reserve(num_written + 1)
-        for number in range(num_written):
+        first = max(0, num_written - MAX_NEW_TOKENS)
+        batch.cache.response[..., :first, :] = 0
+        for number in range(first, num_written):
             batch.write_token(number)
         with Counting() as counting:
             batch.write_token(num_written)
-    return counting.operations, counting.collectives, counting.elements
+    held = (batch.cache.joined, batch.key_mask)
+    num_held = sum(x.untyped_storage().nbytes() for x in held)
+    return counting.operations, counting.collectives, counting.elements, num_held
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,7 @@ def test_collectives_of_a_layer_and_token(folders, layout, most):
 
 
 def test_the_host_waits_for_nothing(folders):
-    operations, _, _ = run_ranks(count, 1, folders[2], 1, 1, 3)[0]
+    operations, *_ = run_ranks(count, 1, folders[2], 1, 1, 3)[0]
     names = {name.split(".")[0] for name in operations} | set(operations)
     assert {"addmm_", "topk", "index_select"} <= names  # the counter sees what there is
     assert not names & WAITS
@@ -150,3 +161,14 @@ def test_only_attention_grows_with_the_text(folders):
     a_token = layers * places * groups * (2 * head_dim + queries * 4 + 1)
     growth = sum(many[2][name] - few[2][name] for name in grown)
     assert growth == 247 * a_token
+
+
+def test_sixteen_thousand_tokens(folders):
+    """What a token reads and what a rollout holds grow in proportion to the text, to its end."""
+    texts = (4_000, 8_000, 16_000)
+    found = [run_ranks(count, 1, folders[2], 1, 1, length, length + 1)[0] for length in texts]
+    reads = [sum(elements.values()) for _, _, elements, _ in found]
+    held = [num_bytes for *_, num_bytes in found]
+    for of_length in (reads, held):
+        first, second = of_length[1] - of_length[0], of_length[2] - of_length[1]
+        assert first > 0 and second == 2 * first

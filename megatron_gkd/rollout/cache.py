@@ -134,6 +134,8 @@ class Rows:
     """int64 [B, LOOK]: the newest tokens, number t in column t % LOOK"""
     log_probabilities: Tensor
     """fp32 [B, LOOK], in nats, of the same"""
+    ended: Tensor
+    """bool [B]: a stop token was drawn, or none could be"""
     step: Tensor
     """int64 [1]: response tokens of every row in the cache, and the number of the newest token"""
 
@@ -150,6 +152,7 @@ class Rows:
             zeros(num_rows, dtype=torch.int32),
             zeros(num_rows, LOOK, dtype=torch.int64),
             zeros(num_rows, LOOK, dtype=torch.float32),
+            zeros(num_rows, dtype=torch.bool),
             zeros(1, dtype=torch.int64),
         )
 
@@ -163,6 +166,7 @@ class Rows:
             self.slots[:num_rows],
             self.written[:num_rows],
             self.log_probabilities[:num_rows],
+            self.ended[:num_rows],
             self.step,
         )
 
@@ -177,12 +181,14 @@ class Rows:
             self.slots,
             self.written,
             self.log_probabilities,
+            self.ended,
         ):
             state[:size] = state[rows]
 
-    def note(self, tokens: Tensor, log_probabilities: Tensor) -> None:
-        """[B] each: the tokens number `step`."""
+    def note(self, tokens: Tensor, log_probabilities: Tensor, stop_ids: Tensor) -> None:
+        """[B] each: the tokens number `step`; stop_ids int64 [any]: those that end a row."""
         column = self.step % LOOK
         self.tokens.copy_(tokens)
         self.written.index_copy_(1, column, tokens[:, None])
         self.log_probabilities.index_copy_(1, column, log_probabilities[:, None])
+        self.ended.logical_or_((tokens[:, None] == stop_ids).any(dim=1) | (tokens < 0))

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, world_max
 from megatron_gkd.rollout.cache import Rows
@@ -54,6 +56,8 @@ class Engine:
         enabled = settings.cuda_graphs and can
         self.graphs = Graphs(parallel.device, enabled=enabled)
         self.head = Head(model) if parallel.is_last_stage else None
+        stop_ids = sorted(settings.stop_token_ids)
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=parallel.device)
         self._rows: Rows | None = None
         self._sampler: Sampler | None = None
 

@@ -95,19 +95,20 @@ def _collect(
     """Add the tokens start .. end - 1 to the unfinished responses: the host waits for them.
     Returns the samples whose logits were not finite.
     """
-    tokens, log_probabilities = batch.newest(start, end)
+    tokens, log_probabilities, ended = batch.newest(start, end)
     not_finite = []
     for place, number in list(batch.unfinished.items()):
+        of_place, size = tokens[place], end - start
+        if ended[place]:
+            del batch.unfinished[place]
+            stops = (token < 0 or token in stop_token_ids for token in of_place)
+            size = list(stops).index(True) + 1
+            if of_place[size - 1] < 0:
+                not_finite.append(number)
         token_ids, of_tokens = responses[number]
         assert of_tokens is not None
-        for token, log_probability in zip(tokens[place], log_probabilities[place]):
-            token_ids.append(token)
-            of_tokens.append(log_probability)
-            if token < 0:
-                not_finite.append(number)
-            if token < 0 or token in stop_token_ids:
-                del batch.unfinished[place]
-                break
+        token_ids += of_place[:size]
+        of_tokens += log_probabilities[place][:size]
     return not_finite
 
 

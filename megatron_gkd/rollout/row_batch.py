@@ -103,6 +103,7 @@ class RowBatch:
         rows.prompt_lengths.copy_(lengths[index])
         rows.prompts.copy_(index)
         rows.slots.copy_(torch.arange(self.size, device=device))
+        rows.ended.zero_()
         rows.step.zero_()
         self._arrange(of_row, list(range(self.size)))
 
@@ -156,15 +157,19 @@ class RowBatch:
             drawn = torch.stack((tokens.double(), log_probabilities.double()))
             dist.broadcast(drawn, parallel.last_stage_rank, group=parallel.groups.pp)
             tokens, log_probabilities = drawn[0].long(), drawn[1].float()
-        rows.note(tokens, log_probabilities)
+        rows.note(tokens, log_probabilities, self.engine.stop_ids)
 
-    def newest(self, start: int, end: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens number start .. end - 1 of every place and their log-probabilities. Waits for the
-        device.
+    def newest(self, start: int, end: int) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Tokens number start .. end - 1 of every place, their log-probabilities, and which places
+        have ended. Waits for the device.
         """
         columns = [number % LOOK for number in range(start, end)]
         rows = self.rows.first(self.size)
-        return rows.written[:, columns].tolist(), rows.log_probabilities[:, columns].tolist()
+        return (
+            rows.written[:, columns].tolist(),
+            rows.log_probabilities[:, columns].tolist(),
+            rows.ended.tolist(),
+        )
 
     def shrink(self, size: int) -> None:
         """Go on with `size` places, if they are fewer: rows that have ended are left out."""
