@@ -42,8 +42,7 @@ from torch import Tensor
 
 from benchmarks.meter import resident_bytes
 from benchmarks.report import commit, machine, table
-from megatron_gkd.data import Batch, View
-from megatron_gkd.data.batch import BatchView, pad_views
+from megatron_gkd.data import Batch, Packing, Sample, View, collate
 from megatron_gkd.flags import exit_with
 from megatron_gkd.forward import LossSettings, student_forward_backward, teacher_forward
 from megatron_gkd.lora.adapter import ATTENTION, LINEARS, resolve_targets
@@ -100,6 +99,7 @@ class Shape:
 
 
 REAL_SHAPE = Shape()
+LAYOUT = ("tensor_model", "expert_model", "context")
 # Of the command line, in the order of Shape's fields.
 SIZE_FLAGS = "layers experts experts_per_token hidden inter heads key_value_heads head_dim vocab"
 
@@ -116,6 +116,7 @@ def random_decoder(
     recompute: bool = False,
     tensor_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     seed: int = SEED,
 ) -> tuple[Parallel, ModelArgs, GPTModel]:
     """This process's place in the layout, the sizes, and its part of a decoder with LoRA on
@@ -131,6 +132,7 @@ def random_decoder(
         resolve_device(device),
         tensor_model_parallel_size=tensor_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        context_parallel_size=context_parallel_size,
         seed=seed,
     )
     model_args = shape.model_args()
@@ -179,26 +181,21 @@ def _slice_number(name: str, parameter: Tensor, parallel: Parallel) -> int:
 def random_batch(
     vocab_size: int, parallel: Parallel, *, num_rows: int, length: int, response: int, seed: int
 ) -> Batch:
-    """A micro-batch of random ids on the device: both views [num_rows, length], padded to a
-    multiple that tensor parallelism needs; other prompts, the same responses of `response` tokens.
-    The same on the ranks that share the data.
+    """A micro-batch of random ids on the device: rows of `length` tokens in both views, which have
+    other prompts and the same responses. The same on the ranks that share the data.
     """
     generator = torch.Generator().manual_seed(seed * 1_000 + parallel.dp_rank)
 
     def ids(size: int) -> list[list[int]]:
         return torch.randint(vocab_size, (num_rows, size), generator=generator).tolist()
 
-    responses, prompt_length = ids(response), length - response
-
-    def view() -> BatchView:
-        views = [
-            View(prompt + answer, [IGNORED_LABEL] * prompt_length + answer, prompt_length)
-            for prompt, answer in zip(ids(prompt_length), responses)
-        ]
-        return pad_views(views, 0, parallel.sequence_multiple, [{}] * num_rows)
-
-    batch = Batch(view(), view(), has_teacher_view=True, rows=list(range(num_rows)))
-    return batch.to(parallel.device)
+    answers, start, samples = ids(response), length - response, []
+    for row, (*prompts, answer) in enumerate(zip(ids(start), ids(start), answers)):
+        labels = [IGNORED_LABEL] * start + answer
+        student, teacher = (View(prompt + answer, labels, start) for prompt in prompts)
+        samples.append(Sample(student, teacher, True, "", row, 0))
+    packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
+    return collate(samples, packing).to(parallel.device)
 
 
 @dataclass(frozen=True)
@@ -228,11 +225,13 @@ class Training:
         self.loss = LossSettings(divergence, 0.0, model_args.vocab_size)
         self.clock = Clock(parallel.device)
 
-    def step(self, batch: Batch, step: int) -> StepResult:
-        """Step number `step` on one micro-batch; the device is waited for after each phase.
+    def step(
+        self, batches: Sequence[Batch], step: int, learning_rate: float = LEARNING_RATE
+    ) -> StepResult:
+        """Step number `step` on these micro-batches; the device is waited for after each phase.
         Collectives: those of a training step. Raises FloatingPointError where it is not finite.
         """
-        parallel, clock, batches = self.parallel, self.clock, [batch]
+        parallel, clock = self.parallel, self.clock
         seed_step(SEED, step, parallel)
         reset_peak(parallel.device)
         clock.restart()
@@ -242,11 +241,11 @@ class Training:
         sums = student_forward_backward(self.reduced, batches, teacher_hidden, self.loss, parallel)
         means = sums.means(parallel)
         clock.lap("student_time")
-        update = self.optimizer.step(LEARNING_RATE, means["loss"])
+        update = self.optimizer.step(learning_rate, means["loss"])
         clock.lap("optimizer_time")
         if not update.applied:
             raise FloatingPointError(f"step {step}: the loss or a gradient is not finite")
-        num_tokens = int(batch.student.lengths.sum()) * parallel.dp_size
+        num_tokens = sum(sum(batch.student.lengths) for batch in batches) * parallel.dp_size
         allocated, reserved = peak_gib(parallel.device)
         return StepResult(
             teacher_seconds=clock.laps["teacher_time"],
@@ -283,7 +282,7 @@ def profile_step(training: Training, batch: Batch, step: int) -> tuple[dict[str,
     cuda = training.parallel.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
-        result = training.step(batch, step)
+        result = training.step([batch], step)
     events: Any = profiler.key_averages()
     count = lambda *names: sum(e.count for e in events if any(name in e.key for name in names))
     found = {"step_seconds": result.step_seconds}  # under the profiler, which slows the host
@@ -321,8 +320,8 @@ def measure(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     """Build the decoder, take the steps and print what they took; `write` gets the records."""
     started, targets = time.perf_counter(), TARGETS[arguments.targets]
     shape = Shape(**{name: getattr(arguments, name) for name in asdict(REAL_SHAPE)})
-    same = ("device", "recompute", "tensor_model_parallel_size", "expert_model_parallel_size")
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in same}
+    names = ("device", "recompute", *(f"{name}_parallel_size" for name in LAYOUT))
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     parallel, model_args, model = random_decoder(shape, targets=targets, **settings)
     training = Training(parallel, model_args, model)
     reset_peak(parallel.device)
@@ -337,7 +336,7 @@ def measure(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     results = []
     for step in range(1, arguments.steps + 1):
         batch = random_batch(shape.vocab_size, parallel, **sizes, seed=step)
-        results.append(training.step(batch, step))
+        results.append(training.step([batch], step))
         write({"what": "step", "step": step, **asdict(results[-1])})
     log_rank_0(parallel, result_table(results))
     if arguments.profile:
@@ -374,8 +373,8 @@ def main(argv: Sequence[str]) -> None:
     add("--response", type=int, default=512, help="those at a row's end that are trained")
     add("--steps", type=int, default=3)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--tensor_model_parallel_size", type=int, default=1)
-    add("--expert_model_parallel_size", type=int, default=1)
+    for name in LAYOUT:
+        add(f"--{name}_parallel_size", type=int, default=1)
     add("--profile", metavar="FILE", help="for the tables of torch's profiler")
     add("--records", metavar="FILE", help="to which JSON objects are appended, one a line")
     arguments = parser.parse_args(argv)

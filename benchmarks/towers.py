@@ -32,7 +32,7 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 from benchmarks.report import commit, machine, table
-from megatron_gkd.data import Batch, Sample, View, collate
+from megatron_gkd.data import Batch, Packing, Sample, View, collate
 from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.towers import Towers
@@ -52,7 +52,9 @@ SMALL: dict[str, list] = {"2 audios and 1 image": [150, 90, (1, 4, 4)], "1 audio
 
 
 def towers(place: Any, shares: bool, small: bool) -> Towers:
-    """Towers with random weights, the same on every rank. place: the rank in its TP group."""
+    """Towers with random weights, the same on every rank. place: the rank's group, whose ranks read
+    the same rows, and its device.
+    """
     torch.manual_seed(0)
     width, depth = (32, 2) if small else (384, 6)
     audio = Qwen3OmniMoeAudioEncoderConfig(
@@ -98,7 +100,7 @@ def batch_of(sizes: list) -> Batch:
         )
         length += media[-1].num_tokens
     view = View([0] * (length + 1), [-100] * length + [0], length, None, tuple(places))
-    return collate([Sample(view, view, False, "", 0, 0, tuple(media))], 0, 1)
+    return collate([Sample(view, view, False, "", 0, 0, tuple(media))], Packing(0))
 
 
 def seconds_of(encoder: Towers, batch: Batch) -> float:
@@ -118,8 +120,8 @@ def run_rank(rank: int, tp_size: int, store: str, rounds: int, small: bool, resu
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, tp_size), rank=rank, world_size=tp_size
     )
-    groups, device = SimpleNamespace(tp=dist.group.WORLD), torch.device("cpu")
-    place = SimpleNamespace(tp_rank=rank, tp_size=tp_size, groups=groups, device=device)
+    groups, device = SimpleNamespace(tp_cp=dist.group.WORLD), torch.device("cpu")
+    place = SimpleNamespace(groups=groups, device=device)
     ways = {name: towers(place, name == "share", small) for name in ("all", "share")}
     for case, sizes in (SMALL if small else CASES).items():
         batch = batch_of(sizes)

@@ -27,7 +27,7 @@ from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
-from megatron_gkd.run import Run
+from megatron_gkd.run import Run, packing, step_budget
 from megatron_gkd.run_folder import (
     MetricsWriter,
     check_writable,
@@ -80,6 +80,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             parallel=parallel,
             data=train_data,
             model_folder=config.model.model,
+            budget=step_budget(config, model_args),
+            packing=packing(train_data.pad_token_id, parallel),
             seed=config.train.seed,
         )
     return Run(
@@ -149,7 +151,7 @@ def build_base(
     """
     lora = config.lora
     dtype = DTYPES[config.model.torch_dtype]
-    attention = core_attention(config.model.attn_impl, parallel.device)
+    attention = core_attention(config.model.attn_impl, parallel.device, parallel.cp_size)
     experts = grouped_linear(config.model.experts_impl, parallel.device)
     log_rank_0(
         parallel,
@@ -217,6 +219,7 @@ def write_description(config: Config, num_parameters: dict[str, int], parallel: 
         "pp": parallel.pp_size,
         "dp": parallel.dp_size,
         "ep": parallel.ep_size,
+        "cp": parallel.cp_size,
     }
     write_run_json(
         config.run.output_dir, config.to_dict(), package_versions(), num_parameters, layout

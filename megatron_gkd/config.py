@@ -197,10 +197,22 @@ class TrainConfig:
     _argument_group_name = "training"
 
     per_device_train_batch_size: int = setting(
-        4, "Samples in a micro-batch of one data-parallel rank."
+        4, "Samples of a step, times --gradient_accumulation_steps, for each data-parallel rank."
     )
-    per_device_eval_batch_size: int = setting(4, "The same in evaluation.")
-    gradient_accumulation_steps: int = setting(1, "Micro-batches in a step.")
+    per_device_eval_batch_size: int = setting(
+        4, "Rows of --max_length whose tokens a micro-batch of an evaluation may hold."
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "See --per_device_train_batch_size; with pipeline stages also the least number of "
+        "micro-batches.",
+    )
+    max_tokens_per_micro_batch: int | None = setting(
+        None,
+        "A step's rows are cut into micro-batches of at most so many tokens, of about equal cost; "
+        "a longer row is one by itself. Whole rows count, however many ranks share them. Default: "
+        "--per_device_train_batch_size (evaluation: --per_device_eval_batch_size) x --max_length.",
+    )
     learning_rate: float = setting(1e-5, "Peak learning rate, reached at the end of the warm-up.")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "From the peak to 0 over the run (constant: stays)."
@@ -238,6 +250,8 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "max_bad_steps",
         )
+        if self.max_tokens_per_micro_batch is not None:
+            require_at_least(self, 1, "max_tokens_per_micro_batch")
         require_in(self, NOT_NEGATIVE, "learning_rate", way_out="1e-5 is usual")
         require_in(self, SHARE, "warmup_ratio")
         require_in(self, NOT_NEGATIVE, "weight_decay")
@@ -253,6 +267,11 @@ class TrainConfig:
     def global_batch_size(self, dp_size: int) -> int:
         """Samples of a step over `dp_size` data-parallel ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * dp_size
+
+    def micro_batch_tokens(self, max_length: int, *, evaluates: bool = False) -> int:
+        """Tokens that a micro-batch of a step, or of an evaluation, may hold."""
+        rows = self.per_device_eval_batch_size if evaluates else self.per_device_train_batch_size
+        return self.max_tokens_per_micro_batch or rows * max_length
 
 
 @dataclass
@@ -295,6 +314,11 @@ class Config:
     rollout: RolloutConfig
     train: TrainConfig
     run: RunConfig
+
+    def __post_init__(self):
+        size = self.parallel.context_parallel_size
+        fits = size == 1 or self.model.attn_impl != "te"
+        require(fits, "context_parallel_size", size, "1 with --attn_impl te", "use sdpa")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """JSON-able: group name -> setting -> value."""
@@ -347,8 +371,8 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
         world_size,
         model_args,
         config.parallel,
-        micro_batch_size=config.train.per_device_train_batch_size,
-        num_micro_batches=config.train.gradient_accumulation_steps,
+        samples_of_a_rank=config.train.global_batch_size(1),
+        max_tokens=config.train.micro_batch_tokens(config.data.max_length),
     )
 
 

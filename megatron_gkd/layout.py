@@ -4,7 +4,7 @@ about it. Imports nothing slow: `--check_layout` answers before torch would be l
 
 from dataclasses import dataclass
 
-from megatron_gkd.flags import require, require_at_least, setting
+from megatron_gkd.flags import require_at_least, setting
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -19,7 +19,11 @@ class ParallelConfig:
     expert_model_parallel_size: int = setting(
         1, "Ranks that share the experts of a layer; inside one pipeline stage."
     )
-    context_parallel_size: int = setting(1, "Only 1 is supported.")
+    context_parallel_size: int = setting(
+        1,
+        "Ranks that share the tokens of each row, for rows that are too long for one "
+        "tensor-parallel group.",
+    )
 
     def __post_init__(self):
         require_at_least(
@@ -28,17 +32,7 @@ class ParallelConfig:
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "expert_model_parallel_size",
-        )
-        way_out = (
-            "a long sequence is already sharded over --tensor_model_parallel_size ranks "
-            "(sequence parallelism)"
-        )
-        require(
-            self.context_parallel_size == 1,
             "context_parallel_size",
-            self.context_parallel_size,
-            "1",
-            way_out,
         )
 
 
@@ -58,12 +52,13 @@ def check_layout(
     pipeline stage.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size
-    if world_size % (tp * pp):
+    ep, cp = parallel.expert_model_parallel_size, parallel.context_parallel_size
+    if world_size % (tp * pp * cp):
+        of_rows = f" x --context_parallel_size {cp}" if cp > 1 else ""
         raise ValueError(
             f"{world_size} ranks cannot be cut into model copies of --tensor_model_parallel_size "
-            f"{tp} x --pipeline_model_parallel_size {pp} = {tp * pp} ranks; start a multiple of "
-            "that, or lower a size"
+            f"{tp} x --pipeline_model_parallel_size {pp}{of_rows} = {tp * pp * cp} ranks; start a "
+            "multiple of that, or lower a size"
         )
     ranks_of_stage = f"ranks of a pipeline stage ({world_size} ranks / PP {pp})"
     for flag, size, number, of_what in (
@@ -82,7 +77,7 @@ def check_layout(
             f"--tensor_model_parallel_size {tp} and the model's {num_key_value_heads} key-value "
             "heads: one must divide the other"
         )
-    return world_size // (tp * pp)
+    return world_size // (tp * pp * cp)
 
 
 def describe_layout(
@@ -90,8 +85,8 @@ def describe_layout(
     model_args: ModelArgs,
     parallel: ParallelConfig,
     *,
-    micro_batch_size: int,
-    num_micro_batches: int,
+    samples_of_a_rank: int,
+    max_tokens: int,
 ) -> str:
     """One line on how `world_size` ranks share a model of these sizes, and the samples of a step;
     ValueError where they cannot.
@@ -105,12 +100,12 @@ def describe_layout(
         num_layers=model_args.num_layers,
     )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size
+    ep, cp = parallel.expert_model_parallel_size, parallel.context_parallel_size
+    of_rows = f"CP {cp} x " if cp > 1 else ""
     return (
-        f"Layout: {world_size} ranks = TP {tp} x PP {pp} x DP {data_parallel_size}; "
+        f"Layout: {world_size} ranks = TP {tp} x PP {pp} x {of_rows}DP {data_parallel_size}; "
         f"EP {ep}: {model_args.num_experts // ep} of {model_args.num_experts} experts a rank; "
         f"{model_args.num_layers // pp} of {model_args.num_layers} layers a stage; "
-        f"a step takes {micro_batch_size * num_micro_batches * data_parallel_size} samples "
-        f"({micro_batch_size} x {num_micro_batches} micro-batches x {data_parallel_size} "
-        "data-parallel ranks)"
+        f"a step takes {samples_of_a_rank * data_parallel_size} samples ({samples_of_a_rank} x "
+        f"{data_parallel_size} data-parallel ranks) in micro-batches of at most {max_tokens} tokens"
     )

@@ -90,19 +90,23 @@ class TokenSums:
         sums.values[:, :GAP] = math.nan
         return sums
 
-    def add(self, output: LinearJsdOutput, batch: Batch) -> None:
-        """The tokens of a micro-batch, `output` in the order of its student's response rows."""
+    def add(self, output: LinearJsdOutput, batch: Batch, share: slice = slice(None)) -> None:
+        """The tokens of a micro-batch. share: those of its student's response rows, in their order,
+        that `output` is about.
+        """
         summed = [getattr(output, name).detach().double() for name in SUMMED]
         ones = torch.ones_like(summed[0])
         gap, is_written = torch.zeros_like(ones), torch.zeros_like(ones)
         if batch.log_probabilities is not None:
             # cross-entropy at temperature 1: minus the log-probability that the loss saw
             assert output.sft_loss is not None, "the batch has labels"
-            gap, is_written = (batch.log_probabilities + output.sft_loss.detach()).abs(), ones
+            drawn = batch.log_probabilities[share]
+            gap, is_written = (drawn + output.sft_loss.detach()).abs(), ones
         values = torch.stack([*summed, gap.double(), is_written, ones])
         self.values[0] += values.sum(dim=1)
         if len(self.groups):
-            rows = (batch.student.response_rows // batch.student.input_ids.shape[1]).tolist()
+            of_rows = enumerate(batch.student.num_targets)
+            rows = [row for row, number in of_rows for _ in range(number)][share]
             number = {
                 name: index
                 for index, name in enumerate(
@@ -123,10 +127,10 @@ class TokenSums:
     def means(self, parallel: Parallel) -> dict[str, Any]:
         """Means over the global batch and `num_tokens`, `rollout_logprob_gap` where tokens were
         written; of groups a few under `by_source` and `by_media` (those that have tokens).
-        Collectives: a sum over data-parallel ranks, a broadcast from the last stage.
+        Collectives: a sum over data- and context-parallel ranks, a broadcast from the last stage.
         """
         sums = self.values.clone()
-        torch.distributed.all_reduce(sums, group=parallel.groups.dp)
+        torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)
         if parallel.pp_size > 1:
             torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
         every, *parts = (
@@ -183,10 +187,19 @@ class StepCounts:
 
     num_tokens: int
     """Of both views, prompts included."""
+    num_places: int
+    """Positions of both views, which are more by the padding"""
+    num_micro_batches: int
+    """Of one data-parallel rank"""
     cut_tokens: int
     truncated_responses: int
     peak_memory_bytes: float
     stop: bool
+
+    @property
+    def padding(self) -> float:
+        """The share of the positions that hold no token."""
+        return 1 - self.num_tokens / self.num_places if self.num_places else 0.0
 
     @classmethod
     def of(
@@ -197,14 +210,20 @@ class StepCounts:
         parallel: Parallel,
     ) -> "StepCounts":
         """From this rank's micro-batches, truncated responses and SIGTERM. Collectives: a sum of
-        three numbers over data-parallel ranks, a maximum of two over the world.
+        four numbers over data-parallel ranks, a maximum of two over the world.
         """
+        views = [view for batch in batches for view in (batch.student, batch.teacher)]
+        num_tokens = sum(
+            length
+            for batch in batches
+            for view in (batch.student, batch.teacher)
+            for length, row in zip(view.lengths, batch.rows)
+            if row >= 0  # not a padding sample
+        )
         sums = torch.tensor(
             [
-                sum(
-                    int(batch.student.lengths.sum() + batch.teacher.lengths.sum())
-                    for batch in batches
-                ),
+                num_tokens,
+                sum(view.size for view in views),
                 sum(batch.cut_tokens for batch in batches),
                 num_truncated,
             ],
@@ -218,9 +237,11 @@ class StepCounts:
             device=parallel.device,
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        num_tokens, cut_tokens, truncated_responses = map(int, sums.tolist())
+        num_tokens, num_places, cut_tokens, truncated_responses = map(int, sums.tolist())
         return cls(
             num_tokens,
+            num_places,
+            len(batches),
             cut_tokens,
             truncated_responses,
             peak_memory_bytes=most[1].item(),

@@ -7,7 +7,9 @@ data-parallel ranks for the experts.
 
 Between the linears of a layer a sequence is sharded over the tensor-parallel ranks (megatron-core's
 sequence parallelism). Around the layers `Parallel.sequence_multiple`, `shard_sequence` and
-`gather_sequence` know how; within them megatron-core's linears and ours (lora/modules.py) do.
+`gather_sequence` know how; within them megatron-core's linears and ours (lora/modules.py) do. What
+is sharded so is the part of the sequence that a context-parallel rank has
+(model/packed_rows.py); only attention and the response rows (forward.py) know of the other parts.
 """
 
 import os
@@ -25,12 +27,11 @@ from megatron_gkd import cpu
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, dp, ep,
-    expt_dp, ...).
+    """This rank's place in the layout. `groups` is megatron-core's collection (tp, pp, cp, dp,
+    dp_cp, ep, expt_dp, ...).
 
-    Context parallelism would change three members: `sequence_multiple` becomes a multiple of
-    2 x CP x TP, `shard_sequence` and `gather_sequence` first cut and last join the two chunks of
-    each context-parallel rank. Callers do not assume that a shard is one contiguous block.
+    Context-parallel ranks read parts of the same rows; for weights and gradients they are further
+    data-parallel ranks.
     """
 
     groups: ProcessGroupCollection
@@ -41,6 +42,8 @@ class Parallel:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     ep_rank: int
@@ -60,13 +63,25 @@ class Parallel:
         return torch.distributed.get_global_rank(self.groups.pp, self.pp_size - 1)
 
     @property
+    def is_first_replica(self) -> bool:
+        """Of the ranks that hold the same weights outside of the experts, the one that writes."""
+        return self.dp_rank == self.cp_rank == 0
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows in a packed sequence have a multiple of this many positions, so that they can be cut
+        over the context-parallel ranks.
+        """
+        return 1 if self.cp_size == 1 else 2 * self.cp_size
+
+    @property
     def sequence_multiple(self) -> int:
-        """Padded sequences have a multiple of this many positions, so that all shards are equal."""
-        return self.tp_size
+        """Packed sequences have a multiple of this many positions, so that all shards are equal."""
+        return self.tp_size * self.row_multiple
 
     def shard_sequence(self, x: Tensor) -> Tensor:
-        """[S, ...], the same on the ranks that share the sequence -> this rank's positions, [S/TP,
-        ...]. S is a multiple of `sequence_multiple`.
+        """[S, ...], the same on the tensor-parallel ranks -> this rank's positions, [S/TP, ...]. S
+        is a multiple of the ranks.
 
         Collectives: none forward; in backward an all-gather of the ranks' gradients.
         """
@@ -75,8 +90,8 @@ class Parallel:
         return tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.groups.tp)
 
     def gather_sequence(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
-        """This rank's positions [S/TP, ...] -> the whole sequence [S, ...] on every rank that
-        shares it: the inverse of `shard_sequence`.
+        """This rank's positions [S/TP, ...] -> all [S, ...] on every tensor-parallel rank: the
+        inverse of `shard_sequence`.
 
         tensor_parallel_output_grad: the gradient of the result is this rank's part of a sum (over
         slices of the vocabulary), and backward is a reduce-scatter. Otherwise every rank has
@@ -124,6 +139,7 @@ def initialize(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     seed: int = 42,
     timeout: timedelta | None = None,
 ) -> Parallel:
@@ -155,11 +171,12 @@ def initialize(
         moe_utils.te_general_gemm = None
     world_size = torch.distributed.get_world_size()
     stage_size = world_size // pipeline_model_parallel_size
-    if world_size % (tensor_model_parallel_size * pipeline_model_parallel_size):
+    replica = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    if world_size % replica:
         raise ValueError(
             f"world size {world_size} is not divisible by tensor_model_parallel_size "
             f"{tensor_model_parallel_size} x pipeline_model_parallel_size "
-            f"{pipeline_model_parallel_size}"
+            f"{pipeline_model_parallel_size} x context_parallel_size {context_parallel_size}"
         )
     if stage_size % expert_model_parallel_size:
         raise ValueError(
@@ -169,6 +186,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
@@ -184,6 +202,8 @@ def initialize(
         tp_size=groups.tp.size(),
         pp_rank=groups.pp.rank(),
         pp_size=groups.pp.size(),
+        cp_rank=groups.cp.rank(),
+        cp_size=groups.cp.size(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
         ep_rank=groups.ep.rank(),
@@ -195,9 +215,9 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     """Seed every generator from (seed, step, rank), so that a resumed run needs no random state
     from disk.
 
-    The default generator agrees on the ranks of a tensor-parallel group (dropout on replicated
-    inputs must); megatron-core's tracker holds the generators that differ between them (sharded
-    inputs, experts).
+    The default generator agrees on the tensor- and context-parallel ranks of a replica (dropout on
+    replicated inputs must); megatron-core's tracker holds the generators that differ between them
+    (sharded inputs, experts, parts of rows).
     """
     base = (
         seed * 1_000_003 + step * 8_191 + parallel.dp_rank * 131_071 + parallel.pp_rank * 524_287
@@ -207,8 +227,11 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
         torch.cuda.manual_seed(base)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.reset()
-    tracker.add("model-parallel-rng", base + 2_718 + parallel.tp_rank)
-    tracker.add("expert-parallel-rng", base + 1_024 + 100 * parallel.ep_rank + parallel.tp_rank)
+    of_part = base + 10_007 * parallel.cp_rank
+    sharded = of_part + parallel.tp_rank
+    tracker.add("context-parallel-rng", of_part + 3_141)  # the same on tensor-parallel ranks
+    tracker.add("model-parallel-rng", sharded + 2_718)
+    tracker.add("expert-parallel-rng", sharded + 1_024 + 100 * parallel.ep_rank)
 
 
 def all_gather_objects(value: Any) -> list:

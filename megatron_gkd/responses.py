@@ -31,7 +31,7 @@ class RolloutConfig:
         1, "Responses to each prompt where the run writes them; each is a row of the step."
     )
     rollout_prefill_tokens: int = setting(
-        8192, "Prompt tokens, padding included, that one forward of a rollout reads."
+        8192, "Prompt tokens that one forward of a rollout reads."
     )
     rollout_cuda_graphs: bool = setting(
         True, "On CUDA: replay what a token of a rollout does as one graph."

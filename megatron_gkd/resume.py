@@ -94,7 +94,8 @@ def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
 
 
 # Settings that may change on resume without a note: the first group changes no number, the second
-# is covered by global_batch_size and total_steps.
+# is covered by global_batch_size and total_steps; how a step's rows are cut into micro-batches
+# changes rounding and dropout's draws, as another layout does.
 FREE_SETTINGS = {
     "dataloader_num_workers",
     "dataset_num_proc",
@@ -108,6 +109,7 @@ FREE_SETTINGS |= {
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "max_tokens_per_micro_batch",
     "max_steps",
     "num_train_epochs",
 }

@@ -5,12 +5,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.config import Config
 from megatron_gkd.data import SampleDataset, eval_loader, step_loader
-from megatron_gkd.data.batch import Batch
+from megatron_gkd.data.batch import Batch, Packing, collate
+from megatron_gkd.data.loader import Numbered
+from megatron_gkd.data.micro_batches import Budget, attention_tokens
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.media.towers import Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
@@ -112,6 +115,21 @@ class Run:
     def is_complete(self) -> bool:
         return self.progress.step >= self.total_steps
 
+    def is_on_policy(self, step: int) -> bool:
+        """Whether the student writes the responses of step `step` (from 0): the same on all ranks
+        and after a resume.
+        """
+        return draw(self.config.train.seed, step) < self.config.distill.lmbda_at(step)
+
+    def step_lengths(self, step: int) -> np.ndarray:
+        """Tokens that each row of the training data has in a step: where a rollout will write its
+        response, room for the longest.
+        """
+        lengths = self.train_data.lengths
+        if self.author(self.is_on_policy(step)) is None:
+            return lengths.views
+        return lengths.prompts + self.config.rollout.max_completion_length
+
     def author(self, on_policy: bool) -> Author | None:
         """Who writes the responses of a step; None: they are the data set's own."""
         if on_policy:
@@ -138,41 +156,59 @@ class Run:
         train, parallel = self.config.train, self.parallel
         loader = step_loader(
             self.train_data,
-            per_device_batch_size=train.per_device_train_batch_size,
-            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            self.step_lengths,
+            global_batch_size=self.global_batch_size,
+            budget=self.budget,
             dp_rank=parallel.dp_rank,
             dp_size=parallel.dp_size,
             seed=train.seed,
             start_step=self.progress.step,
             num_steps=self.total_steps,
             num_workers=self.config.data.dataloader_num_workers,
-            pad_token_id=self.train_data.pad_token_id,
-            pad_to_multiple_of=parallel.sequence_multiple,
         )
         with closing(loader):
             while not self.is_complete:
                 self.clock.restart()
                 seed_step(train.seed, self.progress.step, parallel)
-                batches = [batch.to(parallel.device) for batch in next(loader)]
+                batches = [self.packed(numbered) for numbered in next(loader)]
                 self.clock.lap("data_time")
                 yield batches
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the evaluation data, on the device: each row once over all
-        ranks, padding samples at the end.
+        ranks, padding samples where a rank has none.
         """
         assert self.eval_data is not None
         loader = eval_loader(
             self.eval_data,
-            per_device_batch_size=self.config.train.per_device_eval_batch_size,
+            self.eval_data.lengths.views,
+            budget=self.eval_budget,
             dp_rank=self.parallel.dp_rank,
             dp_size=self.parallel.dp_size,
-            num_workers=0,
-            pad_token_id=self.eval_data.pad_token_id,
-            pad_to_multiple_of=self.parallel.sequence_multiple,
         )
-        for batch in loader:
-            yield batch.to(self.parallel.device)
+        yield from map(self.packed, loader)
+
+    @property
+    def packing(self) -> Packing:
+        """How rows of this run become one sequence."""
+        return packing(self.train_data.pad_token_id, self.parallel)
+
+    def packed(self, numbered: list[Numbered]) -> Batch:
+        """Samples of a micro-batch -> the batch, on the device."""
+        numbers, samples = zip(*numbered)
+        return collate(samples, self.packing, numbers).to(self.parallel.device)
+
+    @property
+    def budget(self) -> Budget:
+        """What a micro-batch of a step may hold."""
+        return step_budget(self.config, self.model_args)
+
+    @property
+    def eval_budget(self) -> Budget:
+        """What a micro-batch of an evaluation may hold."""
+        max_length = self.config.data.max_length
+        tokens = self.config.train.micro_batch_tokens(max_length, evaluates=True)
+        return Budget(tokens, attention_tokens(self.model_args))
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
@@ -207,6 +243,8 @@ class Run:
             "truncated_responses": counts.truncated_responses,
             "on_policy_share": self.progress.on_policy_steps / step,
             "skipped_steps": self.progress.skipped_steps,
+            "micro_batches": counts.num_micro_batches,
+            "padding": counts.padding,
             "tokens_per_second": counts.num_tokens / step_time,
             "peak_memory_gib": counts.peak_memory_bytes / 2**30,
             "step_time": step_time,
@@ -218,3 +256,28 @@ class Run:
         self.writer.close()
         if self.rollout is not None:
             self.rollout.close()
+
+
+def draw(seed: int, step: int) -> float:
+    """Uniform in [0, 1), the same on all ranks and after a resume."""
+    return torch.rand(
+        (), generator=torch.Generator().manual_seed(seed * 1_000_003 + step), dtype=torch.float64
+    ).item()
+
+
+def packing(pad_token_id: int, parallel: Parallel) -> Packing:
+    """How rows become one sequence in this layout."""
+    return Packing(pad_token_id, parallel.sequence_multiple, parallel.row_multiple)
+
+
+def step_budget(config: Config, model_args: ModelArgs) -> Budget:
+    """What a micro-batch of a step may hold. Pipeline stages get at least
+    --gradient_accumulation_steps micro-batches, which keep them busy.
+    """
+    train = config.train
+    is_staged = config.parallel.pipeline_model_parallel_size > 1
+    return Budget(
+        train.micro_batch_tokens(config.data.max_length),
+        attention_tokens(model_args),
+        at_least=train.gradient_accumulation_steps if is_staged else 1,
+    )

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     CONFIG = parse_config_or_exit(sys.argv[1:])
     startup.prepare_imports()
 
-import torch
 from safetensors import SafetensorError
 
 from megatron_gkd.build import build_run, check_data
@@ -77,13 +76,13 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     step, parallel, clock = run.progress.step, run.parallel, run.clock
     learning_rate = run.learning_rate()
     media = StepMedia(run.towers, [batch.media for batch in batches])
-    on_policy = draw(run.config.train.seed, step) < run.config.distill.lmbda_at(step)
+    on_policy = run.is_on_policy(step)
     num_samples = 1
     if author := run.author(on_policy):
         assert run.rollout is not None, "build_run makes one wherever a step may need it"
         batches = run.rollout.respond_or_skip(batches, step, author, media)
         num_samples = run.rollout.num_samples
-        media = media.repeated(num_samples)
+        media = media.regrouped([batch.media for batch in batches])
     clock.lap("rollout_time")
     if batches:
         teacher_hidden = teacher_forward(run.model, batches, parallel, media)
@@ -123,13 +122,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {"step": run.progress.step, **means, "eval_time": time.perf_counter() - started}
 
 
-def draw(seed: int, step: int) -> float:
-    """Uniform in [0, 1), the same on all ranks and after a resume."""
-    return torch.rand(
-        (), generator=torch.Generator().manual_seed(seed * 1_000_003 + step), dtype=torch.float64
-    ).item()
-
-
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGTERM in a list instead of dying: the loop looks at it after each step."""
@@ -158,6 +150,7 @@ def run_from_config(config: Config) -> None:
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
             expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+            context_parallel_size=config.parallel.context_parallel_size,
             seed=config.train.seed,
         )
         if config.data.check_data:

@@ -31,7 +31,9 @@ TOWERS = r".*(audio_tower|visual|talker|code2wav).*"
 
 @dataclass
 class MicroBatch:
-    """Rows padded on the right; what follows a row's end counts in no result."""
+    """Rows for transformers, padded on the right: what follows a row's end counts in no result. The
+    decoder reads them packed.
+    """
 
     input_ids: torch.Tensor  # [B, S]
     lengths: torch.Tensor  # [B]

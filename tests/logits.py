@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from megatron_gkd.data.batch import BatchView
+from megatron_gkd.data import Packing, View
+from megatron_gkd.data.batch import pack_views
 from megatron_gkd.forward import view_logits
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
@@ -23,14 +24,17 @@ def forward_logits(
     Collectives: the pipeline's, an all-gather of the vocabulary slices, a broadcast from the last
     stage.
     """
-    num_rows, length = input_ids.shape
-    padding = (0, -length % parallel.sequence_multiple)
-    padded = torch.nn.functional.pad(input_ids, padding)
-    positions = torch.arange(padded.shape[1], device=padded.device).expand(3, num_rows, -1)
-    if position_ids is not None:
-        positions = torch.nn.functional.pad(position_ids, padding)
-    rows = torch.arange(num_rows, device=padded.device)
-    view = BatchView(
-        padded, torch.zeros_like(padded), rows, rows, positions.float(), rows[:0], rows[:0]
-    )
-    return view_logits(model, model_args, parallel, view)[:, :length]
+    length = input_ids.shape[1]
+    views = [
+        View(
+            ids,
+            [-100] * length,
+            length,
+            None if position_ids is None else position_ids[:, row].float(),
+        )
+        for row, ids in enumerate(input_ids.tolist())
+    ]
+    packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
+    view = pack_views(views, packing).to(parallel.device)
+    logits = view_logits(model, model_args, parallel, view)
+    return torch.stack([logits[start : start + length] for start in view.starts[:-1]])

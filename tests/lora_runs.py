@@ -24,8 +24,10 @@ from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, activate
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.packed_rows import PackedRows
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
+from tests.packed import pack, padded
 
 VOCAB_SIZE = 401
 SIZES = dict(
@@ -50,12 +52,13 @@ FOLDERS = {
 }
 
 
-def initialize(tp, pp, ep):
+def initialize(tp, pp, ep, cp=1):
     return parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
+        context_parallel_size=cp,
     )
 
 
@@ -113,20 +116,21 @@ def run_schedule(
     place, model, batches, *, backward=True, forward_slot=STUDENT, backward_slot=STUDENT
 ):
     """Logits [B, S, V_padded] of this rank's micro-batches (on the last stage) from `model`, a
-    DistributedDataParallel.
+    DistributedDataParallel that reads them packed; zero behind the end of a row.
 
     With `backward` the gradient of sum(logits * cotangent) / tokens is in `main_grad`, reduced over
     all ranks. `forward_slot` is active during each forward pass of this stage and, as another
     context, `backward_slot` from its end to the next forward pass: the time of the backward passes.
     """
     decoder, logits, until_next_forward = model.module, [], contextlib.ExitStack()
+    views = [pack(batch.input_ids, batch.lengths, batch.position_ids, place) for batch in batches]
 
-    def loss_of(hidden, batch):
+    def loss_of(hidden, batch, view):
         if place.tp_size > 1:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=place.groups.tp
             )
-        local = lm_head(decoder, hidden).transpose(0, 1)
+        local = padded(lm_head(decoder, hidden)[:, 0], view, batch.input_ids.shape[1])
         width = local.shape[-1]
         cotangent = torch.nn.functional.pad(
             batch.cotangent(VOCAB_SIZE), (0, width * place.tp_size - VOCAB_SIZE)
@@ -136,14 +140,15 @@ def run_schedule(
         return loss, batch.real.sum().int(), {}
 
     def step(iterator, model):
-        batch = next(iterator)
+        batch, view = next(iterator)
         until_next_forward.close()
         with activate(decoder, forward_slot):
-            hidden = model(batch.input_ids, batch.position_ids, None)
+            rows = PackedRows(starts=view.starts)
+            hidden = model(view.input_ids, view.position_ids, None, packed_seq_params=rows)
 
         def loss(output):
             with activate(decoder, forward_slot):
-                return loss_of(output, batch)
+                return loss_of(output, batch, view)
 
         until_next_forward.enter_context(activate(decoder, backward_slot))
         return hidden, loss
@@ -151,11 +156,11 @@ def run_schedule(
     with until_next_forward:
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(batches),
+            data_iterator=zip(batches, views),
             model=[model],
             num_microbatches=len(batches),
-            seq_length=batches[0].input_ids.shape[1],
-            micro_batch_size=batches[0].input_ids.shape[0],
+            seq_length=views[0].size,
+            micro_batch_size=1,
             forward_only=not backward,
         )
     return logits

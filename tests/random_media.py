@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_gkd.data import Sample, View, collate
+from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.data.sample import MediumPositions
 from megatron_gkd.media.medium import Medium
 from megatron_gkd.media.positions import MediaTokenIds, rope_positions
@@ -199,5 +199,6 @@ def make_rows(ids: MediaTokenIds) -> list[list[MediaRow]]:
     return [audio_and_images, mixed, text]
 
 
-def make_batch(rows: list[MediaRow], tp_size: int, first_row: int = 0):
-    return collate([row.sample(first_row + index) for index, row in enumerate(rows)], 0, tp_size)
+def make_batch(rows: list[MediaRow], tp_size: int, first_row: int = 0, row_multiple: int = 1):
+    samples = [row.sample(first_row + index) for index, row in enumerate(rows)]
+    return collate(samples, Packing(0, tp_size * row_multiple, row_multiple))

@@ -1,5 +1,7 @@
 """Rollouts in tests: sampling settings, and a `Rollout` around the training model."""
 
+from megatron_gkd.data import Packing
+from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.rollout.backend import MegatronBackend
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
 from megatron_gkd.rollout.rollout import Rollout
@@ -29,9 +31,19 @@ def no_media(row: int, author: str):
 
 
 def megatron_rollout(
-    model, model_args, parallel, *, sampling=GREEDY, max_new_tokens, stop_token_ids=(), seed=0
+    model,
+    model_args,
+    parallel,
+    *,
+    sampling=GREEDY,
+    max_new_tokens,
+    stop_token_ids=(),
+    max_tokens=10_000,
+    seed=0,
 ) -> Rollout:
-    """The training model writes; the pad token is 0."""
+    """The training model writes; the pad token is 0. max_tokens: of the micro-batches that it
+    makes.
+    """
     engine = make_engine(
         model,
         model_args,
@@ -48,5 +60,6 @@ def megatron_rollout(
         references=no_media,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
-        pad_token_id=0,
+        budget=Budget(max_tokens),
+        packing=Packing(0, parallel.sequence_multiple, parallel.row_multiple),
     )

@@ -99,19 +99,21 @@ def stopped_after_three(whole: Path, copy: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep",
+    "world_size, tp, pp, ep, cp",
     [
-        (1, 1, 1, 1),
-        pytest.param(2, 2, 1, 2, marks=pytest.mark.smoke),
-        (4, 2, 2, 1),
-        pytest.param(4, 1, 1, 4, marks=pytest.mark.extended),
+        (1, 1, 1, 1, 1),
+        pytest.param(2, 2, 1, 2, 1, marks=pytest.mark.smoke),
+        (4, 2, 2, 1, 1),
+        pytest.param(4, 1, 1, 4, 1, marks=pytest.mark.extended),
+        (2, 1, 1, 2, 2),
     ],
 )
-def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
-    accumulation = 8 // 4 if world_size == tp * pp else 1
-    flags = layout_flags(tp, pp, ep) | dict(
+def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep, cp):
+    accumulation = 8 // 4 if world_size == tp * pp * cp else 1
+    flags = layout_flags(tp, pp, ep, cp) | dict(
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=4 if accumulation == 2 else 2,
+        max_tokens_per_micro_batch=40,
     )
     run_training(world_size, flags_of_run(data, tmp_path / "whole", **flags))
     copy = stopped_after_three(tmp_path / "whole", tmp_path / "resumed")
@@ -121,8 +123,8 @@ def test_resumed_is_bit_identical(data, tmp_path, world_size, tp, pp, ep):
 
 
 def test_resumed_at_other_layouts(data, tmp_path):
-    """A checkpoint knows no layout: the same global batch at another TP, PP, EP or DP gives the
-    same run to rounding.
+    """A checkpoint knows no layout: the same global batch at another TP, PP, EP, CP or DP gives
+    the same run to rounding.
     """
     targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
     flags = dict(lora_dropout=0, learning_rate=0.003, lora_target_modules=targets)
@@ -131,10 +133,11 @@ def test_resumed_at_other_layouts(data, tmp_path):
         adapter_of(tmp_path / "whole" / "checkpoint-3"),
         adapter_of(tmp_path / "whole" / "checkpoint-6"),
     )
-    for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 1, 2, 2), (4, 4, 1, 2)]:
-        dp = world_size // tp // pp
-        copy = stopped_after_three(tmp_path / "whole", tmp_path / f"{tp}-{pp}-{ep}")
-        own = flags | layout_flags(tp, pp, ep) | dict(per_device_train_batch_size=4 // dp)
+    layouts = [(1, 1, 1, 1, 1), (4, 1, 2, 2, 1), (4, 4, 1, 2, 1), (4, 2, 1, 2, 2)]
+    for world_size, tp, pp, ep, cp in layouts:
+        dp = world_size // tp // pp // cp
+        copy = stopped_after_three(tmp_path / "whole", tmp_path / f"{tp}-{pp}-{ep}-{cp}")
+        own = flags | layout_flags(tp, pp, ep, cp) | dict(per_device_train_batch_size=4 // dp)
         run_training(world_size, flags_of_run(data, copy, resume_from_checkpoint="latest", **own))
         lines = zip(
             read_lines(copy / "metrics.jsonl"),

@@ -215,7 +215,8 @@ def test_values_that_begin_with_a_dash():
         (["--max_bad_steps", "0"], ["--max_bad_steps 0"]),
         (["--train_type", "full"], ["--train_type full", "lora"]),
         (["--teacher_model", "/other"], ["--teacher_model /other", "--model /m", "drop"]),
-        (["--context_parallel_size", "2"], ["--context_parallel_size 2", "must be 1"]),
+        (["--context_parallel_size", "0"], ["--context_parallel_size 0", "1 or more"]),
+        (["--max_tokens_per_micro_batch", "0"], ["--max_tokens_per_micro_batch 0", "1 or more"]),
         (["--tensor_model_parallel_size", "0"], ["--tensor_model_parallel_size 0"]),
         (["--seq_kd", "perhaps"], ["seq_kd", "perhaps"]),
         (["--seed", "1", "loose"], ["'loose'"]),
@@ -364,25 +365,32 @@ def test_loss_divergence(settings, divergence, student_weight, words):
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep, data_parallel_size",
+    "world_size, tp, pp, ep, cp, data_parallel_size",
     [
-        (8, 8, 1, 8, 1),
-        (8, 4, 1, 8, 2),
-        (16, 8, 2, 8, 1),
-        (1, 1, 1, 1, 1),
-        (8, 1, 1, 8, 8),
-        (32, 4, 2, 16, 4),
-        (8, 2, 2, 1, 2),
+        (8, 8, 1, 8, 1, 1),
+        (8, 4, 1, 8, 1, 2),
+        (16, 8, 2, 8, 1, 1),
+        (1, 1, 1, 1, 1, 1),
+        (8, 1, 1, 8, 1, 8),
+        (32, 4, 2, 16, 1, 4),
+        (8, 2, 2, 1, 1, 2),
+        (16, 8, 1, 8, 2, 1),
+        (8, 2, 1, 8, 2, 2),
+        (4, 1, 1, 4, 4, 1),
+        (64, 4, 2, 32, 4, 2),
     ],
 )
-def test_layouts_of_the_real_model(world_size, tp, pp, ep, data_parallel_size):
-    assert check_layout(world_size, ParallelConfig(tp, pp, ep), **QWEN3_OMNI) == data_parallel_size
+def test_layouts_of_the_real_model(world_size, tp, pp, ep, cp, data_parallel_size):
+    """Experts may lie on ranks that share rows, too."""
+    layout = ParallelConfig(tp, pp, ep, cp)
+    assert check_layout(world_size, layout, **QWEN3_OMNI) == data_parallel_size
 
 
 @pytest.mark.parametrize(
     "world_size, sizes, model, numbers",
     [
         (6, (4, 1, 1), {}, ["6 ranks", "4 x", "= 4 ranks"]),
+        (8, (2, 1, 1, 3), {}, ["8 ranks", "--context_parallel_size 3 = 6 ranks"]),
         (8, (4, 1, 16), {}, ["expert_model_parallel_size 16", "8 ranks of a pipeline stage"]),
         (8, (2, 2, 8), {}, ["expert_model_parallel_size 8", "4 ranks of a pipeline stage"]),
         (8, (8, 1, 8), {"num_experts": 12}, ["expert_model_parallel_size 8", "12 experts"]),
@@ -430,8 +438,13 @@ def test_check_layout_command(tmp_path):
     assert good.returncode == 0, good.stderr
     assert (
         "4 ranks = TP 2 x PP 1 x DP 2; EP 4: 2 of 8 experts a rank; 2 of 2 layers a stage; a step "
-        "takes 8 samples" in good.stdout
+        "takes 8 samples (4 x 2 data-parallel ranks) in micro-batches of at most 8192 tokens"
+        in good.stdout
     )
+    shared = check("--context_parallel_size", "2", "--max_tokens_per_micro_batch", "3000")
+    assert shared.returncode == 0, shared.stderr
+    assert "4 ranks = TP 1 x PP 1 x CP 2 x DP 2;" in shared.stdout
+    assert "in micro-batches of at most 3000 tokens" in shared.stdout
     bad = check("--tensor_model_parallel_size", "3")
     assert (
         bad.returncode == 2

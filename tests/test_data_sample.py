@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_gkd.data.chat import load_chat_tokenizer
+from megatron_gkd.data.encoded import decode_sample, encode_row
 from megatron_gkd.data.rows import check_row
-from megatron_gkd.data.sample import decode_sample, encode_row
 from megatron_gkd.errors import RowError
 from megatron_gkd.media.processor import MediaProcessor
 from tests.tiny_tokenizer import write_bpe_folder

@@ -109,6 +109,12 @@ def check_one_step(output, layout):
             "8 ranks = TP 4 x PP 1 x DP 2; EP 8: 1 of 8 experts a rank",
             marks=pytest.mark.extended,
         ),
+        pytest.param(
+            "qwen3_omni_30b_8gpu_long_audio.sh",
+            {"world_size": 8, "tp": 4, "ep": 8, "cp": 2, "dp": 1},
+            "8 ranks = TP 4 x PP 1 x CP 2 x DP 1; EP 8: 1 of 8 experts a rank",
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_one_node(script, layout, line, environment, tmp_path):

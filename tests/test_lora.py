@@ -188,7 +188,7 @@ LAYOUTS = [  # world size, TP, PP, EP; DP is the rest
     pytest.param(4, 4, 1, 1, id="TP4", marks=pytest.mark.extended),
     pytest.param(4, 2, 1, 1, id="TP2 DP2", marks=pytest.mark.extended),
     pytest.param(4, 1, 1, 4, id="EP4 over DP4", marks=pytest.mark.extended),
-    pytest.param(8, 8, 1, 8, id="TP8 EP8, the flagship"),
+    pytest.param(8, 8, 1, 8, id="TP8 EP8, the flagship", marks=pytest.mark.extended),
     pytest.param(8, 4, 2, 2, id="TP4 PP2 EP2", marks=pytest.mark.extended),
     pytest.param(8, 2, 2, 4, id="TP2 PP2 DP2 EP4", marks=pytest.mark.smoke),
 ]

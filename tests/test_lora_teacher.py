@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd.data import Sample, View, collate
+from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.forward import student_forward_backward, teacher_forward
 from megatron_gkd.lora.adapter import adapter_slices, applied
 from megatron_gkd.lora.apply import count_parameters, num_teacher_parameters
@@ -141,7 +141,8 @@ def micro_batches(place):
         )
     mine = samples[place.dp_rank :: place.dp_size]
     half = len(mine) // 2
-    return [collate(part, 0, place.tp_size) for part in (mine[:half], mine[half:])]
+    packing = Packing(0, place.sequence_multiple, place.row_multiple)
+    return [collate(part, packing) for part in (mine[:half], mine[half:])]
 
 
 def copies(model, slot):

@@ -31,8 +31,7 @@ from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3Om
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
-from megatron_gkd.data import load_datasets
-from megatron_gkd.data.batch import collate, with_responses
+from megatron_gkd.data import Packing, collate, load_datasets
 from megatron_gkd.media.cache import cache_path
 from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
@@ -307,18 +306,18 @@ def test_the_teachers_view(model, media):
         "audio > text": 1,
     } and data.report.num_media == {"audio": 6}
 
-    batch = collate(samples(data), 0, 4)
+    packing = Packing(0, 4)
+    batch = collate(samples(data), packing)
     assert batch.media.audio_tokens.tolist() == [
         medium.num_tokens for sample in samples(data) for medium in sample.media
     ]
     total = int(batch.media.audio_tokens.sum())
     assert batch.media.audio.shape[1] == int(batch.media.audio_lengths.sum())
-    size = batch.student.input_ids.shape[1]
     audio_token = json.load(open(os.path.join(model, "config.json")))["thinker_config"][
         "audio_token_id"
     ]
     for view in (batch.student, batch.teacher):
-        assert (view.input_ids.flatten()[view.media_rows] == audio_token).all()
+        assert (view.input_ids[0, view.media_rows] == audio_token).all()
         assert (
             int((view.input_ids == audio_token).sum())
             == len(view.media_rows)
@@ -327,12 +326,18 @@ def test_the_teachers_view(model, media):
     assert sorted(
         set(batch.student.media_tokens.tolist()) | set(batch.teacher.media_tokens.tolist())
     ) == list(range(total))
-    row_of = batch.teacher.media_rows // batch.teacher.input_ids.shape[1]
+    starts = torch.tensor(batch.teacher.starts)
+    row_of = torch.searchsorted(starts, batch.teacher.media_rows, right=True) - 1
     assert sorted(set(row_of.tolist())) == [0, 2, 3, 4]
 
-    written = with_responses(batch, [[5], [6, 7], [8] * 9, [9], [3, 4]], 0, 4)
-    assert written.media is batch.media and written.student.input_ids.shape[1] != size
-    assert (written.student.input_ids.flatten()[written.student.media_rows] == audio_token).all()
+    responses = [[5], [6, 7], [8] * 9, [9], [3, 4]]
+    answered = [
+        sample.with_response(response) for sample, response in zip(samples(data), responses)
+    ]
+    written = collate(answered, packing)
+    assert torch.equal(written.media.audio, batch.media.audio)
+    assert written.student.lengths != batch.student.lengths
+    assert (written.student.input_ids[0, written.student.media_rows] == audio_token).all()
     assert torch.equal(written.student.media_tokens, batch.student.media_tokens)
 
 
@@ -376,10 +381,10 @@ def test_media_references_are_those_of_the_row(model, media):
 def test_positions_go_on_after_a_picture(model, media):
     seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
     sample = load(model, media, {"messages": [seen, ANSWER], "images": ["wide.png"]})[0]
-    batch = collate([sample], 0, 1)
+    batch = collate([sample], Packing(0))
     start, last = sample.student.response_start, batch.student.position_ids[0, 0]
     assert last[start] == last[start - 1] + 1 < start  # a picture takes fewer positions than tokens
-    written = with_responses(batch, [[5, 6, 7]], 0, 1)
+    written = collate([sample.with_response([5, 6, 7])], Packing(0))
     ids = written.student.input_ids[0].tolist()
     assert torch.equal(
         written.student.position_ids[:, 0], rope_index(model, ids, [sample.media[0].grid_thw], [0])

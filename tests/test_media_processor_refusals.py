@@ -11,7 +11,8 @@ import soundfile
 from PIL import Image
 
 from megatron_gkd.data import DataError
-from megatron_gkd.data.loader import step_loader
+from megatron_gkd.data.loader import PADDING, step_loader
+from megatron_gkd.data.micro_batches import Budget
 from tests.test_media_processor import ANSWER, build_model, load, row, write_media
 
 
@@ -134,24 +135,26 @@ def test_a_torn_file_is_found_by_check_data(model, media, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_torn_file_is_named_when_its_row_is_reached(model, media, tmp_path, num_workers, capfd):
     steps = dict(
-        per_device_batch_size=3,
-        gradient_accumulation_steps=1,
+        global_batch_size=3,
+        budget=Budget(10_000),
         dp_rank=0,
         dp_size=1,
         seed=0,
         start_step=0,
     )
-    steps |= dict(num_steps=1, num_workers=num_workers, pad_token_id=0, pad_to_multiple_of=1)
+    steps |= dict(num_steps=1, num_workers=num_workers)
     rows = torn(tmp_path, media)
-    with contextlib.closing(step_loader(load(model, tmp_path, *rows), **steps)) as loader:
+    data = load(model, tmp_path, *rows)
+    with contextlib.closing(step_loader(data, lambda _: data.lengths.views, **steps)) as loader:
         with pytest.raises(DataError, match=r"rows.jsonl:[23]: ") as error:
             next(loader)
     assert "Traceback" not in str(error.value)
-    with contextlib.closing(
-        step_loader(load(model, tmp_path, *rows, skip_bad_rows=True), **steps)
-    ) as loader:
-        (batch,) = next(loader)
-    assert sorted(batch.rows) == [-1, -1, 0] and batch.media is None
+    data = load(model, tmp_path, *rows, skip_bad_rows=True)
+    with contextlib.closing(step_loader(data, lambda _: data.lengths.views, **steps)) as loader:
+        (micro_batch,) = next(loader)
+    assert micro_batch.count(PADDING) == 2 and len(micro_batch) == 3
+    (sample,) = (sample for _, sample in micro_batch if sample is not None)
+    assert sample.row == 0 and not sample.media
     assert capfd.readouterr().err.count("Left out (--skip_bad_rows): ") == 2
 
 

@@ -2,9 +2,23 @@
 test_train.py.
 """
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from megatron_gkd.metrics import peak_memory_bytes
+from megatron_gkd import parallel
+from megatron_gkd.data import Packing, Sample, View, collate
+from megatron_gkd.metrics import (
+    GAP,
+    NUM_TOKENS,
+    NUM_WRITTEN,
+    SUMMED,
+    Groups,
+    StepCounts,
+    TokenSums,
+    peak_memory_bytes,
+)
 from tests.ranks import run_ranks
 
 
@@ -17,3 +31,73 @@ def peak_before_and_after(rank, world_size, num_bytes):
 def test_peak_memory_is_in_bytes_and_sees_an_allocation():
     before, after, allocated = run_ranks(peak_before_and_after, 1, 64 * 2**20)[0]
     assert max(before, allocated) < after < 2**40
+
+
+def sample(prompt, response, teacher_prompt=None, *, source="a", cut=0):
+    """Of so many tokens each, the response trained."""
+    views = [
+        View([1] * (size + response), [-100] * size + [2] * response, size)
+        for size in (prompt, prompt if teacher_prompt is None else teacher_prompt)
+    ]
+    teacher = views[0] if teacher_prompt is None else views[1]
+    return Sample(views[0], teacher, teacher is not views[0], source, 3, cut)
+
+
+def counts_of_ranks(rank, world_size, cp):
+    place = parallel.initialize(torch.device("cpu"), context_parallel_size=cp)
+    packing = Packing(0, place.sequence_multiple, place.row_multiple)
+    batches = [collate([sample(3, 2, 5, cut=4), sample(1, 2)], packing)]
+    if place.dp_rank == 0:
+        batches.append(collate([sample(2, 4, cut=1), None], packing))
+    else:
+        batches.append(collate([None], packing))
+    return StepCounts.of(batches, place.dp_rank + 1, rank == 1, place)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_counts_of_a_step(cp):
+    """Tokens of both views of the rows that are no padding, of all data-parallel ranks and once of
+    those that share rows; positions are the padding's, too.
+    """
+    both = (5 + 3) + (7 + 3)  # the first micro-batch, student and teacher
+    if cp == 1:
+        tokens, places, cut, truncated = 2 * both + 2 * 6, 2 * both + 2 * 7 + 2, 9, 3
+    else:  # rows to a multiple of 4: 8 + 4 and 8 + 4, then 8 + 4 twice
+        tokens, places, cut, truncated = both + 2 * 6, 12 + 12 + 2 * 12, 5, 1
+    for counts in run_ranks(counts_of_ranks, 2, cp):
+        assert (counts.num_tokens, counts.num_places) == (tokens, places)
+        assert counts.padding == pytest.approx(1 - tokens / places)
+        assert counts.num_micro_batches == 2 and counts.stop
+        assert (counts.cut_tokens, counts.truncated_responses) == (cut, truncated)
+
+
+def test_sums_of_shares_are_those_of_the_whole():
+    """Of sources too, and of the difference from what the rollout drew."""
+    groups = Groups(sources=("a", "b"))
+    rows = [sample(2, 4, source="b"), sample(3, 1, source="a"), sample(1, 3, source="b")]
+    drawn = iter(torch.linspace(-3, -1, 8).tolist())
+    rows = [
+        row.with_response([2] * number, [next(drawn) for _ in range(number)])
+        for row, number in zip(rows, (4, 1, 3))
+    ]
+    batch = collate(rows, Packing(0))
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.rand(8, generator=generator) for name in SUMMED}
+
+    def sums_of(*shares):
+        sums = TokenSums.zero(torch.device("cpu"), groups)
+        for share in shares:
+            of_share = {name: value[share] for name, value in values.items()}
+            sums.add(SimpleNamespace(**of_share), batch, share)
+        return sums.values
+
+    whole = sums_of(slice(None))
+    torch.testing.assert_close(sums_of(slice(0, 3), slice(3, 8)), whole)
+    torch.testing.assert_close(sums_of(*(slice(token, token + 1) for token in range(8))), whole)
+    of_b = [0, 1, 2, 3, 5, 6, 7]
+    gap = (torch.linspace(-3, -1, 8) + values["sft_loss"]).abs().double()
+    for row, tokens in zip(whole, (list(range(8)), [4], of_b)):
+        for index, name in enumerate(SUMMED):
+            assert row[index].item() == pytest.approx(values[name][tokens].double().sum().item())
+        assert row[GAP].item() == pytest.approx(gap[tokens].sum().item())
+        assert row[NUM_WRITTEN] == row[NUM_TOKENS] == len(tokens)

@@ -20,7 +20,9 @@ from megatron_gkd import parallel
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
+from megatron_gkd.model.packed_rows import PackedRows
 from megatron_gkd.model.transformer_config import DTYPES
+from tests.packed import pack, padded
 from tests.ranks import run_ranks
 
 SIZES = dict(
@@ -65,6 +67,8 @@ FOLDERS = {
 
 @dataclass
 class MicroBatch:
+    """Rows for transformers, padded on the right; the decoder reads them packed."""
+
     input_ids: torch.Tensor  # [B, S]
     position_ids: torch.Tensor  # [3, B, S]
     lengths: torch.Tensor  # [B]
@@ -137,29 +141,30 @@ def run_decoder(
     """(logits, gradients of the input embeddings), lists over this rank's micro-batches, by
     megatron-core's schedule.
 
-    Logits are there on the last pipeline stage, gradients on the first; whole tensors, gathered
-    over the TP group.
+    Logits are there on the last pipeline stage, gradients on the first; whole tensors [B, S, ...],
+    gathered over the TP group, zero behind the end of a row.
     """
     model_args = read_model_args(folder)
     model = build_decoder(
         model_args, place, DTYPES[dtype], attn_impl=attn_impl, recompute=recompute
     )
     load_weights(model, model_args, place, folder)
+    views = [pack(batch.input_ids, batch.lengths, batch.position_ids, place) for batch in batches]
     logits, embeddings = [], []
     if place.is_first_stage:
         model.embedding.register_forward_hook(
             lambda module, inputs, output: embeddings.append(output)
         )
 
-    def loss_of(hidden, batch):
+    def loss_of(hidden, batch, view):
         tp, vocab = place.groups.tp, model_args.vocab_size
         if place.tp_size > 1:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp
             )
-        local = (hidden.float() @ model.output_layer.weight.float().T).transpose(
-            0, 1
-        )  # [B, S, V_padded / TP]
+        # [B, S, V_padded / TP]
+        local = hidden[:, 0].float() @ model.output_layer.weight.float().T
+        local = padded(local, view, batch.input_ids.shape[1])
         columns = slice(place.tp_rank * local.shape[-1], (place.tp_rank + 1) * local.shape[-1])
         cotangent = torch.nn.functional.pad(
             batch.cotangent(vocab), (0, model_args.padded_vocab_size(place.tp_size) - vocab)
@@ -168,24 +173,25 @@ def run_decoder(
         return (local * cotangent[..., columns]).sum(), torch.ones((), dtype=torch.int), {}
 
     def step(iterator, model):
-        batch = next(iterator)
-        hidden = model(batch.input_ids, batch.position_ids, None)
-        return hidden, lambda output: loss_of(output, batch)
+        batch, view = next(iterator)
+        rows = PackedRows(starts=view.starts)
+        hidden = model(view.input_ids, view.position_ids, None, packed_seq_params=rows)
+        return hidden, lambda output: loss_of(output, batch, view)
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(batches),
+        data_iterator=zip(batches, views),
         model=[model],
         num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.shape[1],
-        micro_batch_size=batches[0].input_ids.shape[0],
+        seq_length=views[0].size,
+        micro_batch_size=1,
         forward_only=not backward,
     )
-    gradients = (
-        [gather(output.grad, place.groups.tp, 0).transpose(0, 1) for output in embeddings]
-        if backward
-        else []
-    )
+    gradients = []
+    if backward:
+        for output, batch, view in zip(embeddings, batches, views):
+            whole = gather(output.grad, place.groups.tp, 0)[:, 0]
+            gradients.append(padded(whole, view, batch.input_ids.shape[1]))
     return logits, gradients
 
 
@@ -344,20 +350,21 @@ def gradient_of_given_embeddings(rank, world_size, folder):
     """
     place = parallel.initialize(torch.device("cpu"))
     model_args = read_model_args(folder)
-    ids, positions = torch.zeros(2, 8, dtype=torch.int64), torch.arange(8).expand(3, 2, 8)
+    ids, positions = torch.zeros(1, 16, dtype=torch.int64), torch.arange(8).repeat(3, 1, 2)
+    rows = dict(packed_seq_params=PackedRows(starts=[0, 8, 16]))
     gradients = []
     for recompute in (False, True):
         model = build_decoder(model_args, place, torch.float32, recompute=recompute)
         load_weights(model, model_args, place, folder)
         embeddings = torch.randn(
-            8, 2, model_args.hidden_size, generator=torch.Generator().manual_seed(0)
+            16, 1, model_args.hidden_size, generator=torch.Generator().manual_seed(0)
         )
         with torch.no_grad():
             assert (
-                not model(ids, positions, None, decoder_input=embeddings).requires_grad
+                not model(ids, positions, None, decoder_input=embeddings, **rows).requires_grad
                 and not embeddings.requires_grad
             )
-        hidden = model(ids, positions, None, decoder_input=embeddings)
+        hidden = model(ids, positions, None, decoder_input=embeddings, **rows)
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         gradients.append(embeddings.grad)
         assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -12,19 +12,25 @@ from megatron_gkd import parallel
 from tests.ranks import run_ranks
 
 
-def place_at_layout(rank, world_size, tp, pp, ep):
+def place_at_layout(rank, world_size, tp, pp, ep, cp=1):
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
+        context_parallel_size=cp,
     )
     members = {
         name: torch.distributed.get_process_group_ranks(getattr(place.groups, name))
-        for name in ("tp", "pp", "dp", "ep", "expt_dp")
+        for name in ("tp", "pp", "cp", "dp", "dp_cp", "tp_cp", "ep", "expt_dp")
     }
     sizes = (place.tp_size, place.pp_size, place.dp_size, place.ep_size)
     ranks = (place.tp_rank, place.pp_rank, place.dp_rank, place.ep_rank)
+    if cp > 1:
+        rows = (place.row_multiple, place.sequence_multiple, place.is_first_replica)
+        return members, sizes, ranks, (place.cp_size, place.cp_rank), rows
+    assert (place.cp_size, place.cp_rank, place.row_multiple) == (1, 0, 1)
+    assert place.is_first_replica == (place.dp_rank == 0) and place.sequence_multiple == tp
     stage = (place.is_first_stage, place.is_last_stage, place.last_stage_rank)
     return members, sizes, ranks, stage, (place.rank, place.world_size)
 
@@ -47,6 +53,24 @@ def test_groups_and_ranks():
             4 * stage + rank % 2 + 2,
         ]
         assert (first, last, last_rank) == (stage == 0, stage == 1, rank % 4 + 4)
+
+
+def test_ranks_that_share_rows():
+    """TP2 CP2 DP2 EP4: they are further data-parallel ranks for the weights; experts are spread
+    over the tensor-, context- and data-parallel ranks.
+    """
+    for rank, (members, sizes, ranks, context, rows) in enumerate(
+        run_ranks(place_at_layout, 8, 2, 1, 4, 2)
+    ):
+        tp, cp, dp = rank % 2, rank // 2 % 2, rank // 4
+        assert sizes == (2, 1, 2, 4) and ranks == (tp, 0, dp, rank % 4) and context == (2, cp)
+        assert members["tp"] == [rank - tp, rank - tp + 1]
+        assert members["cp"] == [4 * dp + tp, 4 * dp + 2 + tp]
+        assert members["dp"] == [2 * cp + tp, 4 + 2 * cp + tp]
+        assert members["dp_cp"] == [tp, 2 + tp, 4 + tp, 6 + tp]
+        assert members["tp_cp"] == list(range(4 * dp, 4 * dp + 4)) == members["ep"]
+        assert members["expt_dp"] == [rank % 4, rank % 4 + 4]
+        assert rows == (4, 8, cp == dp == 0)
 
 
 def leave_and_return(rank, world_size):
@@ -77,28 +101,30 @@ def test_a_process_of_its_own_is_a_world_of_one():
 
 def refusals(rank, world_size, layouts):
     messages = []
-    for tp, pp, ep in layouts:
+    for tp, pp, ep, cp in layouts:
         with pytest.raises(ValueError) as error:
             parallel.initialize(
                 torch.device("cpu"),
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
                 expert_model_parallel_size=ep,
+                context_parallel_size=cp,
             )
         messages.append(str(error.value))
     return messages
 
 
 def test_impossible_worlds_name_both_numbers():
-    messages = run_ranks(refusals, 4, [(3, 1, 1), (4, 2, 1), (1, 2, 4)])[0]
-    for message, (tp, pp) in zip(messages, [(3, 1), (4, 2)]):
+    layouts = [(3, 1, 1, 1), (4, 2, 1, 1), (2, 1, 1, 4), (1, 2, 4, 1)]
+    messages = run_ranks(refusals, 4, layouts)[0]
+    for message, (tp, pp, _, cp) in zip(messages, layouts[:3]):
         assert (
             f"world size 4 is not divisible by tensor_model_parallel_size {tp} x "
-            f"pipeline_model_parallel_size {pp}"
+            f"pipeline_model_parallel_size {pp} x context_parallel_size {cp}"
         ) in message
     assert (
         "the 2 ranks of a pipeline stage are not divisible by expert_model_parallel_size 4"
-        in messages[2]
+        in messages[3]
     )
 
 
@@ -117,10 +143,13 @@ def test_device(monkeypatch):
     assert parallel.resolve_device("cpu") == torch.device("cpu")
 
 
-def draws(rank, world_size, tp, ep, seeds_and_steps):
+def draws(rank, world_size, tp, ep, seeds_and_steps, cp=1):
     """(default, tensor-parallel, expert) numbers drawn after seeding each (seed, step)."""
     place = parallel.initialize(
-        torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
+        torch.device("cpu"),
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        context_parallel_size=cp,
     )
     results = []
     for seed, step in seeds_and_steps:
@@ -150,6 +179,14 @@ def test_random_state_is_a_function_of_the_step():
             and first[2] != neighbour[2]
         )
         assert all(a != b for a, b in zip(first, replica))
+
+
+def test_random_state_of_ranks_that_share_rows():
+    """TP2 CP2 EP2: all share the default generator, and no two of them another."""
+    results = [of_rank[0] for of_rank in run_ranks(draws, 4, 2, 2, [(42, 0)], 2)]
+    assert len({str(default) for default, *_ in results}) == 1
+    for which in (1, 2):
+        assert len({str(found[which]) for found in results}) == 4
 
 
 def shard_and_gather(rank, world_size, tp, whole, cotangents):

@@ -1,5 +1,5 @@
-"""Rollout with the training model: micro-batches in, micro-batches with new responses out; and the
-folder's stop ids.
+"""Rollout with the training model: micro-batches in, their rows with new responses out, cut into
+micro-batches anew; and the folder's stop ids.
 """
 
 import json
@@ -15,15 +15,15 @@ from transformers import AutoTokenizer
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
-from megatron_gkd.data.batch import collate, with_responses
+from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
-from megatron_gkd.data.sample import Sample, View
+from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, as_student, as_teacher
 from megatron_gkd.lora.slots import STUDENT, lora_modules
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.rollout.generate import generate
+from megatron_gkd.rollout.generate import Response, generate
 from megatron_gkd.rollout.rollout import Rollout
 from tests.ranks import run_ranks
 from tests.rollouts import make_engine, make_sampling, megatron_rollout, no_media
@@ -31,6 +31,7 @@ from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_f
 
 STUDENT_PROMPTS = [[11, 12, 13], [21], [31, 32, 33, 34, 35], [41, 42], [51, 52, 53, 54]]
 MAX_COMPLETION_LENGTH = 5
+MAX_TOKENS = 20  # of a micro-batch: one or two rows of up to 12 tokens in the teacher's view
 SAMPLING = make_sampling(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2)
 
 
@@ -40,11 +41,12 @@ def folder(tmp_path_factory):
     return build_folder(str(tmp_path_factory.mktemp("model") / "whole"), TinyModelConfig(**sizes))
 
 
-def make_batches(rows, pad_to_multiple_of):
+def make_batches(rows, parallel, numbers=None):
     """Micro-batches of two rows; the last one is filled up. The teacher's prompts are the
-    student's, reversed, after two more tokens.
+    student's, reversed, after two more tokens. numbers: of the rows in the global batch, which are
+    the rows themselves by default.
     """
-    samples = []
+    samples, numbers = [], list(rows if numbers is None else numbers)
     for row in rows:
         prompt, response = STUDENT_PROMPTS[row], [90 + row, 91]
         views = [
@@ -53,8 +55,9 @@ def make_batches(rows, pad_to_multiple_of):
         ]
         samples.append(Sample(*views, has_teacher_view=True, source="toy", row=row, cut_tokens=3))
     samples += [None] * (-len(samples) % 2)
+    packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
     return [
-        collate(samples[first : first + 2], 0, pad_to_multiple_of)
+        collate(samples[first : first + 2], packing, [*numbers, -1][first : first + 2])
         for first in range(0, len(samples), 2)
     ]
 
@@ -101,6 +104,7 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         sampling=SAMPLING,
         max_new_tokens=MAX_COMPLETION_LENGTH,
         stop_token_ids=[5],
+        max_tokens=MAX_TOKENS,
         seed=4,
     )
     results = []
@@ -108,17 +112,17 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
         ("student", STUDENT_PROMPTS.__getitem__, as_student),
         ("teacher", teacher_prompt, as_teacher),
     ):
-        texts, log_probabilities = {}, []
+        texts, log_probabilities, counts = {}, {}, []
         for step in steps:
-            batches = make_batches(rows, tp)
-            for old, new in zip(batches, rollout.respond(batches, step, author)):
-                check_batch(old, new, tp)
-                for index, row in enumerate(new.rows):
+            written = rollout.respond(make_batches(rows, parallel), step, author)
+            check_batches(written, rows, parallel)
+            counts.append(len(written))
+            for new in written:
+                for index, row in of_data(new):
                     texts[step, row] = split_row(new, index)
                 if step == 0:
-                    log_probabilities.append(new.log_probabilities)
+                    log_probabilities |= values_of_rows(new)
         assert all(module.active == STUDENT for module in lora_modules(model))
-        texts = {key: text for key, text in texts.items() if key[1] >= 0}
         with toggle(model):
             direct = generate(
                 make_engine(
@@ -134,34 +138,62 @@ def respond(rank, world_size, folder, tp, pp, ep, steps):
                 row_ids=list(rows),
             )
         if author == "student":
-            expected = [value for response in direct for value in response.log_probabilities]
-            torch.testing.assert_close(torch.cat(log_probabilities), torch.tensor(expected))
+            for row, response in zip(rows, direct):
+                expected = torch.tensor(response.log_probabilities)
+                torch.testing.assert_close(log_probabilities[row], expected)
         else:
-            assert log_probabilities == [None] * len(batches)
-        results.append((texts, {row: text.token_ids for row, text in zip(rows, direct)}))
+            assert set(log_probabilities.values()) <= {None}
+        direct_texts = {row: text.token_ids for row, text in zip(rows, direct)}
+        results.append((texts, direct_texts, counts))
     return results
 
 
-def check_batch(old, new, multiple):
-    assert new.on_policy and not old.on_policy
-    assert (new.rows, new.sources) == (old.rows, old.sources)
-    assert (
-        new.student.input_ids.shape[1] % multiple == new.teacher.input_ids.shape[1] % multiple == 0
-    )
-    assert torch.equal(new.student.targets, new.teacher.targets)
-    for index, row in enumerate(new.rows):
-        if row < 0:
-            assert (new.student.labels[index] == -100).all()
+def of_data(batch):
+    """(index, row) of the rows that are no padding."""
+    return [(index, row) for index, row in enumerate(batch.rows) if row >= 0]
+
+
+def values_of_rows(batch):
+    """Row -> log-probabilities of its response, or None."""
+    if batch.log_probabilities is None:
+        return {row: None for _, row in of_data(batch)}
+    parts = batch.log_probabilities.split(batch.student.num_targets)
+    assert sum(map(len, parts)) == len(batch.log_probabilities) == len(batch.student.targets)
+    return {row: parts[index] for index, row in of_data(batch)}
+
+
+def check_batches(batches, rows, parallel, times=1):
+    """Of each row so many responses; padding rows stand alone, where other ranks have a micro-batch
+    more.
+    """
+    found = [row for batch in batches for _, row in of_data(batch)]
+    assert sorted(found) == sorted([*rows] * times)
+    for batch in batches:
+        assert torch.equal(batch.student.targets, batch.teacher.targets)
+        assert batch.student.size % parallel.sequence_multiple == 0
+        assert batch.teacher.size % parallel.sequence_multiple == 0
+        if -1 in batch.rows:
+            assert batch.rows == batch.sample_ids == [-1] and not batch.is_written
+            assert len(batch.student.targets) == 0
+            continue
+        assert batch.is_written and batch.teacher is not batch.student and batch.cut_tokens == 0
+        assert batch.sources == ["toy"] * len(batch.rows) and batch.sample_ids == batch.rows
+        tokens = sum(sample.num_tokens for sample in batch.samples)
+        assert tokens <= MAX_TOKENS or len(batch.rows) == 1
 
 
 def split_row(batch, index):
+    """(student's prompt, teacher's, response) of a row, all of whose response is trained."""
     prompts, responses = [], []
     for view in (batch.student, batch.teacher):
-        ids = view.input_ids[index, : view.lengths[index]].tolist()
-        start = int(view.prompt_lengths[index])
-        prompts.append(ids[:start])
-        responses.append(ids[start:])
-        assert view.labels[index, start : view.lengths[index]].tolist() == responses[-1]
+        start, end = view.starts[index], view.starts[index] + view.lengths[index]
+        first = start + view.prompt_lengths[index]
+        prompts.append(view.input_ids[0, start:first].tolist())
+        responses.append(view.input_ids[0, first:end].tolist())
+        before = sum(view.num_targets[:index])
+        trained = slice(before, before + view.num_targets[index])
+        assert view.response_rows[trained].tolist() == list(range(first - 1, end - 1))
+        assert view.targets[trained].tolist() == responses[-1]
     assert responses[0] == responses[1]
     return (*prompts, responses[0])
 
@@ -172,7 +204,7 @@ def reference(folder):
 
 
 def test_both_views_keep_their_prompts_and_share_the_new_response(reference):
-    for texts, direct in reference:
+    for texts, direct, _ in reference:
         for (step, row), (student, teacher, response) in texts.items():
             assert student == STUDENT_PROMPTS[row] and teacher == teacher_prompt(row)
             assert 1 <= len(response) <= MAX_COMPLETION_LENGTH
@@ -181,7 +213,7 @@ def test_both_views_keep_their_prompts_and_share_the_new_response(reference):
 
 
 def test_writer_and_step_change_the_text(reference):
-    (student, _), (teacher, _) = reference
+    (student, *_), (teacher, *_) = reference
     written = {
         str([texts[step, row][2] for row in range(len(STUDENT_PROMPTS))])
         for texts in (student, teacher)
@@ -200,12 +232,13 @@ def test_same_responses_at_every_layout(folder, reference, layout):
             for key, text in result[writer][0].items():
                 assert texts.setdefault(key, text) == text
         assert texts == reference[writer][0]
+        # as many micro-batches on every rank, several of them
+        (counts,) = {tuple(result[writer][2]) for result in results}
+        assert min(counts) > 1
 
 
 def respond_to_one_row(rank, world_size, folder, num_times):
-    """The responses to a global batch that is the same row again and again, in micro-batches of
-    two, by place.
-    """
+    """The responses to a global batch that is the same row again and again, by its number there."""
     parallel = parallel_module.initialize(torch.device("cpu"))
     model_args = read_model_args(folder)
     model = build_decoder(model_args, parallel, torch.float32)
@@ -219,12 +252,14 @@ def respond_to_one_row(rank, world_size, folder, num_times):
         seed=4,
     )
     places = [place for place in range(num_times) if place // 2 % world_size == rank]
-    batches = make_batches([3] * len(places), 1)
+    batches = make_batches([3] * len(places), parallel, places)
     batches = rollout.respond(batches, 0, "student")
-    assert all(batch.rows == [3, 3] for batch in batches)
-    return dict(
-        zip(places, (split_row(batch, index)[2] for batch in batches for index in range(2)))
-    )
+    assert sorted(number for batch in batches for number in batch.sample_ids) == places
+    return {
+        number: split_row(batch, index)[2]
+        for batch in batches
+        for index, number in enumerate(batch.sample_ids)
+    }
 
 
 def test_a_row_that_comes_twice_is_answered_twice(folder):
@@ -235,9 +270,7 @@ def test_a_row_that_comes_twice_is_answered_twice(folder):
 
 
 def respond_with_samples(rank, world_size, folder, tp, pp, ep):
-    """Three responses to each of this rank's rows, at the places in the global batch that their
-    numbers are: {(row, sample): response}.
-    """
+    """Three responses to each of this rank's rows: {row: responses in the order of their text}."""
     parallel = parallel_module.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
@@ -248,12 +281,14 @@ def respond_with_samples(rank, world_size, folder, tp, pp, ep):
     model = build_decoder(model_args, parallel, torch.float32)
     load_weights(model, model_args, parallel, folder)
     settings = dict(sampling=SAMPLING, max_new_tokens=20, stop_token_ids=range(0, 500, 9))
-    rollout = megatron_rollout(model, model_args, parallel, seed=4, **settings)
+    rollout = megatron_rollout(
+        model, model_args, parallel, seed=4, max_tokens=MAX_TOKENS, **settings
+    )
     rollout = replace(rollout, num_samples=3)
     rows = range(len(STUDENT_PROMPTS))
     rows = [row for row in rows if row // 2 % parallel.dp_size == parallel.dp_rank]
-    batches = make_batches(rows, tp)
-    written = rollout.respond(batches, 0, "student")
+    written = rollout.respond(make_batches(rows, parallel), 0, "student")
+    check_batches(written, rows, parallel, times=3)
     direct = generate(
         make_engine(model, model_args, parallel, **settings),
         [STUDENT_PROMPTS[row] for row in rows],
@@ -261,41 +296,87 @@ def respond_with_samples(rank, world_size, folder, tp, pp, ep):
         row_ids=rows,
         num_samples=3,
     )
-    texts, of_text = {}, iter(direct)
-    expected = {(row, sample): next(of_text) for row in rows for sample in range(3)}
-    assert len(written) == 3 * len(batches)
-    for number, new in enumerate(written):
-        old, sample = batches[number // 3], number % 3
-        check_batch(old, new, tp)
-        found = new.log_probabilities.split(
-            [len(expected[row, sample].token_ids) for row in new.rows if row >= 0]
-        )
-        assert sum(map(len, found)) == len(new.student.targets)
-        for index, row in enumerate(new.rows):
-            if row >= 0:
-                student, teacher, texts[row, sample] = split_row(new, index)
-                assert student == STUDENT_PROMPTS[row] and teacher == teacher_prompt(row)
-                assert texts[row, sample] == expected[row, sample].token_ids
-                own = torch.tensor(expected[row, sample].log_probabilities)
-                torch.testing.assert_close(found[index], own)
-    return texts
+    expected = {row: sorted(direct[3 * index : 3 * index + 3]) for index, row in enumerate(rows)}
+    found = {row: [] for row in rows}
+    for batch in written:
+        if not of_data(batch):
+            continue
+        parts = batch.log_probabilities.split(batch.student.num_targets)
+        for index, row in of_data(batch):
+            student, teacher, text = split_row(batch, index)
+            assert student == STUDENT_PROMPTS[row] and teacher == teacher_prompt(row)
+            found[row].append((text, parts[index].tolist()))
+    for row, responses in found.items():
+        responses.sort()
+        assert [text for text, _ in responses] == [text for text, _ in expected[row]]
+        for (_, values), (_, wanted) in zip(responses, expected[row]):
+            assert values == pytest.approx(wanted, rel=1e-6)
+    return {row: [text for text, _ in responses] for row, responses in found.items()}
 
 
-def test_samples_of_a_micro_batch_follow_each_other(folder):
-    """The same ones at every layout, of different lengths."""
+def test_several_responses_to_a_prompt(folder):
+    """Each is a row of its own; the same ones at every layout, of different lengths."""
     (alone,) = run_ranks(respond_with_samples, 1, folder, 1, 1, 1)
-    assert sorted(alone) == [(row, sample) for row in range(5) for sample in range(3)]
-    assert len({str(text) for text in alone.values()}) == 15
-    assert len({len(text) for text in alone.values()}) > 5
+    assert sorted(alone) == list(range(5)) and set(map(len, alone.values())) == {3}
+    texts = [text for of_row in alone.values() for text in of_row]
+    assert len(set(map(str, texts))) == 15 and len(set(map(len, texts))) > 5
     for layout in [(2, 1, 1, 2), (4, 2, 2, 1)]:
-        texts = {}
-        for found in run_ranks(respond_with_samples, layout[0], folder, *layout[1:]):
-            for key, text in found.items():
-                assert texts.setdefault(key, text) == text
-        assert texts == alone
+        found = {}
+        for of_rank in run_ranks(respond_with_samples, layout[0], folder, *layout[1:]):
+            for row, of_row in of_rank.items():
+                assert found.setdefault(row, of_row) == of_row
+        assert found == alone
+
+
+class BrokenBackend:
+    """Writes one token to each prompt; at some steps the logits of some ranks are not finite."""
+
+    def __init__(self, rank, broken):
+        self.rank, self.broken = rank, broken
+
+    def update_weights(self, model, step):
+        pass
+
+    def write(self, prompts, step):
+        if (step, self.rank) in self.broken:
+            raise FloatingPointError(f"row {prompts.row_ids[0]} of rank {self.rank}")
+        return [Response([9], None) for _ in prompts.token_ids]
+
+    def close(self):
+        pass
+
+
+def respond_or_skip(rank, world_size):
+    """Micro-batches of each step on this rank: both write, either cannot, both cannot, both write
+    again.
+    """
+    parallel = parallel_module.initialize(torch.device("cpu"))
+    rollout = Rollout(
+        backend=BrokenBackend(rank, {(1, 0), (2, 1), (3, 0), (3, 1)}),
+        model=None,
+        parallel=parallel,
+        references=no_media,
+        max_new_tokens=3,
+        stop_token_ids=[],
+        budget=Budget(12),
+        packing=Packing(0),
+    )
+    rows = [[0, 1, 2], [3]][rank]
+    return [
+        len(rollout.respond_or_skip(make_batches(rows, parallel), step, "student"))
+        for step in range(5)
+    ]
+
+
+def test_replicas_that_write_apart_skip_a_step_together():
+    """Whichever of them cannot write; the next step goes on, with as many micro-batches for one row
+    as for three.
+    """
+    assert run_ranks(respond_or_skip, 2, timeout=60) == [[2, 0, 0, 0, 2]] * 2
 
 
 def test_a_response_that_ends_by_itself_is_not_truncated():
+    packing = Packing(0)
     rollout = Rollout(
         backend=None,
         model=None,
@@ -303,18 +384,18 @@ def test_a_response_that_ends_by_itself_is_not_truncated():
         references=no_media,
         max_new_tokens=3,
         stop_token_ids=[5, 6],
-        pad_token_id=0,
+        budget=Budget(MAX_TOKENS),
+        packing=packing,
     )
-    batches = make_batches([0, 1, 2], 1)
-    responses = [
-        [[9, 8, 7], [9, 8, 6]],
-        [[9, 5], []],
-    ]  # cut, ended with its last token, ended before; a padding row
-    batches = [with_responses(batch, texts, 0, 1) for batch, texts in zip(batches, responses)]
+    view = View([1, 2, 3], [-100, 2, 3], 1)
+    sample = Sample(view, view, False, "toy", 0, 0)
+    # cut, ended with its last token, ended before
+    cut, full, short = map(sample.with_response, ([9, 8, 7], [9, 8, 6], [9, 5]))
+    batches = [collate(samples, packing) for samples in ([cut, full], [short, None])]
     assert rollout.num_truncated(batches) == 1
     assert replace(rollout, stop_token_ids=[]).num_truncated(batches) == 2
-    of_the_data_set = [replace(batch, on_policy=False) for batch in batches]
-    assert rollout.num_truncated(of_the_data_set) == 0
+    of_the_data_set = [replace(sample, is_written=False) for sample in (cut, full, short)]
+    assert rollout.num_truncated([collate(of_the_data_set, packing)]) == 0
 
 
 def write_json(folder, name, content):

@@ -163,6 +163,7 @@ def test_only_attention_grows_with_the_text(folders):
     assert growth == 247 * a_token
 
 
+@pytest.mark.extended
 def test_sixteen_thousand_tokens(folders):
     """What a token reads and what a rollout holds grow in proportion to the text, to its end."""
     texts = (4_000, 8_000, 16_000)

@@ -16,16 +16,19 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor
 
 from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.config import RolloutConfig
-from megatron_gkd.data import load_datasets, step_loader
+from megatron_gkd.data import collate, load_datasets, step_loader
+from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.rollout.generate import Response
 from megatron_gkd.rollout.rollout import make_rollout
+from megatron_gkd.run import packing
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import build, initialize
 from tests.media_rows import write_rows
+from tests.packed import rows_of
 from tests.ranks import run_ranks
 from tests.train_runs import arguments, layout_flags, read_lines, run_training
 
@@ -150,8 +153,8 @@ def texts_of(batches, side):
     texts = {}
     for batch in batches:
         view = getattr(batch, side)
-        spans = zip(view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist())
-        texts |= {row: ids[start:end] for row, (ids, start, end) in zip(batch.rows, spans)}
+        of_rows = zip(batch.rows, rows_of(view.input_ids[0], view), view.prompt_lengths)
+        texts |= {row: ids[start:].tolist() for row, ids, start in of_rows if row >= 0}
     return texts
 
 
@@ -167,20 +170,25 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
     data, _ = load_datasets(
         SimpleNamespace(**settings, download_datasets=False), folder, model_args.vocab_size, 0
     )
+    budget = Budget(max_tokens=100)
     loader = step_loader(
         data,
-        per_device_batch_size=len(data) // 2 // place.dp_size,
-        gradient_accumulation_steps=2,
+        lambda step: data.lengths.views,
+        global_batch_size=len(data),
+        budget=budget,
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
         seed=0,
         start_step=0,
         num_steps=1,
         num_workers=0,
-        pad_token_id=data.pad_token_id,
-        pad_to_multiple_of=place.sequence_multiple,
     )
-    batches = next(loader)
+    packed = packing(data.pad_token_id, place)
+    batches = [
+        collate([sample for _, sample in numbered], packed, [number for number, _ in numbered])
+        for numbered in next(loader)
+    ]
+    assert len(batches) > 1
     rollout = make_rollout(
         RolloutConfig(
             max_completion_length=MAX_NEW_TOKENS,
@@ -194,6 +202,8 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
         parallel=place,
         data=data,
         model_folder=folder,
+        budget=budget,
+        packing=packed,
         seed=0,
     )
     found, events = {}, []

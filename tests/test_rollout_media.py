@@ -14,6 +14,7 @@ from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from tests.adapters import load_thinker
 from tests.lora_runs import build, initialize
+from tests.packed import rows_of
 from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.rollouts import megatron_rollout
@@ -51,18 +52,19 @@ def write(rank, world_size, folder, tp, pp, ep):
     batches = batches[place.dp_rank :: place.dp_size]
     model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
     towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
-    rollout = megatron_rollout(model, model_args, place, max_new_tokens=MAX_NEW_TOKENS)
+    settings = dict(max_new_tokens=MAX_NEW_TOKENS, max_tokens=200)
+    rollout = megatron_rollout(model, model_args, place, **settings)
     rollout = replace(rollout, num_samples=2)
     texts, log_probabilities = {side: defaultdict(list) for side in SIDES}, defaultdict(list)
     for side in SIDES:
         media = StepMedia(towers, [batch.media for batch in batches])
         for new in rollout.respond(batches, 0, side, media):
+            if new.rows == [-1]:  # another rank has a micro-batch more
+                continue
             view = getattr(new, side)
-            spans = zip(
-                view.input_ids.tolist(), view.prompt_lengths.tolist(), view.lengths.tolist()
-            )
-            for row, (ids, start, end) in zip(new.rows, spans):
-                texts[side][row].append(ids[start:end])
+            of_rows = zip(new.rows, rows_of(view.input_ids[0], view), view.prompt_lengths)
+            for row, ids, start in of_rows:
+                texts[side][row].append(ids[start:].tolist())
             if side == "student":
                 for row, values in zip(new.rows, new.log_probabilities.split(MAX_NEW_TOKENS)):
                     log_probabilities[row] += values.tolist()

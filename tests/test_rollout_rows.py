@@ -59,7 +59,7 @@ class Written(NamedTuple):
     capacities: list[int]
     """Response positions of the cache, likewise"""
     forwards: list[tuple[int, int]]
-    """Rows and positions of each forward for the prompts"""
+    """Shape of the packed ids of each forward for the prompts"""
 
 
 def write(rank, world_size, folder, layout, cases):
@@ -165,29 +165,31 @@ def test_log_probabilities_are_those_of_transformers(folder, prompts, thinker, s
 
 
 @pytest.mark.parametrize(
-    "lengths, max_tokens, multiple, expected",
+    "lengths, max_tokens, expected",
     [
-        ([9, 9, 4, 3, 1], 18, 1, [(0, 2), (2, 5)]),
-        ([9, 9, 4, 3, 1], 17, 1, [(0, 1), (1, 2), (2, 5)]),
-        ([9, 9, 4, 3, 1], 8, 1, [(0, 1), (1, 2), (2, 4), (4, 5)]),  # two are longer than 8
-        ([9, 9, 4, 3, 1], 1, 1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
-        ([9, 9, 4, 3, 1], 10_000, 8, [(0, 5)]),
-        ([9, 9, 4, 3, 1], 24, 4, [(0, 2), (2, 5)]),  # two rows of 12, then of 4
-        ([9, 9, 4, 3, 1], 23, 4, [(0, 1), (1, 2), (2, 5)]),
-        ([16], 16, 16, [(0, 1)]),
-        ([], 16, 1, []),
+        ([9, 9, 4, 3, 1], 26, [(0, 5)]),
+        ([9, 9, 4, 3, 1], 25, [(0, 4), (4, 5)]),
+        ([9, 9, 4, 3, 1], 18, [(0, 2), (2, 5)]),
+        ([9, 9, 4, 3, 1], 17, [(0, 1), (1, 5)]),
+        ([9, 9, 4, 3, 1], 16, [(0, 1), (1, 4), (4, 5)]),
+        ([9, 9, 4, 3, 1], 8, [(0, 1), (1, 2), (2, 5)]),  # two are longer than 8
+        ([9, 9, 4, 3, 1], 7, [(0, 1), (1, 2), (2, 4), (4, 5)]),
+        ([9, 9, 4, 3, 1], 1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        ([16], 16, [(0, 1)]),
+        ([16], 15, [(0, 1)]),
+        ([], 16, []),
     ],
 )
-def test_chunks(lengths, max_tokens, multiple, expected):
-    chunks = chunks_of(lengths, max_tokens, multiple)
+def test_chunks(lengths, max_tokens, expected):
+    chunks = chunks_of(lengths, max_tokens)
     assert [(chunk.start, chunk.stop) for chunk in chunks] == expected
 
 
 FORWARDS = {  # at prefill_tokens 8: all rows; rows 0, 2 and 4, then 1 and 3 with padding rows
-    SINGLE: [[(1, 17), (1, 12), (1, 9), (2, 4)]],
-    EP2: [[(1, 17), (1, 12), (1, 9)], [(2, 4), (1, 1), (1, 1)]],
-    PP2: [[(1, 17), (1, 12), (1, 9), (2, 4)]] * 2,
-    TP2_EP4: [[(1, 18), (1, 12), (1, 10)]] * 2 + [[(2, 4), (1, 2), (1, 2)]] * 2,
+    SINGLE: [[(1, 17), (1, 12), (1, 9), (1, 4 + 1)]],
+    EP2: [[(1, 17), (1, 12), (1, 9)], [(1, 4 + 1), (1, 1), (1, 1)]],
+    PP2: [[(1, 17), (1, 12), (1, 9), (1, 4 + 1)]] * 2,
+    TP2_EP4: [[(1, 18), (1, 12), (1, 10)]] * 2 + [[(1, 6), (1, 2), (1, 2)]] * 2,
 }
 
 

@@ -53,6 +53,7 @@ def flags(run, output, *, dp=1, accumulation=1, **more):
     sizes = dict(
         per_device_train_batch_size=NUM_ROWS // dp // accumulation,
         gradient_accumulation_steps=accumulation,
+        max_tokens_per_micro_batch=None if accumulation == 1 else 400 // accumulation,
     )
     given = {name: run[name] for name in ("model", "adapter", "dataset")}
     return arguments(
@@ -61,20 +62,22 @@ def flags(run, output, *, dp=1, accumulation=1, **more):
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep, accumulation, more",
+    "world_size, tp, pp, ep, cp, accumulation, more",
     [
-        (1, 1, 1, 1, 2, {}),
-        pytest.param(2, 2, 1, 2, 1, dict(recompute="full"), marks=pytest.mark.smoke),
-        (2, 1, 1, 1, 4, {}),  # micro-batches of one row: some ranks have no media
-        (4, 2, 2, 2, 4, dict(recompute="full")),
-        (4, 4, 1, 4, 1, {}),
+        (1, 1, 1, 1, 1, 2, {}),
+        pytest.param(2, 2, 1, 2, 1, 1, dict(recompute="full"), marks=pytest.mark.smoke),
+        (2, 1, 1, 1, 1, 4, {}),  # micro-batches of one row: some ranks have no media
+        (4, 2, 2, 2, 1, 4, dict(recompute="full")),
+        (4, 4, 1, 4, 1, 1, {}),
+        (2, 1, 1, 1, 2, 2, {}),
+        (4, 2, 1, 4, 2, 1, dict(recompute="full")),
+        (8, 2, 2, 2, 2, 2, {}),
     ],
 )
-def test_step_parity(run, tmp_path, world_size, tp, pp, ep, accumulation, more):
-    dp = world_size // tp // pp
+def test_step_parity(run, tmp_path, world_size, tp, pp, ep, cp, accumulation, more):
+    dp, layout = world_size // tp // pp // cp, layout_flags(tp, pp, ep, cp)
     run_training(
-        world_size,
-        flags(run, tmp_path, dp=dp, accumulation=accumulation, **layout_flags(tp, pp, ep), **more),
+        world_size, flags(run, tmp_path, dp=dp, accumulation=accumulation, **layout, **more)
     )
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     for name in COMPARED:
@@ -98,15 +101,16 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
     the same numbers.
     """
     lines = {}
-    for world_size, tp, pp, ep in ((1, 1, 1, 1), (2, 2, 1, 2), (4, 2, 2, 1), (2, 1, 1, 2)):
+    layouts = ((1, 1, 1, 1, 1), (2, 2, 1, 2, 1), (4, 2, 2, 1, 1), (2, 1, 1, 2, 1))
+    for world_size, tp, pp, ep, cp in (*layouts, (2, 1, 1, 1, 2)):
         more = dict(
             lmbda=1, max_completion_length=6, max_steps=2, eval_steps=1, val_dataset=run["dataset"]
         )
         more |= dict(learning_rate=1e-3, per_device_eval_batch_size=3)
-        dp, output = world_size // tp // pp, tmp_path / f"{world_size}-{tp}-{pp}"
+        dp, output = world_size // tp // pp // cp, tmp_path / f"{world_size}-{tp}-{pp}-{cp}"
         run_training(
             world_size,
-            flags(run, output, dp=dp, accumulation=2, **layout_flags(tp, pp, ep), **more),
+            flags(run, output, dp=dp, accumulation=2, **layout_flags(tp, pp, ep, cp), **more),
         )
         evaluations = read_lines(output / "eval.jsonl")
         for name in (
@@ -115,7 +119,7 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
             if name != "loss":
                 assert evaluations[0][name] == pytest.approx(run["expected"][name], rel=1e-4), name
         assert evaluations[0]["by_source"].keys() == run["expected"]["by"]["by_source"].keys()
-        lines[world_size, tp, pp] = read_lines(output / "metrics.jsonl") + evaluations
+        lines[world_size, tp, pp, cp] = read_lines(output / "metrics.jsonl") + evaluations
     first, *others = lines.values()
     assert (
         all(line["on_policy"] for line in first[:2])

@@ -111,7 +111,9 @@ def expected(folders, name: str) -> dict:
 def case_arguments(
     folders, name: str, output: Path, *, dp: int = 1, accumulation: int = 1, **flags
 ) -> list[str]:
-    """Flags of a case such that one step takes all NUM_ROWS rows."""
+    """Flags of a case such that one step takes all NUM_ROWS rows; with accumulation > 1 several
+    micro-batches on each rank.
+    """
     model, adapter, rows, _, own = CASES[name]
     if "teacher_adapter" in own:
         own = own | dict(teacher_adapter=folders["adapters"][model, own["teacher_adapter"]])
@@ -123,6 +125,7 @@ def case_arguments(
         max_steps=1,
         per_device_train_batch_size=NUM_ROWS // dp // accumulation,
         gradient_accumulation_steps=accumulation,
+        max_tokens_per_micro_batch=None if accumulation == 1 else 45,
         **own,
         **flags,
     )
@@ -139,10 +142,10 @@ def check(folders, name: str, output: Path, relative: float = 1e-4) -> None:
 
 
 def run_cases(
-    folders, tmp_path, names, world_size: int, tp: int, pp: int, ep: int, accumulation: int
+    folders, tmp_path, names, world_size: int, tp: int, pp: int, ep: int, accumulation: int, cp=1
 ) -> None:
-    dp = world_size // tp // pp
-    flags = layout_flags(tp, pp, ep)
+    dp = world_size // tp // pp // cp
+    flags = layout_flags(tp, pp, ep, cp)
     runs = [
         case_arguments(folders, name, tmp_path / name, dp=dp, accumulation=accumulation, **flags)
         for name in names
@@ -230,13 +233,30 @@ def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names)
 
 
 @pytest.mark.parametrize(
+    "world_size, cp, tp, pp, ep, accumulation, names",
+    [
+        (2, 2, 1, 1, 1, 1, ["guide", "lm_head", "eager", "a teacher with attention"]),
+        (4, 4, 1, 1, 1, 1, ["guide", "recompute"]),
+        pytest.param(4, 2, 2, 1, 1, 2, ["guide", "recompute", "lm_head"], marks=pytest.mark.smoke),
+        (8, 2, 1, 2, 2, 2, ["guide", "other recompute"]),
+    ],
+)
+def test_context_parallel_layouts(
+    folders, tmp_path, world_size, cp, tp, pp, ep, accumulation, names
+):
+    run_cases(folders, tmp_path, names, world_size, tp, pp, ep, accumulation, cp)
+
+
+@pytest.mark.parametrize(
     "tp, pp, ep, accumulation, names",
     [
-        pytest.param(8, 1, 8, 2, ["guide", "paper", "recompute", "other"], marks=pytest.mark.smoke),
+        pytest.param(8, 1, 8, 2, ["guide", "other recompute"], marks=pytest.mark.smoke),
+        pytest.param(8, 1, 8, 2, ["paper", "recompute", "other"], marks=pytest.mark.extended),
+        pytest.param(2, 2, 4, 2, ["recompute", "other"], marks=pytest.mark.smoke),
+        pytest.param(2, 2, 4, 2, ["guide", "forward"], marks=pytest.mark.extended),
         pytest.param(
-            2, 2, 4, 2, ["guide", "recompute", "forward", "other"], marks=pytest.mark.smoke
+            4, 1, 8, 2, ["guide", "paper 1", "other recompute"], marks=pytest.mark.extended
         ),
-        (4, 1, 8, 2, ["guide", "paper 1", "other recompute"]),
         pytest.param(1, 1, 8, 2, ["guide", "recompute"], marks=pytest.mark.extended),
         pytest.param(2, 4, 1, 4, ["other", "other recompute"], marks=pytest.mark.extended),
         pytest.param(8, 1, 1, 1, ["guide", "other"], marks=pytest.mark.extended),
@@ -322,17 +342,22 @@ def four_steps(
 
 
 @pytest.mark.parametrize(
-    "name, world_size, tp, pp, ep, max_grad_norm",
+    "name, world_size, tp, pp, ep, cp, max_grad_norm",
     [
-        ("small", 1, 1, 1, 1, 1e9),
-        ("small", 2, 2, 1, 2, 0.3),
-        ("small", 4, 2, 2, 2, 0.3),
-        ("small", 4, 2, 1, 4, 1e9),
-        ("small", 8, 8, 1, 8, 0.3),
-        ("text", 2, 2, 1, 2, 1e9),
+        ("small", 1, 1, 1, 1, 1, 1e9),
+        ("small", 2, 2, 1, 2, 1, 0.3),
+        ("small", 4, 2, 2, 2, 1, 0.3),
+        ("small", 4, 2, 1, 4, 1, 1e9),
+        ("small", 8, 8, 1, 8, 1, 0.3),
+        ("text", 2, 2, 1, 2, 1, 1e9),
+        ("small", 4, 1, 1, 1, 4, 1e9),
+        ("text", 4, 2, 1, 4, 2, 0.3),
+        pytest.param("small", 8, 1, 2, 2, 2, 1e9, marks=pytest.mark.extended),
     ],
 )
-def test_adapter_after_four_steps(folders, tmp_path, name, world_size, tp, pp, ep, max_grad_norm):
+def test_adapter_after_four_steps(
+    folders, tmp_path, name, world_size, tp, pp, ep, cp, max_grad_norm
+):
     """Clipping, AdamW and the learning rate: the saved adapter is torch's, from the reference's
     gradients. Every step takes all rows.
     """
@@ -347,14 +372,14 @@ def test_adapter_after_four_steps(folders, tmp_path, name, world_size, tp, pp, e
         dataset=rows,
         output_dir=tmp_path,
         max_steps=4,
-        per_device_train_batch_size=NUM_ROWS // (world_size // tp // pp),
+        per_device_train_batch_size=NUM_ROWS // (world_size // tp // pp // cp),
         learning_rate=0.01,
         warmup_ratio=0.25,
         max_grad_norm=max_grad_norm,
         weight_decay=0.1,
         adam_epsilon=EPSILON,
         sft_alpha=0.3,
-        **layout_flags(tp, pp, ep),
+        **layout_flags(tp, pp, ep, cp),
     )
     run_training(world_size, argv)
     tensors, norms, rates = four_steps(model, adapter, rows, max_grad_norm)

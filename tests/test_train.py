@@ -46,6 +46,8 @@ METRICS |= {
 }
 METRICS |= {
     "response_length",
+    "micro_batches",
+    "padding",
     "cut_tokens",
     "truncated_responses",
     "peak_memory_gib",
@@ -135,7 +137,7 @@ def test_run_folder(data, tmp_path):
     } <= set(evaluations[0])
     run = json.loads((tmp_path / "run.json").read_text())
     assert set(run) == {"config", "versions", "parameters", "layout"}
-    assert run["layout"] == {"world_size": 2, "tp": 1, "pp": 1, "dp": 2, "ep": 1}
+    assert run["layout"] == {"world_size": 2, "tp": 1, "pp": 1, "dp": 2, "ep": 1, "cp": 1}
     saved = load_file(tmp_path / "checkpoint-7" / "adapter_model.safetensors")
     thinker = load_model(data["model"]).model
     base = sum(
@@ -159,12 +161,15 @@ def test_run_folder(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep",
-    [(1, 1, 1, 1), (2, 1, 1, 2), (4, 2, 2, 2), (4, 2, 1, 2)],
+    "world_size, tp, pp, ep, cp",
+    [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1), (4, 2, 2, 2, 1), (4, 2, 1, 2, 1), (4, 1, 1, 2, 2)],
 )
-def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
-    """Five rows in micro-batches of two: padding samples, whole batches of them, count nothing."""
+def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep, cp):
+    """Five rows in micro-batches of about two: a rank without a row has padding, which counts
+    nothing.
+    """
     flags = dict(
+        max_tokens_per_micro_batch=40,
         val_dataset=data["val_dataset"],
         adapter=data["adapter"],
         per_device_eval_batch_size=2,
@@ -172,7 +177,7 @@ def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep):
         lora_dropout=0.3,
     )
     flags |= dict(per_device_train_batch_size=2, learning_rate=0, sft_alpha=0.2) | layout_flags(
-        tp, pp, ep
+        tp, pp, ep, cp
     )
     run_training(world_size, flags_of_run(data, tmp_path, **flags))
     expected = reference_step(data["model"], data["adapter"], data["evaluation"], sft_alpha=0.2)

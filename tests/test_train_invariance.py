@@ -63,14 +63,15 @@ def _watched(rank, world_size, argv):
 
 
 @pytest.mark.parametrize(
-    "world_size, tp, pp, ep",
+    "world_size, tp, pp, ep, cp",
     [
-        (4, 2, 1, 2),
-        pytest.param(8, 4, 1, 8, marks=pytest.mark.extended),
-        (4, 2, 2, 1),
+        pytest.param(4, 2, 1, 2, 1, marks=pytest.mark.extended),
+        pytest.param(8, 4, 1, 8, 1, marks=pytest.mark.extended),
+        pytest.param(4, 2, 2, 1, 1, marks=pytest.mark.extended),
+        (8, 2, 2, 2, 2),
     ],
 )
-def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep):
+def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep, cp):
     """Twenty steps with dropout and on-policy text: every copy of an adapter weight has the same
     bits on all ranks that hold one; no frozen weight has changed.
     """
@@ -87,7 +88,8 @@ def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, 
         gradient_accumulation_steps=2,
         save_steps=100,
         logging_steps=20,
-    ) | layout_flags(tp, pp, ep)
+        max_tokens_per_micro_batch=60,
+    ) | layout_flags(tp, pp, ep, cp)
     results = run_ranks(_watched, world_size, flags_of_run(data, tmp_path, **flags))
     after, copies = {}, 0
     for (trained_before, frozen_before), (trained, frozen), dtypes in results:
@@ -105,6 +107,7 @@ def test_recompute_trains_the_same(data, tmp_path):
         lora_dropout=0.2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
+        max_tokens_per_micro_batch=60,
         learning_rate=0.003,
     ) | layout_flags(tp=2, pp=2, ep=2)
     run_training(
@@ -121,13 +124,23 @@ def test_recompute_trains_the_same(data, tmp_path):
     assert plain[0]["grad_norm"] > 0
 
 
-def test_data_order_is_the_same_at_any_data_parallel_size(data, tmp_path):
-    """More rows than a step takes: step by step the same rows, whatever shares them."""
-    for dp in (1, 2, 4):
+def test_a_step_is_the_same_at_any_data_parallel_size_and_budget(data, tmp_path):
+    """More rows than a step takes: step by step the same rows, whatever shares them and however
+    they are cut; a budget below every row makes each a micro-batch.
+    """
+    runs = {(1, None): 1, (4, 30): 1, (1, 30): 3, (2, 1): 2}
+    for (dp, budget), most in runs.items():
         flags = dict(per_device_train_batch_size=4 // dp, max_steps=5, learning_rate=0.003)
-        run_training(dp, flags_of_run(data, tmp_path / str(dp), adapter=data["adapter"], **flags))
-    first, *others = (read_lines(tmp_path / str(dp) / "metrics.jsonl") for dp in (1, 2, 4))
+        flags |= dict(max_tokens_per_micro_batch=budget)
+        output = tmp_path / f"{dp}-{budget}"
+        run_training(dp, flags_of_run(data, output, adapter=data["adapter"], **flags))
+        numbers = [line["micro_batches"] for line in read_lines(output / "metrics.jsonl")]
+        assert max(numbers) == most and (budget != 1 or min(numbers) == most)
+    first, *others = (
+        read_lines(tmp_path / f"{dp}-{budget}" / "metrics.jsonl") for dp, budget in runs
+    )
     assert len({line["num_tokens"] for line in first}) > 1
+    assert all(line["padding"] == 0 for line in first)
     for lines in others:
         for line, expected in zip(lines, first, strict=True):
             for key in ("loss", "grad_norm", "num_tokens", "epoch"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_gkd.train import draw
+from megatron_gkd.run import draw
 from tests.reference_step import load_model, read_adapter, reference_step
 from tests.test_train import flags_of_run, write_data
 from tests.train_runs import layout_flags, read_lines, run_training
@@ -103,18 +103,22 @@ def test_written_responses_are_the_reference(data, tmp_path, writer, flags):
     expected = reference_step(
         data["model"], data["adapter"], written_rows(data, writer == "teacher")
     )
-    for world_size, tp, pp, ep in [(1, 1, 1, 1), (4, 2, 1, 4), (4, 2, 2, 2)]:
+    layouts = [(1, 1, 1, 1, 1), (4, 2, 1, 4, 1), (4, 2, 2, 2, 1)]
+    # ranks that share the rows: alone, and with experts over all of them
+    layouts += [(2, 1, 1, 1, 2), (4, 1, 1, 4, 2)]
+    for world_size, tp, pp, ep, cp in layouts:
         own = (
             flags
             | GREEDY
-            | layout_flags(tp, pp, ep)
-            | dict(per_device_train_batch_size=8 * tp * pp // world_size, sft_alpha=0.4)
+            | layout_flags(tp, pp, ep, cp)
+            | dict(per_device_train_batch_size=8 * tp * pp * cp // world_size, sft_alpha=0.4)
         )
+        output = tmp_path / f"{tp}{pp}{cp}"
         run_training(
             world_size,
-            flags_of_run(data, tmp_path / f"{tp}{pp}", adapter=data["adapter"], max_steps=1, **own),
+            flags_of_run(data, output, adapter=data["adapter"], max_steps=1, **own),
         )
-        (line,) = read_lines(tmp_path / f"{tp}{pp}" / "metrics.jsonl")
+        (line,) = read_lines(output / "metrics.jsonl")
         assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
         for key in ("jsd", "sft_loss", "num_tokens", "kl_reverse"):
             assert line[key] == pytest.approx(expected[key], rel=1e-4), (key, tp, pp)
@@ -134,6 +138,7 @@ def test_samples_of_a_prompt_are_rows_of_the_step(data, tmp_path):
         sizes = dict(
             per_device_train_batch_size=4 * tp * pp // world_size,
             gradient_accumulation_steps=2,
+            max_tokens_per_micro_batch=60,
             **layout_flags(tp, pp, ep),
         )
         own = dict(adapter=data["adapter"], lmbda=1, num_generations=2, learning_rate=0.02) | sizes

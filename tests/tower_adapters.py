@@ -120,6 +120,6 @@ def make_model(
 def my_batches(place, folder, tp):
     rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
     for of_batch in rows:
-        batches.append(make_batch(of_batch, tp, first))
+        batches.append(make_batch(of_batch, tp, first, place.row_multiple))
         first += len(of_batch)
     return batches[place.dp_rank :: place.dp_size]

@@ -71,11 +71,12 @@ def arguments(**flags) -> list[str]:
     ]
 
 
-def layout_flags(tp: int = 1, pp: int = 1, ep: int = 1) -> dict[str, int]:
+def layout_flags(tp: int = 1, pp: int = 1, ep: int = 1, cp: int = 1) -> dict[str, int]:
     return dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
+        context_parallel_size=cp,
     )
 
 
@@ -141,6 +142,7 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
         tensor_model_parallel_size=sizes.tensor_model_parallel_size,
         pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
         expert_model_parallel_size=sizes.expert_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
     )
     layout.seed_step(0, 0, parallel)
     model_args = read_model_args(config.model.model)

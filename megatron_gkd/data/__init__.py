@@ -1,8 +1,8 @@
-"""Rows of a data set -> `Sample` (student's and teacher's view) -> padded `Batch`, in an order that
-depends on seed and step alone.
+"""Rows of a data set -> `Sample` (student's and teacher's view) -> packed `Batch`, in an order
+that depends on seed and step alone.
 """
 
-from megatron_gkd.data.batch import Batch, BatchView, collate, with_responses
+from megatron_gkd.data.batch import Batch, BatchView, Packing, collate
 from megatron_gkd.data.dataset import SampleDataset, load_datasets
 from megatron_gkd.data.loader import eval_loader, num_steps_of_epochs, step_loader
 from megatron_gkd.data.report import DataReport
@@ -15,6 +15,7 @@ __all__ = [
     "BatchView",
     "DataError",
     "DataReport",
+    "Packing",
     "Sample",
     "SampleDataset",
     "View",
@@ -23,5 +24,4 @@ __all__ = [
     "load_datasets",
     "num_steps_of_epochs",
     "step_loader",
-    "with_responses",
 ]

@@ -10,10 +10,11 @@ from typing import Any, Literal, Protocol
 import datasets
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
+from megatron_gkd.data.encoded import Encoded, decode_sample, encode_row
 from megatron_gkd.data.order import SPLIT, permutation
-from megatron_gkd.data.report import make_report
+from megatron_gkd.data.report import make_report, view_lengths
 from megatron_gkd.data.rows import check_row
-from megatron_gkd.data.sample import Encoded, Sample, decode_sample, encode_row
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import FINGERPRINT, Source, open_source
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
@@ -83,7 +84,8 @@ class SampleDataset:
         self._processor = processor
         self.pad_token_id = pad_token_id
         self.skip_bad_rows = skip_bad_rows
-        self.report = make_report(rows, skipped or [])
+        self.lengths = view_lengths(rows)
+        self.report = make_report(rows, self.lengths, skipped or [])
 
     def __len__(self) -> int:
         return len(self._rows)

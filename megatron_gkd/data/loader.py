@@ -1,31 +1,48 @@
-"""Batches in order. The order is a pure function of (seed, step): a resumed run reads no earlier
-batches, and the global batch of a step holds the same rows whatever the number of data-parallel
-ranks and workers.
-
-Within a step, micro-batch m of rank r takes samples [(m * dp_size + r) * B, ... + B) of the global
-batch, B = per-device batch size.
+"""Samples in order. The order is a pure function of (seed, step): a resumed run reads no earlier
+samples, and the global batch of a step holds the same rows whatever the number of data-parallel
+ranks, workers and micro-batches. How a step's rows are cut into micro-batches: micro_batches.py.
 """
 
 import math
+import pickle
 import signal
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_gkd.data.batch import Batch, collate
-from megatron_gkd.data.dataset import SampleDataset
+from megatron_gkd.data.micro_batches import Budget, cut
 from megatron_gkd.data.order import batch_indices
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import DataError
 
-PADDING_SAMPLE = -1
-"""The index of a padding sample, which fills up a batch"""
+EVAL_WINDOW = 256  # rows of a data-parallel rank that are cut into micro-batches together
+
+
+class Numbered(NamedTuple):
+    """A row of a step."""
+
+    number: int
+    """Its index in the step's global batch"""
+    sample: Sample | None
+    """None: a padding sample"""
+
+
+PADDING = Numbered(-1, None)
+
+
+class Samples(Protocol):
+    """What loaders read: a SampleDataset."""
+
+    skip_bad_rows: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 def num_steps_of_epochs(num_rows: int, global_batch_size: int, num_epochs: float) -> int:
@@ -35,38 +52,25 @@ def num_steps_of_epochs(num_rows: int, global_batch_size: int, num_epochs: float
     return max(1, math.ceil(num_rows * num_epochs / global_batch_size - 1e-9))
 
 
-class _PaddedDataset(Dataset[Sample | DataError | None]):
-    """A SampleDataset in which index PADDING_SAMPLE gives None.
+class _NumberedDataset(Dataset[Numbered | DataError]):
+    """(number in the global batch, index of the row) -> Numbered.
 
     A row whose media cannot be read gives its DataError instead of raising it, which in a worker
-    would hide the reason behind a traceback; with --skip_bad_rows it gives None.
+    would hide the reason behind a traceback; with --skip_bad_rows it gives a padding sample.
     """
 
-    def __init__(self, dataset: SampleDataset):
+    def __init__(self, dataset: Samples):
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Sample | DataError | None:
-        if index == PADDING_SAMPLE:
-            return None
+    def __getitem__(self, numbers: tuple[int, int]) -> Numbered | DataError:
+        number, index = numbers
         try:
-            return self.dataset[index]
+            return Numbered(number, self.dataset[index])
         except DataError as error:
             if not self.dataset.skip_bad_rows:
                 return error
             print(f"Left out (--skip_bad_rows): {error}", file=sys.stderr, flush=True)
-            return None
-
-
-def _collate(
-    samples: list[Sample | DataError | None], pad_token_id: int, pad_to_multiple_of: int
-) -> Batch | DataError:
-    """The batch, or the first error among the samples."""
-    good: list[Sample | None] = []
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-        good.append(sample)
-    return collate(good, pad_token_id, pad_to_multiple_of)
+            return PADDING
 
 
 def _outlive_sigterm(worker: int) -> None:
@@ -76,102 +80,95 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _batches(
-    dataset: SampleDataset,
-    micro_batches: Iterable[list[int]],
-    num_workers: int,
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-) -> Generator[Batch, None, None]:
-    """One Batch per list of row indices; torch's global random state is not touched. Close it
-    (contextlib.closing): workers that ignore SIGTERM end only when told to, and a process that
-    waits for them never exits.
+def _samples(
+    dataset: Samples, numbers: Iterable[tuple[int, int]], num_workers: int, num_ahead: int
+) -> Generator[Numbered, None, None]:
+    """A sample for each (number, row index); torch's global random state is not touched. Workers
+    are up to `num_ahead` rows ahead. Close it (contextlib.closing): workers that ignore SIGTERM end
+    only when told to, and a process that waits for them never exits.
+
+    Samples come from workers as bytes: in shared memory every tensor would hold a file descriptor.
     """
-    batches: Any = iter(
+    reader = _NumberedDataset(dataset)
+    if not num_workers:
+        yield from (_checked(reader[pair]) for pair in numbers)
+        return
+    loaded: Any = iter(
         DataLoader(
-            _PaddedDataset(dataset),
-            batch_sampler=micro_batches,
-            collate_fn=partial(
-                _collate, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of
-            ),
+            reader,
+            sampler=numbers,
+            batch_size=None,
+            collate_fn=pickle.dumps,
             num_workers=num_workers,
+            prefetch_factor=max(2, math.ceil(num_ahead / num_workers)),
             # forked workers inherit the mapped rows, whose file is already deleted
-            multiprocessing_context="fork" if num_workers else None,
+            multiprocessing_context="fork",
             worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),
         )
     )
     try:
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        for found in loaded:
+            yield _checked(pickle.loads(found))
     finally:
-        if num_workers:
-            batches._shutdown_workers()
+        loaded._shutdown_workers()
 
 
-def _micro_batches(
-    indices: Sequence[int] | np.ndarray, size: int, dp_rank: int, dp_size: int
-) -> Iterator[list[int]]:
-    """This rank's micro-batches of a global batch of `indices`, `size` indices each."""
-    for first in range(dp_rank * size, len(indices), dp_size * size):
-        yield [int(index) for index in indices[first : first + size]]
+def _checked(found: Numbered | DataError) -> Numbered:
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def step_loader(
-    dataset: SampleDataset,
+    dataset: Samples,
+    lengths: Callable[[int], Sequence[int] | np.ndarray],
     *,
-    per_device_batch_size: int,
-    gradient_accumulation_steps: int,
+    global_batch_size: int,
+    budget: Budget,
     dp_rank: int,
     dp_size: int,
     seed: int,
     start_step: int,
     num_steps: int,
     num_workers: int,
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-) -> Generator[list[Batch], None, None]:
-    """For each optimizer step in [start_step, num_steps) this rank's micro-batches,
-    `gradient_accumulation_steps` of them. Close it (contextlib.closing), however the run ends.
+) -> Generator[list[list[Numbered]], None, None]:
+    """For each optimizer step in [start_step, num_steps) the samples of this rank's micro-batches,
+    as many as any other rank has. Close it (contextlib.closing), however the run ends.
 
-    `num_steps` is the length of the whole run, resumed or not. Raises DataError for a medium that
-    cannot be read.
+    lengths: step -> tokens that each row of the data set will have in it. global_batch_size: rows
+    of a step over all data-parallel ranks. `num_steps` is the length of the whole run, resumed or
+    not. Raises DataError for a medium that cannot be read.
     """
-    global_batch_size = per_device_batch_size * gradient_accumulation_steps * dp_size
-    micro_batches = (
-        micro_batch
-        for step in range(start_step, num_steps)
-        for micro_batch in _micro_batches(
-            batch_indices(step, global_batch_size, len(dataset), seed),
-            per_device_batch_size,
-            dp_rank,
-            dp_size,
-        )
-    )
-    with closing(
-        _batches(dataset, micro_batches, num_workers, pad_token_id, pad_to_multiple_of)
-    ) as batches:
-        for _ in range(start_step, num_steps):
-            yield [next(batches) for _ in range(gradient_accumulation_steps)]
+
+    def plan(step: int) -> list[list[tuple[int, int]]]:
+        rows = batch_indices(step, global_batch_size, len(dataset), seed).tolist()
+        of_step = lengths(step)
+        mine = cut([int(of_step[row]) for row in rows], budget, dp_size)[dp_rank]
+        return [[(number, rows[number]) for number in micro] for micro in mine]
+
+    steps = range(start_step, num_steps)
+    numbers = (pair for step in steps for micro in plan(step) for pair in micro)
+    of_step = math.ceil(global_batch_size / dp_size)
+    with closing(_samples(dataset, numbers, num_workers, num_ahead=of_step)) as samples:
+        for step in steps:
+            yield [[next(samples) for _ in micro] or [PADDING] for micro in plan(step)]
 
 
 def eval_loader(
-    dataset: SampleDataset,
+    dataset: Samples,
+    lengths: Sequence[int] | np.ndarray,
     *,
-    per_device_batch_size: int,
+    budget: Budget,
     dp_rank: int,
     dp_size: int,
-    num_workers: int,
-    pad_token_id: int,
-    pad_to_multiple_of: int,
-) -> Iterator[Batch]:
-    """Every row once over all ranks, in order; padding samples at the end give each rank the same
-    number of full batches.
+) -> Iterator[list[Numbered]]:
+    """Every row once over all ranks, cut window by window; every rank gets the same number of
+    micro-batches. lengths: tokens of each row.
     """
-    stride = per_device_batch_size * dp_size
-    indices = list(range(len(dataset)))
-    indices += [PADDING_SAMPLE] * (-len(indices) % stride)
-    micro_batches = _micro_batches(indices, per_device_batch_size, dp_rank, dp_size)
-    return _batches(dataset, micro_batches, num_workers, pad_token_id, pad_to_multiple_of)
+    window, reader = EVAL_WINDOW * dp_size, _NumberedDataset(dataset)
+    for first in range(0, len(dataset), window):
+        of_window = list(map(int, lengths[first : first + window]))
+        for micro in cut(of_window, budget, dp_size)[dp_rank]:
+            found = [_checked(reader[first + number, first + number]) for number in micro]
+            yield found or [PADDING]

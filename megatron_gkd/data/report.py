@@ -2,8 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import datasets
+import numpy as np
 from pyarrow import compute
 
 from megatron_gkd.data.sample import media_pair
@@ -53,21 +55,36 @@ class DataReport:
         )
 
 
-def make_report(rows: datasets.Dataset, skipped: list[BadRow]) -> DataReport:
-    """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
-    columns = ["cut_tokens", "input_ids", "labels", "teacher_prompt", "response_start", "source"]
+class Lengths(NamedTuple):
+    """Tokens of each row, of its heavier view."""
+
+    views: np.ndarray
+    prompts: np.ndarray
+
+
+def view_lengths(rows: datasets.Dataset) -> Lengths:
+    """Of encoded rows."""
+    columns = ["input_ids", "teacher_prompt", "response_start"]
     table = rows.select_columns(columns).with_format("arrow")[:]
-    cuts = table["cut_tokens"].to_numpy()
     student = compute.list_value_length(table["input_ids"]).to_numpy()
     prompt = compute.list_value_length(table["teacher_prompt"])  # null without a teacher view
-    teacher = student - table["response_start"].to_numpy() + prompt.fill_null(0).to_numpy()
+    start = table["response_start"].to_numpy()
+    prompts = np.maximum(start, prompt.fill_null(0).to_numpy())
+    return Lengths(prompts + student - start, prompts)
+
+
+def make_report(rows: datasets.Dataset, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
+    """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
+    columns = ["cut_tokens", "labels", "teacher_prompt", "source"]
+    table = rows.select_columns(columns).with_format("arrow")[:]
+    cuts = table["cut_tokens"].to_numpy()
     trained = compute.not_equal(compute.list_flatten(table["labels"]), IGNORED_LABEL)
     return DataReport(
         num_rows=len(rows),
-        num_teacher_views=len(rows) - prompt.null_count,
+        num_teacher_views=len(rows) - table["teacher_prompt"].null_count,
         num_cut_responses=int((cuts > 0).sum()),
         num_cut_tokens=int(cuts.sum()),
-        max_tokens=int(max(student.max(), teacher.max())),
+        max_tokens=int(lengths.views.max()),
         num_response_tokens=compute.sum(trained).as_py(),
         sources=dict(Counter(table["source"].to_pylist())),
         **_media_report(rows),

@@ -129,7 +129,7 @@ def adapter_slices(
     """
     tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     root, layers = model_args.family.adapter_root, model_args.family.adapter_layers
-    writes_sharded = parallel.dp_rank == 0
+    writes_sharded = parallel.is_first_replica
     writes_replicated = writes_sharded and tp_rank == 0
     writes_experts = parallel.groups.expt_dp.rank() == 0
 

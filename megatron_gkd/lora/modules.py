@@ -64,7 +64,7 @@ class LoraColumnParallel(LoraModule):
         slot = self.slot
         if slot is None:
             return output, bias
-        x = self.drop(x, slot, "model-parallel-rng" if self.sequence_parallel else None)
+        x = self.drop(x, slot, "model-parallel-rng")
         down, up = self.fused(slot)
         low = F.linear(x, down.to(x.dtype))
         if self.sequence_parallel:
@@ -248,7 +248,7 @@ class LoraHead(LoraModule):
         if slot is None:
             return None
         (down,), (up,) = slot.down.values(), slot.up.values()
-        low = F.linear(self.drop(hidden.float(), slot, None), down)
+        low = F.linear(self.drop(hidden.float(), slot, "context-parallel-rng"), down)
         return F.linear(low, up) * slot.scale
 
 

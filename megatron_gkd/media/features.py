@@ -1,7 +1,7 @@
 """The towers' features in the decoder's input: they replace the embeddings of the media tokens.
 
 M media tokens of a batch, audios' first, then those of images and videos (V); D decoder layers that
-read deepstack features, H hidden size, B rows, S positions.
+read deepstack features, H hidden size, S positions that this rank's tensor-parallel group reads.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_gkd.media.medium import Medium
 from megatron_gkd.parallel import Parallel
 
 
@@ -46,6 +47,19 @@ def join_features(parts: Sequence[MediaFeatures]) -> tuple[MediaFeatures, list[T
     return whole, [torch.cat(pair) for pair in zip(numbers[: len(parts)], numbers[len(parts) :])]
 
 
+def split_features(features: MediaFeatures, media: Sequence[Medium]) -> list[MediaFeatures]:
+    """The features of each medium. media: in the order of their tokens, audios first."""
+    parts, first = [], 0
+    for medium in media:
+        end, deepstack = first + medium.num_tokens, None
+        if medium.kind != "audio" and features.deepstack is not None:
+            visual = slice(first - features.num_audio_tokens, end - features.num_audio_tokens)
+            deepstack = features.deepstack[:, visual]
+        parts.append(MediaFeatures(features.embeddings[first:end], deepstack))
+        first = end
+    return parts
+
+
 def media_arguments(
     decoder: Any,
     parallel: Parallel,
@@ -58,26 +72,26 @@ def media_arguments(
     """Further arguments for the forward of `decoder` (GPTModel) on the first stage: its input with
     the features, and the deepstack features.
 
-    input_ids [B, S], position_ids [3, B, S]; media_rows int64 [M']: b * S + s of each media token
-    in them, media_tokens int64 [M']: its number among the features. Only tokens in this rank's
-    shard of the sequence count. Collectives: those of the embedding.
+    input_ids [1, S], position_ids [3, 1, S]; media_rows int64 [M']: the position of each media
+    token in them, media_tokens int64 [M']: its number among the features. Only tokens in this
+    rank's shard of the sequence count. Collectives: those of the embedding.
     """
-    embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, B, H]
+    embedded = decoder.embedding(input_ids=input_ids, position_ids=position_ids)  # [S/TP, 1, H]
     length = input_ids.shape[1]
     positions = parallel.shard_sequence(torch.arange(length, device=input_ids.device))  # [S/TP]
     local_index = torch.full((length,), -1, device=input_ids.device)  # -1: on another rank
     local_index[positions] = torch.arange(len(positions), device=input_ids.device)
-    index = torch.stack((local_index[media_rows % length], media_rows // length))  # [2, M']
-    is_local = index[0] >= 0
-    index, tokens = index[:, is_local], media_tokens[is_local]
+    index = local_index[media_rows]  # [M']
+    is_local = index >= 0
+    index, tokens = index[is_local], media_tokens[is_local]
     arguments: dict[str, Any] = {
-        "decoder_input": embedded.index_put(tuple(index), features.embeddings[tokens])
+        "decoder_input": embedded.index_copy(0, index, features.embeddings[tokens][:, None])
     }
     if features.deepstack is not None and len(features.deepstack):
         visual = tokens - features.num_audio_tokens
         context = {
             "context": features.deepstack[:, visual[visual >= 0]],
-            "context_mask": index[:, visual >= 0],
+            "context_mask": index[visual >= 0],
         }
         arguments["extra_block_kwargs"] = context
     return arguments

@@ -161,6 +161,8 @@ class Media:
     """int64 [V, 3]: patches of each in time, height and width"""
     visual_tokens: Tensor
     """int64 [V]: tokens of each"""
+    items: list[Medium]
+    """What it was made of, in the order of its tokens"""
 
     @classmethod
     def of(
@@ -179,16 +181,24 @@ class Media:
         row_lengths = lengths if audio_row_lengths is None else audio_row_lengths
         grids = [medium.grid_thw for medium in visuals]
         return cls(
-            audio=torch.cat([medium.features for medium in audios], dim=1) if audios else empty,
+            audio=_joined([medium.features for medium in audios], dim=1) if audios else empty,
             audio_lengths=torch.tensor(lengths, dtype=torch.int64),
             audio_tokens=torch.tensor([medium.num_tokens for medium in audios], dtype=torch.int64),
             audio_row_lengths=torch.tensor(row_lengths, dtype=torch.int64),
-            pixels=torch.cat([medium.features for medium in visuals]) if visuals else empty,
+            pixels=_joined([medium.features for medium in visuals], dim=0) if visuals else empty,
             grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
             visual_tokens=torch.tensor(
                 [medium.num_tokens for medium in visuals], dtype=torch.int64
             ),
+            items=list(media),
         )
 
     def to(self, device: str | torch.device) -> "Media":
-        return Media(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        """The media with their tensors on `device`; `items` stay where they are."""
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return Media(**tensors, items=self.items)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One part is not copied: an hour of sound has 180 MB."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -3,8 +3,8 @@ features.py puts into the decoder's input.
 
 The modules are transformers' own, on the first pipeline stage only. Their attention crosses neither
 windows of an audio nor frames of a video, so media are cut into chunks that are encoded
-independently: at TP > 1 each rank encodes its share of the chunks and an all-gather joins them. M
-media tokens, H hidden size, D deepstack layers.
+independently: the ranks that read the same rows (tensor- and context-parallel) encode a share of
+the chunks each and an all-gather joins them. M media tokens, H hidden size, D deepstack layers.
 """
 
 import math
@@ -31,7 +31,7 @@ from megatron_gkd.media.chunks import (
     encoding_order,
     visual_chunks,
 )
-from megatron_gkd.media.features import MediaFeatures
+from megatron_gkd.media.features import MediaFeatures, join_features, split_features
 from megatron_gkd.media.medium import Media
 from megatron_gkd.model.args import ModelArgs, read_config
 from megatron_gkd.model.decoder import check_deepstack
@@ -51,14 +51,15 @@ class Towers(nn.Module):
         *,
         shares: bool = True,
     ):
-        """audio_tower, visual: transformers' modules. shares: at TP > 1 each rank encodes its share
-        of the media, not all of them (docs/benchmarks/towers.md).
+        """audio_tower, visual: transformers' modules. shares: each of the ranks that read the same
+        rows encodes its share of the media, not all of them (docs/benchmarks/towers.md).
         """
         super().__init__()
         self.parallel = parallel
         self.audio_tower = audio_tower
         self.visual = visual
-        self.shares = shares and parallel.tp_size > 1
+        self.group = parallel.groups.tp_cp
+        self.shares = shares and self.group.size() > 1
         self.dtype = next(self.parameters()).dtype
         self.requires_grad_(False)
         self.eval()
@@ -82,17 +83,18 @@ class Towers(nn.Module):
     def encode(self, media: Media | None) -> MediaFeatures | None:
         """The features of a batch's media, each encoded once; None without media.
 
-        All tensor-parallel ranks call it with the same media. With the student's LoRA on a tower
-        every rank encodes everything, so that each has the whole gradient. Raises ValueError for a
-        medium whose tower was not built. Collectives: if the work is shared, one all-gather over
-        the tensor-parallel ranks; none for a single chunk.
+        All tensor- and context-parallel ranks call it with the same media. With the student's LoRA
+        on a tower every rank encodes everything, so that each has the whole gradient. Raises
+        ValueError for a medium whose tower was not built. Collectives: if the work is shared, one
+        all-gather over these ranks; none for a single chunk.
         """
         if media is None:
             return None
+        media = media.to(self.parallel.device)
         chunks = self._chunks(media)
         shared = self.shares and not self.trains and len(chunks) > 1
-        shares = balance(chunks, self._work(chunks), self.parallel.tp_size if shared else 1)
-        encoded = self._encode(media, shares[self.parallel.tp_rank if shared else 0])
+        shares = balance(chunks, self._work(chunks), self.group.size() if shared else 1)
+        encoded = self._encode(media, shares[self.group.rank() if shared else 0])
         return _in_token_order(shares, self._gather(encoded, shares) if shared else [encoded])
 
     def _chunks(self, media: Media) -> list[Chunk]:
@@ -156,8 +158,8 @@ class Towers(nn.Module):
     def _gather(
         self, encoded: tuple[Tensor, Tensor], shares: list[list[Chunk]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """What `_encode` returned on each tensor-parallel rank. One all-gather, padded to the
-        largest share.
+        """What `_encode` returned on each rank of the group. One all-gather, padded to the largest
+        share.
         """
         sizes = [
             [
@@ -171,7 +173,7 @@ class Towers(nn.Module):
         longest = max(width * (audio + planes * visual) for audio, visual in sizes)
         padded = torch.nn.functional.pad(flat, (0, longest - len(flat)))
         gathered = [torch.empty_like(padded) for _ in shares]
-        torch.distributed.all_gather(gathered, padded, group=self.parallel.groups.tp)
+        torch.distributed.all_gather(gathered, padded, group=self.group)
         return [
             (
                 part[: audio * width].view(audio, width),
@@ -238,17 +240,24 @@ class StepMedia:
                     None if towers is None else towers.encode(batch_media) for batch_media in media
                 ]
 
-    def repeated(self, times: int) -> "StepMedia":
-        """Of `times` copies of each micro-batch, one after the other. What is encoded is shared;
-        towers with LoRA encode each copy, as at every access.
+    def regrouped(self, media: Sequence[Media | None]) -> "StepMedia":
+        """Of other micro-batches of the same rows. What is encoded is shared; towers with LoRA
+        encode at every access, as before.
         """
-        if times == 1:
-            return self
-        repeated = copy(self)
-        repeated.media = [media for media in self.media for _ in range(times)]
+        other = copy(self)
+        other.media = media
         if self.features is not None:
-            repeated.features = [found for found in self.features for _ in range(times)]
-        return repeated
+            of_medium: dict[int, MediaFeatures] = {}
+            for found, of_batch in zip(self.features, self.media):
+                if found is not None and of_batch is not None:
+                    of_medium |= zip(map(id, of_batch.items), split_features(found, of_batch.items))
+            other.features = [
+                None
+                if of_batch is None or self.towers is None
+                else join_features([of_medium[id(item)] for item in of_batch.items])[0]
+                for of_batch in media
+            ]
+        return other
 
     def __getitem__(self, index: int) -> MediaFeatures | None:
         """Of micro-batch `index`; None if it has no media, and on later stages."""

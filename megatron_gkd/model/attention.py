@@ -1,23 +1,39 @@
-"""Core attention without Transformer Engine: torch's scaled-dot-product attention, and an eager
-version for comparison. Both are causal: rows are padded on the right.
+"""Core attention over packed rows, without Transformer Engine: torch's kernels, and an eager
+version for comparison. A query sees the keys of its own row up to itself.
 
-Both can be megatron-core's `core_attention`. Shapes: S positions, B rows, h heads, g key/value
-heads of this rank, d head size.
+Both can be megatron-core's `core_attention`. Shapes: T positions of the packed sequence, C
+context-parallel ranks, h heads, g key/value heads of this rank, d head size.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron_gkd.model.packed_rows import PackedRows, VarlenCall
+
+# torch 2.11 takes fewer key/value heads as they are, later versions want to be told
+_KNOWN = inspect.signature(varlen_attn).parameters
+_GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Whether torch has one for sequences of several lengths: in 16 bits, from Ampere on."""
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 class SdpaAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v through `torch.nn.functional.scaled_dot_product_attention`, which
-    selects the kernel.
+    """softmax(q k' / sqrt(d)) v. On CUDA in 16 bits `torch.nn.attention.varlen`, all rows at once;
+    elsewhere one call of `torch.nn.functional.scaled_dot_product_attention` a row.
     """
 
     def __init__(
@@ -26,10 +42,12 @@ class SdpaAttention(nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ):
         super().__init__()
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = getattr(pg_collection, "cp", None)
 
     def forward(
         self,
@@ -41,42 +59,93 @@ class SdpaAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
+        """query [T/C, 1, h, d], key and value [T/C, 1, g, d], packed_seq_params the rows ->
+        [T/C, 1, h * d]. Raises ValueError for a mask and without the rows.
 
-        Raises ValueError for a mask, for other numbers of queries than keys, and for packed
-        sequences.
+        Collectives: with C > 1 an all-gather of keys and values in forward, a reduce-scatter of
+        their gradients in backward.
         """
-        if packed_seq_params is not None:
+        rows = packed_seq_params
+        if attention_mask is not None or not isinstance(rows, PackedRows):
             raise ValueError(
-                "packed sequences need Transformer Engine's attention: use --attn_impl te, or pad "
-                "the rows of a batch"
+                "this attention reads packed rows and takes no mask: pass PackedRows as "
+                f"packed_seq_params, not {type(rows).__name__}"
             )
-        num_queries, batch_size, num_heads, head_dim = query.shape
-        if attention_mask is not None or num_queries != len(key):
-            raise ValueError(
-                f"this attention is causal, {num_queries} queries over {len(key)} keys, and takes "
-                "no mask"
-            )
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = self.attend(query, key, value)
-        return context.permute(2, 0, 1, 3).reshape(num_queries, batch_size, num_heads * head_dim)
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if rows.num_parts > 1:
+            # 2 g d numbers a position: with few key/value heads less than passing blocks around
+            pair = torch.stack((key, value), dim=1)
+            pair = gather_from_sequence_parallel_region(pair, group=self.cp_group)
+            key, value = pair.index_select(0, rows.order).unbind(1)
+        return self.attend(query, key, value, rows).reshape(len(query), 1, -1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, h, S, d], [B, g, S, d] twice -> [B, h, S, d]."""
-        is_grouped = query.shape[1] > key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=is_grouped
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        """query [T/C, h, d], key and value of the whole sequence [T, g, d] -> [T/C, h, d]."""
+        if _has_kernel(query):
+            return self.attend_at_once(query, key, value, rows)
+        return self.attend_by_row(query, key, value, rows)
+
+    def attend_by_row(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        """As `attend`, span by span."""
+        parts = []
+        for span in rows.spans:
+            of_span = query[span.queries], key[span.keys], value[span.keys]
+            is_whole = span.num_queries == span.num_keys
+            mask = None if is_whole else rows.mask(span, query.dtype)
+            parts.append(self.attend_span(*of_span, mask))
+        return torch.cat(parts)
+
+    def attend_span(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [q, h, d], key and value [k, g, d] of one row up to the last query -> [q, h, d].
+        mask: see `PackedRows.mask`; None where q = k.
+        """
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] > key.shape[1],
         )
+        return context[0].transpose(0, 1)
+
+    def attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        """As `attend`, through a kernel for sequences of several lengths."""
+
+        def call(call: VarlenCall) -> Tensor:
+            output: Any = varlen_attn(
+                query if call.query_index is None else query.index_select(0, call.query_index),
+                key if call.key_index is None else key.index_select(0, call.key_index),
+                value if call.key_index is None else value.index_select(0, call.key_index),
+                call.query_ends,
+                call.key_ends,
+                call.longest_query,
+                call.longest_key,
+                scale=self.scale,
+                window_size=(-1, 0),
+                **_GROUPED,
+            )
+            return output
+
+        parts = [call(one) for one in rows.varlen_calls]
+        return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, rows.varlen_order)
 
 
 class EagerAttention(SdpaAttention):
-    """The same with materialized [S, S] scores, softmax in fp32."""
+    """The same with materialized scores, softmax in fp32, row by row on every device."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        size = query.shape[2]
-        visible = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-        scores = (query @ key.transpose(2, 3)).float() * self.scale
-        scores = scores.masked_fill(~visible, -float("inf"))
-        return scores.softmax(dim=-1).to(value.dtype) @ value
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        """See `SdpaAttention.attend`."""
+        return self.attend_by_row(query, key, value, rows)
+
+    def attend_span(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """See `SdpaAttention.attend_span`."""
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        group = len(query) // len(key)
+        key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+        scores = (query @ key.transpose(1, 2)).float() * self.scale
+        if mask is None:
+            mask = torch.full_like(scores[0], -float("inf")).triu(diagonal=1)
+        return ((scores + mask).softmax(dim=-1).to(value.dtype) @ value).transpose(0, 1)

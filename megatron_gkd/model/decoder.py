@@ -1,8 +1,8 @@
 """The decoder as megatron-core's GPTModel, frozen, without the lm_head product.
 
 `build_decoder` returns this pipeline stage. Its forward ends at the final norm (hidden states
-[S/TP, B, H]): only the response rows reach the lm_head, in the loss (`forward.py`) or in the
-sampler (`rollout/`).
+[S/TP, 1, H] of packed rows): only the response rows reach the lm_head, in the loss (`forward.py`)
+or in the sampler (`rollout/`).
 """
 
 from typing import Any
@@ -31,22 +31,28 @@ from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
 
 
-def core_attention(attn_impl: str, device: torch.device) -> type:
+def core_attention(attn_impl: str, device: torch.device, context_parallel_size: int = 1) -> type:
     """The core attention module for `--attn_impl`. Raises ValueError if that cannot run.
 
-    `auto`, `flash` and `flash_attention_2` select Transformer Engine's if it is installed and the
-    device is a GPU, else torch's scaled-dot-product attention (with torch's own flash kernels).
+    `auto`, `flash` and `flash_attention_2` select Transformer Engine's if it is installed, the
+    device is a GPU and rows are not cut over context-parallel ranks, else torch's (with its own
+    flash kernels).
     """
-    te_usable = transformer_engine_usable(device)
+    te_usable = transformer_engine_usable(device) and context_parallel_size == 1
+    if attn_impl == "te" and context_parallel_size > 1:
+        raise ValueError(
+            f"--attn_impl te does not know --context_parallel_size {context_parallel_size}; use "
+            "--attn_impl sdpa"
+        )
     if attn_impl == "te" and not te_usable:
         raise ValueError(
             "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or install "
             "it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
     if attn_impl == "te" or (attn_impl in ("auto", "flash", "flash_attention_2") and te_usable):
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+        from megatron_gkd.model.te_attention import PackedTEAttention
 
-        return TEDotProductAttention
+        return PackedTEAttention
     classes: dict[str, type] = {
         "eager": EagerAttention,
         "sdpa": SdpaAttention,
@@ -76,16 +82,14 @@ class DeepstackLayer(TransformerLayer):
         context_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [S/TP, B, H] as megatron-core passes them, context [D, M, H] and
-        context_mask int64 [2, M], each token's position in the shard and its row -> (hidden states,
-        the next layer's `context`). No collectives besides those of megatron-core's layer.
+        """Hidden states [S/TP, 1, H] as megatron-core passes them, context [D, M, H] and
+        context_mask int64 [M], each token's position in the shard -> (hidden states, the next
+        layer's `context`). No collectives besides those of megatron-core's layer.
         """
         output, _ = super().forward(*args, **kwargs)
         if context is None or context_mask is None:
             return output, None
-        output = output.index_put(
-            tuple(context_mask), context[self.layer_number - 1], accumulate=True
-        )
+        output = output.index_add(0, context_mask, context[self.layer_number - 1][:, None])
         return output, context if self.layer_number < len(context) else None
 
 
@@ -160,9 +164,8 @@ def build_decoder(
 
     config = transformer_config(model_args, parallel, dtype, recompute=recompute)
     num_stage_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
-    spec = layer_spec(
-        core_attention(attn_impl, parallel.device), grouped_linear(experts_impl, parallel.device)
-    )
+    attention = core_attention(attn_impl, parallel.device, parallel.cp_size)
+    spec = layer_spec(attention, grouped_linear(experts_impl, parallel.device))
     model = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(

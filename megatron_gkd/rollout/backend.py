@@ -4,7 +4,7 @@ implements the same three methods.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from megatron_gkd.forward import eval_mode
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.rollout.engine import Engine
-from megatron_gkd.rollout.generate import Response, generate
+from megatron_gkd.rollout.generate import Response, generate, most_telling
 from megatron_gkd.rollout.prefill import PromptMedia
 
 Author = Literal["student", "teacher"]
@@ -76,6 +76,14 @@ class RolloutBackend(Protocol):
         ...
 
 
+@dataclass
+class _Written:
+    """What a context-parallel rank wrote, or why it could not."""
+
+    responses: list[Response] = field(default_factory=list)
+    error: str = ""
+
+
 @dataclass(frozen=True)
 class MegatronBackend:
     """The training model writes by itself: nothing is copied, merged or sent.
@@ -91,20 +99,46 @@ class MegatronBackend:
         """Nothing to do: `write` reads the model that is trained, whose weights are the newest."""
 
     def write(self, prompts: Prompts, step: int) -> list[Response]:
-        """Collectives: those of `generate`, and of the towers where they have LoRA."""
+        """Collectives: those of `generate`, of the towers where they have LoRA, and with context
+        parallelism, whose ranks share the prompts, an exchange of what they wrote.
+        """
         toggle = as_student if prompts.author == "student" else as_teacher
-        model = self.engine.model
+        model, parallel = self.engine.model, self.engine.parallel
+        own = range(parallel.cp_rank, len(prompts.token_ids), parallel.cp_size)
         # also the towers, which encode the prompts' media
         with toggle(model), eval_mode(model), torch.no_grad():
-            return generate(
-                self.engine,
-                prompts.token_ids,
-                seed=(self.seed << 32) + step,
-                row_ids=prompts.row_ids,
-                sample_ids=prompts.sample_ids,
-                media=prompts.media(),
-                num_samples=prompts.num_samples,
-            )
+            media = prompts.media()
+            written = _Written()
+            try:
+                written.responses = generate(
+                    self.engine,
+                    [prompts.token_ids[index] for index in own],
+                    seed=(self.seed << 32) + step,
+                    row_ids=[prompts.row_ids[index] for index in own],
+                    sample_ids=[prompts.sample_ids[index] for index in own],
+                    media=None if media is None else media.of(own),
+                    num_samples=prompts.num_samples,
+                )
+            except FloatingPointError as error:
+                written.error = str(error)
+        return self._joined(written, prompts)
+
+    def _joined(self, own: _Written, prompts: Prompts) -> list[Response]:
+        """The responses of all context-parallel ranks, prompt by prompt. Raises what any of them
+        met.
+        """
+        parallel = self.engine.parallel
+        parts: list[Any] = [own]
+        if parallel.cp_size > 1:
+            parts = [None] * parallel.cp_size
+            torch.distributed.all_gather_object(parts, own, group=parallel.groups.cp)
+        if errors := [part.error for part in parts if part.error]:
+            raise FloatingPointError(most_telling(errors))
+        count, joined = prompts.num_samples, []
+        for prompt in range(len(prompts.token_ids)):
+            index, part = divmod(prompt, parallel.cp_size)
+            joined += parts[part].responses[index * count : (index + 1) * count]
+        return joined
 
     def close(self) -> None:
         """Let go of the engine's graphs."""

@@ -28,7 +28,7 @@ class GenerationSettings:
     stop_token_ids: Collection[int]
     pad_token_id: int
     prefill_tokens: int
-    """Prompt tokens, padding included, that one forward takes; a longer prompt is taken alone"""
+    """Prompt tokens that one forward takes; a longer prompt is taken alone"""
     cuda_graphs: bool
 
 

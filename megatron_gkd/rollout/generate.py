@@ -20,6 +20,12 @@ OTHER_RANKS_ROW = "a row of another rank"  # in an error that names no row of th
 _NOT_FINITE = 1 << 30  # more than any number of rows
 
 
+def most_telling(errors: Sequence[str]) -> str:
+    """Of what several ranks say of one failure: what names rows, most of them."""
+    of_rows = [text for text in errors if OTHER_RANKS_ROW not in text]
+    return max(of_rows or errors, key=len)
+
+
 class Response(NamedTuple):
     token_ids: list[int]
     """At most T, the stop id included"""

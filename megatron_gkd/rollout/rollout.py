@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_gkd.data.batch import Batch, BatchView, with_responses
+from megatron_gkd.data.batch import Batch, BatchView, Packing, collate
 from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.data.dataset import SampleDataset
+from megatron_gkd.data.micro_batches import Budget, cut
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.towers import StepMedia
@@ -19,7 +21,7 @@ from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
-from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, Response
+from megatron_gkd.rollout.generate import Response, most_telling
 from megatron_gkd.rollout.prefill import PromptMedia
 from megatron_gkd.rollout.sampling import Sampling
 
@@ -38,43 +40,63 @@ class Rollout:
     """The media of a row's prompt, by its index in the data set"""
     max_new_tokens: int
     stop_token_ids: Sequence[int]
-    pad_token_id: int
+    budget: Budget
+    """What a micro-batch may hold, responses included"""
+    packing: Packing
     num_samples: int = 1
     """Responses to each prompt; each is a row of the step"""
 
     def respond_or_skip(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
     ) -> list[Batch]:
-        """As `respond`; on all ranks no batch where the logits of any row were not finite.
-
-        Collectives: those of `respond`, and an exchange of the errors: replicas write apart, and
-        must agree to skip the step.
-        """
-        written: list[Batch] = []
-        error = ""
+        """As `respond`; no batch, on any rank, where the logits of any row were not finite."""
         try:
-            written = self.respond(batches, step, author, media)
-        except FloatingPointError as caught:
-            error = str(caught)
-        errors = all_gather_objects(error)
-        if not any(errors):
-            return written
-        of_rows = [text for text in errors if text and OTHER_RANKS_ROW not in text]
-        # The longest names the most rows.
-        line = f"Step {step + 1} is skipped: {max(of_rows or errors, key=len)}"
-        log_rank_0(self.parallel, line)
-        return []
+            return self.respond(batches, step, author, media)
+        except FloatingPointError as error:
+            log_rank_0(self.parallel, f"Step {step + 1} is skipped: {error}")
+            return []
 
     def respond(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
     ) -> list[Batch]:
-        """This data-parallel rank's micro-batches with responses that `author` wrote, each
-        num_samples times, one after the other; padding rows get none. media: of these batches,
-        where they have any.
+        """This data-parallel rank's rows with responses that `author` wrote, num_samples to each
+        prompt, cut into micro-batches anew: as many on every rank. Padding rows get none. media: of
+        the batches that came, where they have any.
 
-        Collectives: those of the backend; every rank calls it, with its data-parallel rank's
-        batches. Raises FloatingPointError as the backend does.
+        Collectives: those of the backend, and an exchange of errors and numbers of micro-batches
+        over the world; every rank calls it, with its data-parallel rank's batches. Raises
+        FloatingPointError, on all ranks, where the backend does on any.
         """
+        answered: list[tuple[int, Sample]] = []
+        error = ""
+        try:
+            answered = self._write(batches, step, author, media)
+        except FloatingPointError as caught:
+            error = str(caught)
+        lengths = [sample.num_tokens for _, sample in answered]
+        (micro_batches,) = cut(lengths, self.budget)
+        # replicas write apart, and must agree
+        found = all_gather_objects((error, len(micro_batches)))
+        if errors := [text for text, _ in found if text]:
+            raise FloatingPointError(most_telling(errors))
+        most = max(number for _, number in found)
+        if most > len(micro_batches):
+            (finer,) = cut(lengths, replace(self.budget, at_least=most))
+            # a greedy cut into more may need one more still
+            fits = len(finer) == most
+            micro_batches = finer if fits else micro_batches + [[]] * (most - len(micro_batches))
+        batches = []
+        for rows in micro_batches:
+            samples: list[Sample | None] = [answered[row][1] for row in rows]
+            numbers = [answered[row][0] for row in rows] or [-1]
+            batch = collate(samples or [None], self.packing, numbers)
+            batches.append(batch.to(self.parallel.device))
+        return batches
+
+    def _write(
+        self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None
+    ) -> list[tuple[int, Sample]]:
+        """The rows with their responses, each with its number in the global batch."""
         if author == "student":
             self.backend.update_weights(self.model, step)
         prompts = self.prompts(batches, author, media)
@@ -85,31 +107,13 @@ class Rollout:
                 f"the rollout engine gave {len(responses)} responses; {self.num_samples} to each "
                 f"of {len(prompts.token_ids)} prompts were asked for"
             )
-        written, first = [], 0
-        for batch in batches:
-            num_rows = sum(row >= 0 for row in batch.rows)
-            end = first + num_rows * self.num_samples
-            for sample in range(self.num_samples):
-                of_batch = responses[first + sample : end : self.num_samples]
-                written.append(self._answered(batch, of_batch, author))
-            first = end
-        return written
-
-    def _answered(self, batch: Batch, responses: Sequence[Response], author: Author) -> Batch:
-        """The batch with a response to each of its data rows."""
-        of_row = iter(response.token_ids for response in responses)
-        token_ids = [next(of_row) if row >= 0 else [] for row in batch.rows]
-        answered = with_responses(
-            batch, token_ids, self.pad_token_id, self.parallel.sequence_multiple
-        )
-        parts = [response.log_probabilities for response in responses]
-        if author == "teacher" or None in parts:
-            return answered
-        log_probabilities = [value for part in parts if part is not None for value in part]
-        return replace(
-            answered,
-            log_probabilities=torch.tensor(log_probabilities, device=self.parallel.device),
-        )
+        rows = [sample for batch in batches for sample in batch.samples if sample is not None]
+        of_rows = iter(responses)
+        return [
+            (number, _answered(row, next(of_rows), author))
+            for row, number in zip(rows, prompts.sample_ids)
+            for _ in range(self.num_samples)
+        ]
 
     def prompts(
         self, batches: Sequence[Batch], author: Author, media: StepMedia | None = None
@@ -119,13 +123,14 @@ class Rollout:
         # The indices of each micro-batch's rows, without padding rows.
         indices = [[index for index, row in enumerate(batch.rows) if row >= 0] for batch in batches]
         token_ids, row_ids, sample_ids = [], [], []
-        for number, (batch, view, of_batch) in enumerate(zip(batches, views, indices)):
-            ids, lengths = view.input_ids.tolist(), view.prompt_lengths.tolist()
-            token_ids += [ids[index][: lengths[index]] for index in of_batch]
-            row_ids += [batch.rows[index] for index in of_batch]
-            # The order of the global batch: see data/loader.py.
-            first = (number * self.parallel.dp_size + self.parallel.dp_rank) * len(batch.rows)
-            sample_ids += [first + index for index in of_batch]
+        for batch, of_batch in zip(batches, indices):
+            for index in of_batch:
+                sample = batch.samples[index]
+                assert sample is not None
+                view = sample.student if author == "student" else sample.teacher
+                token_ids.append(view.input_ids[: view.response_start])
+                row_ids.append(sample.row)
+                sample_ids.append(batch.sample_ids[index])
 
         def encode_media() -> PromptMedia | None:
             features = [None if media is None else media[index] for index in range(len(batches))]
@@ -145,17 +150,26 @@ class Rollout:
         """Of the responses that were written, those of `max_new_tokens` tokens whose last id is no
         stop id.
         """
-        count = 0
-        for view in (batch.student for batch in batches if batch.on_policy):
-            last = view.input_ids.gather(1, view.lengths[:, None] - 1)[:, 0]
-            stop_ids = torch.tensor(list(self.stop_token_ids), dtype=last.dtype, device=last.device)
-            is_full = view.lengths - view.prompt_lengths >= self.max_new_tokens
-            count += int((is_full & ~torch.isin(last, stop_ids)).sum())
-        return count
+        written = [
+            sample.student
+            for batch in batches
+            for sample in batch.samples
+            if sample is not None and sample.is_written
+        ]
+        return sum(
+            len(view.input_ids) - view.response_start >= self.max_new_tokens
+            and view.input_ids[-1] not in self.stop_token_ids
+            for view in written
+        )
 
     def close(self) -> None:
         """Stop the backend."""
         self.backend.close()
+
+
+def _answered(sample: Sample, response: Response, author: Author) -> Sample:
+    drawn = response.log_probabilities if author == "student" else None
+    return sample.with_response(list(response.token_ids), drawn)
 
 
 def prompt_media(
@@ -173,14 +187,17 @@ def prompt_media(
     position_ids: list[torch.Tensor] = []
     prompts, offsets, tokens = [], [], []
     for view, rows in zip(views, indices):
-        size, lengths = view.input_ids.shape[1], view.prompt_lengths.tolist()
-        prompt_of_row = torch.full((len(view.input_ids),), -1, device=view.input_ids.device)
+        starts = torch.tensor(view.starts, device=view.input_ids.device)
+        row_of = torch.searchsorted(starts, view.media_rows, right=True) - 1
+        prompt_of_row = torch.full((len(view.lengths),), -1, device=starts.device)
         prompt_of_row[list(rows)] = len(position_ids) + torch.arange(
-            len(rows), device=prompt_of_row.device
+            len(rows), device=starts.device
         )
-        prompts.append(prompt_of_row[view.media_rows // size])
-        offsets.append(view.media_rows % size)
-        position_ids += [view.position_ids[:, row, : lengths[row]] for row in rows]
+        prompts.append(prompt_of_row[row_of])
+        offsets.append(view.media_rows - starts[row_of])
+        for row in rows:
+            start = view.starts[row]
+            position_ids.append(view.position_ids[:, 0, start : start + view.prompt_lengths[row]])
         tokens.append(view.media_tokens)
     encoded = {index: found for index, found in enumerate(features) if found is not None}
     joined = None
@@ -201,12 +218,15 @@ def make_rollout(
     parallel: Parallel,
     data: SampleDataset,
     model_folder: str,
+    budget: Budget,
+    packing: Packing,
     seed: int,
 ) -> Rollout:
     """The rollout of a run. The backend is chosen here and nowhere else; today there is one.
 
-    model: this rank's stage of the decoder, bare. data: the rows of the batches to come. Raises
-    ValueError for a damaged file of the model folder that names its stop tokens.
+    model: this rank's stage of the decoder, bare. data: the rows of the batches to come. budget,
+    packing: of the micro-batches that it makes. Raises ValueError for a damaged file of the model
+    folder that names its stop tokens.
     """
     stop_token_ids = read_stop_token_ids(model_folder)
     if not stop_token_ids:
@@ -236,6 +256,7 @@ def make_rollout(
         references=data.media_references,
         max_new_tokens=settings.max_completion_length,
         stop_token_ids=stop_token_ids,
-        pad_token_id=data.pad_token_id,
+        budget=budget,
+        packing=packing,
         num_samples=settings.num_generations,
     )

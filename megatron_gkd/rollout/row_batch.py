@@ -45,7 +45,7 @@ class RowBatch:
         # The longest first: chunks of similar lengths.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         ordered = [prompts[index] for index in order]
-        media = None if media is None else media.ordered(order)
+        media = None if media is None else media.of(order)
         hidden = self._prefill(ordered, media)
         number = {index: place for place, index in enumerate(order)}
         of_sample = [number[sample // num_samples] for sample in samples]
@@ -65,7 +65,7 @@ class RowBatch:
         self, prompts: Sequence[Sequence[int]], media: PromptMedia | None
     ) -> Tensor | None:
         engine = self.engine
-        settings, multiple = engine.settings, engine.parallel.sequence_multiple
+        settings = engine.settings
         lengths, sizes = [len(prompt) for prompt in prompts], self.weights.sizes
         self.cache = KeyValueCache(
             engine.decoder.table,
@@ -74,10 +74,10 @@ class RowBatch:
             num_rows=self.size,
             num_groups=sizes.groups,
             head_dim=sizes.head_dim,
-            prompt_width=-(-lengths[0] // multiple) * multiple,
+            prompt_width=lengths[0],
             max_new_tokens=settings.max_new_tokens,
         )
-        chunks = chunks_of(lengths, settings.prefill_tokens, multiple)
+        chunks = chunks_of(lengths, settings.prefill_tokens)
         return prefill(
             engine.model,
             engine.parallel,

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_gkd.data.batch import BatchView
+from megatron_gkd.data.batch import BatchView, Packing, pack_views
+from megatron_gkd.data.sample import MediumPositions, View
 from megatron_gkd.forward import view_logits
+from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, all_gather_objects
 from megatron_gkd.verify.reference import decoder
@@ -75,13 +77,22 @@ def transformers_trace(model: Any, rows: Rows) -> tuple[Trace, Tensor]:
 def megatron_trace(
     model: Any, model_args: ModelArgs, parallel: Parallel, rows: Rows, positions: Tensor
 ) -> Trace:
-    """`model` has its towers (`model.towers`, None on later stages). Complete on every rank.
+    """`model` has its towers (`model.towers`, None on later stages), and rows are not cut over
+    context-parallel ranks. Complete on every rank.
 
     Collectives: those of the towers and the forward pass, for each layer an all-gather of its
     sequence shards, and an exchange of the stages' hidden states.
     """
     layers: dict[int, Tensor] = {}
     view = _view(rows, positions, parallel)
+
+    def padded(x: Tensor) -> Tensor:
+        """What the packed rows gave, [T, ...] -> [B, S, ...], as transformers has it."""
+        whole = x.new_zeros(*rows.real.shape, *x.shape[1:])
+        for row, (start, length) in enumerate(zip(view.starts, view.lengths)):
+            whole[row, :length] = x[start : start + length]
+        return whole
+
     with ExitStack() as hooks, torch.no_grad():
         for layer in model.decoder.layers:
 
@@ -102,32 +113,32 @@ def megatron_trace(
         features = None
         if rows.media is not None and model.towers is not None:
             features = model.towers.encode(rows.media.to(parallel.device))
-        length = rows.real.shape[1]
-        logits = view_logits(model, model_args, parallel, view, features)[:, :length]
-    writes = parallel.dp_rank == parallel.tp_rank == 0
+        logits = padded(view_logits(model, model_args, parallel, view, features))
+    writes = parallel.is_first_replica and parallel.tp_rank == 0
     of_stages = all_gather_objects(layers if writes else {})
     found = {number: hidden for of_stage in of_stages for number, hidden in of_stage.items()}
     whole = {
-        number: found[number][:length].transpose(0, 1).float()
+        number: padded(found[number][:, 0]).float()
         for number in range(EMBEDDING, model_args.num_layers + 1)
     }
     return Trace(whole, logits)
 
 
 def _view(rows: Rows, positions: Tensor, parallel: Parallel) -> BatchView:
-    """The rows as a batch's view, padded to a multiple of `parallel.sequence_multiple`."""
-    padding = (0, -rows.real.shape[1] % parallel.sequence_multiple)
-    ids = torch.nn.functional.pad(rows.inputs["input_ids"], padding)
-    view = BatchView(
-        input_ids=ids,
-        labels=torch.zeros_like(ids),
-        lengths=rows.real.sum(1),
-        prompt_lengths=rows.real.sum(1),
-        position_ids=torch.nn.functional.pad(positions, padding).float(),
-        media_rows=torch.nn.functional.pad(rows.is_media, padding).flatten().nonzero().flatten(),
-        media_tokens=torch.arange(int(rows.is_media.sum())),
-    )
-    return view.to(parallel.device)
+    """The rows as a batch's view, their media numbered through."""
+    views: list[View] = []
+    first_token: list[dict[int, int]] = []
+    num_media_tokens = 0
+    for row, length in enumerate(rows.real.sum(1).tolist()):
+        ids = rows.inputs["input_ids"][row, :length].tolist()
+        media = rows.is_media[row, :length].nonzero().flatten().tolist()
+        first_token.append({0: num_media_tokens})
+        num_media_tokens += len(media)
+        shown = (MediumPositions(0, media),) if media else ()
+        position_ids = positions[:, row, :length].float()
+        views.append(View(ids, [IGNORED_LABEL] * length, length, position_ids, shown))
+    packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
+    return pack_views(views, packing, first_token).to(parallel.device)
 
 
 def compare(

@@ -1,0 +1,31 @@
+"""The benchmark of ragged rows, at a size of seconds: it ends with status 1 where padded and packed
+micro-batches have other losses.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+from benchmarks.report import REPOSITORY
+
+
+def test_padded_and_packed_steps_have_the_same_loss(tmp_path):
+    sizes = "--layers 1 --hidden 32 --inter 16 --experts 4 --experts_per_token 2 --vocab 300"
+    command = [sys.executable, "-m", "benchmarks.ragged", "--lengths", "alpaca", "--rows", "12"]
+    command += ["--rounds", "1", "--budget", "900", "--device", "cpu", *sizes.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "page.md")],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| alpaca")]
+    assert [row[1] for row in rows] == ["padded", "padding-free", "with a budget"]
+    padding = [int(re.match(r"\d+", row[3]).group()) for row in rows]
+    assert padding[0] > 25 and padding[1:] == [0, 0]
