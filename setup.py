@@ -34,6 +34,9 @@ DEPENDENCIES = [
     "soundfile>=0.13,<0.15",
     # Brings sound of any rate to the audio tower's 16 kHz.
     "soxr>=1.0,<2",
+    # Frames and sound of videos; its wheels hold FFmpeg. 17.1 is the last one for Python 3.10, 18.1
+    # for 3.11; 17.1.0, 18.1.0 and 19.0.2 gave the same frames.
+    "av>=17.1,<20",
     # --config files.
     "pyyaml>=6,<7",
     # Metrics files for TensorBoard, the progress bar, the demo's curves.
@@ -53,10 +56,10 @@ EXTRAS = {
     # project, NVIDIA's is built from https://github.com/NVIDIA/apex (python -m megatron_gkd.doctor
     # tells them apart).
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    # Videos: frames and their sound. Each torch has a torchvision of its own, which pip finds;
-    # tests/test_media_video.py ran with torch 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and
-    # ffmpeg's libraries.
-    "video": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
+    # What tests of videos are compared with, bit by bit, where they can be imported; no run needs
+    # them. Each torch has a torchvision of its own, which pip finds; the tests ran with torch
+    # 2.14.1, torchvision 0.29.1, torchcodec 0.17.0 and the libraries of FFmpeg 8.1.
+    "video-reference": ["torchvision>=0.28,<0.30", "torchcodec>=0.12,<0.18"],
     # Compiled too unless a wheel fits; torch's own attention is used without it.
     "flash": ["flash-attn>=2.8,<2.9"],
     # What benchmarks/loss.py is compared with on CUDA, besides TRL (extra `test`). It calls two

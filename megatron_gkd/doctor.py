@@ -31,8 +31,10 @@ OPTIONAL = {
         "the kernels of the loss on GPU (comes with CUDA builds of torch); torch operations serve "
         "without it"
     ),
-    "torchvision": "resizes the frames of videos; rows with videos are refused without it",
-    "torchcodec": "reads videos and their sound; rows with videos are refused without it",
+    "torchvision": (
+        "transformers resizes images with it instead of PIL where it is installed; videos do "
+        "without it"
+    ),
 }
 
 

@@ -41,7 +41,7 @@ def test_missing_package():
 
 
 def test_report(tmp_path):
-    make_package(tmp_path, "torchcodec", "0.17.0")
+    make_package(tmp_path, "flash_attn", "2.8.3")
     environment = os.environ | {
         "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
         "CUDA_VISIBLE_DEVICES": "",
@@ -55,6 +55,6 @@ def test_report(tmp_path):
         "are not installed" not in result.stderr
     )  # megatron-core's notes; a CUDA torch may say something
     lines = [line.strip() for line in result.stdout.splitlines()]
-    assert "[x] torchcodec 0.17.0" in lines
+    assert "[x] flash_attn 2.8.3" in lines
     assert f"python {sys.version.split()[0]}" in lines
     assert "device: cpu, collectives over gloo" in lines and "attention: SdpaAttention" in lines

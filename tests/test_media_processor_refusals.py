@@ -189,21 +189,3 @@ def test_a_placeholder_as_long_as_another_medium(model, media):
                 "images": ["wide.png", "tall.png"],
             },
         )
-
-
-def test_videos_need_a_decoder(model, media, tmp_path):
-    try:
-        import torchcodec  # noqa: F401
-        import torchvision  # noqa: F401
-    except ImportError:
-        (tmp_path / "v.mp4").write_bytes(b"x")
-        sees = {
-            "messages": [{"role": "user", "content": "<video>?"}, ANSWER],
-            "videos": [str(tmp_path / "v.mp4")],
-        }
-        with pytest.raises(
-            DataError, match="rows with videos need torch(vision|codec), which is not installed"
-        ):
-            load(model, tmp_path, sees)
-    else:
-        pytest.skip("torchvision and torchcodec are installed")

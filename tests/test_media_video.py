@@ -1,62 +1,52 @@
-"""Videos in the data, and their sound, compared with transformers' processor. Needs torchvision,
-torchcodec and ffmpeg.
+"""Rows with videos, and their sound: what the student reads and one training step, compared with
+transformers' processor and model.
+
+Where torchvision is missing, transformers' processor has its image processor for the frames
+(`FrameByFrame`), which the test has chosen. Where torchvision and torchcodec are installed, whole
+files are compared as well.
 """
 
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import soxr
 import torch
+from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
 
-from demo.tiny.config import TinyModelConfig
-from demo.tiny.folder import build_folder
 from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
 from tests.reference_step import reference_step, write_adapter
-from tests.test_media_processor import ANSWER, load
+from tests.test_media_processor import ANSWER, build_model, load, processor_of
 from tests.train_runs import arguments, layout_flags, read_lines, run_training, write_rows
+from tests.video_files import (
+    HAS_TORCHCODEC,
+    NO_TORCHCODEC,
+    FrameByFrame,
+    pictures,
+    tone,
+    write_video,
+)
 
-MISSING = [name for name in ("torchvision", "torchcodec") if importlib.util.find_spec(name) is None]
-MISSING += ["ffmpeg"] if shutil.which("ffmpeg") is None else []
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+FPS, SECONDS, RATE = 3, 4, 22_050
+FRAMES = pictures(FPS * SECONDS, 352, 384)  # whole tokens within the limits: nothing is resized
+CHOSEN = [0, 3, 6, 9]  # one a second
+SOUND = tone(SECONDS, RATE)
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """Six seconds of a moving picture, 96 x 64 at 5 frames a second, with a tone."""
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    source = [
-        "-f",
-        "lavfi",
-        "-i",
-        "testsrc=duration=6:size=96x64:rate=5",
-        "-f",
-        "lavfi",
-        "-i",
-        "sine=frequency=440:duration=6",
-    ]
-    subprocess.run(
-        ["ffmpeg", "-loglevel", "error", *source, "-c:a", "aac", "-shortest", path], check=True
-    )
-    return path
+    """Four seconds of a moving picture, three frames a second, with a tone in both channels."""
+    folder = tmp_path_factory.mktemp("clip")
+    return write_video(folder / "clip.mov", FRAMES, fps=FPS, sound=SOUND, rate=RATE)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return build_folder(
-        str(tmp_path_factory.mktemp("media") / "model"),
-        TinyModelConfig(num_hidden_layers=1, hidden_size=64),
-    )
-
-
-@pytest.fixture(scope="module")
-def processor(model):
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model)
+    return build_model(tmp_path_factory.mktemp("media"))
 
 
 def row(path, **more):
@@ -67,22 +57,28 @@ def row(path, **more):
     return {"messages": [user, ANSWER]} | more
 
 
+def transformers_inputs(processor, text: str, with_sound: bool) -> dict:
+    """The clip as transformers' processor gives it to the model, one row."""
+    processor.video_processor = FrameByFrame(processor.image_processor)
+    given = dict(text=text, videos=[FRAMES[CHOSEN]], fps=1.0, return_tensors="pt")
+    if with_sound:
+        samples = (SOUND / 32768).astype(np.float32).mean(axis=1)
+        given |= dict(audio=[soxr.resample(samples, RATE, 16_000, quality="HQ")])
+        if hasattr(Qwen3OmniMoeProcessor, "replace_video_with_audio_token"):
+            given |= dict(load_audio_from_video=True, audio_from_video_indices=[0])
+        else:  # until 5.22
+            given |= dict(use_audio_in_video=True)
+    return dict(processor(**given))
+
+
 @pytest.mark.parametrize("with_sound", [False, True])
 def test_a_video_is_what_transformers_processor_makes_of_it(
-    model, clip, processor, tmp_path, with_sound
+    model, clip, monkeypatch, tmp_path, with_sound
 ):
     sample = load(model, tmp_path, row(clip, use_audio_in_video=with_sound), max_length=2000)[0]
-    text = processor.tokenizer.apply_chat_template(
-        row(clip)["messages"], tokenize=False
-    ).removesuffix("\n")
-    arguments = dict(
-        text=text, videos=[str(clip)], fps=1.0, do_sample_frames=True, return_tensors="pt"
-    )
-    if with_sound:
-        sound = MediaProcessor(model)._decode_audio(Reference("audio", str(clip), None, True))
-        assert sound[1] > 8000 and len(sound[0]) == pytest.approx(6 * sound[1], rel=0.05)
-        arguments |= dict(load_audio_from_video=True)
-    expected = processor(**arguments)
+    processor = processor_of(model, monkeypatch)
+    text = processor.tokenizer.apply_chat_template(row(clip)["messages"], tokenize=False)
+    expected = transformers_inputs(processor, text.removesuffix("\n"), with_sound)
     assert sample.student.input_ids == expected["input_ids"][0].tolist()
     (video,) = (medium for medium in sample.media if medium.kind == "video")
     torch.testing.assert_close(video.features, expected["pixel_values_videos"])
@@ -90,7 +86,7 @@ def test_a_video_is_what_transformers_processor_makes_of_it(
     assert video.seconds_per_grid == float(expected["video_second_per_grid"][0])
     if with_sound:
         (audio,) = (medium for medium in sample.media if medium.kind == "audio")
-        assert audio.features.shape == expected["input_features"][0].shape
+        torch.testing.assert_close(audio.features, expected["input_features"][0])
         config = json.load(open(os.path.join(model, "config.json")))["thinker_config"]
         kinds = [
             sample.student.input_ids[position]
@@ -101,12 +97,14 @@ def test_a_video_is_what_transformers_processor_makes_of_it(
 
 
 def test_the_sound_may_be_given(model, clip, tmp_path):
-    subprocess.run(["ffmpeg", "-loglevel", "error", "-i", clip, tmp_path / "track.wav"], check=True)
+    soundfile.write(tmp_path / "track.wav", SOUND, RATE)
     own = load(model, tmp_path, row(clip, use_audio_in_video=True), max_length=2000)[0]
     given = row(clip, use_audio_in_video=True, audios=[str(tmp_path / "track.wav")])
     sample = load(model, tmp_path, given, max_length=2000)[0]
     assert sample.student.input_ids == own.student.input_ids
     assert torch.equal(sample.student.position_ids, own.student.position_ids)
+    for given_medium, own_medium in zip(sample.media, own.media):
+        assert torch.equal(given_medium.features, own_medium.features)
 
 
 def test_media_references_of_a_video_name_its_track(model, clip, tmp_path):
@@ -117,8 +115,32 @@ def test_media_references_of_a_video_name_its_track(model, clip, tmp_path):
         assert found == ([track, Reference("video", str(clip), None)], True)
 
 
+def test_bytes_and_the_cache_give_the_same(model, clip, tmp_path):
+    content = Path(clip).read_bytes()
+    copy = tmp_path / "copy.mov"
+    copy.write_bytes(content)
+    for is_track in (False, True):
+        kind = "audio" if is_track else "video"
+        expected = MediaProcessor(model).load(Reference(kind, str(clip), None, is_track))
+        of_bytes = MediaProcessor(model).load(Reference(kind, None, content, is_track))
+        assert torch.equal(of_bytes.features, expected.features)
+        cached = MediaProcessor(model, str(tmp_path / "cache"))
+        reference = Reference(kind, str(copy), None, is_track)
+        size = cached.measure(reference)
+        assert torch.equal(cached.load(reference).features, expected.features)
+        assert torch.equal(cached.load(reference).features, expected.features)
+        assert cached.measure(reference) == size and size.num_tokens == expected.num_tokens
+    status = copy.stat()
+    copy.write_bytes(bytes(len(content)))
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))  # for the cache the same file
+    video = Reference("video", str(copy), None)
+    assert cached.measure(video) == MediaProcessor(model).measure(
+        Reference("video", str(clip), None)
+    )
+
+
 @pytest.mark.parametrize("with_sound", [False, True])
-def test_step_parity(clip, processor, tiny_folder, tmp_path, with_sound):
+def test_step_parity(clip, monkeypatch, tiny_folder, tmp_path, with_sound):
     """One step from the command line whose student sees the video (and hears it) and whose teacher
     is told.
     """
@@ -133,15 +155,14 @@ def test_step_parity(clip, processor, tiny_folder, tmp_path, with_sound):
     ]
     raw = row(clip, use_audio_in_video=with_sound, teacher_messages=told)
     rows = write_rows(tmp_path / "rows.jsonl", [raw])
-    text = processor.tokenizer.apply_chat_template(
-        raw["messages"][:1], tokenize=False, add_generation_prompt=True
-    )
-    arguments_ = dict(
-        text=text, videos=[str(clip)], fps=1.0, do_sample_frames=True, return_tensors="pt"
-    )
-    inputs = dict(
-        processor(**arguments_, **({"load_audio_from_video": True} if with_sound else {}))
-    )
+    processor = processor_of(folder, monkeypatch)
+
+    def prompt_of(turn: dict) -> str:
+        return processor.tokenizer.apply_chat_template(
+            [turn], tokenize=False, add_generation_prompt=True
+        )
+
+    inputs = transformers_inputs(processor, prompt_of(raw["messages"][0]), with_sound)
     prompt, _ = inputs.pop("input_ids")[0].tolist(), inputs.pop("attention_mask")
     media = {
         name: value.double() if value.is_floating_point() else value
@@ -152,22 +173,13 @@ def test_step_parity(clip, processor, tiny_folder, tmp_path, with_sound):
         "video_second_per_grid": torch.as_tensor(inputs["video_second_per_grid"]),
         "use_audio_in_video": with_sound,
     }
-    if with_sound:  # transformers resamples with another library: the sound is ours
-        (sound,) = (
-            m for m in load(folder, tmp_path, raw, max_length=2000)[0].media if m.kind == "audio"
-        )
-        media["input_features"] = sound.features[None].double()
     response = processor.tokenizer("a cat<|im_end|>")["input_ids"]
     reference = {
         "input_ids": prompt + response,
         "labels": [-100] * len(prompt) + response,
         "media": media,
+        "teacher_input_ids": processor.tokenizer(prompt_of(told[0]))["input_ids"],
     }
-    reference["teacher_input_ids"] = processor.tokenizer(
-        processor.tokenizer.apply_chat_template(
-            told[:1], tokenize=False, add_generation_prompt=True
-        )
-    )["input_ids"]
     expected = reference_step(folder, adapter, [reference], sft_alpha=0.3)
     given = dict(
         model=folder, adapter=adapter, dataset=rows, max_length=2000, sft_alpha=0.3, max_steps=1
@@ -184,3 +196,43 @@ def test_step_parity(clip, processor, tiny_folder, tmp_path, with_sound):
     (line,) = read_lines(tmp_path / "out" / "metrics.jsonl")
     for name in ("loss", "jsd", "sft_loss", "grad_norm", "kl_forward", "entropy_teacher"):
         assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+COMPARED = {
+    "h264.mp4": dict(codec="libx264", pix_fmt="yuv420p", bf="2", sound_codec="aac"),
+    "h264_444.mp4": dict(codec="libx264", pix_fmt="yuv444p", sound_codec="aac"),
+    "vp9.webm": dict(codec="libvpx-vp9", pix_fmt="yuv420p", sound_codec="libopus"),
+    "mpeg4.avi": dict(codec="mpeg4", pix_fmt="yuv420p", sound_codec="pcm_s16le"),
+    "ten_bits.mkv": dict(codec="ffv1", pix_fmt="yuv420p10le"),
+    "gray.mkv": dict(codec="ffv1", pix_fmt="gray", sound_codec="mp2"),
+    "png.mov": dict(),
+}
+
+
+@pytest.mark.skipif(not HAS_TORCHCODEC, reason=NO_TORCHCODEC)
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("height, width, fps", [(64, 96, 5), (97, 131, 30), (480, 640, 12)])
+def test_files_equal_to_torchvision_and_torchcodec(model, tmp_path, name, height, width, fps):
+    from torchcodec.decoders import AudioDecoder
+    from transformers import AutoProcessor
+
+    if "420" in COMPARED[name].get("pix_fmt", "") and name != "ten_bits.mkv":
+        height, width = height // 2 * 2, width // 2 * 2
+    frames = pictures(5 * fps, height, width)
+    sound = tone(5, 48_000)
+    path = write_video(tmp_path / name, frames, fps=fps, sound=sound, rate=48_000, **COMPARED[name])
+    processor, ours = AutoProcessor.from_pretrained(model), MediaProcessor(model)
+    expected = processor(
+        text=processor.video_token,
+        videos=[str(path)],
+        fps=1.0,
+        do_sample_frames=True,
+        return_tensors="pt",
+    )
+    video = ours.load(Reference("video", str(path), None))
+    assert expected["video_grid_thw"].tolist() == [list(video.grid_thw)]
+    assert torch.equal(video.features, expected["pixel_values_videos"])
+    track = AudioDecoder(str(path)).get_all_samples()
+    samples, rate = ours._decode_audio(Reference("audio", str(path), None, is_track=True))
+    assert rate == track.sample_rate
+    assert np.array_equal(samples, track.data.T.numpy().mean(axis=1))

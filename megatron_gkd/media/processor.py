@@ -7,16 +7,13 @@ decodes it, in the data workers, when its row is reached. Features may be kept o
 """
 
 import hashlib
-import importlib.util
 import io
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -26,11 +23,14 @@ from megatron_gkd.families import families
 from megatron_gkd.media.cache import cache_path, read_cached, write_cached
 from megatron_gkd.media.medium import Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
+from megatron_gkd.media.video_file import read_frames, read_sound, scan
+from megatron_gkd.media.video_frames import VideoSettings, plan_frames, to_patches
 from megatron_gkd.model.args import read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for transformers' Auto classes
 _INEXACT_HEADERS = ("MP3", "OGG")  # formats whose headers give the length only roughly
 
 
@@ -69,21 +69,25 @@ class MediaProcessor:
                 reference, lambda: int(processor.get_number_of_image_patches(height, width))
             )
             return Size(num_patches // processor.merge_size**2)
-        video = self.load(reference)  # the video processor decides how many frames it takes
-        return Size(video.num_tokens, video.grid_thw, video.seconds_per_grid)
+        found = self._read_cached(reference)[1]  # spares reading the whole file
+        if found is not None:
+            return Size(found.num_tokens, found.grid_thw, found.seconds_per_grid)
+        settings = self._video_settings
+
+        def read() -> Size:
+            with _opened(reference) as file:
+                plan = plan_frames(scan(file), settings)
+            return Size(plan.num_tokens, plan.grid_thw, settings.seconds_per_grid)
+
+        return self._refusing(reference, read)
 
     def load(self, reference: Reference) -> Medium:
         """Decode a medium and compute its features, or take them from the cache. Raises the errors
         of `measure`.
         """
-        path, cache = None, self.cache
-        if cache:
-            path = self._refusing(
-                reference, lambda: cache_path(cache, reference, self._processor_digest)
-            )
-            found = read_cached(path, reference.kind)
-            if found is not None:
-                return found
+        path, found = self._read_cached(reference)
+        if found is not None:
+            return found
         medium = {
             "audio": self._load_audio,
             "image": self._load_image,
@@ -92,6 +96,16 @@ class MediaProcessor:
         if path:
             write_cached(path, medium)
         return medium
+
+    def _read_cached(self, reference: Reference) -> tuple[Path | None, Medium | None]:
+        """(the medium's cache file, None without a cache; the medium in it, if any)."""
+        cache = self.cache
+        if not cache:
+            return None, None
+        path = self._refusing(
+            reference, lambda: cache_path(cache, reference, self._processor_digest)
+        )
+        return path, read_cached(path, reference.kind)
 
     def audio_tokens(self, num_frames: int) -> int:
         """Tokens of an audio of `num_frames` log-mel frames: three convolutions of stride 2 over
@@ -140,12 +154,8 @@ class MediaProcessor:
         import soundfile
 
         def read_track() -> tuple[np.ndarray, int]:
-            from torchcodec.decoders import AudioDecoder  # _processor has checked that it is there
-
-            track = AudioDecoder(
-                reference.path if reference.data is None else reference.data
-            ).get_all_samples()
-            return track.data.T.numpy(), track.sample_rate
+            with _opened(reference) as file:
+                return read_sound(file)
 
         def read_file() -> tuple[np.ndarray, int]:
             return soundfile.read(_file(reference), dtype="float32", always_2d=True)
@@ -214,39 +224,26 @@ class MediaProcessor:
         inputs = self._refusing(
             reference, lambda: self._image_processor(images=[image], return_tensors="pt")
         )
-        return _visual(
-            "image",
-            inputs["pixel_values"],
-            inputs["image_grid_thw"],
-            self._image_processor.merge_size,
+        return _image(
+            inputs["pixel_values"], inputs["image_grid_thw"], self._image_processor.merge_size
         )
 
     # Videos
     # ----------------------------------------------------------------------------------------------
 
     def _load_video(self, reference: Reference) -> Medium:
-        processor = self._processor
-        # 1 frame per second is the rate by which the processor computes times
-        fps = float(getattr(processor.video_processor, "fps", None) or 1.0)
+        settings = self._video_settings
 
-        def read():
-            with _as_path(reference, ".mp4") as path:
-                return processor(
-                    text=processor.video_token,
-                    videos=[path],
-                    fps=fps,
-                    do_sample_frames=True,
-                    return_tensors="pt",
-                )
+        def read() -> Medium:
+            with _opened(reference) as file:
+                plan = plan_frames(scan(file), settings)
+                file.seek(0)
+                patches = to_patches(read_frames(file, plan.times), plan, settings)
+            return Medium(
+                "video", patches, plan.grid_thw, plan.num_tokens, settings.seconds_per_grid
+            )
 
-        inputs = self._refusing(reference, read)
-        return _visual(
-            "video",
-            inputs["pixel_values_videos"],
-            inputs["video_grid_thw"],
-            processor.video_processor.merge_size,
-            float(inputs["video_second_per_grid"][0]),
-        )
+        return self._refusing(reference, read)
 
     # The folder's files
     # ----------------------------------------------------------------------------------------------
@@ -255,34 +252,22 @@ class MediaProcessor:
     def _feature_extractor(self):
         from transformers import AutoFeatureExtractor
 
-        return self._part("audio", AutoFeatureExtractor)
+        return self._part("audio", AutoFeatureExtractor.from_pretrained, **_LOCAL)
 
     @cached_property
     def _image_processor(self):
         from transformers import AutoImageProcessor
 
-        return self._part("image", AutoImageProcessor)
+        return self._part("image", AutoImageProcessor.from_pretrained, **_LOCAL)
 
     @cached_property
-    def _processor(self):
-        """The whole processor: only it has the limits on a video's frames."""
-        for package in ("torchvision", "torchcodec"):
-            if importlib.util.find_spec(package) is None:
-                raise DataError(
-                    f"rows with videos need {package}, which is not installed (torchvision resizes "
-                    "the frames, torchcodec reads them): install the builds that belong to this "
-                    "torch, or give images"
-                )
-        from transformers import AutoProcessor
+    def _video_settings(self) -> VideoSettings:
+        return self._part("video", VideoSettings.read)
 
-        return self._part("video", AutoProcessor)
-
-    def _part(self, kind: str, loader: Any) -> Any:
-        """The part of the processor for `kind`, loaded by one of transformers' Auto classes."""
+    def _part(self, kind: str, load: Callable[..., Any], **options: bool) -> Any:
+        """The part of the folder's processor for `kind`."""
         try:
-            return loader.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
-            )
+            return load(self.folder, **options)
         except Exception as error:  # user files may raise errors of any type
             raise DataError(
                 f"rows with {kind}s need the processor files of --model {self.folder} "
@@ -326,19 +311,6 @@ def _orientation(image: "PilImage") -> int:
     )
 
 
-@contextmanager
-def _as_path(reference: Reference, suffix: str) -> Iterator[str]:
-    """The path of a file that holds the medium."""
-    if reference.path is not None:
-        open(reference.path, "rb").close()  # raises FileNotFoundError: decoders are less precise
-        yield reference.path
-    else:
-        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-            file.write(reference.data or b"")
-            file.flush()
-            yield file.name
-
-
 def _file(reference: Reference) -> io.BytesIO | str:
     """The medium as decoders open it."""
     if reference.data is not None:
@@ -347,15 +319,14 @@ def _file(reference: Reference) -> io.BytesIO | str:
     return reference.path
 
 
-def _visual(
-    kind: str, patches: Tensor, grid_thw: Tensor, merge_size: int, seconds_per_grid: float = 0.0
-) -> Medium:
+def _opened(reference: Reference) -> BinaryIO:
+    """The medium as an open file."""
+    file = _file(reference)
+    return open(file, "rb") if isinstance(file, str) else file
+
+
+def _image(patches: Tensor, grid_thw: Tensor, merge_size: int) -> Medium:
     """patches [P, values per patch], grid_thw [1, 3]."""
     time, height, width = (int(number) for number in grid_thw[0])
-    return Medium(
-        kind,
-        patches.float(),
-        (time, height, width),
-        time * height * width // merge_size**2,
-        seconds_per_grid,
-    )
+    num_tokens = time * height * width // merge_size**2
+    return Medium("image", patches.float(), (time, height, width), num_tokens)
