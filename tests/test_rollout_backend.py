@@ -474,3 +474,26 @@ def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder,
     write_json(tmp_path, "generation_config.json", {"eos_token_id": "<|im_end|>"})
     with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '<|im_end|>'"):
         read_stop_token_ids(tmp_path)
+
+
+def write_a_bad_row(rank, world_size, folder):
+    """Two context-parallel ranks share the rows and the experts; the logits of row 1, the second
+    rank's, are not finite: what each rank says.
+    """
+    parallel = parallel_module.initialize(
+        torch.device("cpu"), expert_model_parallel_size=2, context_parallel_size=2
+    )
+    model_args = read_model_args(folder)
+    model = build_decoder(model_args, parallel, torch.float32)
+    load_weights(model, model_args, parallel, folder)
+    model.embedding.word_embeddings.weight.data[STUDENT_PROMPTS[1][0]] = float("nan")
+    settings = dict(sampling=SAMPLING, max_new_tokens=3, stop_token_ids=[], seed=4)
+    rollout = megatron_rollout(model, model_args, parallel, **settings)
+    with pytest.raises(FloatingPointError) as error:
+        rollout.respond(make_batches([0, 1, 2], parallel), 0, "student")
+    return str(error.value)
+
+
+def test_ranks_that_share_rows_name_the_bad_one(folder):
+    said = run_ranks(write_a_bad_row, 2, folder)
+    assert said[0] == said[1] and "not finite for row 1 " in said[0]
