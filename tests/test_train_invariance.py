@@ -68,7 +68,8 @@ def _watched(rank, world_size, argv):
         pytest.param(4, 2, 1, 2, 1, marks=pytest.mark.extended),
         pytest.param(8, 4, 1, 8, 1, marks=pytest.mark.extended),
         pytest.param(4, 2, 2, 1, 1, marks=pytest.mark.extended),
-        (8, 2, 2, 2, 2),
+        (4, 2, 1, 2, 2),
+        pytest.param(8, 2, 2, 2, 2, marks=pytest.mark.extended),
     ],
 )
 def test_replicas_stay_equal_and_the_base_stays(data, tmp_path, world_size, tp, pp, ep, cp):
