@@ -85,7 +85,7 @@ def make_rows(kind: str, number: int, vocab_size: int) -> list[Sample]:
             View(prompt + answer, [IGNORED_LABEL] * len(prompt) + answer, len(prompt))
             for prompt in (ids(max(student, 1)), ids(max(teacher, 1)))
         )
-        samples.append(Sample(first, second, True, "", row, 0))
+        samples.append(Sample(first, second, "", row, 0))
     return samples
 
 

@@ -193,7 +193,7 @@ def random_batch(
     for row, (*prompts, answer) in enumerate(zip(ids(start), ids(start), answers)):
         labels = [IGNORED_LABEL] * start + answer
         student, teacher = (View(prompt + answer, labels, start) for prompt in prompts)
-        samples.append(Sample(student, teacher, True, "", row, 0))
+        samples.append(Sample(student, teacher, "", row, 0))
     packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
     return collate(samples, packing).to(parallel.device)
 

@@ -100,7 +100,7 @@ def batch_of(sizes: list) -> Batch:
         )
         length += media[-1].num_tokens
     view = View([0] * (length + 1), [-100] * length + [0], length, None, tuple(places))
-    return collate([Sample(view, view, False, "", 0, 0, tuple(media))], Packing(0))
+    return collate([Sample(view, view, "", 0, 0, tuple(media))], Packing(0))
 
 
 def seconds_of(encoder: Towers, batch: Batch) -> float:

@@ -71,6 +71,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         tensorboard=config.run.tensorboard,
     )
     note_start(config, parallel, resume_folder)
+    budget = step_budget(config, model_args)
+    packed = packing(train_data.pad_token_id, parallel)
     rollout = None
     if config.distill.seq_kd or config.distill.may_be_on_policy:
         rollout = make_rollout(
@@ -80,8 +82,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             parallel=parallel,
             data=train_data,
             model_folder=config.model.model,
-            budget=step_budget(config, model_args),
-            packing=packing(train_data.pad_token_id, parallel),
+            budget=budget,
+            packing=packed,
             seed=config.train.seed,
         )
     return Run(
@@ -92,6 +94,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         ddp=ddp,
         optimizer=optimizer,
         loss=loss_settings(config, model_args),
+        packing=packed,
+        budget=budget,
         train_data=train_data,
         eval_data=eval_data,
         rollout=rollout,

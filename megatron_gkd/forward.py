@@ -70,21 +70,23 @@ def response_share(view: BatchView, parallel: Parallel) -> slice:
     return slice(number * part // parts, number * (part + 1) // parts)
 
 
-def response_hidden(hidden: Tensor, view: BatchView, parallel: Parallel) -> Tensor:
+def response_hidden(
+    hidden: Tensor, view: BatchView, rows: PackedRows, parallel: Parallel
+) -> Tensor:
     """[T/C/TP, 1, H] of the final norm -> [N/C, H], this rank's share of the rows that predict a
-    response token, on every tensor-parallel rank.
+    response token, on every tensor-parallel rank. rows: of the view.
 
     Collectives: an all-gather of the sequence shards; in backward the reduce-scatter that sums what
     each rank's slice of the vocabulary contributes. With C > 1 an all-gather of the response rows
     and in backward their reduce-scatter.
     """
     hidden = parallel.gather_sequence(hidden)[:, 0]
-    if parallel.cp_size == 1:
+    if rows.num_parts == 1:
         return hidden.index_select(0, view.response_rows)
     if not len(view.targets):
         return hidden[:0].clone()  # a view would keep the memory of the whole
     # of each response row the rank that has it, and its index there
-    place = packed_rows(view, parallel).order[view.response_rows]
+    place = rows.order[view.response_rows]
     part, index = place // len(hidden), place % len(hidden)
     is_of_part = part == torch.arange(parallel.cp_size, device=part.device)[:, None]
     counts = is_of_part.sum(dim=1).tolist()
@@ -128,7 +130,7 @@ def hidden_states(
 def _run_schedule(
     model: nn.Module,
     views: Sequence[BatchView],
-    on_output: Callable[[int, Tensor], Tensor | tuple],
+    on_output: Callable[[int, Tensor, PackedRows], Tensor | tuple],
     parallel: Parallel,
     media: StepMedia | Sequence[MediaFeatures | None] | None,
     *,
@@ -136,10 +138,10 @@ def _run_schedule(
     collect: bool = False,
     cut: bool = True,
 ) -> list:
-    """One pass of the pipeline over the micro-batches. `on_output(index, hidden)` is called on the
-    last stage with each micro-batch's output: it returns the loss, or with `collect` (forward only)
-    what this function returns in a list. cut: over the context-parallel ranks, not views of their
-    own.
+    """One pass of the pipeline over the micro-batches. `on_output(index, hidden, rows)` is called
+    on the last stage with each micro-batch's output: it returns the loss, or with `collect`
+    (forward only) what this function returns in a list. cut: over the context-parallel ranks, not
+    views of their own.
     """
 
     def step(indices: Iterator[int], model: nn.Module) -> tuple[Tensor, Callable]:
@@ -147,7 +149,7 @@ def _run_schedule(
         view, features = views[index], media[index] if media is not None else None
         rows = packed_rows(view, parallel, cut=cut)
         hidden = hidden_states(model, view, rows, features, parallel)
-        return hidden, lambda output, non_loss_data=False: on_output(index, output)
+        return hidden, lambda output, non_loss_data=False: on_output(index, output, rows)
 
     return get_forward_backward_func()(
         forward_step_func=step,
@@ -173,8 +175,8 @@ def teacher_forward(
     """
     views = [batch.teacher for batch in batches]
 
-    def keep(index: int, hidden: Tensor) -> Tensor:
-        return response_hidden(hidden, views[index], parallel)
+    def keep(index: int, hidden: Tensor, rows: PackedRows) -> Tensor:
+        return response_hidden(hidden, views[index], rows, parallel)
 
     with as_teacher(model), eval_mode(model):
         return _run_schedule(model, views, keep, parallel, media, forward_only=True, collect=True)
@@ -195,7 +197,7 @@ def last_hidden_states(
     pipeline's, and of each view an all-gather of the sequence shards.
     """
 
-    def last(index: int, hidden: Tensor) -> Tensor:
+    def last(index: int, hidden: Tensor, rows: PackedRows) -> Tensor:
         view = views[index]
         ends = [start + length - 1 for start, length in zip(view.starts, view.lengths)]
         return parallel.gather_sequence(hidden)[torch.tensor(ends, device=hidden.device), 0]
@@ -213,7 +215,7 @@ def _loss_function(
     settings: LossSettings,
     parallel: Parallel,
     sums: TokenSums,
-) -> Callable[[int, Tensor], tuple]:
+) -> Callable[[int, Tensor, PackedRows], tuple]:
     """What the schedule calls on the last stage: (sum of the loss, response tokens, nothing to
     report) of a micro-batch; adds to `sums`.
 
@@ -221,9 +223,10 @@ def _loss_function(
     logits [N, V/TP] are made, in fp32.
     """
 
-    def loss(index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def loss(index: int, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, dict]:
         batch, decoder = batches[index], model.module
-        student, teacher = response_hidden(hidden, batch.student, parallel), teacher_hidden[index]
+        student = response_hidden(hidden, batch.student, rows, parallel)
+        teacher = teacher_hidden[index]
         share = response_share(batch.student, parallel)
         labels = batch.student.targets[share]
         sft_alpha = 0.0 if batch.is_written else settings.sft_alpha
@@ -324,11 +327,11 @@ def view_logits(
     vocabulary slices, a broadcast from the last stage.
     """
 
-    def slice_of_logits(index: int, hidden: Tensor) -> Tensor:
+    def slice_of_logits(index: int, hidden: Tensor, rows: PackedRows) -> Tensor:
         hidden = parallel.gather_sequence(hidden)[:, 0]
-        if parallel.cp_size > 1:
+        if rows.num_parts > 1:
             hidden = gather_from_sequence_parallel_region(hidden, group=parallel.groups.cp)
-            hidden = hidden[packed_rows(view, parallel).order]
+            hidden = hidden[rows.order]
         return lm_head(model, hidden)
 
     slices = _run_schedule(

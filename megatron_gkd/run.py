@@ -73,6 +73,10 @@ class Run:
     ddp: DistributedDataParallel
     optimizer: Optimizer
     loss: LossSettings
+    packing: Packing
+    """How rows become one sequence"""
+    budget: Budget
+    """What a micro-batch of a step may hold"""
     train_data: SampleDataset
     eval_data: SampleDataset | None
     rollout: Rollout | None
@@ -188,20 +192,10 @@ class Run:
         )
         yield from map(self.packed, loader)
 
-    @property
-    def packing(self) -> Packing:
-        """How rows of this run become one sequence."""
-        return packing(self.train_data.pad_token_id, self.parallel)
-
     def packed(self, numbered: list[Numbered]) -> Batch:
         """Samples of a micro-batch -> the batch, on the device."""
         numbers, samples = zip(*numbered)
         return collate(samples, self.packing, numbers).to(self.parallel.device)
-
-    @property
-    def budget(self) -> Budget:
-        """What a micro-batch of a step may hold."""
-        return step_budget(self.config, self.model_args)
 
     @property
     def eval_budget(self) -> Budget:

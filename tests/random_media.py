@@ -117,7 +117,7 @@ class MediaRow:
     def sample(self, row: int) -> Sample:
         student = self.view(self.student)
         teacher = student if self.teacher is self.student else self.view(self.teacher)
-        return Sample(student, teacher, teacher is not student, "", row, 0, tuple(self.media))
+        return Sample(student, teacher, "", row, 0, tuple(self.media))
 
     def inputs(self, side: str, with_response: bool = True) -> dict[str, Tensor]:
         """The arguments of transformers' thinker for this view of the row alone; it computes the

@@ -49,7 +49,7 @@ def one_row(parts):
         View(text + ids[PROMPT:], [-100] * len(text) + ids[PROMPT:], len(text))
         for text in (ids[:PROMPT], ids[50:PROMPT])
     ]
-    return collate([Sample(*views, True, "", 0, 0)], packing(0, parts.parallel))
+    return collate([Sample(*views, "", 0, 0)], packing(0, parts.parallel))
 
 
 def student_pass(rank, world_size, argv):

@@ -21,7 +21,7 @@ def sample(prompt, response, *, teacher_prompt=None, row=0, source="s", cut_toke
 
     student = view(prompt)
     teacher = student if teacher_prompt is None else view(teacher_prompt)
-    return Sample(student, teacher, teacher_prompt is not None, source, row, cut_tokens)
+    return Sample(student, teacher, source, row, cut_tokens)
 
 
 def test_exact_tensors():
@@ -89,7 +89,7 @@ def test_no_padding_unless_parallelism_asks_for_it():
 def test_the_first_token_of_a_row_is_never_trained():
     """Nothing predicts it: what stands before it belongs to another row."""
     views = [View([1, 2], [1, 2], 0), View([3], [3], 0), View([4, 5], [4, 5], 0)]
-    samples = [Sample(view, view, False, "s", row, 0) for row, view in enumerate(views)]
+    samples = [Sample(view, view, "s", row, 0) for row, view in enumerate(views)]
     view = collate(samples, TIGHT).student
     assert view.response_rows.tolist() == [0, 3] and view.targets.tolist() == [2, 5]
     assert view.num_targets == [1, 0, 1]
@@ -109,7 +109,7 @@ def test_teacher_view():
 
 def test_views_that_disagree_are_caught():
     broken = sample([1], [2, 3], teacher_prompt=[4])
-    broken = Sample(broken.student, View([4, 2, 9], [-100, 2, 9], 1), True, "s", 0, 0)
+    broken = Sample(broken.student, View([4, 2, 9], [-100, 2, 9], 1), "s", 0, 0)
     with pytest.raises(AssertionError, match="train different tokens"):
         collate([broken], TIGHT)
 
@@ -251,7 +251,7 @@ def test_log_probabilities_of_all_rows_or_none():
 
 def test_a_response_drops_the_training_of_earlier_turns():
     view = View([1, 2, 3, 4], [-100, 2, -100, 4], 3)
-    new = Sample(view, view, False, "s", 0, 0).with_response([8, 9])
+    new = Sample(view, view, "s", 0, 0).with_response([8, 9])
     assert new.student.input_ids == [1, 2, 3, 8, 9]
     assert new.student.labels == [-100, -100, -100, 8, 9]
     assert new.teacher is new.student

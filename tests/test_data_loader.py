@@ -44,7 +44,7 @@ class Rows:
         prompt = [index] * (1 + 5 * index % 8)
         student = self.view(prompt)
         teacher = self.view([index, *prompt]) if index % 3 == 0 else student
-        return Sample(student, teacher, teacher is not student, f"s{index % 2}", index, 0)
+        return Sample(student, teacher, f"s{index % 2}", index, 0)
 
     def view(self, prompt):
         return View(prompt + [1, 2], [-100] * len(prompt) + [1, 2], len(prompt))

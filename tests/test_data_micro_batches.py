@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.real_shape import REAL_SHAPE
 from megatron_gkd.config import parse_config
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, cut
-from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.run import step_budget
 
 RANKS = (1, 2, 3, 8)
@@ -143,33 +143,14 @@ def test_cost_grows_with_the_square_of_long_rows():
     assert Budget(1).cost(3000) == 3000
 
 
-QWEN3_OMNI = ModelArgs(
-    model_type="qwen3_omni_moe",
-    num_layers=48,
-    hidden_size=2048,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    norm_topk_prob=True,
-    moe_intermediate_size=768,
-    vocab_size=152064,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    mrope_section=(24, 20, 20),
-    tie_word_embeddings=False,
-)
-
-
 def test_attention_that_costs_as_much_as_the_products():
     """By hand, a token in a layer of Qwen3-Omni-30B-A3B: q and o 2 x 2048 x 4096, k and v
     2 x 2048 x 512, 8 experts of 3 x 2048 x 768; scores and values of n/2 keys: n/2 x 2 x 4096.
     """
     products = 2 * 2048 * 4096 + 2 * 2048 * 512 + 8 * 3 * 2048 * 768
-    assert attention_tokens(QWEN3_OMNI) == products / 4096 == 13824
+    assert attention_tokens(REAL_SHAPE.model_args()) == products / 4096 == 13824
     small = replace(
-        QWEN3_OMNI,
+        REAL_SHAPE.model_args(),
         num_layers=3,
         hidden_size=10,
         num_attention_heads=4,
@@ -195,4 +176,4 @@ def test_budget_of_a_run(flags, max_tokens, at_least):
     """Pipeline stages are kept busy by several micro-batches; else only memory asks for them."""
     required = ["--model", "m", "--dataset", "d", "--max_length", "300"]
     expected = Budget(max_tokens, 13824, at_least)
-    assert step_budget(parse_config(required + flags), QWEN3_OMNI) == expected
+    assert step_budget(parse_config(required + flags), REAL_SHAPE.model_args()) == expected

@@ -35,7 +35,7 @@ def make_samples(number, seed=0):
         ids, labels, prompt = row["input_ids"], row["labels"], row["teacher_input_ids"]
         start = next(i for i, label in enumerate(labels) if label != -100)
         teacher = View(prompt + ids[start:], [-100] * len(prompt) + labels[start:], len(prompt))
-        samples.append(Sample(View(ids, labels, start), teacher, True, "", len(samples), 0))
+        samples.append(Sample(View(ids, labels, start), teacher, "", len(samples), 0))
     return samples
 
 

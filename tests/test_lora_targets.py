@@ -6,34 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.real_shape import REAL_SHAPE
 from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora.adapter import applied, resolve_targets
 from megatron_gkd.lora.apply import banner, count_parameters
-from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.model.args import read_model_args
 from tests.adapters import ALL, ATTENTION
 from tests.lora_runs import FOLDERS
 
 
 def test_parameter_count_of_the_real_model():
     """Qwen3-Omni-30B-A3B's thinker, and LoRA's r (d_in + d_out) a linear."""
-    model_args = ModelArgs(
-        model_type="qwen3_omni_moe",
-        num_layers=48,
-        hidden_size=2048,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        moe_intermediate_size=768,
-        vocab_size=152064,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        mrope_section=(24, 20, 20),
-        tie_word_embeddings=False,
-    )
+    model_args = REAL_SHAPE.model_args()
     attention = (2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048)
     experts = 128 * 3 * (2048 + 768)
     norms, router = 2 * 2048 + 2 * 128, 128 * 2048

@@ -133,7 +133,6 @@ def micro_batches(place):
             Sample(
                 View(ids, labels, first),
                 View(teacher_ids, teacher_labels, prompt),
-                True,
                 "",
                 number,
                 0,

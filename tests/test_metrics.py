@@ -40,7 +40,7 @@ def sample(prompt, response, teacher_prompt=None, *, source="a", cut=0):
         for size in (prompt, prompt if teacher_prompt is None else teacher_prompt)
     ]
     teacher = views[0] if teacher_prompt is None else views[1]
-    return Sample(views[0], teacher, teacher is not views[0], source, 3, cut)
+    return Sample(views[0], teacher, source, 3, cut)
 
 
 def counts_of_ranks(rank, world_size, cp):

@@ -224,6 +224,25 @@ def test_all_rows_at_once(monkeypatch, num_parts):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_kernel_takes_what_it_is_given(num_parts):
+    """torch's own function with tensors that have no data, since there is no kernel for CPUs: it
+    knows the arguments, takes fewer key/value heads than queries, and has gradients of all three.
+    """
+    starts = starts_of([2 * num_parts * number for number in (1, 3, 2)])
+    rows = PackedRows(starts=starts, num_parts=num_parts, device=torch.device("meta"))
+    shapes = [(starts[-1] // num_parts, HEADS)] + [(starts[-1], GROUPS)] * 2
+    inputs = [
+        torch.empty(*shape, WIDTH, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    ]
+    module = SdpaAttention(SimpleNamespace(kv_channels=WIDTH), 1, None)
+    output = module.attend_at_once(*inputs, rows)
+    assert output.shape == inputs[0].shape and output.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 4])
 def test_a_kernel_call_reads_a_key_once(num_parts):
     """So the sum of its gradient has one order. Rows of any length where they are not cut."""

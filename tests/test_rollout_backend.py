@@ -53,7 +53,7 @@ def make_batches(rows, parallel, numbers=None):
             View(ids + response, [-100] * len(ids) + response, len(ids))
             for ids in (prompt, teacher_prompt(row))
         ]
-        samples.append(Sample(*views, has_teacher_view=True, source="toy", row=row, cut_tokens=3))
+        samples.append(Sample(*views, source="toy", row=row, cut_tokens=3))
     samples += [None] * (-len(samples) % 2)
     packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
     return [
@@ -388,7 +388,7 @@ def test_a_response_that_ends_by_itself_is_not_truncated():
         packing=packing,
     )
     view = View([1, 2, 3], [-100, 2, 3], 1)
-    sample = Sample(view, view, False, "toy", 0, 0)
+    sample = Sample(view, view, "toy", 0, 0)
     # cut, ended with its last token, ended before
     cut, full, short = map(sample.with_response, ([9, 8, 7], [9, 8, 6], [9, 5]))
     batches = [collate(samples, packing) for samples in ([cut, full], [short, None])]

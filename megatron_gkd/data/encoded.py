@@ -275,9 +275,7 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
         assert teacher.targets() == student.targets(), (
             f"row {row}: the views of student and teacher train different tokens"
         )
-    return Sample(
-        student, teacher, teacher is not student, source, row, encoded.cut_tokens, tuple(media)
-    )
+    return Sample(student, teacher, source, row, encoded.cut_tokens, tuple(media))
 
 
 def _view_with_media(

@@ -68,7 +68,6 @@ class Sample:
 
     student: View
     teacher: View
-    has_teacher_view: bool
     source: str
     row: int
     cut_tokens: int
@@ -77,6 +76,10 @@ class Sample:
     """Whether a rollout wrote the response"""
     log_probabilities: list[float] | None = None
     """In nats, of the response's tokens as the student drew them; None where it did not"""
+
+    @property
+    def has_teacher_view(self) -> bool:
+        return self.teacher is not self.student
 
     @property
     def num_tokens(self) -> int:

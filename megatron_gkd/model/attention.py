@@ -73,7 +73,7 @@ class SdpaAttention(nn.Module):
             )
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if rows.num_parts > 1:
-            # 2 g d numbers a position: with few key/value heads less than passing blocks around
+            # with few key/value heads little to hold: one exchange, where a ring has C - 1
             pair = torch.stack((key, value), dim=1)
             pair = gather_from_sequence_parallel_region(pair, group=self.cp_group)
             key, value = pair.index_select(0, rows.order).unbind(1)

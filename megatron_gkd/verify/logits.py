@@ -112,7 +112,7 @@ def megatron_trace(
             hooks.callback(first.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         features = None
         if rows.media is not None and model.towers is not None:
-            features = model.towers.encode(rows.media.to(parallel.device))
+            features = model.towers.encode(rows.media)
         logits = padded(view_logits(model, model_args, parallel, view, features))
     writes = parallel.is_first_replica and parallel.tp_rank == 0
     of_stages = all_gather_objects(layers if writes else {})
