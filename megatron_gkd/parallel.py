@@ -68,6 +68,13 @@ class Parallel:
         return self.dp_rank == self.cp_rank == 0
 
     @property
+    def part(self) -> int:
+        """A number of its own for each rank of a pipeline stage that computes on the same rows: the
+        context-parallel ranks have parts of them, and of those the tensor-parallel ranks.
+        """
+        return self.cp_rank * self.tp_size + self.tp_rank
+
+    @property
     def row_multiple(self) -> int:
         """Rows in a packed sequence have a multiple of this many positions, so that they can be cut
         over the context-parallel ranks.
@@ -212,12 +219,12 @@ def initialize(
 
 
 def seed_step(seed: int, step: int, parallel: Parallel) -> None:
-    """Seed every generator from (seed, step, rank), so that a resumed run needs no random state
-    from disk.
+    """Seed torch's default generators from (seed, step, data-parallel rank, stage), so that a
+    resumed run needs no random state from disk.
 
-    The default generator agrees on the tensor- and context-parallel ranks of a replica (dropout on
-    replicated inputs must); megatron-core's tracker holds the generators that differ between them
-    (sharded inputs, experts, parts of rows).
+    They agree on the tensor- and context-parallel ranks of a replica: dropout of the same input
+    drops the same entries there. Where these ranks have different inputs, their salts differ
+    (lora/slots.py).
     """
     base = (
         seed * 1_000_003 + step * 8_191 + parallel.dp_rank * 131_071 + parallel.pp_rank * 524_287
@@ -225,13 +232,6 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
     torch.manual_seed(base)
     if parallel.device.type == "cuda":
         torch.cuda.manual_seed(base)
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    tracker.reset()
-    of_part = base + 10_007 * parallel.cp_rank
-    sharded = of_part + parallel.tp_rank
-    tracker.add("context-parallel-rng", of_part + 3_141)  # the same on tensor-parallel ranks
-    tracker.add("model-parallel-rng", sharded + 2_718)
-    tracker.add("expert-parallel-rng", sharded + 1_024 + 100 * parallel.ep_rank)
 
 
 def all_gather_objects(value: Any) -> list:

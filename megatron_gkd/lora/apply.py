@@ -99,23 +99,27 @@ def add_slot(
     qkv = [name for name in ("q_proj", "k_proj", "v_proj") if name in targets]
     gate_up = [name for name in ("gate_proj", "up_proj") if name in targets]
     segments = qkv_segments(model_args, parallel.tp_rank, parallel.tp_size)
-    tp_group, sequence_parallel = parallel.groups.tp, parallel.tp_size > 1
+    sequence_parallel = parallel.tp_size > 1
+    sharded: dict[str, Any] = dict(salt=parallel.part)
+    dense = sharded | dict(tp_group=parallel.groups.tp)
     for layer in model.decoder.layers:
         attention, experts = layer.self_attention, layer.mlp.experts
         if qkv:
-            add(
-                _wrap(attention, "linear_qkv", LoraColumnParallel, segments, tp_group=tp_group), qkv
-            )
+            add(_wrap(attention, "linear_qkv", LoraColumnParallel, segments, **dense), qkv)
         if "o_proj" in targets:
-            add(_wrap(attention, "linear_proj", LoraRowParallel, tp_group=tp_group), ["o_proj"])
+            add(_wrap(attention, "linear_proj", LoraRowParallel, **dense), ["o_proj"])
         if gate_up:
-            add(_wrap(experts, "gate_up", LoraGrouped, ["gate_proj", "up_proj"]), gate_up)
+            add(
+                _wrap(experts, "gate_up", LoraGrouped, ["gate_proj", "up_proj"], **sharded), gate_up
+            )
         if "down_proj" in targets:
-            add(_wrap(experts, "down", LoraGrouped, ["down_proj"]), ["down_proj"])
+            add(_wrap(experts, "down", LoraGrouped, ["down_proj"], **sharded), ["down_proj"])
     if HEAD in targets and parallel.is_last_stage:
         if getattr(model, "head_lora", None) is None:
             num_rows, hidden_size = model.output_layer.weight.shape
-            model.head_lora = LoraHead(num_rows, hidden_size, sequence_parallel=sequence_parallel)
+            model.head_lora = LoraHead(
+                num_rows, hidden_size, sequence_parallel=sequence_parallel, salt=parallel.cp_rank
+            )
         add(model.head_lora, [HEAD])
     for linear in towers if model.towers is not None else ():
         parent, _, name = linear.rpartition(".")

@@ -3,9 +3,9 @@ W_up W_down x of the active slot (slots.py).
 
 Separate W_down and W_up for q, k, v and for gate, up (what PEFT means), although megatron-core
 fuses those matrices. The fused base runs untouched; the update is one product with the W_downs side
-by side and one with the W_ups laid out block by block, so a fused linear costs two small products
-whatever the number of its projections. Dropout is drawn once for the shared input of a fused
-linear.
+by side, which also draws the dropout of the shared input (low_product.py), and one with the W_ups
+laid out block by block, so a fused linear costs two small products whatever the number of its
+projections.
 
 Products run in the activations' dtype (as under autocast), the parameters stay fp32. Legend: S
 sequence, B rows of the batch, r rank, P projections of a fused linear, R = P r padded to a multiple
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from megatron_gkd.lora.low_product import low_product
 from megatron_gkd.lora.slots import LoraModule, LoraSlot, zeros
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
 from megatron_gkd.model.tensor_slice import TensorSlice
@@ -41,8 +42,10 @@ def _padding(columns: int) -> int:
 class LoraColumnParallel(LoraModule):
     """LoRA on the fused qkv. W_down [r, H] replicated, W_up the rows of this rank's `segments`."""
 
-    def __init__(self, base: Any, segments: list[TensorSlice], *, tp_group: ProcessGroup):
-        super().__init__(base)
+    def __init__(
+        self, base: Any, segments: list[TensorSlice], *, tp_group: ProcessGroup, salt: int = 0
+    ):
+        super().__init__(base, salt=salt)
         self.segments = segments
         self.tp_group = tp_group
         self.sequence_parallel: bool = base.sequence_parallel
@@ -64,9 +67,8 @@ class LoraColumnParallel(LoraModule):
         slot = self.slot
         if slot is None:
             return output, bias
-        x = self.drop(x, slot, "model-parallel-rng")
         down, up = self.fused(slot)
-        low = F.linear(x, down.to(x.dtype))
+        low = low_product(x, down, self.drop_of(slot))
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         update = F.linear(low, up.to(x.dtype))
@@ -102,8 +104,8 @@ class LoraColumnParallel(LoraModule):
 class LoraRowParallel(LoraModule):
     """LoRA on o_proj. W_down [r, in/TP] sharded, W_up [H, r] replicated."""
 
-    def __init__(self, base: Any, *, tp_group: ProcessGroup):
-        super().__init__(base)
+    def __init__(self, base: Any, *, tp_group: ProcessGroup, salt: int = 0):
+        super().__init__(base, salt=salt)
         self.tp_group = tp_group
         self.sequence_parallel: bool = base.sequence_parallel
 
@@ -125,7 +127,7 @@ class LoraRowParallel(LoraModule):
         if slot is None:
             return output, bias
         down, up = self.fused(slot)
-        low = F.linear(self.drop(x, slot, "model-parallel-rng"), down.to(x.dtype))
+        low = low_product(x, down, self.drop_of(slot))
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
@@ -143,8 +145,8 @@ class LoraGrouped(LoraModule):
     r], local to the expert's rank. `names`: the projections that the base holds, in its order.
     """
 
-    def __init__(self, base: GroupedLinear, names: list[str]):
-        super().__init__(base)
+    def __init__(self, base: GroupedLinear, names: list[str], *, salt: int = 0):
+        super().__init__(base, salt=salt)
         self.names = names
 
     def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
@@ -166,9 +168,10 @@ class LoraGrouped(LoraModule):
         # On some GPUs grouped_mm gives experts without rows a gradient out of uninitialised memory:
         # it ends here.
         has_rows = (rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) > 0)[:, None, None]
-        down, up = (weight.where(has_rows, 0).to(x.dtype) for weight in self.fused(slot))
-        low = grouped_product(self.drop(x, slot, "expert-parallel-rng"), down, rows.offsets)
-        return torch.add(output, grouped_product(low, up, rows.offsets), alpha=slot.scale)
+        down, up = (weight.where(has_rows, 0) for weight in self.fused(slot))
+        low = low_product(x, down, self.drop_of(slot), rows.offsets)
+        update = grouped_product(low, up.to(x.dtype), rows.offsets)
+        return torch.add(output, update, alpha=slot.scale)
 
     def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
         """W_down [E, R, in], and W_up [E, out, R]: each projection's rows in its own block of
@@ -215,7 +218,7 @@ class LoraLinear(LoraModule):
         if slot is None:
             return output
         (down,), (up,) = slot.down.values(), slot.up.values()
-        low = F.linear(self.drop(x, slot, None), down.to(x.dtype))
+        low = low_product(x, down, self.drop_of(slot))
         return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale)
 
 
@@ -227,8 +230,8 @@ class LoraHead(LoraModule):
     a partial sum, marked like one.
     """
 
-    def __init__(self, num_rows: int, hidden_size: int, *, sequence_parallel: bool):
-        super().__init__(None)
+    def __init__(self, num_rows: int, hidden_size: int, *, sequence_parallel: bool, salt: int = 0):
+        super().__init__(None, salt=salt)
         self.num_rows = num_rows
         self.hidden_size = hidden_size
         self.sequence_parallel = sequence_parallel
@@ -248,7 +251,7 @@ class LoraHead(LoraModule):
         if slot is None:
             return None
         (down,), (up,) = slot.down.values(), slot.up.values()
-        low = F.linear(self.drop(hidden.float(), slot, "context-parallel-rng"), down)
+        low = low_product(hidden.float(), down, self.drop_of(slot))
         return F.linear(low, up) * slot.scale
 
 

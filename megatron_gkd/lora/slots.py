@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from megatron_gkd.lora.dropout import Drop
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -39,9 +39,11 @@ class LoraModule(nn.Module, ABC):
     (None: the base alone).
     """
 
-    def __init__(self, base: Any):
+    def __init__(self, base: Any, *, salt: int = 0):
+        """salt: added to the seeds of its masks, other ones on ranks whose inputs differ."""
         super().__init__()
         self.base = base
+        self.salt = salt
         self.slots = nn.ModuleDict()
         self.active: str | None = STUDENT
 
@@ -66,16 +68,18 @@ class LoraModule(nn.Module, ABC):
         tell megatron-core how to reduce their gradients.
         """
 
-    def drop(self, x: Tensor, slot: LoraSlot, generator: str | None) -> Tensor:
-        """The slot's dropout on x, with the named generator of megatron-core's tracker; None is the
-        default one, equal on all TP ranks.
+    def drop_of(self, slot: LoraSlot) -> Drop | None:
+        """The slot's dropout for one call; None where nothing is dropped.
+
+        Its seed comes from torch's default generator of the CPU, which `parallel.seed_step` seeds
+        alike on the tensor- and context-parallel ranks of a replica, and which recomputation puts
+        back: the layer that runs again drops the same entries.
         """
         if not slot.dropout or not self.training:
-            return x
-        if generator is None:
-            return F.dropout(x, slot.dropout)
-        with get_cuda_rng_tracker().fork(generator):
-            return F.dropout(x, slot.dropout)
+            return None
+        # tolist: a number of the host, no wait for a device
+        drawn: Any = torch.randint(2**32, 2**62, (), device="cpu").tolist()
+        return Drop(slot.dropout, drawn + self.salt)
 
 
 def zeros(*shape: int, **marks: bool) -> nn.Parameter:

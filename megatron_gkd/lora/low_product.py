@@ -1,0 +1,133 @@
+"""LoRA's first product with its dropout: low = (x o m / (1 - p)) W_down'.
+
+m is the mask of 0 and 1 that dropout.py draws from (seed, row, column). It is drawn again wherever
+it is used, so nothing of x's size is written but the gradient: forward saves x and W_down. With the
+gradient g of low:
+
+    dL/dx      = (g W_down) o m / (1 - p)
+    dL/dW_down = g' (x o m / (1 - p))
+
+T rows of x, in its width, R low numbers (the ranks of all projections that share x, padded). With
+`offsets`, rows are sorted by expert: W_down is [E, R, in], and offsets [E] int32 are the ends of
+the experts' rows, the last of them T. Products run in x's dtype whatever W_down's is; gradients
+have the dtype of what they belong to.
+
+The three functions stand here in torch, for CPUs and as the reference, and in
+triton_low_product.py as a kernel each; `select_kernels` chooses. No collectives, no
+synchronisation, no atomics.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_gkd.lora.dropout import Drop, keep_mask
+from megatron_gkd.model.experts import grouped_product
+
+__all__ = ["Drop", "low_backward_input", "low_backward_weight", "low_forward", "low_product"]
+
+
+def select_kernels(device: torch.device) -> ModuleType:
+    """The module with the three functions for `device`: triton_low_product on CUDA where Triton is
+    installed, otherwise this one.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from megatron_gkd.lora import triton_low_product
+
+        return triton_low_product
+    return sys.modules[__name__]
+
+
+def low_product(
+    x: Tensor, down: Tensor, drop: Drop | None, offsets: Tensor | None = None
+) -> Tensor:
+    """x [..., in], down [R, in] -> [..., R]; with offsets x [T, in], down [E, R, in] -> [T, R], in
+    x's dtype. Differentiable in x and down. Without `drop` it is the plain product.
+    """
+    if drop is None:
+        down = down.to(x.dtype)
+        return F.linear(x, down) if offsets is None else grouped_product(x, down, offsets)
+    low = _LowProduct.apply(x.reshape(-1, x.shape[-1]), down, drop, offsets)
+    return low.view(*x.shape[:-1], -1)
+
+
+class _LowProduct(torch.autograd.Function):
+    """x [T, in], down -> low [T, R]: the module's formula. Saves x and down."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, down, offsets)
+        ctx.drop = drop
+        return select_kernels(x.device).low_forward(x, down, drop, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_low: Tensor) -> tuple:
+        x, down, offsets = ctx.saved_tensors
+        kernels = select_kernels(x.device)
+        grad_x = grad_down = None
+        if ctx.needs_input_grad[0]:
+            grad_x = kernels.low_backward_input(grad_low, down, ctx.drop, offsets)
+        if ctx.needs_input_grad[1]:
+            grad_down = kernels.low_backward_weight(grad_low, x, ctx.drop, offsets)
+            grad_down = grad_down.to(down.dtype)
+        return grad_x, grad_down, None, None
+
+
+def low_forward(x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None = None) -> Tensor:
+    """x [T, in], down [R, in] or [E, R, in] -> low [T, R], in x's dtype."""
+    kept, down = _kept(x, drop), down.to(x.dtype)
+    low = F.linear(kept, down) if offsets is None else grouped_product(kept, down, offsets)
+    return low.mul_(drop.scale)
+
+
+def low_backward_input(
+    grad_low: Tensor,
+    down: Tensor,
+    drop: Drop,
+    offsets: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """grad_low [T, R] -> dL/dx [T, in], in grad_low's dtype. With `into` [T, in] it is added to
+    that in place.
+    """
+    down = down.to(grad_low.dtype)
+    if offsets is None:
+        product = grad_low @ down
+    else:
+        product = grouped_product(grad_low, down.transpose(1, 2).contiguous(), offsets)
+    product = _kept(product, drop).mul_(drop.scale)
+    return product if into is None else into.add_(product)
+
+
+def low_backward_weight(
+    grad_low: Tensor, x: Tensor, drop: Drop, offsets: Tensor | None = None
+) -> Tensor:
+    """grad_low [T, R], x [T, in] -> dL/dW_down [R, in], with offsets [E, R, in]; at least fp32."""
+    kept, transposed = _kept(x, drop), grad_low.T.contiguous()
+    if offsets is None:
+        product = transposed @ kept
+    else:
+        product = _grouped_outer(transposed, kept, offsets)
+    return product.to(torch.promote_types(x.dtype, torch.float32)).mul_(drop.scale)
+
+
+def _kept(x: Tensor, drop: Drop) -> Tensor:
+    """x [T, in] with its dropped entries zero."""
+    num_rows, num_columns = x.shape
+    return torch.where(keep_mask(num_rows, num_columns, drop, x.device), x, 0)
+
+
+def _grouped_outer(transposed: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """transposed [R, T], x [T, in] -> the product over each expert's rows, [E, R, in]. As
+    grouped_mm needs them, rows are padded to multiples of 16 bytes.
+    """
+    multiple = 16 // x.element_size()
+    num_rows, num_columns = x.shape
+    x = F.pad(x, (0, -num_columns % multiple, 0, -num_rows % multiple))
+    transposed = F.pad(transposed, (0, -num_rows % multiple))
+    return F.grouped_mm(transposed, x, offs=offsets)[..., :num_columns]
