@@ -9,7 +9,6 @@ process, which is why the call is explicit; a process that has a GPU in use is r
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -83,9 +82,11 @@ def enable() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
     cuda.synchronize = lambda device=None: None
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.manual_seed = torch.default_generator.manual_seed
+    # Stands for the GPU's generator: what moves that one must not move the CPU's own, here as there.
+    generator = torch.Generator()
+    cuda.get_rng_state = lambda device=None: generator.get_state()
+    cuda.set_rng_state = lambda state, device=None: generator.set_state(state)
+    cuda.manual_seed = generator.manual_seed
     tensor_class.cuda = lambda self, *args, **kwargs: self
     # Lets torch note its own factories first: `with torch.device("meta")` must go on to know them.
     with torch.device("cpu"):
@@ -105,15 +106,10 @@ def enable() -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
-    # The tracker warns when the CPU's generator moves inside one of its contexts; here it manages
-    # that generator.
-    logging.getLogger(mcore_random.__name__).addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
+        generator.get_state()
     )
     mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
-        torch.set_rng_state(new_state)
+        generator.set_state(new_state)
     )
     _without_fused_kernels()
     move = token_dispatcher.maybe_move_tensor_to_cpu

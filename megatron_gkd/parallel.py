@@ -12,6 +12,7 @@ is sharded so is the part of the sequence that a context-parallel rank has
 (model/packed_rows.py); only attention and the response rows (forward.py) know of the other parts.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,6 +201,7 @@ def initialize(
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    logging.getLogger(tensor_parallel.random.__name__).addFilter(_is_no_news)
     return Parallel(
         groups=groups,
         device=device,
@@ -216,6 +218,13 @@ def initialize(
         ep_rank=groups.ep.rank(),
         ep_size=groups.ep.size(),
     )
+
+
+def _is_no_news(record: logging.LogRecord) -> bool:
+    """megatron-core warns when the CPU's generator moves while a layer runs: dropout draws its
+    seeds there (lora/slots.py).
+    """
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def seed_step(seed: int, step: int, parallel: Parallel) -> None:
