@@ -46,8 +46,11 @@ def recorded_launches() -> Iterator[list[Launch]]:
 def compile_launch(launch: Launch, capability: int = 90):
     """The kernel compiled as the launch would be."""
     signature, constants, attributes = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(launch.function.params, launch.arguments)):
-        if parameter.is_constexpr:
+    options, arguments = dict(launch.options), list(launch.arguments)
+    for parameter in launch.function.params[len(arguments) :]:
+        arguments.append(options.pop(parameter.name))
+    for index, (parameter, value) in enumerate(zip(launch.function.params, arguments)):
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif torch.is_tensor(value):
             signature[parameter.name] = TYPES[value.dtype]
@@ -56,9 +59,11 @@ def compile_launch(launch: Launch, capability: int = 90):
             signature[parameter.name] = "fp32"
         elif value == 1:
             signature[parameter.name], constants[(index,)] = "constexpr", 1
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
