@@ -82,7 +82,7 @@ def enable() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
     cuda.synchronize = lambda device=None: None
-    # Stands for the GPU's generator: what moves that one must not move the CPU's own, here as there.
+    # Stands for the GPU's: what moves that one must not move the CPU's own, here as there.
     generator = torch.Generator()
     cuda.get_rng_state = lambda device=None: generator.get_state()
     cuda.set_rng_state = lambda state, device=None: generator.set_state(state)

@@ -133,13 +133,14 @@ class TokenSums:
         torch.distributed.all_reduce(sums, group=parallel.groups.dp_cp)
         if parallel.pp_size > 1:
             torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
+        rows = sums.tolist()  # the one wait for the device
         every, *parts = (
             {name: value / max(row[NUM_TOKENS], 1) for name, value in zip(MEANS, row)}
             | {"num_tokens": int(row[NUM_TOKENS])}
-            for row in sums.tolist()
+            for row in rows
         )
-        if sums[0, NUM_WRITTEN]:
-            every["rollout_logprob_gap"] = (sums[0, GAP] / sums[0, NUM_WRITTEN]).item()
+        if rows[0][NUM_WRITTEN]:
+            every["rollout_logprob_gap"] = rows[0][GAP] / rows[0][NUM_WRITTEN]
         short = [{name: means[name] for name in GROUPED} for means in parts]
         split = {
             "by_source": dict(zip(self.groups.sources, short)),
@@ -237,15 +238,16 @@ class StepCounts:
             device=parallel.device,
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        num_tokens, num_places, cut_tokens, truncated_responses = map(int, sums.tolist())
+        *counts, stop, peak = torch.cat((sums, most)).tolist()  # the one wait for the device
+        num_tokens, num_places, cut_tokens, truncated_responses = map(int, counts)
         return cls(
             num_tokens,
             num_places,
             len(batches),
             cut_tokens,
             truncated_responses,
-            peak_memory_bytes=most[1].item(),
-            stop=bool(most[0]),
+            peak_memory_bytes=peak,
+            stop=bool(stop),
         )
 
 

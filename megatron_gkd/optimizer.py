@@ -5,14 +5,13 @@ and the guard against bad steps.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import Tensor
-
-from megatron_gkd.parallel import any_rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,6 +44,11 @@ def in_gradient_reducer(model: torch.nn.Module) -> DistributedDataParallel:
 def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:
     """torch's Adam does, Transformer Engine's and Apex's keep one number for a group."""
     return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _step_count(value: int, parameter: Tensor) -> Tensor:
+    """As fused AdamW keeps it: on the parameter's device, where no update waits for it."""
+    return torch.tensor(float(value), device=parameter.device)
 
 
 @dataclass
@@ -94,6 +98,9 @@ class Optimizer:
             use_distributed_optimizer=False,
         )
         self.inner = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        for adam, group in self._groups():
+            if _keeps_step_by_parameter(adam):
+                group["fused"] = True  # all parameters in one kernel, on CPU and on CUDA
         self.scaler = None
         if dtype == torch.float16:
             self.scaler = DynamicGradScaler(
@@ -115,28 +122,53 @@ class Optimizer:
         """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf
         in `loss` or a gradient.
 
-        Collectives: sums of the norm over the ranks that hold different parameters; a maximum of
-        one number over the world.
+        The host waits for the device once, for the norm. Collectives: sums of the norm over the
+        ranks that hold different parameters; a maximum of one number over the world.
         """
         self.inner.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0
-        grad_norm = float(self.inner.get_grad_norm()) / scale
-        device = self.inner.param_groups[0]["params"][0].device
-        finite = not any_rank(not (math.isfinite(grad_norm) and math.isfinite(loss)), device)
+        norm = self._grad_norm()
+        is_bad = torch.full_like(norm, not math.isfinite(loss)).logical_or(~norm.isfinite())
+        is_bad = is_bad.to(norm.dtype)
+        torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
+        grad_norm, bad = torch.stack((norm, is_bad)).tolist()
+        grad_norm, finite = grad_norm / scale, not bad
         if self.scaler:
             self.scaler.update(not finite)
         if not finite:
             return Update(False, grad_norm, overflowed=scale > 1.0 and math.isfinite(loss))
         factor = min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) / scale
         if factor != 1.0:
-            self.model.scale_gradients(factor)
+            self.model.scale_gradients(factor)  # a product for each buffer, on the device
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step_with_ready_grads()
         return Update(True, grad_norm)
 
+    def _grad_norm(self) -> Tensor:
+        """The L2 norm of the gradients over all ranks, fp32 [], on their device; a parameter that
+        several tensor-parallel ranks hold counts once. megatron-core's own, without Apex and
+        Transformer Engine, fetches the norm of every parameter.
+        """
+        squares = []
+        for part in self._parts():
+            find = getattr(part, "get_grads_for_grad_norm", None)  # its name before 0.19:
+            gradients = (find or part.get_main_grads_for_grad_norm)()
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients))
+            else:  # this rank holds copies alone
+                norms = torch.zeros(1, device=next(self.model.parameters()).device)
+            square = torch.linalg.vector_norm(norms).square()
+            torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+            squares.append(square)
+        return torch.stack(squares).sum().sqrt()
+
+    def _parts(self) -> list[Any]:
+        """megatron-core's optimizers: of the dense parameters, of the experts'."""
+        return getattr(self.inner, "chained_optimizers", [self.inner])
+
     def _groups(self) -> Iterator[tuple[torch.optim.Optimizer, dict]]:
-        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+        for part in self._parts():
             # no group where LoRA is on experts alone, or on attention alone
             for group in part.param_groups:
                 yield part.optimizer, group
@@ -150,7 +182,7 @@ class Optimizer:
             for parameter in group["params"]:
                 state = found[parameter] = adam.state[parameter]
                 if not state and _keeps_step_by_parameter(adam):
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = _step_count(0, parameter)
                 for name in MOMENTS:
                     state.setdefault(name, torch.zeros_like(parameter))
         return found
@@ -169,7 +201,7 @@ class Optimizer:
         for adam, group in self._groups():
             if _keeps_step_by_parameter(adam):
                 for parameter in group["params"]:
-                    adam.state[parameter]["step"] = torch.tensor(float(value))
+                    adam.state[parameter]["step"] = _step_count(value, parameter)
             else:
                 group["step"] = value
 

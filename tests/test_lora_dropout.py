@@ -7,6 +7,7 @@ import torch
 
 from megatron_gkd import parallel
 from megatron_gkd.lora import as_teacher
+from megatron_gkd.lora.dropout import keep_mask
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.experts import ExpertRows
 from tests.adapters import ALL, make_batches
@@ -109,12 +110,7 @@ def dropout_masks(rank, world_size, folder):
     masks = []
     for step in (0, 0, 1):
         parallel.seed_step(42, step, place)
-        masks.append(
-            {
-                name: linear.drop(torch.ones(64, 64), linear.slot, generator_of(name))
-                for name, linear in linears.items()
-            }
-        )
+        masks.append({name: drawn_mask(linear) for name, linear in linears.items()})
 
     x, rows = (
         torch.randn(8, model_args.moe_intermediate_size),
@@ -144,8 +140,10 @@ def dropout_masks(rank, world_size, folder):
     )
 
 
-def generator_of(name):
-    return "expert-parallel-rng" if name == "down" else "model-parallel-rng"
+def drawn_mask(linear):
+    """The factors of one call's dropout, fp32 [64, 64]."""
+    drop = linear.drop_of(linear.slot)
+    return keep_mask(64, 64, drop, torch.device("cpu")) * drop.scale
 
 
 def test_dropout(tiny_folder):

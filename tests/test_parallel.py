@@ -144,7 +144,9 @@ def test_device(monkeypatch):
 
 
 def draws(rank, world_size, tp, ep, seeds_and_steps, cp=1):
-    """(default, tensor-parallel, expert) numbers drawn after seeding each (seed, step)."""
+    """The rank's part, and the numbers drawn after seeding each (seed, step): before, within and
+    after one of the contexts in which megatron-core runs a stage's layers.
+    """
     place = parallel.initialize(
         torch.device("cpu"),
         tensor_model_parallel_size=tp,
@@ -154,39 +156,31 @@ def draws(rank, world_size, tp, ep, seeds_and_steps, cp=1):
     results = []
     for seed, step in seeds_and_steps:
         parallel.seed_step(seed, step, place)
-        default, sharded, expert = torch.rand(3).tolist(), [], []
-        for name, numbers in (("model-parallel-rng", sharded), ("expert-parallel-rng", expert)):
-            with tensor_parallel.get_cuda_rng_tracker().fork(name):
-                numbers.extend(torch.rand(3).tolist())
-        results.append((default, sharded, expert, torch.rand(3).tolist()))
-    return results
+        numbers = torch.rand(3).tolist()
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            numbers += torch.rand(3).tolist()
+        results.append(numbers + torch.rand(3).tolist())
+    return place.part, results
 
 
 def test_random_state_is_a_function_of_the_step():
-    """TP2 DP2 EP4: TP ranks share the default generator only, DP ranks nothing; a step gives the
-    same numbers again.
+    """TP2 DP2 EP4: TP ranks share the generator, DP ranks do not; a step gives the same numbers
+    again.
     """
     results = run_ranks(draws, 4, 2, 4, [(42, 0), (42, 1), (42, 0), (43, 0)])
-    for rank, (first, second, again, other_seed) in enumerate(results):
-        assert first == again
-        assert all(a != b for a, b in zip(first, second)) and all(
-            a != b for a, b in zip(first, other_seed)
-        )
-        neighbour, replica = results[rank ^ 1][0], results[rank ^ 2][0]
-        assert (
-            (first[0], first[3]) == (neighbour[0], neighbour[3])
-            and first[1] != neighbour[1]
-            and first[2] != neighbour[2]
-        )
-        assert all(a != b for a, b in zip(first, replica))
+    for rank, (part, (first, second, again, other_seed)) in enumerate(results):
+        assert part == rank % 2
+        assert first == again and first != second and first != other_seed
+        assert len(set(first)) == len(first)
+        neighbour, replica = results[rank ^ 1][1][0], results[rank ^ 2][1][0]
+        assert first == neighbour and not set(first) & set(replica)
 
 
 def test_random_state_of_ranks_that_share_rows():
-    """TP2 CP2 EP2: all share the default generator, and no two of them another."""
-    results = [of_rank[0] for of_rank in run_ranks(draws, 4, 2, 2, [(42, 0)], 2)]
-    assert len({str(default) for default, *_ in results}) == 1
-    for which in (1, 2):
-        assert len({str(found[which]) for found in results}) == 4
+    """TP2 CP2 EP2: all share the generator, and each has its own part of the rows."""
+    results = run_ranks(draws, 4, 2, 2, [(42, 0)], 2)
+    assert len({str(numbers) for _, numbers in results}) == 1
+    assert sorted(part for part, _ in results) == [0, 1, 2, 3]
 
 
 def shard_and_gather(rank, world_size, tp, whole, cotangents):

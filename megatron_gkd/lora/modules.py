@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from megatron_gkd.lora.low_product import low_product
 from megatron_gkd.lora.slots import LoraModule, LoraSlot, zeros
+from megatron_gkd.lora.up_product import add_up_product, block_layout, lay_out
 from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
 from megatron_gkd.model.tensor_slice import TensorSlice
 
@@ -71,8 +72,7 @@ class LoraColumnParallel(LoraModule):
         low = low_product(x, down, self.drop_of(slot))
         if self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
-        update = F.linear(low, up.to(x.dtype))
-        return torch.add(output, update, alpha=slot.scale), bias
+        return add_up_product(output, low, up, slot.scale), bias
 
     def target_segments(self, slot: LoraSlot) -> Iterator[tuple[TensorSlice, int]]:
         """The segments with LoRA in `slot`, each with its first row in that projection's W_up."""
@@ -86,19 +86,16 @@ class LoraColumnParallel(LoraModule):
         """W_down [P r, H], and W_up [rows, P r]: each projection's rows in its own block of
         columns, zero elsewhere; rows in the base's order.
         """
-        names, first_rows = list(slot.down), (first for _, first in self.target_segments(slot))
-        blocks = []
+        segments, own = [], self.target_segments(slot)
         for segment in self.segments:
-            if segment.name in names:
-                first = next(first_rows)
-                rows = slot.up[segment.name][first : first + segment.num_rows]
-                before = names.index(segment.name)
-                after = len(names) - 1 - before
-                blocks.append(F.pad(rows, (before * slot.rank, after * slot.rank)))
-            else:
-                size = (segment.num_rows, len(names) * slot.rank)
-                blocks.append(torch.zeros(size, device=self.base.weight.device))
-        return torch.cat(list(slot.down.values())), torch.cat(blocks)
+            first = next(own)[1] if segment.name in slot.down else 0
+            segments.append((segment.name, first, segment.num_rows))
+        sizes = tuple(
+            (name, len(slot.up[name])) if name in slot.up else (name, 0) for name in slot.down
+        )
+        down = torch.cat(list(slot.down.values()))
+        layout = block_layout(tuple(segments), sizes, slot.rank, down.device)
+        return down, lay_out(slot.up.values(), layout, len(sizes) * slot.rank)
 
 
 class LoraRowParallel(LoraModule):
@@ -132,7 +129,7 @@ class LoraRowParallel(LoraModule):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale), bias
+        return add_up_product(output, low, up, slot.scale), bias
 
     def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
         """W_down [r, in/TP] and W_up [H, r]."""
@@ -219,7 +216,7 @@ class LoraLinear(LoraModule):
             return output
         (down,), (up,) = slot.down.values(), slot.up.values()
         low = low_product(x, down, self.drop_of(slot))
-        return torch.add(output, F.linear(low, up.to(x.dtype)), alpha=slot.scale)
+        return add_up_product(output, low, up, slot.scale)
 
 
 class LoraHead(LoraModule):
@@ -243,16 +240,16 @@ class LoraHead(LoraModule):
         )
         slot.up[name] = zeros(self.num_rows, slot.rank, tensor_model_parallel=True)
 
-    def forward(self, hidden: Tensor) -> Tensor | None:
-        """hidden [..., H], the same on all TP ranks -> what the active slot adds to this rank's
-        logits, fp32 [..., V/TP]; None where that is nothing. No collectives.
+    def forward(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """This rank's logits, fp32 [..., V/TP], of hidden [..., H], the same on all TP ranks -> the
+        logits with the active slot's LoRA, in their memory. No collectives.
         """
         slot = self.slot
         if slot is None:
-            return None
+            return logits
         (down,), (up,) = slot.down.values(), slot.up.values()
         low = low_product(hidden.float(), down, self.drop_of(slot))
-        return F.linear(low, up) * slot.scale
+        return add_up_product(logits, low, up, slot.scale)
 
 
 def has_head_lora(model: Any) -> bool:
@@ -265,5 +262,4 @@ def lm_head(model: Any, hidden: Tensor) -> Tensor:
     slot's LoRA.
     """
     logits = hidden.float() @ model.output_layer.weight.float().T
-    update = model.head_lora(hidden) if has_head_lora(model) else None
-    return logits if update is None else logits + update
+    return model.head_lora(logits, hidden) if has_head_lora(model) else logits

@@ -55,9 +55,7 @@ def _rows_of(
 
 
 @triton.jit
-def _kept(
-    seed: tl.tensor, rows: tl.tensor, first_column: tl.tensor, THRESHOLD: tl.constexpr
-):
+def _kept(seed: tl.tensor, rows: tl.tensor, first_column: tl.tensor, THRESHOLD: tl.constexpr):
     """Four masks [rows, LANES]: of the columns first_column + i LANES .. of a group."""
     lanes = first_column // 4 + tl.arange(0, _LANES)
     zeros = tl.zeros([rows.shape[0], _LANES], tl.int32)
@@ -111,7 +109,9 @@ def forward_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """out [T, R] = scale (x o keep) W_down'; W_down of the rows' expert."""
-    expert, first, end = _rows_of(tl.program_id(0), offsets, num_rows, num_experts, BLOCK_T, BLOCK_E)
+    expert, first, end = _rows_of(
+        tl.program_id(0), offsets, num_rows, num_experts, BLOCK_T, BLOCK_E
+    )
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if first < end:
         rows = first + tl.arange(0, BLOCK_T)
@@ -148,7 +148,9 @@ def backward_input_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """out [T, WIDTH] = scale (grad_low W_down) o keep, added to what is there with ADD."""
-    expert, first, end = _rows_of(tl.program_id(0), offsets, num_rows, num_experts, BLOCK_T, BLOCK_E)
+    expert, first, end = _rows_of(
+        tl.program_id(0), offsets, num_rows, num_experts, BLOCK_T, BLOCK_E
+    )
     column = tl.program_id(1) * _GROUP
     if first < end:
         rows = first + tl.arange(0, BLOCK_T)
@@ -191,7 +193,7 @@ def backward_weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out [PARTS, E, R, WIDTH] fp32 = scale grad_low' (x o keep) over a part of an expert's rows."""
+    """out [PARTS, E, R, WIDTH] fp32 = scale grad_low' (x o keep) over a part of the rows."""
     column = tl.program_id(0) * _GROUP
     expert, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -265,7 +267,12 @@ def low_backward_input(
     grid = (_num_blocks(len(out), offsets), triton.cdiv(width, GROUP))
     if out.numel():
         backward_input_kernel[grid](
-            grad_low, down, offsets, out, ADD=into is not None, **_arguments(out, num_low, drop, offsets)
+            grad_low,
+            down,
+            offsets,
+            out,
+            ADD=into is not None,
+            **_arguments(out, num_low, drop, offsets),
         )
     return out
 
