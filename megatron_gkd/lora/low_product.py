@@ -53,7 +53,7 @@ def low_product(
         down = down.to(x.dtype)
         return F.linear(x, down) if offsets is None else grouped_product(x, down, offsets)
     low = _LowProduct.apply(x.reshape(-1, x.shape[-1]), down, drop, offsets)
-    return low.view(*x.shape[:-1], -1)
+    return low.view(*x.shape[:-1], low.shape[-1])
 
 
 class _LowProduct(torch.autograd.Function):
