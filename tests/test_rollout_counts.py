@@ -2,11 +2,8 @@
 collectives, waits of the host, and what grows with the text.
 """
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
@@ -17,49 +14,14 @@ from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.row_batch import RowBatch
+from tests.counting import WAITS, Counting
 from tests.ranks import run_ranks
 from tests.rollouts import make_engine, make_sampling
 
 LAYERS = (2, 3)  # what the third layer adds is the cost of a layer
 NUM_ROWS, PROMPT_LENGTH, MAX_NEW_TOKENS = 5, 7, 300
 SAMPLING = make_sampling(temperature=0.9, top_p=0.9, top_k=20, repetition_penalty=1.1)
-# On CUDA each of these makes the host wait, or has a size that the host must ask for.
-WAITS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "_unique2",
-    "unique_consecutive",
-    "repeat_interleave.Tensor",
-    "bincount",
-    "equal",
-    "is_nonzero",
-}
 OF_ATTENTION = {"baddbmm", "_softmax", "bmm"}
-
-
-class Counting(TorchDispatchMode):
-    """`operations`: name -> calls, without views; `collectives`; `elements`: name -> numbers that
-    the calls read and wrote.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.collectives, self.elements = Counter(), Counter(), Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if function.namespace == "c10d":
-            self.collectives[name] += 1
-        elif not function.is_view:
-            if function._overloadname not in ("default", "out"):
-                name = f"{name}.{function._overloadname}"
-            self.operations[name] += 1
-            tensors = [x for x in (*args, result) if torch.is_tensor(x)]
-            self.elements[name] += sum(x.numel() for x in tensors)
-        return result
 
 
 def count(rank, world_size, folder, tp, ep, num_written, max_new_tokens=MAX_NEW_TOKENS):
