@@ -3,6 +3,8 @@ recomputation: launches of each layer and of the rest, and waits of the host. do
 states the numbers.
 """
 
+from collections import Counter
+
 import pytest
 
 from tests.counting import Counting, kernels_counted
@@ -12,7 +14,8 @@ from tests.test_forward import micro_batches
 from tests.train_runs import SMALL, arguments, build_parts, make_rows, write_rows
 
 LAYERS = (2, 3)  # what the third layer adds is the cost of a layer
-MOST_OF_A_STEP = 10_000  # at 48 layers
+MOST_OF_A_STEP = 24_500  # at 48 layers
+OF_DISPATCHER = "masked_select"  # of megatron-core's permutation, in every layer
 
 
 def count(rank, world_size, argv):
@@ -77,6 +80,13 @@ def test_the_update_is_a_few_launches_at_any_depth(phases):
 
 
 def test_the_host_waits_a_few_times_a_step(phases):
-    """Not for each layer or parameter."""
-    fewer, more = ({p: sum(waits.values()) for p, (*_, waits) in phases[n].items()} for n in LAYERS)
+    """Not for each parameter, and in a layer for nothing but the dispatcher; twice for a micro-batch
+    in the loss, and once in megatron-core. Sums and norm are fetched by `tolist`, which no
+    operation of torch shows.
+    """
+    fewer, more = (
+        {phase: waits - Counter({OF_DISPATCHER: 99}) for phase, (*_, waits) in phases[n].items()}
+        for n in LAYERS
+    )
     assert fewer == more, (fewer, more)
+    assert sum(sum(waits.values()) for waits in more.values()) <= 3, more
