@@ -80,8 +80,8 @@ def test_the_update_is_a_few_launches_at_any_depth(phases):
 
 
 def test_the_host_waits_a_few_times_a_step(phases):
-    """Not for each parameter, and in a layer for nothing but the dispatcher; twice for a micro-batch
-    in the loss, and once in megatron-core. Sums and norm are fetched by `tolist`, which no
+    """Not for each parameter, and in a layer for nothing but the dispatcher; twice in the loss of a
+    micro-batch, and once in megatron-core. Sums and norm are fetched by `tolist`, which no
     operation of torch shows.
     """
     fewer, more = (
