@@ -158,8 +158,7 @@ def draw_weights(model: GPTModel, parallel: Parallel, seed: int) -> None:
     """
     generator = torch.Generator(parallel.device)
     for name, parameter in model.named_parameters():
-        # Transformer Engine's experts are views of the stacked weight, which is drawn whole
-        if f".slots.{STUDENT}.down." in name or ".product." in name:
+        if f".slots.{STUDENT}.down." in name:
             continue
         if parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -17,11 +17,13 @@ from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
+from megatron_gkd.lora.apply import expert_columns
+from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder, core_attention
-from megatron_gkd.model.experts import grouped_linear
+from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
@@ -53,7 +55,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     )
     teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     log_rank_0(parallel, config.describe())
-    model = build_base(config, model_args, parallel, audio=audio, visual=visual)
+    model = build_base(config, model_args, parallel, audio=audio, visual=visual, teacher=teacher)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
     add_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
@@ -145,21 +147,31 @@ def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
 
 
 def build_base(
-    config: Config, model_args: ModelArgs, parallel: Parallel, *, audio: bool, visual: bool
+    config: Config,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    *,
+    audio: bool,
+    visual: bool,
+    teacher: PeftAdapter | None = None,
 ) -> torch.nn.Module:
-    """This rank's stage of the decoder with the weights of --model and, as `model.towers`, the
-    towers that the run needs. Raises ValueError or FileNotFoundError.
+    """This rank's stage of the decoder with the weights of --model, room behind the experts' for
+    the run's adapters (the student's and `teacher`), and as `model.towers` the towers that the run
+    needs. Raises ValueError or FileNotFoundError.
 
     audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is
     not built.
     """
     lora = config.lora
     dtype = DTYPES[config.model.torch_dtype]
+    adapters = [(lora.rank, lora.lora_target_modules)]
+    adapters += [(teacher.rank, teacher.targets)] if teacher else []
     attention = core_attention(config.model.attn_impl, parallel.device, parallel.cp_size)
-    experts = grouped_linear(config.model.experts_impl, parallel.device)
+    experts = expert_kernels(parallel.device)
     log_rank_0(
         parallel,
-        f"Attention: {attention.__name__}; experts: {experts.__name__}; base model in "
+        f"Attention: {attention.__name__}; experts: "
+        f"{experts.__name__.split('.')[-1]}; base model in "
         f"{config.model.torch_dtype} on {parallel.device.type}",
     )
     model = build_decoder(
@@ -169,6 +181,7 @@ def build_base(
         attn_impl=config.model.attn_impl,
         experts_impl=config.model.experts_impl,
         recompute=config.model.recompute == "full",
+        spare_columns=expert_columns(adapters),
     )
     started = time.perf_counter()
     num_bytes = load_weights(model, model_args, parallel, config.model.model)

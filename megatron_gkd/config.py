@@ -63,8 +63,8 @@ class ModelConfig:
     )
     experts_impl: Literal["auto", "grouped_mm", "te"] = setting(
         "auto",
-        "Products of the experts; auto: Transformer Engine's on a GPU where installed, else "
-        "torch's grouped_mm.",
+        "Products of the experts: torch's grouped_mm. te, Transformer Engine's, is refused: it "
+        "cannot carry LoRA inside the product.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
     recompute: Literal["none", "full"] = setting(

@@ -18,10 +18,7 @@ from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
-    "transformer_engine": (
-        "attention and experts on GPU (--attn_impl, --experts_impl auto, te); megatron-core's "
-        "fused Adam"
-    ),
+    "transformer_engine": ("attention on GPU (--attn_impl auto, te); megatron-core's fused Adam"),
     "apex": "fused Adam and gradient clipping where Transformer Engine is missing",
     "flash_attn": (
         "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels "
@@ -81,14 +78,15 @@ def choice_lines() -> list[str]:
         warnings.simplefilter("ignore")
         from megatron_gkd.loss.passes import select_kernels
         from megatron_gkd.model.decoder import core_attention
-        from megatron_gkd.model.experts import FAST_GROUPED_MM, grouped_linear
+        from megatron_gkd.model.experts import select_kernels as expert_kernels
+        from megatron_gkd.model.grouped import FAST_GROUPED_MM
         from megatron_gkd.parallel import resolve_device
 
     device = resolve_device("auto")
     lines = [
         f"device: {device.type}, collectives over {'NCCL' if device.type == 'cuda' else 'gloo'}"
     ]
-    attention, experts = core_attention("flash", device), grouped_linear("auto", device)
+    attention, experts = core_attention("flash", device), expert_kernels(device)
     slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_GROUPED_MM
     return [
         *lines,
@@ -96,8 +94,8 @@ def choice_lines() -> list[str]:
         f"experts: {experts.__name__}",
         *(
             [
-                "  LoRA on them multiplies expert by expert: torch's grouped_mm has no single "
-                "kernel for this GPU"
+                "  their products run expert by expert: torch's grouped_mm has no single kernel "
+                "for this GPU"
             ]
             if slow
             else []

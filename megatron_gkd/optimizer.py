@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -143,6 +144,10 @@ class Optimizer:
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step_with_ready_grads()
+        for part in self.inner.param_groups:
+            # fused kernels do not count their changes of a tensor, torch's own neither: by them the
+            # experts see that W_up is a new one (lora/grouped.py)
+            increment_version(part["params"])
         return Update(True, grad_norm)
 
     def _grad_norm(self) -> Tensor:

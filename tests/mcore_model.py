@@ -24,14 +24,13 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron_gkd.model.attention import SdpaAttention
 from megatron_gkd.model.decoder import layer_spec
-from megatron_gkd.model.experts import GroupedLinear
 from megatron_gkd.model.layers import RMSNorm
 from megatron_gkd.model.transformer_config import transformer_config
 
 
 def build(model_args, place, dtype):
     config = transformer_config(model_args, place, dtype)
-    spec = layer_spec(SdpaAttention, GroupedLinear)
+    spec = layer_spec(SdpaAttention)
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
     spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))

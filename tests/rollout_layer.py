@@ -50,7 +50,10 @@ def make(case: LayerCase, device: str):
         return (torch.randn(*shape, generator=generator) * scale).to(case.dtype).to(device)
 
     def linear(parts, num_outputs, num_inputs, experts=()):
-        weight = randn(*experts, num_outputs, num_inputs, scale=num_inputs**-0.5)
+        # behind the rows of experts' weights stand columns of LoRA, which decoding does not read
+        behind = 8 if experts else 0
+        weight = randn(*experts, num_outputs, num_inputs + behind, scale=num_inputs**-0.5)
+        weight = weight[..., :num_inputs]
         if not case.rank:
             return Linear(weight, None, None)
         rank = parts * case.rank

@@ -19,7 +19,7 @@ from demo.tiny.folder import build_folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "te")] * HAS_TE
+IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "grouped_mm")] * HAS_TE
 
 
 def run_module(*arguments, num_ranks=1):

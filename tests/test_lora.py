@@ -1,25 +1,23 @@
-"""LoRA against peft at every parallel layout, the toggle, and experts without rows.
+"""LoRA against peft at every parallel layout, and the toggle.
 
 Ranks are gloo processes (tests/ranks.py); peft on transformers runs in this process.
 """
 
-import math
 from statistics import median
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_gkd import cpu, parallel
+from megatron_gkd import parallel
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.apply import count_parameters
 from megatron_gkd.lora.load import load_teacher
-from megatron_gkd.lora.modules import LoraGrouped, LoraLinear
+from megatron_gkd.lora.modules import LoraLinear
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, TEACHER, activate, lora_modules
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.model.experts import ExpertRows, GroupedLinear
 from megatron_gkd.verify.reference import decoder
 from tests.adapters import (
     ALL,
@@ -324,54 +322,3 @@ def test_parameter_count_is_what_trains(cases):
     assert expected == sum(
         value.numel() for value in random_adapter(model_args, 1, targets).values()
     )
-
-
-class GarbageForEmptyGroups(torch.autograd.Function):
-    """grouped_mm as some GPUs compute it: the weight gradient of a group without rows is
-    uninitialised memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, offs):
-        ctx.save_for_backward(x, weight, offs)
-        return REAL_GROUPED_MM(x, weight, offs=offs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight, offs = ctx.saved_tensors
-        starts = [0, *offs.tolist()[:-1]]
-        of_weight = torch.full_like(weight, math.nan)
-        for expert, (first, last) in enumerate(zip(starts, offs.tolist())):
-            if last > first:
-                of_weight[expert] = x[first:last].T @ gradient[first:last]
-        return REAL_GROUPED_MM(gradient, weight.transpose(1, 2), offs=offs), of_weight, None
-
-
-REAL_GROUPED_MM = torch.nn.functional.grouped_mm
-
-
-def gradients_with_empty_experts(rank, world_size):
-    cpu.enable()
-    linear = LoraGrouped(GroupedLinear(4, 8, 16, torch.float32), ["down_proj"])
-    linear.add_slot(STUDENT, ["down_proj"], rank=8, alpha=8, dropout=0.0)
-    parameters = [linear.slot.down["down_proj"], linear.slot.up["down_proj"]]
-    for parameter in (linear.base.weight, *parameters):
-        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
-    linear.base.requires_grad_(False)
-    x, rows = (
-        torch.randn(6, 8, requires_grad=True),
-        ExpertRows.of(torch.tensor([0, 4, 0, 2]), "cpu"),
-    )
-    loss = linear(x, rows).square().sum()
-    expected = torch.autograd.grad(loss, [x, *parameters])
-    torch.nn.functional.grouped_mm = lambda x, weight, *, offs: GarbageForEmptyGroups.apply(
-        x, weight, offs
-    )
-    return expected, torch.autograd.grad(linear(x, rows).square().sum(), [x, *parameters])
-
-
-def test_experts_without_rows_have_no_gradient():
-    ((expected, actual),) = run_ranks(gradients_with_empty_experts, 1)
-    for value, wanted in zip(actual, expected):
-        torch.testing.assert_close(value, wanted)
-    assert all(not gradient[[0, 2]].any() and gradient[[1, 3]].any() for gradient in actual[1:])

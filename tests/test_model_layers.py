@@ -16,12 +16,8 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 from megatron_gkd.model import attention
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.decoder import core_attention
-from megatron_gkd.model.experts import (
-    GroupedLinear,
-    TransformerEngineGroupedLinear,
-    grouped_linear,
-    grouped_product,
-)
+from megatron_gkd.model.experts import check_experts_impl
+from megatron_gkd.model.grouped import grouped_outer, grouped_product
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding
 from megatron_gkd.model.packed_rows import PackedRows
 
@@ -55,6 +51,14 @@ def test_grouped_product(dtype, tolerance, num_inputs, num_outputs, ends):
         torch.autograd.grad(expected, (x, weight), cotangent),
     ):
         torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+    outer = torch.stack(
+        [cotangent[first:last].T @ x[first:last] for first, last in zip(starts, ends)]
+    )
+    found = grouped_outer(cotangent, x.detach(), torch.tensor(ends, dtype=torch.int32))
+    has_rows = torch.tensor(ends) > torch.tensor(starts)
+    torch.testing.assert_close(
+        found[has_rows], outer[has_rows].detach(), rtol=tolerance, atol=tolerance
+    )
 
 
 HEADS, GROUPS, WIDTH = 4, 2, 8  # two query heads read each key/value head
@@ -320,9 +324,9 @@ def test_impl_names():
     run; `te` must not.
     """
     for name in ("auto", "grouped_mm"):
-        assert grouped_linear(name, torch.device("cpu")) is GroupedLinear
-    with pytest.raises(ValueError, match="--experts_impl te needs Transformer Engine"):
-        grouped_linear("te", torch.device("cpu"))
+        check_experts_impl(name)
+    with pytest.raises(ValueError, match="--experts_impl te: .*use --experts_impl auto or grouped"):
+        check_experts_impl("te")
     for name in ("auto", "flash", "flash_attention_2", "sdpa"):
         assert core_attention(name, torch.device("cpu")) is SdpaAttention
     assert core_attention("eager", torch.device("cpu")) is EagerAttention
@@ -356,20 +360,16 @@ def test_transformer_engine_is_taken_where_it_can_run(monkeypatch, name):
     from megatron_gkd.model.te_attention import PackedTEAttention
 
     gpu = torch.device("cuda")
-    for module in ("decoder", "experts"):
-        monkeypatch.setattr(
-            f"megatron_gkd.model.{module}.transformer_engine_usable",
-            lambda device: device.type == "cuda",
-        )
+    monkeypatch.setattr(
+        "megatron_gkd.model.decoder.transformer_engine_usable", lambda device: device.type == "cuda"
+    )
     assert (
         core_attention(name, gpu) is core_attention("flash_attention_2", gpu) is PackedTEAttention
     )
-    assert grouped_linear(name, gpu) is TransformerEngineGroupedLinear
     assert (core_attention("sdpa", gpu), core_attention("eager", gpu)) == (
         SdpaAttention,
         EagerAttention,
     )
-    assert grouped_linear("grouped_mm", gpu) is GroupedLinear
     assert core_attention("auto", torch.device("cpu")) is SdpaAttention
     # rows that are cut over ranks are not for it
     assert core_attention("flash", gpu, 2) is core_attention("auto", gpu, 2) is SdpaAttention

@@ -3,8 +3,6 @@ recomputation: launches of each layer and of the rest, and waits of the host. do
 states the numbers.
 """
 
-from collections import Counter
-
 import pytest
 
 from tests.counting import Counting, kernels_counted
@@ -14,8 +12,7 @@ from tests.test_forward import micro_batches
 from tests.train_runs import SMALL, arguments, build_parts, make_rows, write_rows
 
 LAYERS = (2, 3)  # what the third layer adds is the cost of a layer
-MOST_OF_A_STEP = 24_500  # at 48 layers
-OF_DISPATCHER = "masked_select"  # of megatron-core's permutation, in every layer
+MOST_OF_A_STEP = 19_500  # at 48 layers
 
 
 def count(rank, world_size, argv):
@@ -80,13 +77,9 @@ def test_the_update_is_a_few_launches_at_any_depth(phases):
 
 
 def test_the_host_waits_a_few_times_a_step(phases):
-    """Not for each parameter, and in a layer for nothing but the dispatcher; twice in the loss of a
-    micro-batch, and once in megatron-core. Sums and norm are fetched by `tolist`, which no
-    operation of torch shows.
+    """Not for each parameter, and in a layer for nothing; twice in the loss of a micro-batch, and
+    once in megatron-core. Sums and norm are fetched by `tolist`, which no operation of torch shows.
     """
-    fewer, more = (
-        {phase: waits - Counter({OF_DISPATCHER: 99}) for phase, (*_, waits) in phases[n].items()}
-        for n in LAYERS
-    )
+    fewer, more = ({phase: waits for phase, (*_, waits) in phases[n].items()} for n in LAYERS)
     assert fewer == more, (fewer, more)
     assert sum(sum(waits.values()) for waits in more.values()) <= 3, more

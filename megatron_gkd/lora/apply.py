@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from megatron_gkd.lora.adapter import (
     tower_loras,
     tower_tensors,
 )
+from megatron_gkd.lora.grouped import DOWN, GATE_UP, LoraGrouped, num_columns
 from megatron_gkd.lora.modules import (
     LoraColumnParallel,
-    LoraGrouped,
     LoraHead,
     LoraLinear,
     LoraRowParallel,
@@ -97,7 +97,7 @@ def add_slot(
         module.add_slot(slot, names, rank=rank, alpha=alpha, dropout=dropout)
 
     qkv = [name for name in ("q_proj", "k_proj", "v_proj") if name in targets]
-    gate_up = [name for name in ("gate_proj", "up_proj") if name in targets]
+    gate_up = [name for name in GATE_UP if name in targets]
     segments = qkv_segments(model_args, parallel.tp_rank, parallel.tp_size)
     sequence_parallel = parallel.tp_size > 1
     sharded: dict[str, Any] = dict(salt=parallel.part)
@@ -109,11 +109,9 @@ def add_slot(
         if "o_proj" in targets:
             add(_wrap(attention, "linear_proj", LoraRowParallel, **dense), ["o_proj"])
         if gate_up:
-            add(
-                _wrap(experts, "gate_up", LoraGrouped, ["gate_proj", "up_proj"], **sharded), gate_up
-            )
+            add(_wrap(experts, "gate_up", LoraGrouped, GATE_UP, **sharded), gate_up)
         if "down_proj" in targets:
-            add(_wrap(experts, "down", LoraGrouped, ["down_proj"], **sharded), ["down_proj"])
+            add(_wrap(experts, "down", LoraGrouped, DOWN, **sharded), DOWN)
     if HEAD in targets and parallel.is_last_stage:
         if getattr(model, "head_lora", None) is None:
             num_rows, hidden_size = model.output_layer.weight.shape
@@ -146,6 +144,17 @@ def tower_linears(towers: nn.Module | None, family: Family) -> list[str]:
         for i in range(len(getattr(module, tower.layers)) if module is not None else 0):
             found += [f"{tower.name}.{tower.layers}.{i}.{name}" for name in tower.lora_linears]
     return found
+
+
+def expert_columns(adapters: Iterable[tuple[int, Sequence[str]]]) -> tuple[int, int]:
+    """The columns that adapters of these ranks and targets take behind the weights of the experts'
+    gate_up and down.
+    """
+    sizes = [
+        (num_columns(GATE_UP, rank, targets), num_columns(DOWN, rank, targets))
+        for rank, targets in adapters
+    ]
+    return sum(gate_up for gate_up, _ in sizes), sum(down for _, down in sizes)
 
 
 def num_adapter_parameters(

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_gkd.lora.dropout import Drop, keep_mask
-from megatron_gkd.model.experts import grouped_product
+from megatron_gkd.model.grouped import grouped_product
 
 __all__ = ["Drop", "low_backward_input", "low_backward_weight", "low_forward", "low_product"]
 

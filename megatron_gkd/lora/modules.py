@@ -8,8 +8,8 @@ laid out block by block, so a fused linear costs two small products whatever the
 projections.
 
 Products run in the activations' dtype (as under autocast), the parameters stay fp32. Legend: S
-sequence, B rows of the batch, r rank, P projections of a fused linear, R = P r padded to a multiple
-of 8 (grouped_mm wants 16-byte rows), E local experts, T dispatched tokens.
+sequence, B rows of the batch, r rank, P projections of a fused linear, R = P r. The linears of
+experts are in grouped.py.
 
 Under sequence parallelism the replicated matrices see a shard of the sequence, so their gradients
 are partial sums: they are marked `sequence_parallel` and megatron-core's finalize_model_grads adds
@@ -27,17 +27,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from megatron_gkd.lora.low_product import low_product
 from megatron_gkd.lora.slots import LoraModule, LoraSlot, zeros
 from megatron_gkd.lora.up_product import add_up_product, block_layout, lay_out
-from megatron_gkd.model.experts import ExpertRows, GroupedLinear, grouped_product
 from megatron_gkd.model.tensor_slice import TensorSlice
-
-
-def _padding(columns: int) -> int:
-    return -columns % 8
 
 
 class LoraColumnParallel(LoraModule):
@@ -135,60 +129,6 @@ class LoraRowParallel(LoraModule):
         """W_down [r, in/TP] and W_up [H, r]."""
         (down,), (up,) = slot.down.values(), slot.up.values()
         return down, up
-
-
-class LoraGrouped(LoraModule):
-    """LoRA on an expert linear (gate and up fused, or down). W_down [E, r, in] and W_up [E, out/P,
-    r], local to the expert's rank. `names`: the projections that the base holds, in its order.
-    """
-
-    def __init__(self, base: GroupedLinear, names: list[str], *, salt: int = 0):
-        super().__init__(base, salt=salt)
-        self.names = names
-
-    def fill(self, slot: LoraSlot, targets: Sequence[str]) -> None:
-        num_experts, out_features, in_features = self.base.weight.shape
-        marks = dict(
-            allreduce=False,  # reduced over the experts' own data-parallel group
-            tensor_model_parallel=True,  # a rank's experts are its own: all count in the norm
-        )
-        for name in targets:
-            slot.down[name] = zeros(num_experts, slot.rank, in_features, **marks)
-            slot.up[name] = zeros(num_experts, out_features // len(self.names), slot.rank, **marks)
-
-    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
-        """x [T, in] sorted by expert -> [T, out]. No collectives."""
-        output = self.base(x, rows)
-        slot = self.slot
-        if slot is None:
-            return output
-        # On some GPUs grouped_mm gives experts without rows a gradient out of uninitialised memory:
-        # it ends here.
-        has_rows = (rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) > 0)[:, None, None]
-        down, up = (weight.where(has_rows, 0) for weight in self.fused(slot))
-        low = low_product(x, down, self.drop_of(slot), rows.offsets)
-        update = grouped_product(low, up.to(x.dtype), rows.offsets)
-        return torch.add(output, update, alpha=slot.scale)
-
-    def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:
-        """W_down [E, R, in], and W_up [E, out, R]: each projection's rows in its own block of
-        columns.
-        """
-        targets, blocks = list(slot.up), []
-        num_experts, out_features, _ = self.base.weight.shape
-        padding = _padding(len(targets) * slot.rank)
-        for name in self.names:
-            if name in targets:
-                before = targets.index(name)
-                after = len(targets) - 1 - before
-                columns = (before * slot.rank, after * slot.rank + padding)
-                blocks.append(F.pad(slot.up[name], columns))
-            else:
-                num_columns = len(targets) * slot.rank + padding
-                size = (num_experts, out_features // len(self.names), num_columns)
-                blocks.append(torch.zeros(size, device=self.base.weight.device))
-        down = F.pad(torch.cat(list(slot.down.values()), dim=1), (0, 0, 0, padding))
-        return down, torch.cat(blocks, dim=1)
 
 
 class LoraLinear(LoraModule):

@@ -72,10 +72,11 @@ def _dropped_tile(
     first_column: tl.tensor,
     keep: tl.tensor,
     WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     """x [rows, LANES] from first_column on, zero where it is dropped or not there."""
     columns = first_column + tl.arange(0, _LANES)
-    at = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    at = rows.to(tl.int64)[:, None] * ROW + columns[None, :]
     there = (rows < end)[:, None] & (columns < WIDTH)[None, :]
     # all of it is read: masks of single entries would make many small reads of few large ones
     return tl.where(keep, tl.load(x + at, mask=there, other=0.0), 0.0)
@@ -103,6 +104,7 @@ def forward_kernel(
     scale: tl.tensor,
     THRESHOLD: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -121,7 +123,7 @@ def forward_kernel(
         for column in range(0, WIDTH, _GROUP):
             keep = _kept(seed, rows, column, THRESHOLD)
             for i in tl.static_range(4):
-                a = _dropped_tile(x, rows, end, column + i * _LANES, keep[i], WIDTH)
+                a = _dropped_tile(x, rows, end, column + i * _LANES, keep[i], WIDTH, ROW)
                 w = _down_tile(down, r, column + i * _LANES, R, WIDTH).to(a.dtype)
                 low = tl.dot(a, tl.trans(w), low, input_precision="ieee")
         there = (rows < end)[:, None] & (r < R)[None, :]
@@ -141,6 +143,7 @@ def backward_input_kernel(
     scale: tl.tensor,
     THRESHOLD: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
     R: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -169,7 +172,7 @@ def backward_input_kernel(
                 total = tl.dot(g, w, total, input_precision="ieee")
             total = tl.where(keep[i], total * scale, 0.0)
             there = (rows < end)[:, None] & (columns < WIDTH)[None, :]
-            at = out + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+            at = out + rows.to(tl.int64)[:, None] * ROW + columns[None, :]
             if ADD:
                 total += tl.load(at, mask=there, other=0.0).to(tl.float32)
             tl.store(at, total.to(out.dtype.element_ty), mask=there)
@@ -187,6 +190,7 @@ def backward_weight_kernel(
     scale: tl.tensor,
     THRESHOLD: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
     R: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -214,13 +218,13 @@ def backward_weight_kernel(
         there = (rows < end)[None, :] & (r < R)[:, None]
         at = grad_low + rows.to(tl.int64)[None, :] * R + r[:, None]
         g = tl.load(at, mask=there, other=0.0)
-        tile = _dropped_tile(x, rows, end, column, keep[0], WIDTH)
+        tile = _dropped_tile(x, rows, end, column, keep[0], WIDTH, ROW)
         total_0 = tl.dot(g, tile, total_0, input_precision="ieee")
-        tile = _dropped_tile(x, rows, end, column + _LANES, keep[1], WIDTH)
+        tile = _dropped_tile(x, rows, end, column + _LANES, keep[1], WIDTH, ROW)
         total_1 = tl.dot(g, tile, total_1, input_precision="ieee")
-        tile = _dropped_tile(x, rows, end, column + 2 * _LANES, keep[2], WIDTH)
+        tile = _dropped_tile(x, rows, end, column + 2 * _LANES, keep[2], WIDTH, ROW)
         total_2 = tl.dot(g, tile, total_2, input_precision="ieee")
-        tile = _dropped_tile(x, rows, end, column + 3 * _LANES, keep[3], WIDTH)
+        tile = _dropped_tile(x, rows, end, column + 3 * _LANES, keep[3], WIDTH, ROW)
         total_3 = tl.dot(g, tile, total_3, input_precision="ieee")
     out += (part * num_experts + expert).to(tl.int64) * R * WIDTH
     _store_part(out, r, column, total_0 * scale, R, WIDTH)
@@ -245,7 +249,7 @@ def _store_part(
 
 def low_forward(x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None = None) -> Tensor:
     """As in low_product.py."""
-    x, down = x.contiguous(), down.contiguous()
+    x, down = _rows(x), down.contiguous()
     low = x.new_empty(len(x), down.shape[-2])
     grid = (_num_blocks(len(x), offsets), triton.cdiv(low.shape[1], _block_r(low.shape[1])))
     if low.numel():
@@ -281,7 +285,7 @@ def low_backward_weight(
     grad_low: Tensor, x: Tensor, drop: Drop, offsets: Tensor | None = None
 ) -> Tensor:
     """As in low_product.py."""
-    grad_low, x = grad_low.contiguous(), x.contiguous()
+    grad_low, x = grad_low.contiguous(), _rows(x)
     (num_rows, num_low), width = grad_low.shape, x.shape[1]
     num_experts = 1 if offsets is None else len(offsets)
     num_tiles = triton.cdiv(width, GROUP) * triton.cdiv(num_low, _block_r(num_low))
@@ -296,6 +300,11 @@ def low_backward_weight(
     return total[0] if offsets is None else total
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x with neighbouring columns; its rows may lie further apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def _block_r(num_low: int) -> int:
     return max(16, min(MOST_LOW, triton.next_power_of_2(num_low)))
 
@@ -305,7 +314,7 @@ def _num_blocks(num_rows: int, offsets: Tensor | None) -> int:
 
 
 def _arguments(x: Tensor, num_low: int, drop: Drop, offsets: Tensor | None) -> dict:
-    """What all kernels take; x [T, in] or its gradient."""
+    """What all kernels take; x [T, in] or its gradient, whose rows may lie further apart."""
     num_experts = 1 if offsets is None else len(offsets)
     return dict(
         num_rows=len(x),
@@ -314,6 +323,7 @@ def _arguments(x: Tensor, num_low: int, drop: Drop, offsets: Tensor | None) -> d
         scale=drop.scale,
         THRESHOLD=drop.threshold,
         WIDTH=x.shape[1],
+        ROW=x.stride(0),
         R=num_low,
         BLOCK_T=BLOCK_T,
         BLOCK_R=_block_r(num_low),

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
-from megatron_gkd.model.experts import GroupedExperts, grouped_linear
+from megatron_gkd.model.dispatcher import use_dispatcher
+from megatron_gkd.model.experts import GroupedExperts, check_experts_impl
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
 from megatron_gkd.model.transformer_config import transformer_config
 from megatron_gkd.parallel import Parallel
@@ -68,12 +69,18 @@ def core_attention(attn_impl: str, device: torch.device, context_parallel_size: 
 class DeepstackLayer(TransformerLayer):
     """A TransformerLayer that adds `context[layer number - 1]` to its output at the tokens of
     images and videos (DeepStack: the first decoder layers also read features of inner layers of the
-    vision tower). Without `context` it is megatron-core's layer.
+    vision tower). Without `context` it is megatron-core's layer, but for the dispatcher that brings
+    tokens to their experts.
 
     The features are passed as the `context` that megatron-core's TransformerBlock hands from layer
     to layer, an explicit input of every recomputed layer. D layers with features, M media tokens in
     this rank's shard of the sequence.
     """
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        if isinstance(self.mlp.experts, GroupedExperts):
+            use_dispatcher(self.mlp, self.pg_collection)
 
     def forward(
         self,
@@ -93,9 +100,9 @@ class DeepstackLayer(TransformerLayer):
         return output, context if self.layer_number < len(context) else None
 
 
-def layer_spec(attention: type, linear: type) -> ModuleSpec:
+def layer_spec(attention: type, spare_columns: tuple[int, int] = (0, 0)) -> ModuleSpec:
     """One decoder layer: megatron-core's modules with our norm, core attention and experts, and the
-    addition of deepstack features. linear: the grouped linear class of the experts.
+    addition of deepstack features. spare_columns: see `build_decoder`.
     """
     self_attention = ModuleSpec(
         module=SelfAttention,
@@ -118,7 +125,7 @@ def layer_spec(attention: type, linear: type) -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MoELayer,
                 submodules=MoESubmodules(
-                    experts=ModuleSpec(GroupedExperts, params={"linear": linear})
+                    experts=ModuleSpec(GroupedExperts, params={"spare_columns": spare_columns})
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -134,13 +141,16 @@ def build_decoder(
     attn_impl: str = "auto",
     experts_impl: str = "auto",
     recompute: bool = False,
+    spare_columns: tuple[int, int] = (0, 0),
 ) -> GPTModel:
     """This rank's stage of the decoder, frozen, its weights allocated but not set (see
     `formats.loading`).
 
-    dtype: of weights and activations. Raises ValueError if layers, heads or experts cannot be
-    divided among the ranks.
+    dtype: of weights and activations. spare_columns: room for LoRA's columns behind the weights of
+    the experts' gate_up and down (model/grouped.py); without it LoRA moves these weights. Raises
+    ValueError if layers, heads or experts cannot be divided among the ranks.
     """
+    check_experts_impl(experts_impl)
     check_divides(
         "num_hidden_layers", model_args.num_layers, "pipeline_model_parallel_size", parallel.pp_size
     )
@@ -165,7 +175,7 @@ def build_decoder(
     config = transformer_config(model_args, parallel, dtype, recompute=recompute)
     num_stage_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
     attention = core_attention(attn_impl, parallel.device, parallel.cp_size)
-    spec = layer_spec(attention, grouped_linear(experts_impl, parallel.device))
+    spec = layer_spec(attention, spare_columns)
     model = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(

@@ -1,117 +1,152 @@
-"""A rank's experts as two grouped matrix products, plugged into megatron-core's MoELayer through
+"""A rank's experts as one function of its tokens, plugged into megatron-core's MoELayer through
 `MoESubmodules.experts`.
 
-Weights are stacked [experts, out, in], so that `torch.nn.functional.grouped_mm` works on CPU and
-GPU. It is one kernel in bfloat16 on GPUs of compute capability 9.0 and 10.0; elsewhere torch waits
-for the offsets and multiplies expert by expert. E experts of this rank, T dispatched tokens sorted
-by expert, H hidden size.
+    out_t = sum over the pairs (t, e) of  D_e (p_te silu(G_e x_t) * U_e x_t)
+
+of token t and its chosen experts e on this rank: G_e, U_e (gate and up, one matrix) and D_e (down)
+are each a base W and LoRA, W + s W_up W_down. dispatcher.py brings the tokens and the order of the
+pairs. The letters are expert_order.py's; H hidden size, I width of an expert, R of a linear LoRA's
+low numbers.
 """
 
-from typing import Any, NamedTuple
+import importlib.util
+from types import ModuleType
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from megatron_gkd.startup import transformer_engine_usable
-
-FAST_GROUPED_MM = ((9, 0), (10, 0))  # compute capabilities
+from megatron_gkd.model.expert_order import Order, order_of
+from megatron_gkd.model.grouped import GroupedLinear, GroupedMatrices
 
 
-class ExpertRows(NamedTuple):
-    """How the T rows are divided among the experts, in the two forms that grouped products take."""
-
-    counts: Tensor
-    """int64 [E]: rows of each expert, on the CPU if megatron-core's dispatcher has copied them"""
-    offsets: Tensor
-    """int32 [E]: the end of each expert's rows, on their device"""
-
-    @classmethod
-    def of(cls, counts: Tensor, device: torch.device) -> "ExpertRows":
-        """Does not synchronize with the device."""
-        return cls(counts, counts.to(device, non_blocking=True).cumsum(0).to(torch.int32))
-
-
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [T, in] sorted by expert, weight [E, out, in], offsets [E] int32 (ends of the experts'
-    rows) -> [T, out].
-
-    grouped_mm needs rows of a multiple of 16 bytes: other sizes are padded with zeros, which copies
-    the weight, but only in models of unusual sizes.
+def select_kernels(device: torch.device) -> ModuleType:
+    """The module of the rows' functions: expert_triton on CUDA where Triton is installed, otherwise
+    expert_torch.
     """
-    if not len(x):  # the rank's experts got no token: no kernel to launch, zero gradients
-        return x @ weight[0].T
-    num_outputs, num_inputs = weight.shape[1:]
-    multiple = 16 // x.element_size()
-    extra_outputs, extra_inputs = -num_outputs % multiple, -num_inputs % multiple
-    if extra_outputs or extra_inputs:
-        x, weight = F.pad(x, (0, extra_inputs)), F.pad(weight, (0, extra_inputs, 0, extra_outputs))
-    product = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return product[:, :num_outputs] if extra_outputs else product
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from megatron_gkd.model import expert_triton
+
+        return expert_triton
+    from megatron_gkd.model import expert_torch
+
+    return expert_torch
 
 
-class GroupedLinear(nn.Module):
-    """y = x W_e' for the expert e that owns the row."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
-        super().__init__()
-        size = (num_experts, out_features, in_features)
-        weight: Any = nn.Parameter(
-            torch.empty(size, dtype=dtype, device=torch.cuda.current_device())
-        )
-        weight.allreduce = False  # expert-parallel: outside the ordinary data-parallel group
-        self.weight: nn.Parameter = weight
-
-    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
-        """x [T, in] sorted by expert -> [T, out]."""
-        return grouped_product(x, self.weight, rows.offsets)
-
-
-class TransformerEngineGroupedLinear(GroupedLinear):
-    """The same weights through Transformer Engine's GroupedLinear; needs the package and a GPU."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype):
-        super().__init__(num_experts, in_features, out_features, dtype)
-        from transformer_engine.pytorch import GroupedLinear as Product
-
-        self.product = Product(
-            num_experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta"
-        )
-        for expert in range(num_experts):  # views of the stacked weight, no second copy
-            setattr(
-                self.product,
-                f"weight{expert}",
-                nn.Parameter(self.weight.data[expert], requires_grad=False),
-            )
-
-    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
-        """x [T, in] sorted by expert -> [T, out]."""
-        if not len(x):  # the rank's experts got no token
-            return x @ self.weight[0].T
-        return self.product(x, rows.counts.tolist())
-
-
-def grouped_linear(experts_impl: str, device: torch.device) -> type[GroupedLinear]:
-    """The module for `--experts_impl`: `auto` is Transformer Engine's if it is installed and the
-    device is a GPU, else GroupedLinear.
-
-    Raises ValueError for `te` if it cannot run.
-    """
-    te_usable = transformer_engine_usable(device)
-    if experts_impl == "te" and not te_usable:
+def check_experts_impl(name: str) -> None:
+    """Raise ValueError for `--experts_impl te`."""
+    if name == "te":
         raise ValueError(
-            "--experts_impl te needs Transformer Engine and a GPU; use --experts_impl grouped_mm, "
-            "or install it: EXTRAS=test,gpu bash launch/setup_env.sh"
+            "--experts_impl te: Transformer Engine's grouped linear cannot be part of the experts' "
+            "block, where LoRA stands in columns behind the base; use --experts_impl auto "
+            "or grouped_mm, which are the same"
         )
-    use_te = te_usable and experts_impl in ("auto", "te")
-    return TransformerEngineGroupedLinear if use_te else GroupedLinear
+
+
+class ExpertBlock(torch.autograd.Function):
+    """The formula above, with the gradients of the tokens, the probabilities and LoRA's matrices.
+
+    Forward, P rows sorted by expert:
+
+        x_ext   [P, H + R]   the row's token, and low = W_down x (dropout on x) behind it
+        h       [P, 2 I]     x_ext [W, s W_up]': gate and up
+        a_ext   [P, I + R]   p silu(gate) * up, and its low numbers behind it
+        y       [P, H]       a_ext [W, s W_up]'
+        out     [T, H]       a token's rows of y added up
+
+    Backward, from g [T, H], with dy [P, H] a copy of g for each row:
+
+        da_ext = dy [W, s W_up]; behind da stands dlow, which adds dlow W_down (dropped) to da
+        dgate = da p up (sigma + silu (1 - sigma)), dup = da p silu, dp = sum of da silu up
+        dx_ext = dh [W, s W_up]; dlow adds to dx as above; the token's gradient is its rows' sum
+        dW_up = s dout' low, dW_down = dlow' (dropped input), over the rows of each expert
+
+    Saved: the tokens x [T, H], p [T, K], h, both low [P, R], the order's indices. x_ext and a_ext
+    are made again; low, 1 % of h's bytes, is not, since that would read x_ext once more. Sums are
+    fp32 within a kernel; what lies between them is in the activations' dtype, p is fp32. No
+    collectives, no synchronisation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        probabilities: Tensor,
+        order: Order,
+        gate_up: GroupedMatrices,
+        down: GroupedMatrices,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """x [T, H], fp32 [T, K] -> [T, H], this rank's part of the sum. parameters: those of both
+        linears' LoRA, for autograd alone.
+        """
+        kernels = select_kernels(x.device)
+        x_ext = kernels.gather_rows(x, order, gate_up.weight.shape[2])
+        hidden, low_in = gate_up.product(x_ext, order.offsets)
+        del x_ext
+        a_ext = kernels.activation(hidden, probabilities, order, down.weight.shape[2])
+        y, low_out = down.product(a_ext, order.offsets)
+        del a_ext
+        saved = (x, probabilities, hidden, low_in, low_out, *order.tensors)
+        ctx.save_for_backward(*saved)
+        ctx.is_partial = order.is_partial
+        ctx.gate_up, ctx.down = gate_up, down
+        return kernels.sum_rows(y, order, y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, probabilities, hidden, low_in, low_out, *indices = ctx.saved_tensors
+        order = order_of(indices, is_partial=ctx.is_partial)
+        gate_up, down, kernels = ctx.gate_up, ctx.down, select_kernels(x.device)
+        of_gate_up: tuple[Tensor | None, ...]
+        of_down: tuple[Tensor | None, ...]
+        trains = any(ctx.needs_input_grad[5:])
+
+        of_y = kernels.gather_rows(gradient.contiguous(), order, gradient.shape[1])
+        of_a, of_low = down.backward_input(of_y, order.offsets)
+        of_hidden, of_probabilities, a = kernels.activation_backward(
+            hidden, probabilities, of_a, order
+        )
+        del of_a
+        of_down = gradients(down, of_low, a, of_y, low_out, order, trains)
+        del of_y, a
+        of_x_ext, of_low = gate_up.backward_input(of_hidden, order.offsets)
+        of_x = kernels.sum_rows(of_x_ext, order, x.shape[1])
+        del of_x_ext
+        of_gate_up = gradients(
+            gate_up,
+            of_low,
+            kernels.gather_rows(x, order, x.shape[1]) if trains and gate_up.low else x,
+            of_hidden,
+            low_in,
+            order,
+            trains,
+        )
+        return of_x, of_probabilities, None, None, None, *of_gate_up, *of_down
+
+
+def gradients(
+    of: GroupedMatrices,
+    of_low: Tensor | None,
+    x: Tensor,
+    of_output: Tensor,
+    low: Tensor | None,
+    order: Order,
+    trains: bool,
+) -> tuple[Tensor | None, ...]:
+    """Of the linear's LoRA; None for each parameter where it is frozen."""
+    if of.low is None or of_low is None or low is None:
+        return ()
+    if not trains:
+        return (None,) * len(of.low.parameters)
+    return of.low.gradients(of_low, x, of_output, low, order)
 
 
 class GroupedExperts(nn.Module):
-    """down(silu(gate(x)) * up(x)), weighted by the router's probability. linear: the class of its
-    grouped linear layers.
+    """The experts of a layer on this rank. spare_columns: of gate_up and of down, see
+    `GroupedLinear`.
     """
 
     def __init__(
@@ -120,21 +155,26 @@ class GroupedExperts(nn.Module):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
-        linear: type[GroupedLinear] = GroupedLinear,
+        spare_columns: tuple[int, int] = (0, 0),
     ):
         super().__init__()
-        intermediate = config.moe_ffn_hidden_size
-        self.gate_up = linear(
-            num_local_experts, config.hidden_size, 2 * intermediate, config.params_dtype
+        hidden, intermediate = config.hidden_size, config.moe_ffn_hidden_size
+        assert intermediate is not None
+        dtype, of_gate_up, of_down = config.params_dtype, *spare_columns
+        self.gate_up: Any = GroupedLinear(
+            num_local_experts, hidden, 2 * intermediate, dtype, spare_columns=of_gate_up
         )
-        self.down = linear(num_local_experts, intermediate, config.hidden_size, config.params_dtype)
+        self.down: Any = GroupedLinear(
+            num_local_experts, intermediate, hidden, dtype, spare_columns=of_down
+        )
 
-    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """x [T, H], tokens_per_expert [E], probs [T] fp32 -> ([T, H], no bias)."""
-        rows = ExpertRows.of(tokens_per_expert, x.device)
-        gate, up = self.gate_up(x, rows).chunk(2, dim=-1)
-        weighted = (F.silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype)
-        return self.down(weighted, rows), None
+    def forward(self, x: Tensor, order: Order, probabilities: Tensor) -> tuple[Tensor, None]:
+        """x [T, H], probabilities fp32 [T, K] -> (this rank's part of the sum [T, H], no bias).
+        megatron-core passes on what the dispatcher gave it.
+        """
+        gate_up, down = self.gate_up.matrices(), self.down.matrices()
+        parameters = [p for of in (gate_up, down) if of.low for p in of.low.parameters]
+        return ExpertBlock.apply(x, probabilities, order, gate_up, down, *parameters), None
 
     def backward_dw(self) -> None:
         """megatron-core's hook for delayed weight gradients. None are delayed here."""

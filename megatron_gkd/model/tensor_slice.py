@@ -82,8 +82,10 @@ class ParameterSlice:
 
     @property
     def view(self) -> Tensor:
-        """What it is in the parameter's own memory, without its gradient."""
-        return self.parameter.data[self.where]
+        """What it is in the parameter's own memory, without its gradient. Writing it counts as a
+        change of the parameter: what was laid out of it is laid out anew (lora/grouped.py).
+        """
+        return self.parameter.detach()[self.where]
 
 
 def cut_rows(stack: Iterable[TensorSlice], rows: slice) -> Iterator[tuple[TensorSlice, slice]]:

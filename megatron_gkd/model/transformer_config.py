@@ -6,7 +6,6 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
-from megatron_gkd.startup import transformer_engine_usable
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -32,9 +31,7 @@ def transformer_config(
         moe_router_pre_softmax=not model_args.norm_topk_prob,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        # Transformer Engine's kernels add without atomics, and without waiting.
-        moe_permute_fusion=transformer_engine_usable(parallel.device),
+        moe_token_dispatcher_type="alltoall",  # replaced: model/dispatcher.py
         normalization="RMSNorm",
         layernorm_epsilon=model_args.rms_norm_eps,
         qk_layernorm=True,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_gkd.model.experts import grouped_product
+from megatron_gkd.model.grouped import grouped_product
 from megatron_gkd.rollout.cache import KeyValueCache, Rows
 from megatron_gkd.rollout.scores import Scores
 from megatron_gkd.rollout.weights import Delta, LayerWeights, Linear, Routing, Sizes

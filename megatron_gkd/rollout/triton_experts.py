@@ -155,11 +155,13 @@ def gate_up_kernel(
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     R: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[pair] = silu(gate) * up * probability, WIDTH numbers; weight [E, 2 WIDTH, H], up [E, R,
-    2 WIDTH]. One program an expert and BLOCK_N columns; 16 of the expert's pairs at a time.
+    """out[pair] = silu(gate) * up * probability, WIDTH numbers; weight [E, 2 WIDTH, H], its
+    rows ROW numbers apart, up [E, R, 2 WIDTH]. One program an expert and BLOCK_N columns; 16 of the
+    expert's pairs at a time.
     """
     expert, block = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
@@ -168,7 +170,7 @@ def gate_up_kernel(
         tl.arange(0, BLOCK_K),
         tl.arange(0, 16),
     )
-    matrix = weight + expert.to(tl.int64) * 2 * WIDTH * H
+    matrix = weight + expert.to(tl.int64) * 2 * WIDTH * ROW
     for start in range(begin, end, 16):
         at = start + sixteen
         is_pair = at < end
@@ -178,9 +180,9 @@ def gate_up_kernel(
         value = tl.zeros((16, BLOCK_N), tl.float32)
         for k in range(0, H, BLOCK_K):
             a = tl.load(rows + k + lanes[None, :], mask=is_pair[:, None], other=0.0)
-            w = tl.load(matrix + columns[None, :] * H + k + lanes[:, None])
+            w = tl.load(matrix + columns[None, :] * ROW + k + lanes[:, None])
             gate = tl.dot(a, w, gate, input_precision="ieee")
-            w = tl.load(matrix + (WIDTH + columns[None, :]) * H + k + lanes[:, None])
+            w = tl.load(matrix + (WIDTH + columns[None, :]) * ROW + k + lanes[:, None])
             value = tl.dot(a, w, value, input_precision="ieee")
         if R > 0:
             r = tl.arange(0, R)
@@ -211,10 +213,13 @@ def down_kernel(
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     R: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[pair] = W x[pair], H numbers of WIDTH; weight [E, H, WIDTH], up [E, R, H]."""
+    """out[pair] = W x[pair], H numbers of WIDTH; weight [E, H, WIDTH], its rows ROW apart,
+    up [E, R, H].
+    """
     expert, block = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     columns, lanes, sixteen = (
@@ -222,7 +227,7 @@ def down_kernel(
         tl.arange(0, BLOCK_K),
         tl.arange(0, 16),
     )
-    matrix = weight + expert.to(tl.int64) * H * WIDTH
+    matrix = weight + expert.to(tl.int64) * H * ROW
     for start in range(begin, end, 16):
         at = start + sixteen
         is_pair = at < end
@@ -232,7 +237,7 @@ def down_kernel(
             a = tl.load(
                 x + pair[:, None] * WIDTH + k + lanes[None, :], mask=is_pair[:, None], other=0.0
             )
-            w = tl.load(matrix + columns[None, :] * WIDTH + k + lanes[:, None])
+            w = tl.load(matrix + columns[None, :] * ROW + k + lanes[:, None])
             total = tl.dot(a, w, total, input_precision="ieee")
         if R > 0:
             r = tl.arange(0, R)

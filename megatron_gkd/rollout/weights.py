@@ -22,7 +22,7 @@ class Linear(NamedTuple):
     """A frozen linear and its LoRA, alpha / r multiplied into `up`."""
 
     weight: Tensor
-    """[out, in], or of experts [E, out, in]"""
+    """[out, in], or of experts [E, out, in]; rows of experts may lie further apart"""
     down: Tensor | None
     """[R, in] ([E, R, in]): P r rows, then zeros; None without LoRA"""
     up: Tensor | None
