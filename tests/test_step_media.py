@@ -101,8 +101,7 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
     the same numbers.
     """
     lines = {}
-    layouts = ((1, 1, 1, 1, 1), (2, 2, 1, 2, 1), (4, 2, 2, 1, 1), (2, 1, 1, 2, 1))
-    for world_size, tp, pp, ep, cp in (*layouts, (2, 1, 1, 1, 2)):
+    for world_size, tp, pp, ep, cp in ((1, 1, 1, 1, 1), (4, 2, 2, 2, 1), (2, 1, 1, 2, 2)):
         more = dict(
             lmbda=1, max_completion_length=6, max_steps=2, eval_steps=1, val_dataset=run["dataset"]
         )

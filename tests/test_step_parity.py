@@ -217,12 +217,28 @@ def test_one_rank_all_cases(folders, tmp_path):
                 "a teacher with lm_head",
             ],
         ),
-        (2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"]),
-        (2, 1, 2, 1, 4, ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"]),
+        pytest.param(2, 1, 1, 2, 2, ["guide", "paper 1", "recompute"], marks=pytest.mark.extended),
+        pytest.param(
+            2,
+            1,
+            2,
+            1,
+            4,
+            ["guide", "recompute", "reverse", "lm_head", "one layer", "a lower rank"],
+            marks=pytest.mark.extended,
+        ),
         (2, 1, 2, 1, 2, ["a teacher with attention", "a teacher with all", "text", "text lm_head"]),
         (2, 2, 1, 2, 1, ["a teacher with all", "a teacher with lm_head"]),
-        (2, 1, 1, 1, 2, ["guide", "paper", "paper 0"]),
-        (2, 2, 1, 2, 2, ["recompute", "paper 1", "eager", "plain", "other recompute", "text"]),
+        pytest.param(2, 1, 1, 1, 2, ["guide", "paper", "paper 0"], marks=pytest.mark.extended),
+        pytest.param(
+            2,
+            2,
+            1,
+            2,
+            2,
+            ["recompute", "paper 1", "eager", "plain", "other recompute", "text"],
+            marks=pytest.mark.extended,
+        ),
         (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head", "a teacher with lm_head"]),
         pytest.param(4, 4, 1, 4, 1, ["guide", "paper", "other"], marks=pytest.mark.extended),
         pytest.param(4, 2, 1, 4, 2, ["guide", "other recompute"], marks=pytest.mark.extended),
@@ -235,7 +251,16 @@ def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names)
 @pytest.mark.parametrize(
     "world_size, cp, tp, pp, ep, accumulation, names",
     [
-        (2, 2, 1, 1, 1, 1, ["guide", "lm_head", "eager", "a teacher with attention"]),
+        pytest.param(
+            2,
+            2,
+            1,
+            1,
+            1,
+            1,
+            ["guide", "lm_head", "eager", "a teacher with attention"],
+            marks=pytest.mark.extended,
+        ),
         (4, 4, 1, 1, 1, 1, ["guide", "recompute"]),
         pytest.param(4, 2, 2, 1, 1, 2, ["guide", "recompute", "lm_head"], marks=pytest.mark.smoke),
         (8, 2, 1, 2, 2, 2, ["guide", "other recompute"]),
@@ -266,6 +291,7 @@ def test_layouts_of_eight_ranks(folders, tmp_path, tp, pp, ep, accumulation, nam
     run_cases(folders, tmp_path, names, 8, tp, pp, ep, accumulation)
 
 
+@pytest.mark.extended  # test_launch.py and the demo start through torchrun as well
 def test_torchrun(folders, tmp_path):
     """The command as a user types it, with real process start-up."""
     flags = layout_flags(tp=2, ep=2)
@@ -345,9 +371,9 @@ def four_steps(
     "name, world_size, tp, pp, ep, cp, max_grad_norm",
     [
         ("small", 1, 1, 1, 1, 1, 1e9),
-        ("small", 2, 2, 1, 2, 1, 0.3),
+        pytest.param("small", 2, 2, 1, 2, 1, 0.3, marks=pytest.mark.extended),
         ("small", 4, 2, 2, 2, 1, 0.3),
-        ("small", 4, 2, 1, 4, 1, 1e9),
+        pytest.param("small", 4, 2, 1, 4, 1, 1e9, marks=pytest.mark.extended),
         ("small", 8, 8, 1, 8, 1, 0.3),
         ("text", 2, 2, 1, 2, 1, 1e9),
         ("small", 4, 1, 1, 1, 4, 1e9),
