@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -26,6 +23,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
+from megatron_gkd.model.self_attention import SelfAttention
 from megatron_gkd.model.transformer_config import transformer_config
 from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
@@ -94,25 +92,14 @@ class DeepstackLayer(TransformerLayer):
 
 
 def layer_spec(attention: type, linear: type) -> ModuleSpec:
-    """One decoder layer: megatron-core's modules with our norm, core attention and experts, and the
+    """One decoder layer: megatron-core's modules with our norm, attention and experts, and the
     addition of deepstack features. linear: the grouped linear class of the experts.
     """
-    self_attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=attention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
-        ),
-    )
     return ModuleSpec(
         module=DeepstackLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=self_attention,
+            self_attention=ModuleSpec(SelfAttention, params={"core_attention": attention}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
