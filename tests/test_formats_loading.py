@@ -89,8 +89,8 @@ def read_at_layout(rank, world_size, folder, tp, pp, ep, dtype):
     ],
 )
 def test_each_rank_reads_only_what_it_owns(tiny_folder, world_size, tp, pp, ep, stored, dtype):
-    """Every element of every decoder tensor is read as often as the layout replicates it; none
-    stays unset.
+    """Every element of every decoder tensor is read as often as the layout replicates it, k and v
+    by each rank that reads their head; none stays unset.
     """
     folder = tiny_folder(**SMALL, torch_dtype=stored, max_shard_size="50KB")
     assert len(list(Path(folder).glob("*.safetensors"))) > 3
@@ -99,6 +99,8 @@ def test_each_rank_reads_only_what_it_owns(tiny_folder, world_size, tp, pp, ep, 
     replicas = {
         "layernorm": tp * dp,
         "_norm": tp * dp,
+        "k_proj": max(1, tp // SMALL["num_key_value_heads"]) * dp,
+        "v_proj": max(1, tp // SMALL["num_key_value_heads"]) * dp,
         ".mlp.gate": tp * dp,
         ".experts.": tp * dp // ep,
         "model.norm": tp * dp,

@@ -1,6 +1,6 @@
-"""QK-norm and rotary in one function: values and gradients against float64, in torch and in Triton's
-interpreter, at odd sizes and for gradients of any strides; what it keeps; its kernels compiled for an
-H100. Positions of media: tests/test_model_layers.py, tests/test_step_media.py.
+"""QK-norm and rotary in one function: values and gradients against float64, in torch and in
+Triton's interpreter, at odd sizes and for gradients of any strides; what it keeps; its kernels
+compiled for an H100. Positions of media: tests/test_model_layers.py, tests/test_step_media.py.
 """
 
 from typing import NamedTuple

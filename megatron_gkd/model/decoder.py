@@ -23,6 +23,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.experts import GroupedExperts, grouped_linear
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
+from megatron_gkd.model.router import Router
 from megatron_gkd.model.self_attention import SelfAttention
 from megatron_gkd.model.transformer_config import transformer_config
 from megatron_gkd.parallel import Parallel
@@ -105,7 +106,7 @@ def layer_spec(attention: type, linear: type) -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MoELayer,
                 submodules=MoESubmodules(
-                    experts=ModuleSpec(GroupedExperts, params={"linear": linear})
+                    experts=ModuleSpec(GroupedExperts, params={"linear": linear}), router=Router
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
