@@ -4,8 +4,6 @@ rank reads.
 
 import json
 import shutil
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from megatron_gkd.formats.safetensors_folder import INDEX, SINGLE, SafetensorsFo
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.model.qkv_layout import qkv_segments
 from megatron_gkd.model.transformer_config import DTYPES
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
@@ -142,42 +139,6 @@ def test_tied_head_is_the_embedding(tiny_folder, tmp_path):
         "set that to false",
     ):
         check(folder)
-
-
-def own_rows(segments):
-    return [
-        (segment.name, row)
-        for segment in segments
-        for row in range(segment.rows.start, segment.rows.stop)
-    ]
-
-
-@pytest.mark.parametrize(
-    "heads, groups, tp_size", [(8, 4, 1), (8, 4, 8), (8, 2, 4), (8, 1, 2), (32, 4, 8)]
-)
-def test_qkv_segments_cover_each_projection(tiny_folder, heads, groups, tp_size):
-    """Over all ranks every row of q appears once, of k and v once for each rank that reads it;
-    ranks hold equally many rows, and of a key/value head all that their queries read.
-    """
-    model_args = replace(
-        read_model_args(tiny_folder(**SMALL)), num_attention_heads=heads, num_key_value_heads=groups
-    )
-    rows, per_rank = Counter(), set()
-    for rank in range(tp_size):
-        segments = qkv_segments(model_args, rank, tp_size)
-        rows.update(own_rows(segments))
-        per_rank.add(sum(segment.num_rows for segment in segments))
-        read = {row // 8 * groups // heads for name, row in own_rows(segments) if name == "q_proj"}
-        for name in ("k_proj", "v_proj"):
-            assert {row // 8 for of, row in own_rows(segments) if of == name} == read
-    assert per_rank == {(heads // tp_size + 2 * max(1, groups // tp_size)) * 8}
-    for (name, _), count in rows.items():
-        assert count == (1 if name == "q_proj" else max(1, tp_size // groups))
-    assert Counter(name for name, _ in rows) == {
-        "q_proj": heads * 8,
-        "k_proj": groups * 8,
-        "v_proj": groups * 8,
-    }
 
 
 # --- folders that must be refused -----------------------------------------------------------------
