@@ -337,7 +337,7 @@ def test_impl_names():
 
 
 @pytest.mark.parametrize("sections", [[3, 3, 2], [24, 20, 20], [2, 2, 2], None], ids=str)
-def test_rotary_angles_equal_transformers(sections):
+def test_rotations_equal_transformers(sections):
     """Sections that sum to the number of channels, to more and to less, and none."""
     rope = {"rope_type": "default", "rope_theta": 1e4} | (
         {} if sections is None else {"mrope_section": sections}
@@ -347,11 +347,10 @@ def test_rotary_angles_equal_transformers(sections):
     )
     positions = torch.randint(0, 99, (3, 2, 7), generator=torch.Generator().manual_seed(0)).float()
     cos, sin = Qwen3OmniMoeThinkerTextRotaryEmbedding(config)(torch.zeros(1), positions)
-    angles = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])[
-        :, :, 0
-    ].transpose(0, 1)
-    torch.testing.assert_close(angles.cos(), cos)
-    torch.testing.assert_close(angles.sin(), sin)
+    rotation = InterleavedRotaryEmbedding(16, 1e4)(positions, sections or [24, 20, 20])
+    assert rotation.shape == (7, 2, 2, 8) and rotation.dtype == torch.float32
+    for found, wanted in zip(rotation.transpose(0, 1).unbind(2), (cos, sin)):
+        torch.testing.assert_close(torch.cat((found, found), dim=-1), wanted)
 
 
 @pytest.mark.parametrize("name", ["auto", "te"])

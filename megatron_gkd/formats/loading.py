@@ -18,6 +18,7 @@ from megatron_gkd.formats.safetensors_folder import SafetensorsFolder, check_ten
 from megatron_gkd.formats.torch_dist import find_torch_dist
 from megatron_gkd.formats.weight_map import COLUMNS, ROWS, Entry, weight_map
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.model.qkv_layout import fused_rows
 from megatron_gkd.model.tensor_slice import ParameterSlice, block, cut_rows
 from megatron_gkd.parallel import Parallel
 
@@ -32,11 +33,15 @@ def parameter_slices(
     tensor that a matrix is made of, or all rows and this rank's columns.
     """
     for entry, index, parameter, local in _matrices(model, model_args, parallel):
-        for stored, rows in cut_rows(entry.slices(index), _own_rows(entry, model_args, parallel)):
-            if entry.cut == COLUMNS and entry.columns is not None:
-                columns = block(entry.columns, parallel.tp_rank, parallel.tp_size)
-                stored = stored.with_columns(columns)
-            yield ParameterSlice(stored, parameter, (*local, rows))
+        first = 0
+        for own in _own_rows(entry, model_args, parallel):
+            for stored, rows in cut_rows(entry.slices(index), own):
+                if entry.cut == COLUMNS and entry.columns is not None:
+                    columns = block(entry.columns, parallel.tp_rank, parallel.tp_size)
+                    stored = stored.with_columns(columns)
+                filled = slice(first + rows.start, first + rows.stop)
+                yield ParameterSlice(stored, parameter, (*local, filled))
+            first += own.stop - own.start
 
 
 def _matrices(model: Any, model_args: ModelArgs, parallel: Parallel) -> Iterator[Matrix]:
@@ -61,20 +66,22 @@ def _matrices(model: Any, model_args: ModelArgs, parallel: Parallel) -> Iterator
                 yield entry, (number, expert), parameter(layer), (slot,)
 
 
-def _own_rows(entry: Entry, model_args: ModelArgs, parallel: Parallel) -> slice:
-    """This rank's rows of a matrix, padding included."""
+def _own_rows(entry: Entry, model_args: ModelArgs, parallel: Parallel) -> list[slice]:
+    """This rank's rows of a matrix, padding included, one slice below the other."""
+    if entry.cut == ROWS and not entry.is_padded:
+        return fused_rows(model_args, parallel.tp_rank, parallel.tp_size)
     num_rows = entry.padded_rows(model_args, parallel.tp_size)
     if entry.cut != ROWS:
-        return slice(0, num_rows)
-    return block(num_rows, parallel.tp_rank, parallel.tp_size)
+        return [slice(0, num_rows)]
+    return [block(num_rows, parallel.tp_rank, parallel.tp_size)]
 
 
 def _zero_padding(model: Any, model_args: ModelArgs, parallel: Parallel) -> None:
     """The vocabulary's padding is zero here, and masked in the loss and the sampler."""
     for entry, _, parameter, _ in _matrices(model, model_args, parallel):
         if entry.is_padded:
-            first = _own_rows(entry, model_args, parallel).start
-            parameter.data[max(entry.num_rows - first, 0) :].zero_()
+            (own,) = _own_rows(entry, model_args, parallel)
+            parameter.data[max(entry.num_rows - own.start, 0) :].zero_()
 
 
 def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder | MegatronFolder:

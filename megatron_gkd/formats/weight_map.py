@@ -34,7 +34,9 @@ class Entry:
     """rows of Hugging Face tensors, one part below the other; {layer}, {expert} stay open"""
     columns: int | None
     cut: int | None = None
-    """the axis that tensor parallelism cuts, ROWS or COLUMNS; None where it is replicated"""
+    """the axis that tensor parallelism cuts, ROWS or COLUMNS; None where it is replicated. In a
+    layer ROWS means the fused qkv, whose rows model/qkv_layout.py gives to the ranks
+    """
     stacked: tuple[int, ...] = ()
     """(layers,) or (layers, experts)"""
 

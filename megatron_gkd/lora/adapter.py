@@ -144,7 +144,12 @@ def adapter_slices(
         if (matrices := slot_of(qkv, slot)) is not None:
             for name, down in matrices.down.items():
                 yield _slice(f"{attention}.{name}.lora_A", down, writes_replicated)
+            for name, up in matrices.up.items():
+                if qkv.is_shared(name):
+                    yield _slice(f"{attention}.{name}.lora_B", up, writes_replicated)
             for segment, first in qkv.target_segments(matrices):
+                if qkv.is_shared(segment.name):
+                    continue
                 yield _slice(
                     f"{attention}.{segment.name}.lora_B",
                     matrices.up[segment.name],

@@ -29,7 +29,7 @@ from megatron_gkd.lora.modules import (
 )
 from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, keep_active_for_backward
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.qkv_layout import qkv_segments
+from megatron_gkd.model.qkv_layout import num_shared_rows, qkv_segments
 from megatron_gkd.parallel import Parallel
 
 
@@ -105,7 +105,9 @@ def add_slot(
     for layer in model.decoder.layers:
         attention, experts = layer.self_attention, layer.mlp.experts
         if qkv:
-            add(_wrap(attention, "linear_qkv", LoraColumnParallel, segments, **dense), qkv)
+            num_shared = num_shared_rows(model_args, parallel.tp_size)
+            more = dict(num_shared_rows=num_shared, **dense)
+            add(_wrap(attention, "linear_qkv", LoraColumnParallel, segments, **more), qkv)
         if "o_proj" in targets:
             add(_wrap(attention, "linear_proj", LoraRowParallel, **dense), ["o_proj"])
         if gate_up:

@@ -35,13 +35,26 @@ from megatron_gkd.model.tensor_slice import TensorSlice
 
 
 class LoraColumnParallel(LoraModule):
-    """LoRA on the fused qkv. W_down [r, H] replicated, W_up the rows of this rank's `segments`."""
+    """LoRA on the fused qkv. W_down [r, H] replicated, W_up the rows of this rank's `segments`.
+
+    Where several ranks read one key/value head (`num_shared_rows` > 0), each has a part of the
+    gradient of that head's rows. W_up of k and v is then whole on every rank, replicated like
+    W_down: megatron-core's sum over the ranks, one a step, completes its gradient, the norm counts
+    it once, and the copies stay equal.
+    """
 
     def __init__(
-        self, base: Any, segments: list[TensorSlice], *, tp_group: ProcessGroup, salt: int = 0
+        self,
+        base: Any,
+        segments: list[TensorSlice],
+        *,
+        num_shared_rows: int,
+        tp_group: ProcessGroup,
+        salt: int = 0,
     ):
         super().__init__(base, salt=salt)
         self.segments = segments
+        self.num_shared_rows = num_shared_rows
         self.tp_group = tp_group
         self.sequence_parallel: bool = base.sequence_parallel
 
@@ -50,9 +63,17 @@ class LoraColumnParallel(LoraModule):
             slot.down[name] = zeros(
                 slot.rank, self.base.input_size, sequence_parallel=self.sequence_parallel
             )
-            num_rows = sum(segment.num_rows for segment in self.segments if segment.name == name)
-            if num_rows:  # with more TP ranks than key/value heads a rank may own no row of k or v
-                slot.up[name] = zeros(num_rows, slot.rank, tensor_model_parallel=True)
+            if self.is_shared(name):
+                slot.up[name] = zeros(
+                    self.num_shared_rows, slot.rank, sequence_parallel=self.sequence_parallel
+                )
+            else:
+                own = [segment.num_rows for segment in self.segments if segment.name == name]
+                slot.up[name] = zeros(sum(own), slot.rank, tensor_model_parallel=True)
+
+    def is_shared(self, name: str) -> bool:
+        """Whether every rank holds all rows of that projection's W_up."""
+        return self.num_shared_rows > 0 and name != "q_proj"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [S/TP, B, H] (or [S, B, H] without sequence parallelism) -> ([S, B, rows], bias). One
@@ -73,7 +94,8 @@ class LoraColumnParallel(LoraModule):
         taken = dict.fromkeys(slot.down, 0)
         for segment in self.segments:
             if segment.name in taken:
-                yield segment, taken[segment.name]
+                is_shared = self.is_shared(segment.name)
+                yield segment, segment.rows.start if is_shared else taken[segment.name]
                 taken[segment.name] += segment.num_rows
 
     def fused(self, slot: LoraSlot) -> tuple[Tensor, Tensor]:

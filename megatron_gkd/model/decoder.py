@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -27,6 +24,8 @@ from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.dispatcher import use_dispatcher
 from megatron_gkd.model.experts import GroupedExperts, check_experts_impl
 from megatron_gkd.model.layers import InterleavedRotaryEmbedding, RMSNorm
+from megatron_gkd.model.router import Router
+from megatron_gkd.model.self_attention import SelfAttention
 from megatron_gkd.model.transformer_config import transformer_config
 from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
@@ -101,31 +100,21 @@ class DeepstackLayer(TransformerLayer):
 
 
 def layer_spec(attention: type, spare_columns: tuple[int, int] = (0, 0)) -> ModuleSpec:
-    """One decoder layer: megatron-core's modules with our norm, core attention and experts, and the
+    """One decoder layer: megatron-core's modules with our norm, attention and experts, and the
     addition of deepstack features. spare_columns: see `build_decoder`.
     """
-    self_attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=attention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
-        ),
-    )
     return ModuleSpec(
         module=DeepstackLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=self_attention,
+            self_attention=ModuleSpec(SelfAttention, params={"core_attention": attention}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MoELayer,
                 submodules=MoESubmodules(
-                    experts=ModuleSpec(GroupedExperts, params={"spare_columns": spare_columns})
+                    experts=ModuleSpec(GroupedExperts, params={"spare_columns": spare_columns}),
+                    router=Router,
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

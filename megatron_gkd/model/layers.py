@@ -1,5 +1,5 @@
-"""Layers of the decoder that replace megatron-core's: RMSNorm, and rotary angles in Qwen's
-interleaved layout.
+"""Layers of the decoder that replace megatron-core's: RMSNorm, and the rotations of positions in
+Qwen's interleaved layout.
 """
 
 from typing import Any
@@ -51,10 +51,13 @@ class InterleavedRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, mrope_section: list[int], **_: Any) -> Tensor:
-        """position_ids [3, B, S] (time, height, width) -> angles [S, B, 1, head_dim] in fp32."""
+        """position_ids [3, B, S] (time, height, width) -> cosines and sines of the channel pairs'
+        angles, fp32 [S, B, 2, head_dim / 2]: computed once a forward, for all layers.
+        """
         angles = position_ids.float()[..., None] * self.inv_freq.to(position_ids.device)
         mixed = angles[0].clone()
         for axis in (1, 2):
             channels = slice(axis, 3 * mrope_section[axis], 3)
             mixed[..., channels] = angles[axis][..., channels]
-        return torch.cat((mixed, mixed), dim=-1).transpose(0, 1).unsqueeze(2)
+        mixed = mixed.transpose(0, 1)
+        return torch.stack((mixed.cos(), mixed.sin()), dim=2)

@@ -128,12 +128,9 @@ class Decoder:
         D are negative.
         """
         positions = rows.positions + rows.step
-        angles = weights.rotary(positions[..., None], list(self.model_args.mrope_section))
-        angles = angles[0, :, 0]
-        half = angles.shape[1] // 2
-        sines = angles.sin()
-        sines = torch.cat((-sines[:, :half], sines[:, half:]), dim=1)
-        return angles.cos().to(self.dtype), sines.to(self.dtype)
+        rotation = weights.rotary(positions[..., None], list(self.model_args.mrope_section))
+        cos, sin = rotation[0].to(self.dtype).unbind(1)
+        return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
     def _experts(self, normed: Tensor, layer: LayerWeights, weights: StageWeights) -> Delta:
         kernels, parallel, sizes = self.kernels, self.parallel, weights.sizes

@@ -8,6 +8,8 @@ it lies and however long it is.
 import triton
 import triton.language as tl
 
+from megatron_gkd.model.triton_norm_rotary import normed_and_rotated
+
 
 @triton.jit
 def cache_offset(
@@ -102,19 +104,13 @@ def rotate_kernel(
     x = x.to(dtype).to(tl.float32)
     y = y.to(dtype).to(tl.float32)
     if place <= QUERIES:
-        factor = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
         weight = norm + place * D + i
-        x *= factor * tl.load(weight).to(tl.float32)[None, :]
-        y *= factor * tl.load(weight + D // 2).to(tl.float32)[None, :]
-        angle = rows[:, None] * D + i[None, :]
-        mask = is_row[:, None]
-        cos_x = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
-        cos_y = tl.load(cos + angle + D // 2, mask=mask, other=0.0).to(tl.float32)
-        sin_x = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        sin_y = tl.load(sin + angle + D // 2, mask=mask, other=0.0).to(tl.float32)
-        turned = x * cos_x + y * sin_x
-        y = y * cos_y + x * sin_y
-        x = turned
+        weight_x = tl.load(weight).to(tl.float32)[None, :]
+        weight_y = tl.load(weight + D // 2).to(tl.float32)[None, :]
+        angle = rows[:, None] * D + D // 2 + i[None, :]  # the sines of this half are positive
+        c = tl.load(cos + angle, mask=is_row[:, None], other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=is_row[:, None], other=0.0).to(tl.float32)
+        x, y = normed_and_rotated(x, y, weight_x, weight_y, c, s, eps, D)
     if place < QUERIES:
         out = query + ((rows * G + group) * QUERIES + place)[:, None] * D + i[None, :]
         tl.store(out, x.to(dtype), mask=is_row[:, None])

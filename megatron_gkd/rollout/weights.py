@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_gkd.lora.modules import LoraColumnParallel
 from megatron_gkd.lora.slots import LoraModule
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
@@ -87,23 +85,17 @@ class StageWeights:
 
     def __init__(self, model: Any, model_args: ModelArgs, parallel: Parallel):
         self.sizes = sizes_of(model_args, parallel)
-        self.parallel = parallel
         self._laid_out: list[tuple[Any, Linear]] = []
-        self._heads = _split_group(model_args, parallel)
         self.layers = [self._layer(layer) for layer in model.decoder.layers]
         self.embedding = model.embedding.word_embeddings.weight if parallel.is_first_stage else None
         self.final_norm = model.decoder.final_layernorm.weight if parallel.is_last_stage else None
         self.rotary = model.rotary_pos_emb
 
     def refresh(self) -> None:
-        """Lay out the adapter's newest weights. Collectives: with more tensor-parallel ranks than
-        key/value heads one all-gather a layer.
-        """
+        """Lay out the adapter's newest weights. No collectives."""
         for module, linear in self._laid_out:
             down, up = (matrix.detach() for matrix in module.fused(module.slot))
             up = up * module.slot.scale
-            if isinstance(module, LoraColumnParallel):
-                up = self._own_heads(up)
             rank = down.shape[-2]
             assert linear.down is not None and linear.up is not None
             linear.down[..., :rank, :].copy_(down)
@@ -114,7 +106,7 @@ class StageWeights:
         norms = [attention.q_layernorm.weight] * self.sizes.queries + [attention.k_layernorm.weight]
         return LayerWeights(
             input_norm=layer.input_layernorm.weight,
-            qkv=self._linear(attention.linear_qkv, is_qkv=True),
+            qkv=self._linear(attention.linear_qkv),
             qk_norm=torch.stack([norm.detach() for norm in norms]),
             output=self._linear(attention.linear_proj),
             mlp_norm=layer.pre_mlp_layernorm.weight,
@@ -123,11 +115,9 @@ class StageWeights:
             down=self._linear(experts.down),
         )
 
-    def _linear(self, module: nn.Module, *, is_qkv: bool = False) -> Linear:
+    def _linear(self, module: nn.Module) -> Linear:
         base: Any = module.base if isinstance(module, LoraModule) else module
         weight = base.weight.detach()
-        if is_qkv:
-            weight = self._own_heads(weight)
         slot = module.slot if isinstance(module, LoraModule) else None
         if slot is None:
             return Linear(weight, None, None)
@@ -144,20 +134,6 @@ class StageWeights:
         )
         self._laid_out.append((module, linear))
         return linear
-
-    def _own_heads(self, rows: Tensor) -> Tensor:
-        """This rank's block of rows of the fused projection -> the rows of its query heads and of
-        the key and value that they read.
-
-        megatron-core's blocks are those where each rank has whole groups. Collectives: otherwise an
-        all-gather of the blocks.
-        """
-        if self._heads is None:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.parallel.tp_size)]
-        dist.all_gather(parts, rows.contiguous(), group=self.parallel.groups.tp)
-        heads = torch.cat(parts).unflatten(0, (-1, self.sizes.head_dim))
-        return heads[self._heads].flatten(0, 1)
 
 
 def sizes_of(model_args: ModelArgs, parallel: Parallel) -> Sizes:
@@ -177,18 +153,3 @@ def sizes_of(model_args: ModelArgs, parallel: Parallel) -> Sizes:
         renormalize=model_args.norm_topk_prob,
         eps=model_args.rms_norm_eps,
     )
-
-
-def _split_group(model_args: ModelArgs, parallel: Parallel) -> list[int] | None:
-    """The heads of the whole fused projection that this rank uses, where a group's queries are
-    divided among ranks; None where each rank has whole groups.
-    """
-    ranks_of_group = parallel.tp_size // model_args.num_key_value_heads
-    if ranks_of_group < 2:
-        return None
-    queries = model_args.num_attention_heads // model_args.num_key_value_heads
-    own = queries // ranks_of_group
-    first = parallel.tp_rank // ranks_of_group * (queries + 2)
-    first_query = first + parallel.tp_rank % ranks_of_group * own
-    key = first + queries
-    return [*range(first_query, first_query + own), key, key + 1]
