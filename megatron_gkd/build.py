@@ -15,6 +15,7 @@ from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.report import DataReport
+from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.media.towers import build_towers
@@ -25,9 +26,10 @@ from megatron_gkd.model.experts import grouped_linear
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
-from megatron_gkd.run import Run, packing, step_budget
+from megatron_gkd.run import Run, largest_micro_batch, packing, step_budget
 from megatron_gkd.run_folder import (
     MetricsWriter,
     check_writable,
@@ -73,6 +75,11 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     note_start(config, parallel, resume_folder)
     budget = step_budget(config, model_args)
     packed = packing(train_data.pad_token_id, parallel)
+    memory = DeviceMemory(parallel.device)
+    recomputation = None
+    if config.model.recompute == "auto":
+        most_tokens = largest_micro_batch(config, train_data, budget, packed, parallel.dp_size)
+        recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
     rollout = None
     if config.distill.seq_kd or config.distill.may_be_on_policy:
         rollout = make_rollout(
@@ -102,6 +109,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
+        memory=memory,
+        recomputation=recomputation,
     )
 
 
@@ -168,7 +177,7 @@ def build_base(
         dtype,
         attn_impl=config.model.attn_impl,
         experts_impl=config.model.experts_impl,
-        recompute=config.model.recompute == "full",
+        recompute=config.model.recompute != "none",
     )
     started = time.perf_counter()
     num_bytes = load_weights(model, model_args, parallel, config.model.model)
