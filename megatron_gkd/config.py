@@ -29,6 +29,7 @@ from megatron_gkd.flags import (
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
 from megatron_gkd.lora_settings import LoraConfig
+from megatron_gkd.memory import LINEARS, Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.responses import RolloutConfig
 
@@ -326,9 +327,39 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
     )
 
 
+def workload(
+    config: Config,
+    *,
+    micro_batch_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    tower_bytes: int = 0,
+) -> Workload:
+    """What of these settings takes memory. micro_batch_tokens, prompt_tokens: of the data, where
+    they are known: the most of a micro-batch, and of a prompt.
+    """
+    train, distill = config.train, config.distill
+    writes = distill.seq_kd or distill.may_be_on_policy
+    targets = config.lora.lora_target_modules
+    return Workload(
+        number_bytes=4 if config.model.torch_dtype == "float32" else 2,
+        lora_rank=config.lora.lora_rank or 8,
+        targets=LINEARS if targets in ([], ["ALL"]) else targets,
+        has_teacher_adapter=bool(distill.teacher_adapter),
+        recompute=config.model.recompute != "none",
+        micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        prompt_tokens=prompt_tokens or config.data.max_length,
+        completion_tokens=config.rollout.max_completion_length if writes else 0,
+        num_generations=config.rollout.num_generations,
+        prefill_tokens=config.rollout.rollout_prefill_tokens,
+        tower_bytes=tower_bytes,
+    )
+
+
 def main() -> None:
-    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout line, or exit status 2
-    and the reason.
+    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout and the memory that a
+    rank needs, or exit status 2 and the reason.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_gkd.config",
@@ -339,9 +370,10 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     config = parse_config_or_exit(flags)
     try:
-        print(
-            layout_line(config, own.check_layout, read_model_args(config.model.model)), flush=True
-        )
+        model_args = read_model_args(config.model.model)
+        print(layout_line(config, own.check_layout, model_args))
+        needed = estimate(model_args, config.parallel, workload(config))
+        print(f"Memory: at most about {needed.describe()}; towers not counted", flush=True)
     except (ValueError, OSError) as error:
         exit_with(error)
 

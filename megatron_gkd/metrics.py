@@ -208,8 +208,9 @@ class StepCounts:
         peak_memory_bytes: int,
         parallel: Parallel,
     ) -> "StepCounts":
-        """From this rank's micro-batches, truncated responses, SIGTERM and most memory. Collectives:
-        a sum of four numbers over data-parallel ranks, a maximum of two over the world.
+        """From this rank's micro-batches, truncated responses, SIGTERM and most memory.
+        Collectives: a sum of four numbers over data-parallel ranks, a maximum of two over the
+        world.
         """
         views = [view for batch in batches for view in (batch.student, batch.teacher)]
         num_tokens = sum(

@@ -12,8 +12,9 @@ collectives again. Bytes are those of the run's largest micro-batch, so that a l
 before still fits; both sizes are scaled by tokens, and upwards only. A pass with a quarter more
 tokens than the one that was measured is measured too, and its sizes replace the others: scaling
 goes too far, since not all of a pass grows with its tokens. So is the first one that keeps layers:
-its highest point is another, without a layer that is being run again. Every pass is compared with what was predicted; where it took
-more, the difference counts from then on. What is computed does not depend on the number of layers.
+its highest point is another, without a layer that is being run again. Every pass is compared with
+what was predicted; where it took more, the difference counts from then on. What is computed does
+not depend on the number of layers.
 """
 
 from collections.abc import Iterator, Sequence
