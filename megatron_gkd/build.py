@@ -61,10 +61,16 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     most_tokens = largest_micro_batch(config, train_data, budget, packed, parallel.dp_size)
     memory = DeviceMemory(parallel.device)
     if parallel.device.type == "cuda":
-        longest_prompt = int(train_data.lengths.prompts.max())
-        of_data = dict(micro_batch_tokens=most_tokens, prompt_tokens=longest_prompt)
-        towers = dict(audio=audio, visual=visual)
-        check_fits(config, model_args, parallel, memory.limit(), **of_data, **towers)
+        check_fits(
+            config,
+            model_args,
+            parallel,
+            memory.limit(),
+            micro_batch_tokens=most_tokens,
+            prompt_tokens=int(train_data.lengths.prompts.max()),
+            audio=audio,
+            visual=visual,
+        )
     model = build_base(config, model_args, parallel, audio=audio, visual=visual)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
     add_teacher(model, model_args, parallel, teacher)

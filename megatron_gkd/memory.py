@@ -215,10 +215,18 @@ def ways_out(args: ModelArgs, layout: ParallelConfig, load: Workload, available:
     not.
     """
     flags: dict[str, object] = {}
+    share = 0.9  # more ranks come first where weights and LoRA leave less than a tenth
 
     def total() -> int:
         return estimate(args, layout, load).total
 
+    experts = layout.expert_model_parallel_size
+    while sum(estimate(args, layout, load).always.values()) > share * available:
+        if args.num_experts % (2 * experts):
+            return []
+        experts *= 2
+        layout = replace(layout, expert_model_parallel_size=experts)
+        flags["expert_model_parallel_size"] = f"{experts} on {experts} or more ranks"
     if not load.recompute and total() > available:
         load, flags["recompute"] = replace(load, recompute=True), "auto"
     while total() > available and load.completion_tokens and load.accumulation > 1:
@@ -230,9 +238,6 @@ def ways_out(args: ModelArgs, layout: ParallelConfig, load: Workload, available:
     while total() > available and load.micro_batch_tokens >= 2 * LEAST_TOKENS:
         load = replace(load, micro_batch_tokens=load.micro_batch_tokens // 2)
         flags["max_tokens_per_micro_batch"] = load.micro_batch_tokens
-    experts = layout.expert_model_parallel_size
-    while total() > available and args.num_experts % (2 * experts) == 0:
-        experts *= 2
-        layout = replace(layout, expert_model_parallel_size=experts)
-        flags["expert_model_parallel_size"] = f"{experts} on {experts} or more ranks"
-    return [f"--{name} {value}" for name, value in flags.items()] if total() <= available else []
+    if total() > available:
+        return []
+    return [f"--{name} {value}" for name, value in flags.items()]

@@ -153,8 +153,8 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     assert check_memory(args, ONE, replace(step, recompute=True, micro_batch_tokens=16384), CARD)
 
     message = refused(MEASURED_STEP, available=CARD // 2)
-    assert "--expert_model_parallel_size 4 on 4 or more ranks" in message
-    assert "use more ranks" in refused(MEASURED_STEP, available=GIB)
+    assert "left. --expert_model_parallel_size 2 on 2 or more ranks" in message
+    assert "left. use more ranks" in refused(MEASURED_STEP, available=GIB)
     assert estimate(args, ParallelConfig(8, 1, 8, 1), MEASURED_STEP).total < 12 * GIB
 
 
