@@ -97,6 +97,12 @@ def test_each_setting_has_one_owner():
     assert len(names) == len(set(names)) > 50
 
 
+def test_recompute_by_need_is_refused_where_memory_is_not_of_tokens():
+    message = refused("--recompute", "auto", "--attn_impl", "eager")
+    assert "--recompute" in message and "squares of row lengths" in message
+    assert parse_config(REQUIRED + ["--recompute", "auto"]).model.recompute == "auto"
+
+
 @pytest.mark.parametrize("flag", ["--deepspeed", "--teacher_deepspeed"])
 def test_deepspeed_flags_are_answered_in_one_line(flag, capsys, monkeypatch):
     parse_config(REQUIRED + [flag, "zero3"])
