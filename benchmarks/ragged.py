@@ -132,7 +132,7 @@ def measure(arguments: argparse.Namespace) -> tuple[str, bool]:
             name: [batch.to(parallel.device) for batch in batches]
             for name, batches in ways_of(rows, budget).items()
         }
-        counts = {name: StepCounts.of(of, 0, False, parallel) for name, of in ways.items()}
+        counts = {name: StepCounts.of(of, 0, False, 0, parallel) for name, of in ways.items()}
         found: dict[str, list[StepResult]] = {name: [] for name in ways}
         peaks: dict[str, list[int]] = {name: [] for name in ways}
         for round_number in range(arguments.rounds + 1):

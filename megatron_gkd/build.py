@@ -12,14 +12,16 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
 from megatron_gkd.checkpoint import find_checkpoint
-from megatron_gkd.config import Config, layout_line
+from megatron_gkd.config import Config, layout_line, workload
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.report import DataReport
+from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
-from megatron_gkd.media.towers import build_towers
+from megatron_gkd.media.towers import build_towers, tower_parameters
+from megatron_gkd.memory import check_memory
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder, core_attention
@@ -27,9 +29,10 @@ from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
-from megatron_gkd.run import Run, packing, step_budget
+from megatron_gkd.run import Run, largest_micro_batch, packing, step_budget
 from megatron_gkd.run_folder import (
     MetricsWriter,
     check_writable,
@@ -55,7 +58,22 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     )
     teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     log_rank_0(parallel, config.describe())
-    model = build_base(config, model_args, parallel, audio=audio, visual=visual, teacher=teacher)
+    budget = step_budget(config, model_args)
+    packed = packing(train_data.pad_token_id, parallel)
+    most_tokens = largest_micro_batch(config, train_data, budget, packed, parallel.dp_size)
+    memory = DeviceMemory(parallel.device)
+    towers = dict(audio=audio, visual=visual)
+    if parallel.device.type == "cuda":
+        check_fits(
+            config,
+            model_args,
+            parallel,
+            memory.limit(),
+            micro_batch_tokens=most_tokens,
+            prompt_tokens=int(train_data.lengths.prompts.max()),
+            **towers,
+        )
+    model = build_base(config, model_args, parallel, teacher=teacher, **towers)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
     add_teacher(model, model_args, parallel, teacher)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
@@ -73,8 +91,9 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         tensorboard=config.run.tensorboard,
     )
     note_start(config, parallel, resume_folder)
-    budget = step_budget(config, model_args)
-    packed = packing(train_data.pad_token_id, parallel)
+    recomputation = None
+    if config.model.recompute == "auto":
+        recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
     rollout = None
     if config.distill.seq_kd or config.distill.may_be_on_policy:
         rollout = make_rollout(
@@ -104,6 +123,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
+        memory=memory,
+        recomputation=recomputation,
     )
 
 
@@ -133,6 +154,34 @@ def check_data(config: Config, parallel: Parallel) -> None:
     """
     read_data(config, parallel)
     log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
+
+
+def check_fits(
+    config: Config,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    available: int,
+    *,
+    micro_batch_tokens: int,
+    prompt_tokens: int,
+    audio: bool,
+    visual: bool,
+) -> None:
+    """A line on the memory that a rank will need. Raises ValueError naming its parts and the way
+    out where it is more than the `available` bytes.
+
+    micro_batch_tokens, prompt_tokens: the most of the data; audio, visual: as for `build_base`.
+    """
+    wanted = (audio or config.lora.lora_towers, visual or config.lora.lora_towers)
+    num_parameters = tower_parameters(config.model.model, model_args, *wanted)
+    load = workload(
+        config,
+        micro_batch_tokens=micro_batch_tokens,
+        prompt_tokens=prompt_tokens,
+        tower_bytes=DTYPES[config.model.torch_dtype].itemsize * num_parameters,
+    )
+    needed = check_memory(model_args, config.parallel, load, available)
+    log_rank_0(parallel, f"Memory: about {needed.describe()}")
 
 
 def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
@@ -180,7 +229,7 @@ def build_base(
         dtype,
         attn_impl=config.model.attn_impl,
         experts_impl=config.model.experts_impl,
-        recompute=config.model.recompute == "full",
+        recompute=config.model.recompute != "none",
         spare_columns=expert_columns(adapters),
     )
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
-flags.py turns them into flags, and each class checks its own values when it is built; three of them
-have files of their own, layout.py, distillation.py and responses.py. `python -m megatron_gkd.config
+flags.py turns them into flags, and each class checks its own values when it is built; some
+have files of their own. `python -m megatron_gkd.config
 --check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
 work; the guide's ranges are recommendations. Imports nothing slow, so that a misspelt flag is
 answered at once.
@@ -28,6 +28,8 @@ from megatron_gkd.flags import (
     with_config_file,
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
+from megatron_gkd.lora_settings import LoraConfig
+from megatron_gkd.memory import LINEARS, Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.responses import RolloutConfig
 
@@ -67,8 +69,10 @@ class ModelConfig:
         "cannot carry LoRA inside the product.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
-    recompute: Literal["none", "full"] = setting(
-        "none", "full: recompute each layer's activations in backward, for less memory."
+    recompute: Literal["none", "full", "auto"] = setting(
+        "none",
+        "full: run each layer again in backward, for less memory; auto: only as many layers as "
+        "the memory that is left asks for, measured in the first step.",
     )
 
     def __post_init__(self):
@@ -80,66 +84,13 @@ class ModelConfig:
             "loaded"
         )
         require(same, "teacher_model", teacher, allowed, way_out)
+        by_need = self.recompute == "auto" and self.attn_impl == "eager"
+        way_out = "eager keeps squares of row lengths, which --recompute auto cannot predict: full"
+        require(
+            not by_need, "recompute", self.recompute, "none or full with --attn_impl eager", way_out
+        )
         way_out = "only LoRA weights are trained, the base they sit on is the teacher"
         require(self.train_type == "lora", "train_type", self.train_type, "lora", way_out)
-
-
-@dataclass
-class LoraConfig:
-    _argument_group_name = "LoRA"
-
-    lora_rank: int | None = setting(
-        None, "Rank r of each W_down [r, in] and W_up [out, r]. Default: the adapter's, or 8."
-    )
-    lora_alpha: float | None = setting(
-        None, "The update is scaled by alpha / r. Default: the adapter's scale, or alpha 16."
-    )
-    lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
-    lora_target_modules: list[str] = setting(
-        [],
-        "ALL (all-linear), or names such as "
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
-        "which needs all logits of a micro-batch at once. "
-        "Default: the adapter's, or ALL.",
-        ["--target_modules"],
-    )
-    lora_towers: bool = setting(
-        False,
-        "LoRA on attention and MLP of the audio and the vision tower too; else they are frozen.",
-    )
-    adapter: str | None = setting(
-        None, "Start from this PEFT adapter folder instead of a fresh one."
-    )
-
-    def __post_init__(self):
-        if self.lora_rank is not None:
-            require_at_least(self, 1, "lora_rank")
-        if self.lora_alpha is not None:
-            require_in(self, POSITIVE, "lora_alpha", way_out="twice the rank is usual")
-        require_in(self, BELOW_1, "lora_dropout")
-        names = [
-            name for word in self.lora_target_modules for name in word.replace(",", " ").split()
-        ]
-        words = " ".join(self.lora_target_modules)
-        given = not self.lora_target_modules or bool(names)
-        way_out = "leave the flag out for ALL"
-        require(given, "lora_target_modules", repr(words), "ALL or names of linears", way_out)
-        names = ["ALL" if name in ("ALL", "all", "all-linear") else name for name in names]
-        alone, allowed = names == ["ALL"], "ALL alone, or names of linears"
-        require(alone or "ALL" not in names, "lora_target_modules", ",".join(names), allowed)
-        self.lora_target_modules = names
-
-    @property
-    def rank(self) -> int:
-        """--lora_rank, where it is set or has been filled in (adapters.py)."""
-        assert self.lora_rank is not None
-        return self.lora_rank
-
-    @property
-    def alpha(self) -> float:
-        """--lora_alpha, where it is set or has been filled in."""
-        assert self.lora_alpha is not None
-        return self.lora_alpha
 
 
 @dataclass
@@ -376,9 +327,39 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
     )
 
 
+def workload(
+    config: Config,
+    *,
+    micro_batch_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    tower_bytes: int = 0,
+) -> Workload:
+    """What of these settings takes memory. micro_batch_tokens, prompt_tokens: of the data, where
+    they are known: the most of a micro-batch, and of a prompt.
+    """
+    train, distill = config.train, config.distill
+    writes = distill.seq_kd or distill.may_be_on_policy
+    targets = config.lora.lora_target_modules
+    return Workload(
+        number_bytes=4 if config.model.torch_dtype == "float32" else 2,
+        lora_rank=config.lora.lora_rank or 8,
+        targets=LINEARS if targets in ([], ["ALL"]) else targets,
+        has_teacher_adapter=bool(distill.teacher_adapter),
+        recompute=config.model.recompute != "none",
+        micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        prompt_tokens=prompt_tokens or config.data.max_length,
+        completion_tokens=config.rollout.max_completion_length if writes else 0,
+        num_generations=config.rollout.num_generations,
+        prefill_tokens=config.rollout.rollout_prefill_tokens,
+        tower_bytes=tower_bytes,
+    )
+
+
 def main() -> None:
-    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout line, or exit status 2
-    and the reason.
+    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout and the memory that a
+    rank needs, or exit status 2 and the reason.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_gkd.config",
@@ -389,9 +370,10 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     config = parse_config_or_exit(flags)
     try:
-        print(
-            layout_line(config, own.check_layout, read_model_args(config.model.model)), flush=True
-        )
+        model_args = read_model_args(config.model.model)
+        print(layout_line(config, own.check_layout, model_args))
+        needed = estimate(model_args, config.parallel, workload(config))
+        print(f"Memory: at most about {needed.describe()}; towers not counted", flush=True)
     except (ValueError, OSError) as error:
         exit_with(error)
 

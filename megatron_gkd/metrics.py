@@ -5,8 +5,6 @@ run_folder.py writes them down.
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,10 +206,12 @@ class StepCounts:
         batches: Sequence[Batch],
         num_truncated: int,
         asked_to_stop: bool,
+        peak_memory_bytes: int,
         parallel: Parallel,
     ) -> "StepCounts":
-        """From this rank's micro-batches, truncated responses and SIGTERM. Collectives: a sum of
-        four numbers over data-parallel ranks, a maximum of two over the world.
+        """From this rank's micro-batches, truncated responses, SIGTERM and most memory.
+        Collectives: a sum of four numbers over data-parallel ranks, a maximum of two over the
+        world.
         """
         views = [view for batch in batches for view in (batch.student, batch.teacher)]
         num_tokens = sum(
@@ -233,7 +233,7 @@ class StepCounts:
         )
         torch.distributed.all_reduce(sums, group=parallel.groups.dp)
         most = torch.tensor(
-            [float(asked_to_stop), peak_memory_bytes(parallel.device)],
+            [float(asked_to_stop), peak_memory_bytes],
             dtype=torch.float64,
             device=parallel.device,
         )
@@ -249,13 +249,3 @@ class StepCounts:
             peak_memory_bytes=peak,
             stop=bool(stop),
         )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has used so far: of the CUDA allocator on a GPU, resident on a
-    CPU.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

@@ -1,7 +1,7 @@
 """What a run is made of and where it stands: `Run`, built by build.py, used up by train.py."""
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ from megatron_gkd.config import Config
 from megatron_gkd.data import SampleDataset, eval_loader, step_loader
 from megatron_gkd.data.batch import Batch, Packing, collate
 from megatron_gkd.data.loader import Numbered
-from megatron_gkd.data.micro_batches import Budget, attention_tokens
+from megatron_gkd.data.micro_batches import Budget, attention_tokens, most_tokens
+from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.media.towers import Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update, learning_rate
 from megatron_gkd.parallel import Parallel, seed_step
+from megatron_gkd.recompute import Recomputation
 from megatron_gkd.rollout.backend import Author
 from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.run_folder import MetricsWriter
@@ -83,6 +85,9 @@ class Run:
     writer: MetricsWriter
     progress: Progress
     clock: Clock
+    memory: DeviceMemory
+    recomputation: Recomputation | None = None
+    """With --recompute auto"""
     saved_step: int = 0
     """The step of the newest checkpoint that this process has written."""
     save_owed: bool = False
@@ -215,6 +220,10 @@ class Run:
             kind=train.lr_scheduler_type,
         )
 
+    def student_pass(self, batches: list[Batch]) -> AbstractContextManager[None]:
+        """Around the student's forward and backward; see `Recomputation.student_pass`."""
+        return self.recomputation.student_pass(batches) if self.recomputation else nullcontext()
+
     def count(self, result: StepResult) -> None:
         """The step is over: `progress.step` is its number, from 1."""
         self.progress.count(result.update, result.on_policy)
@@ -275,3 +284,17 @@ def step_budget(config: Config, model_args: ModelArgs) -> Budget:
         attention_tokens(model_args),
         at_least=train.gradient_accumulation_steps if is_staged else 1,
     )
+
+
+def largest_micro_batch(
+    config: Config, data: SampleDataset, budget: Budget, packing: Packing, dp_size: int
+) -> int:
+    """Positions that a micro-batch of a step can have: an upper bound."""
+    lengths, distill = data.lengths, config.distill
+    longest = int(lengths.views.max())
+    if distill.seq_kd or distill.may_be_on_policy:
+        written = lengths.prompts.max() + config.rollout.max_completion_length
+        longest = max(longest, int(written))
+    num_rows = config.train.global_batch_size(dp_size) * config.rollout.num_generations
+    most = most_tokens(longest, num_rows, budget, packing.row_multiple)
+    return -(-most // packing.sequence_multiple) * packing.sequence_multiple

@@ -7,6 +7,7 @@ nothing here imports megatron-core, so that the reason can be told before.
 
 import importlib.util
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,21 @@ def quiet_imports() -> None:
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
 
 
+def keep_compiled_kernels() -> None:
+    """Triton's compiled kernels go where Triton puts them by default, ~/.triton/cache, and last
+    from one run to the next. Without a TRITON_CACHE_DIR of the user's, torch's compiler would move
+    those that are compiled after its own first one to a temporary folder.
+    """
+    home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
+
+
 def prepare_imports() -> None:
-    """As `quiet_imports`, and ends the process with one line where Transformer Engine would make
-    the import of megatron-core fail.
+    """As `quiet_imports` and `keep_compiled_kernels`, and ends the process with one line where
+    Transformer Engine would make the import of megatron-core fail.
     """
     quiet_imports()
+    keep_compiled_kernels()
     if problem := import_problem():
         exit_with(ValueError(problem))
 

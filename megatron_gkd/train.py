@@ -53,7 +53,11 @@ def train(config: Config, parallel: Parallel) -> None:
                 result = train_step(run, batches)
                 run.count(result)
                 counts = StepCounts.of(
-                    result.batches, result.num_truncated, bool(requests), parallel
+                    result.batches,
+                    result.num_truncated,
+                    bool(requests),
+                    run.memory.most(),
+                    parallel,
                 )
                 stop = counts.stop
                 if run.is_logging_step(result, stop):
@@ -88,9 +92,10 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         teacher_hidden = teacher_forward(run.model, batches, parallel, media)
         clock.lap("teacher_time")
         run.optimizer.zero_grad()
-        sums = student_forward_backward(
-            run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.train_groups
-        )
+        with run.student_pass(batches):
+            sums = student_forward_backward(
+                run.ddp, batches, teacher_hidden, run.loss, parallel, media, run.train_groups
+            )
         means = sums.means(parallel)
         clock.lap("student_time")
         # no rank updates where the loss or a gradient is not finite on any

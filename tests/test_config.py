@@ -97,6 +97,12 @@ def test_each_setting_has_one_owner():
     assert len(names) == len(set(names)) > 50
 
 
+def test_recompute_by_need_is_refused_where_memory_is_not_of_tokens():
+    message = refused("--recompute", "auto", "--attn_impl", "eager")
+    assert "--recompute" in message and "squares of row lengths" in message
+    assert parse_config(REQUIRED + ["--recompute", "auto"]).model.recompute == "auto"
+
+
 @pytest.mark.parametrize("flag", ["--deepspeed", "--teacher_deepspeed"])
 def test_deepspeed_flags_are_answered_in_one_line(flag, capsys, monkeypatch):
     parse_config(REQUIRED + [flag, "zero3"])
@@ -441,6 +447,7 @@ def test_check_layout_command(tmp_path):
         "takes 8 samples (4 x 2 data-parallel ranks) in micro-batches of at most 8192 tokens"
         in good.stdout
     )
+    assert "Memory: at most about" in good.stdout and "GiB a rank: base" in good.stdout
     shared = check("--context_parallel_size", "2", "--max_tokens_per_micro_batch", "3000")
     assert shared.returncode == 0, shared.stderr
     assert "4 ranks = TP 1 x PP 1 x CP 2 x DP 2;" in shared.stdout

@@ -104,6 +104,12 @@ def check_one_step(output, layout):
             "8 ranks = TP 8 x PP 1 x DP 1; EP 8: 1 of 8 experts a rank",
         ),
         pytest.param(
+            "qwen3_omni_30b_1gpu.sh",
+            {"world_size": 1, "tp": 1, "ep": 1, "dp": 1},
+            "--recompute auto: all 2 layers of a stage in the first step",
+            marks=pytest.mark.extended,
+        ),
+        pytest.param(
             "qwen3_omni_30b_8gpu_tp4.sh",
             {"world_size": 8, "tp": 4, "ep": 8, "dp": 2},
             "8 ranks = TP 4 x PP 1 x DP 2; EP 8: 1 of 8 experts a rank",

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from benchmarks.meter import Meter
-from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
+from megatron_gkd.loss import linear, linear_jsd, vocab_parallel_jsd
 from megatron_gkd.loss.divergence import KINDS
 from megatron_gkd.loss.linear import CHUNK_BYTES, _chunk_rows
+from megatron_gkd.loss.torch_kernels import BLOCK_ENTRIES
+from tests.live_bytes import LiveBytes
 from tests.ranks import run_ranks
 from tests.reference_loss import (
     hidden_pair,
@@ -101,9 +103,14 @@ def test_chunks_are_nearly_equal_and_fit():
             -num_rows * 151_936 * 8 // CHUNK_BYTES["cpu"]
         )  # no more chunks than the limit asks for
         assert rows * chunks - num_rows < chunks
-    rows = _chunk_rows(4096, 151_936, torch.device("cuda"))
-    assert rows % 128 == 0 and rows * 151_936 * 8 <= CHUNK_BYTES["cuda"] and 4096 / rows > 2.5
-    assert _chunk_rows(100, 151_936, torch.device("cuda")) == 100
+    cuda = torch.device("cuda")
+    for own, num_bytes in ((False, 8), (True, 10)):  # float32 twice; a bfloat16 gradient
+        rows = _chunk_rows(4096, 151_936, cuda, has_own_gradient=own)
+        assert rows % 128 == 0 and rows * 151_936 * num_bytes <= CHUNK_BYTES["cuda"]
+        assert (rows + 128) * 151_936 * num_bytes > CHUNK_BYTES["cuda"]
+    assert rows == 640
+    assert _chunk_rows(100, 151_936, cuda) == 100
+    assert _chunk_rows(4096, 2**30, cuda, has_own_gradient=True) == 128  # a tile
     assert _chunk_rows(5, 2**40, torch.device("cpu")) == 1
 
 
@@ -123,6 +130,37 @@ def memory_by_rows(rank, world_size):
     return extra
 
 
+@pytest.mark.parametrize("num_rows", [40, 3000])
+def test_bytes_stay_within_the_budget(num_rows, monkeypatch):
+    """Of all tensors that are alive: the budget, [N, H] in float32 once in forward and twice in
+    backward, and numbers of rows. No pass over the head more than the budget asks for.
+    """
+    hidden_size, columns, budget = 16, 2048, 2**22
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", budget)
+    student, teacher, weight = hidden_pair(num_rows, hidden_size, columns, 0.3)
+    student.requires_grad_()
+    products = []
+    original = linear._chunk_logits
+    monkeypatch.setattr(
+        linear, "_chunk_logits", lambda *given: products.append(len(given[0])) or original(*given)
+    )
+    memory, state = LiveBytes(), num_rows * hidden_size * 4
+    memory.ignore([student, teacher, weight])
+    with memory:
+        loss = linear_jsd(student, teacher, weight).loss
+        forward = memory.peak()
+        memory.begin()
+        loss.sum().backward()
+    # float64 statistics; the passes' blocks, seven float32 buffers that stay in a CPU's cache
+    rows, scratch = num_rows * 8 * 80, 7 * 4 * BLOCK_ENTRIES["cpu"]
+    assert forward <= budget + state + rows + scratch
+    assert memory.peak() <= 3 * state + rows
+    # both sides' logits of every chunk
+    assert len(products) == 2 * -(-num_rows * columns * 8 // budget)
+    assert sum(products) == 2 * num_rows
+
+
+@pytest.mark.extended
 def test_memory_does_not_grow_with_the_rows():
     """Above inputs and outputs: the chunk's logits and the passes' scratch, whatever N. All logits
     would be 256 MiB.

@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "hf_model",
     "checkpoint",
     "output",
+    "check_layout",  # of megatron_gkd.config
     "weight",
     "export",
     "merged",

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_gkd.startup import import_problem, transformer_engine_usable
+from megatron_gkd.startup import (
+    import_problem,
+    keep_compiled_kernels,
+    transformer_engine_usable,
+)
 from tests.sizes import SMALLEST
 
 REPOSITORY = Path(__file__).parents[1]
@@ -19,6 +23,18 @@ PROBLEM = (
     "Transformer Engine is installed and cannot be imported (libcublas.so.13: no such file): "
     "install the build for"
 )
+
+
+def test_compiled_kernels_stay_where_triton_puts_them(monkeypatch):
+    """Torch's compiler moves them only where the variable is unset; a user's own is kept."""
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    expected = knobs.cache.dir
+    keep_compiled_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == expected
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    keep_compiled_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
 @pytest.fixture

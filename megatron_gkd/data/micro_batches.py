@@ -37,6 +37,15 @@ def attention_tokens(model_args: ModelArgs) -> float:
     return (products + model_args.num_experts_per_tok * expert) / heads
 
 
+def most_tokens(longest: int, num_rows: int, budget: Budget, row_multiple: int = 1) -> int:
+    """Positions that a micro-batch from `cut` can have: an upper bound. longest: tokens of the
+    longest row; num_rows: of a step; row_multiple: of which a row's positions are one.
+    """
+    longest_padded = -(-longest // row_multiple) * row_multiple
+    filled = budget.max_tokens + num_rows * (row_multiple - 1)
+    return max(longest_padded, min(filled, num_rows * longest_padded))
+
+
 def cut(lengths: Sequence[int], budget: Budget, num_ranks: int = 1) -> list[list[list[int]]]:
     """lengths: tokens of each row, of its heavier view -> for each rank its micro-batches, each the
     indices of its rows in rising order; all ranks have the same number, some may be empty.

@@ -37,9 +37,11 @@ from megatron_gkd.loss.rows import (
     zero_masked_rows,
 )
 
-# By device: bytes of both sides' float32 logits in a chunk, unless the caller gives chunk_rows.
-# Each chunk's GEMM reads the whole head, so a GPU takes larger chunks.
-CHUNK_BYTES = {"cpu": 300 * 2**20, "cuda": 2**31}  # cpu: 256 rows of 152k columns
+# By device: bytes of a chunk's buffers [C, V] (`_buffer_bytes`) unless chunk_rows is given. The
+# three GEMMs of a chunk read the whole head, so a GPU takes larger chunks: from about 300 rows on
+# its GEMMs take longer than reading does. 2^30: 640 rows of 152k columns and a bfloat16 head; the
+# backward of a layer of 8192 tokens needs three times as much (docs/memory.md).
+CHUNK_BYTES = {"cpu": 300 * 2**20, "cuda": 2**30}  # cpu: 256 rows of 152k columns
 ROW_MULTIPLE = {"cpu": 1, "cuda": 128}  # rows of a GEMM's tile, which a chunk should fill
 # Vocabulary rows of a 16-bit head widened to float32 at a time. CPU: stays in cache (8192: half as
 # slow again).
@@ -64,12 +66,27 @@ def _float32_blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]
         yield columns, weight[columns].float()
 
 
-def _chunk_rows(num_rows: int, num_local_columns: int, device: torch.device) -> int:
-    """Rows of a chunk: all chunks nearly equal, their number the least whose float32 logits fit
-    CHUNK_BYTES.
+def _rounds_gradient(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the logits' gradient has a buffer of its own, in bfloat16: that feeds the tensor
+    cores. Elsewhere it takes the place of the teacher's logits (float16 would lose small entries).
+    """
+    return weight.dtype == torch.bfloat16 and _uses_tensor_cores(hidden, weight)
+
+
+def _buffer_bytes(has_own_gradient: bool) -> int:
+    """Of a row and column of a chunk: both sides' float32 logits, and a bfloat16 gradient."""
+    return 8 + 2 * has_own_gradient
+
+
+def _chunk_rows(
+    num_rows: int, num_local_columns: int, device: torch.device, *, has_own_gradient: bool = False
+) -> int:
+    """Rows of a chunk: all chunks nearly equal, their number the least whose buffers fit
+    CHUNK_BYTES (one row, or a tile of them, where none fits).
     """
     multiple = _by_device(device, ROW_MULTIPLE)
-    most = max(1, _by_device(device, CHUNK_BYTES) // (8 * num_local_columns * multiple)) * multiple
+    of_tile = _buffer_bytes(has_own_gradient) * num_local_columns * multiple
+    most = max(1, _by_device(device, CHUNK_BYTES) // of_tile) * multiple
     rows = math.ceil(num_rows / math.ceil(num_rows / most))
     return min(math.ceil(rows / multiple) * multiple, num_rows)
 
@@ -167,14 +184,9 @@ class _LinearDivergence(torch.autograd.Function):
         hidden_gradient = torch.empty(
             num_rows if call.gradient else 0, hidden_size, dtype=torch.float32, device=weight.device
         )
-        # bfloat16 feeds the tensor cores (float16 would lose small entries), float32 takes the
-        # teacher's place
-        rounds_to_bfloat16 = weight.dtype == torch.bfloat16 and _uses_tensor_cores(
-            student_hidden, weight
-        )
         gradients = (
             torch.empty_like(buffers[0], dtype=torch.bfloat16)
-            if rounds_to_bfloat16 and call.gradient
+            if _rounds_gradient(student_hidden, weight) and call.gradient
             else buffers[1]
         )
         chunks = []
@@ -240,7 +252,8 @@ def linear_divergence(
         sft_alpha: in [0, 1]; loss = (1 - sft_alpha) divergence + sft_alpha cross_entropy, the
             latter of logits that are not divided by the temperature.
         group, vocab_size: as in `logits_divergence`.
-        chunk_rows: rows whose logits exist at a time; None makes equal chunks that fit CHUNK_BYTES.
+        chunk_rows: rows whose logits exist at a time; None makes equal chunks whose buffers fit
+            CHUNK_BYTES. Beside these there are [N, H] in float32, and as much again in backward.
         reduce_hidden_grad: sum the gradient of student_hidden over the group in backward. False
             where the caller gathered student_hidden with a function whose backward reduce-scatters
             (sequence parallelism).
@@ -281,6 +294,9 @@ def linear_divergence(
         metrics=True,
         gradient=torch.is_grad_enabled() and student_hidden.requires_grad,
     )
+    if chunk_rows is None:
+        own = call.gradient and _rounds_gradient(student_hidden, weight)
+        chunk_rows = _chunk_rows(num_rows, len(weight), weight.device, has_own_gradient=own)
     loss, metrics = _LinearDivergence.apply(
         student_hidden,
         teacher_hidden.detach(),
@@ -288,7 +304,7 @@ def linear_divergence(
         labels,
         row_weights(labels, num_rows, sft_alpha, student_hidden.device),
         call,
-        min(chunk_rows or _chunk_rows(num_rows, len(weight), weight.device), num_rows),
+        min(chunk_rows, num_rows),
         reduce_hidden_grad,
     )
     return LinearJsdOutput(loss, *metrics)

@@ -14,6 +14,8 @@ def transformer_config(
     model_args: ModelArgs, parallel: Parallel, dtype: torch.dtype, *, recompute: bool = False
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder. `parallel` gives tp_size, pp_size and ep_size.
+    recompute: every layer is run again in backward; a smaller `recompute_num_layers` limits that to
+    the first layers of a stage (recompute.py).
 
     Sequence parallelism is on whenever tensor parallelism is (megatron-core trains a mixture of
     experts only so).
@@ -61,6 +63,6 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_method="block" if recompute else None,
+        recompute_num_layers=model_args.num_layers if recompute else None,
     )

@@ -1,0 +1,54 @@
+"""The bytes of all tensors that are alive, counted as CUDA's allocator would."""
+
+import weakref
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Storages that operations make while the mode is on, until they are freed. In place of
+    `DeviceMemory`, with a limit that the test sets.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.highest = 0
+        self.most_allowed = 2**62
+        self._alive = {}
+
+    def ignore(self, tensors):
+        """These were there before."""
+        self._alive.update({x.untyped_storage()._cdata: None for x in tensors})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if hasattr(leaf, "untyped_storage"):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage):
+        size, key = storage.nbytes(), storage._cdata
+
+        def freed(_):
+            self.now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.highest = max(self.highest, self.now)
+
+    def used(self):
+        return self.now
+
+    def begin(self):
+        self.highest = self.now
+
+    def peak(self):
+        return self.highest
+
+    def limit(self):
+        return self.most_allowed
