@@ -9,7 +9,7 @@
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=""
 for name in ${PYTHON:-} .venv/bin/python python3; do
-    if "$name" launch/requirements.py missing --extras "${extras:-}" >/dev/null 2>&1; then
+    if "$name" launch/requirements.py missing --extras "${extras:-}" ${ANY_VERSION:+--any_version} >/dev/null 2>&1; then
         python=$(command -v "$name")
         break
     fi

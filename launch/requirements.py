@@ -1,13 +1,17 @@
 """What setup.py asks for, and what of it is missing: here, or in a folder of wheels.
 
-    python launch/requirements.py missing [--extras test,gpu] [--wheels DIR] [--installed_here DIR]
+    python launch/requirements.py missing [--extras test,gpu] [--wheels DIR] [--any_version]
+                                          [--installed_here DIR]
+    python launch/requirements.py wheels --wheels DIR [--extras test] [--any_version]
     python launch/requirements.py fetch --wheels DIR [--extras test] [--python 3.12]
                                         [--torch present|cpu|default] [--present FILE]
     python launch/requirements.py torch
 
 `missing` prints a line for each requirement that this interpreter does not meet, and for each that
 those have in turn if a folder of wheels is to meet them; exit status 1 if there is any. With
-`--installed_here` this package itself must be importable from DIR, wherever the caller stands.
+`--any_version` a package that is there in another version, and that no wheel replaces, is not
+missing. With `--installed_here` this package itself must be importable from DIR, wherever the
+caller stands. `wheels` prints the files to install, and warns of other versions.
 `fetch` downloads wheels until nothing is missing for that Python on Linux. `torch` prints the
 folder of a torch in setup.py's range, if this interpreter has one, and its CUDA version.
 
@@ -36,8 +40,6 @@ except ImportError:
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# What pip needs to install a checkout without a network: itself, and the build backend.
-BUILD = ("pip", "setuptools>=77")
 # What a machine with torch has: torch, and what it requires.
 TORCH_FAMILY = re.compile(
     r"torch|triton|nvidia-.*|cuda-.*|numpy|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock"
@@ -158,18 +160,29 @@ def applies(requirement: Requirement, extras: Iterable[str], target: Target) -> 
     return any(requirement.marker.evaluate(environment) for environment in environments)
 
 
-def missing(
+class Plan(NamedTuple):
+    """What becomes of requirements, and of those of the wheels that meet them."""
+
+    absent: list[Asked]
+    """Neither there nor among the wheels"""
+    other: list[Asked]
+    """There in another version, which no wheel replaces"""
+    wheels: list[Path]
+    """To be installed"""
+
+
+def plan(
     roots: Sequence[Asked],
     present: Mapping[str, str],
     target: Target,
     folder: Path | None,
     assumed: re.Pattern | None = None,
-) -> list[Asked]:
-    """Of `roots`, and of what the wheels that meet them require, all that neither `present` (name
-    -> version) nor a wheel of `folder` meets. Names that `assumed` matches are there.
+) -> Plan:
+    """How `present` (name -> version) and the wheels of `folder` meet `roots`; of wheels that fit
+    the newest. Names that `assumed` matches are there.
     """
     wheels = wheels_in(folder, target) if folder else {}
-    waiting, seen, absent = list(roots), set(), []
+    waiting, seen, found = list(roots), set(), Plan([], [], [])
     while waiting:
         asked = waiting.pop(0)
         requirement, name = asked.requirement, utils.canonicalize_name(asked.requirement.name)
@@ -189,12 +202,14 @@ def missing(
         )
         wheel = next(fitting, None)
         if wheel is None:
-            absent.append(asked)
+            (found.other if name in present else found.absent).append(asked)
             continue
-        for other in requirements_of(wheel):
-            if applies(other, requirement.extras, target):
-                waiting.append(Asked(other, name))
-    return absent
+        if wheel not in found.wheels:
+            found.wheels.append(wheel)
+        for required in requirements_of(wheel):
+            if applies(required, requirement.extras, target):
+                waiting.append(Asked(required, name))
+    return found
 
 
 def by_name(absent: Iterable[Asked]) -> dict[str, str]:
@@ -236,8 +251,11 @@ def fetch(
         return subprocess.run([*pip, *more, *lines]).returncode == 0
 
     before: list[str] = []
-    while absent := missing(roots, present, target, folder, assumed):
-        lines = list(by_name(absent))
+    while True:
+        found = plan(roots, present, target, folder, assumed)
+        lines = list(by_name([*found.absent, *found.other]))
+        if not lines:
+            return
         print(f"{len(lines)} wheels: {' '.join(re.split('[<>=!~[]', one)[0] for one in lines)}")
         # one after the other to name those that cannot be had
         without = [] if download(lines) else [line for line in lines if not download([line])]
@@ -268,9 +286,10 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=("missing", "fetch", "torch"))
+    add("what", choices=("missing", "wheels", "fetch", "torch"))
     add("--extras", default="", help="of setup.py")
     add("--wheels", type=Path, metavar="DIR")
+    add("--any_version", action="store_true")
     add("--installed_here", metavar="DIR")
     add("--python", default=f"{sys.version_info[0]}.{sys.version_info[1]}")
     add("--torch", default="default", choices=("present", "cpu", "default"))
@@ -278,26 +297,35 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.what == "torch":
         return print_torch()
-    if arguments.wheels and arguments.what == "missing" and not arguments.wheels.is_dir():
+    if arguments.what in ("wheels", "fetch") and not arguments.wheels:
+        parser.error(f"{arguments.what} needs --wheels DIR")
+    if arguments.what != "fetch" and arguments.wheels and not arguments.wheels.is_dir():
         parser.error(f"--wheels {arguments.wheels}: no such folder")
     try:
         roots = declared([extra for extra in arguments.extras.split(",") if extra])
     except ValueError as error:
         parser.error(str(error))
-    if arguments.what == "missing":
-        if arguments.wheels:  # pip installs the checkout, too
-            roots += [Asked(Requirement(line), "the installation") for line in BUILD[1:]]
-        absent = missing(roots, installed(), Target.here(), arguments.wheels)
+    if arguments.what != "fetch":
+        here = installed()
+        found = plan(roots, here, Target.here(), arguments.wheels)
+        if arguments.what == "wheels":
+            for asked, by in found.other:
+                there = here[utils.canonicalize_name(asked.name)]
+                print(
+                    f"{asked.name} {there} is used; {by} asks for {asked.specifier}",
+                    file=sys.stderr,
+                )
+            print(*found.wheels, sep="\n", end="\n" if found.wheels else "")
+            return
         lines = [] if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1] else ["Python 3.10 to 3.12"]
+        absent = [*found.absent, *([] if arguments.any_version else found.other)]
         lines += [f"{line} (for {askers})" for line, askers in by_name(absent).items()]
         if arguments.installed_here and not package_is_from(arguments.installed_here):
             lines.append(f"megatron_gkd itself, from {arguments.installed_here}")
         print(*lines, sep="\n", end="\n" if lines else "")
         sys.exit(1 if lines else 0)
-    if not arguments.wheels:
-        parser.error("fetch needs --wheels DIR")
     present = listed(arguments.present) if arguments.present else {}
-    roots += [Asked(Requirement(line), "the installation") for line in BUILD]
+    roots.append(Asked(Requirement("pip"), "the installation"))
     assumed = TORCH_FAMILY if arguments.torch == "present" else None
     if assumed is None and "torch" not in present:
         build = "+cpu" if arguments.torch == "cpu" else ""

@@ -9,7 +9,8 @@
 # compiled, which takes minutes and needs nvcc; for them .venv gets its own torch, since they link its libraries.
 #
 # WHEELS=DIR installs from a folder that launch/fetch_wheels.sh has filled, and asks no network. A torch that a Python of
-# this machine has is used, with all else that is beside it; the folder's torch, if there is none.
+# this machine has is used, with all else that is beside it; the folder's torch, if there is none. With ANY_VERSION=yes a
+# package that is there in a version that setup.py does not ask for is used, and named, where the folder has no other.
 set -euo pipefail
 
 extras=${EXTRAS-test,lint}
@@ -27,13 +28,15 @@ if [ -n "$wheels" ]; then
 fi
 
 if [ -x "$venv/bin/python" ] &&
-    "$venv/bin/python" -I "$requirements" missing --extras "$extras" --installed_here "$repository" >/dev/null 2>&1; then
+    "$venv/bin/python" -I "$requirements" missing --extras "$extras" ${ANY_VERSION:+--any_version} \
+        --installed_here "$repository" >/dev/null 2>&1; then
     echo "setup_env: $venv is up to date"
     exit 0
 fi
 
 has_gpu=$(nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
-case ",$extras," in *,gpu,* | *,flash,*) compiles=yes ;; *) compiles=no ;; esac
+case ",$extras," in *,gpu,* | *,flash,*) compiles=${wheels:+no} ;; *) compiles=no ;; esac
+compiles=${compiles:-yes}
 if [ "$compiles" = yes ] && [ "$has_gpu" = no ]; then
     echo "setup_env: error: EXTRAS=$extras is for a GPU, and nvidia-smi sees none here" >&2
     exit 1
@@ -124,14 +127,18 @@ if [ "$compiles" = yes ]; then
     isolation=(--no-build-isolation)
 fi
 if [ -n "$wheels" ]; then
-    if ! lacks=$(PYTHONPATH=${pip_wheel:-} "$venv/bin/python" "$requirements" missing --wheels "$wheels" --extras "$extras"); then
+    read_wheels=(env PYTHONPATH="${pip_wheel:-}" "$venv/bin/python" "$requirements")
+    options=(--wheels "$wheels" --extras "$extras" ${ANY_VERSION:+--any_version})
+    if ! lacks=$("${read_wheels[@]}" missing "${options[@]}"); then
         echo "setup_env: error: neither here nor in $wheels, for $("$venv/bin/python" --version):" >&2
         echo "$lacks" | sed 's/^/  /' >&2
         echo "setup_env: launch/fetch_wheels.sh fetches them where there is a network" >&2
         exit 1
     fi
-    pip install -q --no-index --find-links "$wheels" --no-compile ${isolation[@]+"${isolation[@]}"} \
-        ${pip_wheel:+pip} -e "$repository${extras:+[$extras]}"
+    "${read_wheels[@]}" wheels "${options[@]}" >"$venv/wheels.txt"
+    pip install -q --no-index --no-deps --no-compile ${pip_wheel:+"$pip_wheel"} -r "$venv/wheels.txt"
+    site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    echo "$repository" >"$site_packages/megatron_gkd.pth" # nothing is built
 else
     pip install ${isolation[@]+"${isolation[@]}"} -e "$repository${extras:+[$extras]}"
 fi
