@@ -6,8 +6,10 @@ hand allows.
 
 from setuptools import find_packages, setup
 
+TORCH = "2.13.0"  # what launch/setup_env.sh installs where there is none
+
 DEPENDENCIES = [
-    # The experts are one grouped_mm. setup_env.sh installs 2.13.0; the model, loss and rollout
+    # The experts are one grouped_mm. The model, loss and rollout
     # tests passed on 2.11.0. Install it before this package: on Linux, pip by itself takes a CUDA
     # build.
     "torch>=2.11,<2.14",
@@ -19,8 +21,8 @@ DEPENDENCIES = [
     "transformers>=5.20,<5.24",
     # Reads per-expert adapters of fused experts since 0.21; only the demo and the tests call it.
     "peft>=0.21,<0.22",
-    # Jsonl, parquet and hub data sets, tokenised in processes; pyarrow comes with it.
-    "datasets>=5.2,<5.3",
+    # Encoded rows on disk, memory-mapped.
+    "pyarrow>=21,<27",
     # Weights and adapters, read slice by slice.
     "safetensors>=0.8,<0.9",
     # Trains the byte-level BPE of the small model.
@@ -48,6 +50,8 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
+    # Parquet files, folders of save_to_disk and data sets of the hub. Rows as jsonl do without.
+    "datasets": ["datasets>=5.2,<5.3"],
     # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own; 2.11.0 was
     # compiled and imported with torch 2.13.0+cu130, and has not run on a GPU here yet. It is
     # compiled against the torch at hand: `EXTRAS=test,gpu bash launch/setup_env.sh`, or `pip
@@ -66,6 +70,7 @@ EXTRAS = {
     # autograd Functions by the order of their arguments, which is 0.8's; no test here has run it.
     "benchmarks": ["liger-kernel>=0.8,<0.9"],
     "test": [
+        "datasets>=5.2,<5.3",
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         # Two tests at a time on two cores: ranks wait for each other half of the time.
@@ -75,6 +80,8 @@ EXTRAS = {
         "triton>=3.6,<3.10",
         # The reference for the divergence. 1.14 is the last one for Python 3.10.
         "trl>=1.14,<1.17",
+    ],
+    "lint": [
         # Format, lint and types, which tests/run.sh checks: another version formats differently.
         "ruff>=0.17.6,<0.18",
         "mypy>=2.4,<2.5",

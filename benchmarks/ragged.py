@@ -3,7 +3,7 @@ r"""A training step over rows of ragged lengths: padded, padding-free, padding-f
     python -m benchmarks.ragged [--lengths alpaca,speech] [--rows 32] [--budget 2048] [--rounds 3]
                                 [--device auto] [--layers 2] [--hidden 128] ... [--output FILE]
 
-The same rows each time, random ids, in a decoder with random weights (benchmarks/real_shape.py),
+The same rows each time, random ids, in a decoder with random weights (benchmarks/real_decoder.py),
 without a rollout:
 
 - padded: micro-batches of four rows in shuffled order, each padded to its longest row, as before.
@@ -25,7 +25,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_gkd import startup
@@ -36,8 +36,9 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
 import torch
 
 from benchmarks.meter import Meter
-from benchmarks.real_shape import SIZE_FLAGS, Shape, StepResult, Training, random_decoder
+from benchmarks.real_decoder import SIZE_FLAGS, Shape, add_sizes, random_decoder, shape_of
 from benchmarks.report import MIB, commit, machine, ratio, table
+from benchmarks.training_step import StepResult, Training
 from megatron_gkd.data import Batch, Packing, Sample, View, collate
 from megatron_gkd.data.batch import BatchView, pack_views
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, cut
@@ -118,7 +119,7 @@ def _step(training: Training, batches: list[Batch], found: list[StepResult]) -> 
 
 def measure(arguments: argparse.Namespace) -> tuple[str, bool]:
     """The table, and whether the losses agree."""
-    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    shape = shape_of(arguments)
     dtype = getattr(torch, arguments.dtype)
     parallel, model_args, model = random_decoder(
         shape, device=arguments.device, dtype=dtype, lora_dropout=0.0, recompute=arguments.recompute
@@ -172,8 +173,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    for size, flag in FLAGS:
-        add(f"--{flag}", dest=size.name, type=int, default=asdict(SMALL)[size.name])
+    add_sizes(add, SMALL)
     add("--lengths", default="alpaca,speech", help="alpaca, speech, or both")
     add("--rows", type=int, default=32, help="of a step")
     add("--budget", type=int, default=2048, help="tokens of a micro-batch, of the heavier views")

@@ -1,33 +1,36 @@
-r"""Training steps of a whole decoder at the sizes of Qwen3-Omni-30B-A3B's thinker, with random
-weights that are made on the device: no model folder.
+r"""Training steps and rollouts of a whole decoder at the sizes of Qwen3-Omni-30B-A3B's thinker,
+with random weights that are made on the device: no model folder.
 
     python -m benchmarks.real_shape [--layers 48] [--recompute] [--targets all|attention]
                                     [--batch 4] [--length 2048] [--response 512] [--steps 3]
-                                    [--device auto] [--profile FILE] [--records FILE]
+                                    [--tp 1] [--ep 1] [--device auto] [--rollout ROWS]
+                                    [--equal] [--deterministic] [--profile FILE]
+                                    [--output FILE] [--records FILE]
 
-A step is that of `megatron_gkd.train` on one micro-batch of random ids, without a rollout. Both
-views have `--length` tokens; they end with the same response and differ before it. The first step
-also warms up: the table's last row has the medians of the others. A profiled step comes after them.
-Random weights spread the tokens over the experts nearly evenly, which a trained router does not.
+A step is that of `megatron_gkd.train` on one micro-batch of random ids. Both views have `--length`
+tokens; they end with the same response and differ before it. The first step also warms up: the
+table's last row has the medians of the others. One more step is counted: kernel launches and
+synchronisations by torch's profiler on CUDA, ATen calls and values that the host reads by a
+dispatch mode on CPU. `--rollout ROWS`: the student then writes to so many rows, as
+benchmarks/rollout_real.py measures it. `--equal`: the same backward pass twice; how many gradient
+entries differ. What does not fit in memory is a line of the result.
 
 Memory is the most during a step, the model included: of CUDA's allocator, or the resident size on
 CPU. Under torchrun --batch is the rows of each data-parallel rank, and seconds and memory are
 those of rank 0. Sizes that take seconds, to check that everything runs:
 
     python -m benchmarks.real_shape --device cpu --layers 2 --experts 8 --hidden 64 --inter 32 \
-        --heads 4 --vocab 1000 --batch 2 --length 32 --response 8
+        --heads 4 --vocab 1000 --batch 2 --length 32 --response 8 --rollout 2 --tokens 8
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
 import sys
 import time
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,269 +40,40 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
     startup.prepare_imports()
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
 
-from benchmarks.meter import resident_bytes
-from benchmarks.report import commit, machine, table
-from megatron_gkd.data import Batch, Packing, Sample, View, collate
-from megatron_gkd.flags import exit_with
-from megatron_gkd.forward import LossSettings, student_forward_backward, teacher_forward
-from megatron_gkd.lora.adapter import ATTENTION, LINEARS, resolve_targets
-from megatron_gkd.lora.apply import apply_lora, count_parameters
-from megatron_gkd.lora.slots import STUDENT
-from megatron_gkd.loss import Divergence
-from megatron_gkd.loss.rows import IGNORED_LABEL
-from megatron_gkd.metrics import Clock
-from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.decoder import build_decoder
-from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
-from megatron_gkd.parallel import (
-    Parallel,
-    destroy,
-    initialize,
-    log_rank_0,
-    resolve_device,
-    seed_step,
+from benchmarks.real_decoder import (
+    LORA_RANK,
+    Shape,
+    add_sizes,
+    random_batch,
+    random_decoder,
+    shape_of,
 )
+from benchmarks.report import commit, machine, table
+from benchmarks.rollout_real import RolloutBench
+from benchmarks.step_costs import (
+    FORMULA,
+    count_on_cpu,
+    count_on_cuda,
+    different_gradients,
+    memory_kinds,
+    step_flops,
+    utilisation,
+)
+from benchmarks.training_step import StepResult, Training, peak_gib, reset_peak
+from megatron_gkd.flags import exit_with
+from megatron_gkd.lora.adapter import ATTENTION, LINEARS
+from megatron_gkd.lora.apply import count_parameters
+from megatron_gkd.parallel import destroy, resolve_device, use_deterministic_kernels
 
-GIB = 2**30
-WEIGHT_STD = 0.02  # of base weights and of W_up
-SEED = 1  # of weights, LoRA's start, dropout and ids
-LEARNING_RATE = 1e-4
-LORA_RANK = 8
 TARGETS = {"all": LINEARS, "attention": ATTENTION}
+LAYOUT = {"tensor_model": "tp", "expert_model": "ep", "context": "cp"}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder under the names of `ModelArgs`; the defaults are Qwen3-Omni-30B-A3B's."""
-
-    num_layers: int = 48
-    num_experts: int = 128
-    num_experts_per_tok: int = 8
-    hidden_size: int = 2048
-    moe_intermediate_size: int = 768
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 4
-    head_dim: int = 128
-    vocab_size: int = 152064
-
-    def model_args(self) -> ModelArgs:
-        """With the thinker's other settings."""
-        return ModelArgs(
-            model_type="qwen3_omni_moe",
-            **asdict(self),
-            norm_topk_prob=True,
-            rms_norm_eps=1e-6,
-            rope_theta=1e6,
-            mrope_section=(24, 20, 20),
-            tie_word_embeddings=False,
-        )
-
-
-REAL_SHAPE = Shape()
-LAYOUT = ("tensor_model", "expert_model", "context")
-# Of the command line, in the order of Shape's fields.
-SIZE_FLAGS = "layers experts experts_per_token hidden inter heads key_value_heads head_dim vocab"
-
-
-def random_decoder(
-    shape: Shape = REAL_SHAPE,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype = torch.bfloat16,
-    lora_rank: int = LORA_RANK,
-    lora_alpha: float = 16.0,
-    lora_dropout: float = 0.05,
-    targets: Sequence[str] = LINEARS,
-    recompute: bool = False,
-    tensor_model_parallel_size: int = 1,
-    expert_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
-    seed: int = SEED,
-) -> tuple[Parallel, ModelArgs, GPTModel]:
-    """This process's place in the layout, the sizes, and its part of a decoder with LoRA on
-    `targets`: base weights normal with standard deviation 0.02, norm weights 1, W_down as training
-    starts it, W_up normal with 0.02, so that student and teacher differ.
-
-    device: auto, cpu or cuda; dtype: of the base and of activations (LoRA is fp32). Weights depend
-    on the seed, the device's kind and the layout. Initialises the process groups: a second decoder
-    of the same process needs `megatron_gkd.parallel.destroy` before. Collectives: those of
-    `parallel.initialize`. Raises ValueError for sizes that the layout does not divide.
-    """
-    parallel = initialize(
-        resolve_device(device),
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-        context_parallel_size=context_parallel_size,
-        seed=seed,
-    )
-    model_args = shape.model_args()
-    model = build_decoder(model_args, parallel, dtype, recompute=recompute)
-    apply_lora(
-        model,
-        model_args,
-        parallel,
-        rank=lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-        targets=resolve_targets(list(targets)),
-        seed=seed,
-    )
-    draw_weights(model, parallel, seed)
-    return parallel, model_args, model
-
-
-@torch.no_grad()
-def draw_weights(model: GPTModel, parallel: Parallel, seed: int) -> None:
-    """Set every parameter but LoRA's W_down, each from (seed, its name, the slice of it that this
-    rank holds), so that ranks with the same slice agree. No collectives.
-    """
-    generator = torch.Generator(parallel.device)
-    for name, parameter in model.named_parameters():
-        if f".slots.{STUDENT}.down." in name:
-            continue
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            which = f"{seed} {name} {_slice_number(name, parameter, parallel)}"
-            generator.manual_seed(zlib.crc32(which.encode()))
-            parameter.normal_(std=WEIGHT_STD, generator=generator)
-
-
-def _slice_number(name: str, parameter: Tensor, parallel: Parallel) -> int:
-    """Which slice of a matrix this rank holds; 0 where all ranks hold the same."""
-    if not getattr(parameter, "allreduce", True):  # experts
-        return parallel.ep_rank
-    marked = getattr(parameter, "tensor_model_parallel", False)
-    sharded = marked if ".slots." in name else ".router." not in name
-    return parallel.tp_rank if sharded else 0
-
-
-def random_batch(
-    vocab_size: int, parallel: Parallel, *, num_rows: int, length: int, response: int, seed: int
-) -> Batch:
-    """A micro-batch of random ids on the device: rows of `length` tokens in both views, which have
-    other prompts and the same responses. The same on the ranks that share the data.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000 + parallel.dp_rank)
-
-    def ids(size: int) -> list[list[int]]:
-        return torch.randint(vocab_size, (num_rows, size), generator=generator).tolist()
-
-    answers, start, samples = ids(response), length - response, []
-    for row, (*prompts, answer) in enumerate(zip(ids(start), ids(start), answers)):
-        labels = [IGNORED_LABEL] * start + answer
-        student, teacher = (View(prompt + answer, labels, start) for prompt in prompts)
-        samples.append(Sample(student, teacher, "", row, 0))
-    packing = Packing(0, parallel.sequence_multiple, parallel.row_multiple)
-    return collate(samples, packing).to(parallel.device)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one training step took and gave, on this rank; the table's columns."""
-
-    teacher_seconds: float
-    student_seconds: float  # forward and backward
-    optimizer_seconds: float
-    step_seconds: float
-    student_tokens_per_second: float  # of its view, all ranks, prompts too, by step_seconds
-    peak_allocated_gib: float
-    peak_reserved_gib: float | None  # None on CPU
-    jsd: float  # nats a response token
-    grad_norm: float
-
-
-class Training:
-    """A decoder with the loss and the optimizer that `megatron_gkd.train` has by default."""
-
-    def __init__(self, parallel: Parallel, model_args: ModelArgs, model: GPTModel) -> None:
-        self.parallel, self.model = parallel, model
-        self.reduced = in_gradient_reducer(model)
-        adam = dict(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, max_grad_norm=1.0)
-        self.optimizer = Optimizer(self.reduced, dtype=model.config.params_dtype, **adam)
-        divergence = Divergence("jsd", beta=0.5, temperature=2.0)
-        self.loss = LossSettings(divergence, 0.0, model_args.vocab_size)
-        self.clock = Clock(parallel.device)
-
-    def step(
-        self, batches: Sequence[Batch], step: int, learning_rate: float = LEARNING_RATE
-    ) -> StepResult:
-        """Step number `step` on these micro-batches; the device is waited for after each phase.
-        Collectives: those of a training step. Raises FloatingPointError where it is not finite.
-        """
-        parallel, clock = self.parallel, self.clock
-        seed_step(SEED, step, parallel)
-        reset_peak(parallel.device)
-        clock.restart()
-        teacher_hidden = teacher_forward(self.model, batches, parallel)
-        clock.lap("teacher_time")
-        self.optimizer.zero_grad()
-        sums = student_forward_backward(self.reduced, batches, teacher_hidden, self.loss, parallel)
-        means = sums.means(parallel)
-        clock.lap("student_time")
-        update = self.optimizer.step(learning_rate, means["loss"])
-        clock.lap("optimizer_time")
-        if not update.applied:
-            raise FloatingPointError(f"step {step}: the loss or a gradient is not finite")
-        num_tokens = sum(sum(batch.student.lengths) for batch in batches) * parallel.dp_size
-        allocated, reserved = peak_gib(parallel.device)
-        return StepResult(
-            teacher_seconds=clock.laps["teacher_time"],
-            student_seconds=clock.laps["student_time"],
-            optimizer_seconds=clock.laps["optimizer_time"],
-            step_seconds=clock.step_time,
-            student_tokens_per_second=num_tokens / clock.step_time,
-            peak_allocated_gib=allocated,
-            peak_reserved_gib=reserved,
-            jsd=means["jsd"],
-            grad_norm=update.grad_norm,
-        )
-
-
-def reset_peak(device: torch.device) -> None:
-    """Wait for the device; `peak_gib` counts from here."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib(device: torch.device) -> tuple[float, float | None]:
-    """Most GiB (allocated, reserved) since `reset_peak`; on CPU (resident, None)."""
-    if device.type == "cuda":
-        allocated = torch.cuda.max_memory_allocated(device)
-        return allocated / GIB, torch.cuda.max_memory_reserved(device) / GIB
-    return resident_bytes("VmHWM") / GIB, None
-
-
-def profile_step(training: Training, batch: Batch, step: int) -> tuple[dict[str, float], str]:
-    """One more step under torch's profiler: (numbers for the records, tables of operations)."""
-    cuda = training.parallel.device.type == "cuda"
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
-        result = training.step([batch], step)
-    events: Any = profiler.key_averages()
-    count = lambda *names: sum(e.count for e in events if any(name in e.key for name in names))
-    found = {"step_seconds": result.step_seconds}  # under the profiler, which slows the host
-    if cuda:
-        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-        # an annotation is a span that contains kernels
-        kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False)]
-        found["device_busy_seconds"] = sum(k.self_device_time_total for k in kernels) / 1e6
-        found["launches"] = count("LaunchKernel", "MemcpyAsync", "MemsetAsync")
-        found["synchronizations"] = count("Synchronize")
-    orders = ["self_cuda_time_total"] * cuda + ["self_cpu_time_total"]
-    tables = [events.table(sort_by=o, row_limit=50, max_name_column_width=100) for o in orders]
-    return found, "\n".join([as_text(found), *tables])
-
-
-def as_text(values: dict[str, float]) -> str:
-    """One line: "build seconds 12.5, ..."."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items())
+def as_text(values: dict[str, Any]) -> str:
+    """One line: "build seconds 12.5, ..."; what is not known is left out."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in known.items())
 
 
 def result_table(results: Sequence[StepResult]) -> str:
@@ -315,10 +89,37 @@ def result_table(results: Sequence[StepResult]) -> str:
     return table(["step", *(name.replace("_", " ") for name in names)], rows)
 
 
-def measure(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
-    """Build the decoder, take the steps and print what they took; `write` gets the records."""
-    started, targets = time.perf_counter(), TARGETS[arguments.targets]
-    shape = Shape(**{name: getattr(arguments, name) for name in asdict(REAL_SHAPE)})
+class Page:
+    """What is measured, as Markdown and as records, one JSON object a line; on rank 0."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.text = arguments, ""
+        self.is_rank_0 = os.environ.get("RANK", "0") == "0"
+        device_name = machine(resolve_device(arguments.device).type)
+        self.where = {"device": device_name, "torch": torch.__version__, "commit": commit()}
+
+    def say(self, text: str) -> None:
+        """A paragraph, printed at once."""
+        if self.is_rank_0:
+            print(text, end="\n\n", flush=True)
+            self.text += f"{text}\n\n"
+            if self.arguments.output:  # at once: what comes next may not fit
+                page = f"# Whole steps at real sizes\n\n{self.text.rstrip()}\n"
+                Path(self.arguments.output).write_text(page)
+
+    def record(self, **values: Any) -> None:
+        """Append to --records, if given, with the settings and where they ran."""
+        if self.arguments.records and self.is_rank_0:
+            with open(self.arguments.records, "a") as file:
+                settings = {"settings": vars(self.arguments)}
+                file.write(json.dumps({**values, **self.where, **settings}) + "\n")
+
+
+def measure(arguments: argparse.Namespace, page: Page) -> int:
+    """Build the decoder, take the steps and say what they took. Returns the exit status."""
+    started, targets, shape = time.perf_counter(), TARGETS[arguments.targets], shape_of(arguments)
+    if arguments.deterministic:
+        use_deterministic_kernels()
     names = ("device", "recompute", *(f"{name}_parallel_size" for name in LAYOUT))
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     parallel, model_args, model = random_decoder(shape, targets=targets, **settings)
@@ -327,69 +128,103 @@ def measure(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     trainable, total = count_parameters(model_args, LORA_RANK, list(targets))
     seconds, (size, _) = time.perf_counter() - started, peak_gib(parallel.device)
     built = {"build_seconds": seconds, "model_gib": size}  # with LoRA and its gradients
-    write({"what": "built", **built, "trainable_parameters": trainable, "parameters": total})
-    where = f"{machine(parallel.device.type)}; torch {torch.__version__}; commit {commit()}"
-    parameters = f"{trainable:,} of {total:,} parameters are LoRA's"
-    log_rank_0(parallel, f"{where}\n{shape}\n{parameters}; {as_text(built)}\n")
+    page.record(what="built", **built, trainable_parameters=trainable, parameters=total)
+    page.say(f"{trainable:,} of {total:,} parameters are LoRA's; {as_text(built)}")
     sizes = dict(num_rows=arguments.batch, length=arguments.length, response=arguments.response)
     results = []
     for step in range(1, arguments.steps + 1):
         batch = random_batch(shape.vocab_size, parallel, **sizes, seed=step)
         results.append(training.step([batch], step))
-        write({"what": "step", "step": step, **asdict(results[-1])})
-    log_rank_0(parallel, result_table(results))
-    if arguments.profile:
-        batch = random_batch(shape.vocab_size, parallel, **sizes, seed=0)
-        found, text = profile_step(training, batch, 0)
-        write({"what": "profiled step", **found})
-        log_rank_0(parallel, f"Profiled step ({arguments.profile}): {as_text(found)}")
-        if parallel.rank == 0:
-            Path(arguments.profile).write_text(text)
+        page.record(what="step", step=step, **asdict(results[-1]))
+    page.say(result_table(results).rstrip())
+    kinds = asdict(memory_kinds(training, results[-1].peak_allocated_gib, size))
+    page.record(what="memory", **kinds)
+    page.say(f"Memory: {as_text(kinds)}")
+    say_flops(page, training, shape, results[1:] or results, step_flops(shape, [batch], targets))
+    batch = random_batch(shape.vocab_size, parallel, **sizes, seed=0)
+    if parallel.device.type == "cuda":
+        found, tables = count_on_cuda(training, batch, 0, tables=bool(arguments.profile))
+        if arguments.profile and parallel.rank == 0:
+            Path(arguments.profile).write_text(f"{as_text(found)}\n{tables}")
+    else:
+        found = count_on_cpu(training, batch, 0)
+    page.record(what="counts", **found)
+    page.say(f"One step: {as_text(found)}")
+    status = 0
+    if arguments.equal:
+        different, entries = different_gradients(training, batch, 0)
+        page.record(what="equal backward passes", different=different, of=entries)
+        page.say(f"Two equal backward passes: {different:,} of {entries:,} gradient entries differ")
+        status = int(arguments.deterministic and different > 0)
+    if arguments.rollout:
+        model.zero_grad()
+        bench = RolloutBench(parallel, model_args, model, shape, page.record)
+        page.say(bench.table_of([arguments.rollout], arguments.keys, arguments.tokens).rstrip())
     destroy()
+    return status
 
 
-def append_record(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Append `record`, the settings and where they ran to --records, if given; on rank 0."""
-    if arguments.records and os.environ.get("RANK", "0") == "0":
-        device_name = machine(resolve_device(arguments.device).type)
-        where = {"device": device_name, "torch": torch.__version__, "commit": commit()}
-        with open(arguments.records, "a") as file:
-            file.write(json.dumps({**record, **where, "settings": vars(arguments)}) + "\n")
+def say_flops(
+    page: Page, training: Training, shape: Shape, results: Sequence[StepResult], flops: float
+) -> None:
+    """FLOP/s of the median step on a rank, and their share of the device's rate."""
+    parallel = training.parallel
+    seconds = statistics.median(result.step_seconds for result in results)
+    ranks = parallel.world_size // parallel.dp_size  # that share a data-parallel rank's step
+    rate = flops / ranks / seconds
+    share = utilisation(rate, page.where["device"])
+    found = {"model_tflop": flops / 1e12, "tflop_per_second_a_rank": rate / 1e12}
+    page.record(what="model FLOPs", **found, utilisation=share)
+    words = "" if share is None else f": {100 * share:.1f} % utilisation"
+    page.say(f"{as_text(found)}{words}\n\n{FORMULA}")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exit status 1: it does not fit in memory; 2: the flags do not fit together."""
+    """Exit status 1: passes with --deterministic differ, or one of several ranks has no memory
+    left; 2: the flags do not fit together.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    for size, flag in zip(fields(Shape), SIZE_FLAGS.split()):
-        add(f"--{flag}", dest=size.name, type=int, default=size.default)
+    add_sizes(add)
     add("--targets", default="all", choices=TARGETS, help="the linears that carry LoRA")
     add("--recompute", action="store_true", help="run each layer again in backward")
     add("--batch", type=int, default=4, help="rows")
     add("--length", type=int, default=2048, help="tokens of a row")
     add("--response", type=int, default=512, help="those at a row's end that are trained")
     add("--steps", type=int, default=3)
+    add("--rollout", type=int, default=0, metavar="ROWS", help="to which the student writes")
+    add("--keys", type=int, default=768, help="of a row at the rollout's end")
+    add("--tokens", type=int, default=64, help="of a row that are timed")
+    add("--equal", action="store_true", help="compare two equal backward passes")
+    add("--deterministic", action="store_true", help="with the kernels of --deterministic true")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    for name in LAYOUT:
-        add(f"--{name}_parallel_size", type=int, default=1)
-    add("--profile", metavar="FILE", help="for the tables of torch's profiler")
+    for name, short in LAYOUT.items():
+        add(f"--{name}_parallel_size", f"--{short}", type=int, default=1)
+    add("--profile", metavar="FILE", help="for the tables of torch's profiler, on CUDA")
+    add("--output", metavar="FILE", help="a page for what is printed")
     add("--records", metavar="FILE", help="to which JSON objects are appended, one a line")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.response < arguments.length:
         parser.error(f"--response {arguments.response}: 1 to --length {arguments.length} - 1")
     if (most := arguments.num_experts) < arguments.num_experts_per_tok:
         parser.error(f"--experts_per_token {arguments.num_experts_per_tok}: 1 to --experts {most}")
-    write = functools.partial(append_record, arguments)
+    if arguments.rollout and arguments.keys <= arguments.tokens + 4:
+        parser.error(f"--keys {arguments.keys}: more than --tokens {arguments.tokens} + 4")
     try:
-        measure(arguments, write)
+        page = Page(arguments)
+        command = " ".join(["python -m benchmarks.real_shape", *argv])
+        page.say(f"`{command}`\n\n{', '.join(page.where.values())}")
+        status = measure(arguments, page)
     except torch.OutOfMemoryError as error:
-        failure = f"does not fit in memory: {error}"
-        write({"what": "failure", "failure": failure})
-        sys.exit(failure)
+        failure = f"does not fit in memory: {str(error).splitlines()[0]}"
+        page.record(what="failure", failure=failure)
+        page.say(f"It {failure}")
+        status = int(os.environ.get("WORLD_SIZE", "1") != "1")  # the other ranks wait for this one
     except ValueError as error:
         exit_with(error)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

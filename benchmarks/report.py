@@ -46,7 +46,11 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the working tree, and whether that is what was committed."""
+    """Of the working tree, and whether that is what was committed; $COMMIT where that is set, for a
+    copy without .git.
+    """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(

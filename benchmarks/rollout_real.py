@@ -18,8 +18,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,14 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
     startup.prepare_imports()
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 
-from benchmarks.real_shape import (
-    REAL_SHAPE,
-    SIZE_FLAGS,
-    Shape,
-    peak_gib,
-    random_decoder,
-    reset_peak,
-)
+from benchmarks.real_decoder import Shape, add_sizes, random_decoder, shape_of
 from benchmarks.report import commit, machine, table
+from benchmarks.training_step import peak_gib, reset_peak
 from megatron_gkd.lora import as_student, as_teacher
-from megatron_gkd.parallel import destroy
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.parallel import Parallel, destroy
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
 from megatron_gkd.rollout.generate import generate
 from megatron_gkd.rollout.row_batch import RowBatch
@@ -50,12 +46,22 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.1)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 
 
-class Bench:
-    """One decoder, and engines around it."""
+COLUMNS = ("what", "rows", "keys", "ms_a_token", "tokens_a_second", "prefill_s", "peak_gib")
 
-    def __init__(self, shape: Shape, arguments: argparse.Namespace):
-        self.parallel, self.model_args, self.model = random_decoder(shape, device=arguments.device)
-        self.arguments, self.shape = arguments, shape
+
+class RolloutBench:
+    """One decoder, and engines around it. Every measurement is given to `record`."""
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        model_args: ModelArgs,
+        model: GPTModel,
+        shape: Shape,
+        record: Callable[..., None],
+    ):
+        self.parallel, self.model_args, self.model = parallel, model_args, model
+        self.shape, self.record = shape, record
         self.records: list[dict[str, Any]] = []
 
     def engine(self, sampling: Sampling, max_new_tokens: int, *, graphs: bool) -> Engine:
@@ -84,15 +90,20 @@ class Bench:
 
     def note(self, **record: Any) -> None:
         self.records.append(record)
-        print(json.dumps(record), flush=True)
-        if self.arguments.records:
-            where = {
-                "device": machine(self.parallel.device.type),
-                "torch": torch.__version__,
-                "commit": commit(),
-            }
-            with open(self.arguments.records, "a") as file:
-                file.write(json.dumps({**record, **where, "shape": asdict(self.shape)}) + "\n")
+        self.record(**record)
+
+    def table_of(self, batch_sizes: Sequence[int], keys: int, num_tokens: int) -> str:
+        """Markdown: the student's milliseconds a token at these batch sizes."""
+        with as_student(self.model):
+            engine = self.engine(SAMPLED, num_tokens + 8, graphs=True)
+            for num_rows in batch_sizes:
+                self.token(engine, num_rows, keys, num_tokens, "token")
+        return self.table()
+
+    def table(self) -> str:
+        """Markdown: all measurements of a token so far."""
+        tokens = [record for record in self.records if record["what"].startswith("token")]
+        return table(COLUMNS, [[str(record[name]) for name in COLUMNS] for record in tokens])
 
     @torch.no_grad()
     def token(
@@ -147,10 +158,10 @@ class Bench:
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         Path(path).write_text(events.table(sort_by=order, row_limit=45, max_name_column_width=72))
 
-    def whole(self, num_rows: int) -> None:
+    def whole(self, num_rows: int, keys: int) -> None:
         """A rollout of 512 tokens with prompts of 256: the first of a run, and the second."""
-        engine = self.engine(SAMPLED, min(512, 2 * self.arguments.keys), graphs=True)
-        prompts = self.prompts(num_rows, min(256, self.arguments.keys))
+        engine = self.engine(SAMPLED, min(512, 2 * keys), graphs=True)
+        prompts = self.prompts(num_rows, min(256, keys))
         for which in ("first", "second"):
             reset_peak(self.parallel.device)
             started = self.wait()
@@ -200,8 +211,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    for size, flag in zip(fields(Shape), SIZE_FLAGS.split()):
-        add(f"--{flag}", dest=size.name, type=int, default=size.default)
+    add_sizes(add)
     add("--rows", default="32,8,16,64", help="batch sizes")
     add("--keys", type=int, default=768)
     add("--tokens", type=int, default=64)
@@ -213,9 +223,19 @@ def main(argv: Sequence[str]) -> None:
     add("--profile", metavar="FILE")
     add("--records", metavar="FILE")
     arguments = parser.parse_args(argv)
-    shape = Shape(**{name: getattr(arguments, name) for name in asdict(REAL_SHAPE)})
+    shape = shape_of(arguments)
     started = time.perf_counter()
-    bench = Bench(shape, arguments)
+    parallel, model_args, model = random_decoder(shape, device=arguments.device)
+    where = {"device": machine(parallel.device.type), "torch": torch.__version__}
+    where["commit"] = commit()
+
+    def record(**values: Any) -> None:
+        print(json.dumps(values), flush=True)
+        if arguments.records:
+            with open(arguments.records, "a") as file:
+                file.write(json.dumps({**values, **where, "shape": asdict(shape)}) + "\n")
+
+    bench = RolloutBench(parallel, model_args, model, shape, record)
     bench.note(what="built", seconds=round(bench.wait() - started, 1))
     with (as_student if arguments.lora else as_teacher)(bench.model):
         graphed = bench.engine(SAMPLED, arguments.tokens + 8, graphs=True)
@@ -233,10 +253,8 @@ def main(argv: Sequence[str]) -> None:
         if arguments.equal:
             bench.equal(arguments.equal)
         if arguments.whole:
-            bench.whole(arguments.whole)
-    tokens = [record for record in bench.records if record["what"].startswith("token")]
-    names = ["what", "rows", "keys", "ms_a_token", "tokens_a_second", "prefill_s", "peak_gib"]
-    print(table(names, [[str(record[name]) for name in names] for record in tokens]))
+            bench.whole(arguments.whole, arguments.keys)
+    print(bench.table())
     destroy()
 
 

@@ -4,7 +4,7 @@
 #
 #   bash demo/run.sh [training flags, which override those below]     everything is written to output/demo
 #
-# 1. sets up .venv
+# 1. finds an environment (launch/environment.sh), or sets up .venv
 # 2. builds a small whole Qwen3-Omni and teaches it a toy language (kept for the next time)
 # 3. writes the data
 # 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2
@@ -24,24 +24,23 @@ MIN_OBEYED=${MIN_OBEYED:-0.8}
 export OMP_NUM_THREADS=1
 
 echo "[1/5] environment"
-bash launch/setup_env.sh
-source .venv/bin/activate
+source launch/environment.sh
 
 echo "[2/5] small Qwen3-Omni in $DEMO/model"
 if [ -d "$DEMO/model" ]; then # renamed into place only when complete
     echo "already there; remove it to build it again"
 else
-    python -m checkpoint_tools.make_tiny_model --output "$DEMO/model"
+    "$python" -m checkpoint_tools.make_tiny_model --output "$DEMO/model"
 fi
 
 echo "[3/5] data in $DEMO/data"
-python -m demo.data --output "$DEMO/data"
+"$python" -m demo.data --output "$DEMO/data"
 head -n 1 "$DEMO/data/train.jsonl"
 
 echo "[4/5] training in $DEMO/run: $NPROC ranks on $DEVICE, TP $NPROC, EP $NPROC, $DTYPE"
 rm -rf "$DEMO/run"
 layout=(--tensor_model_parallel_size "$NPROC" --expert_model_parallel_size "$NPROC" --device "$DEVICE")
-torchrun --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
+"$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
     --model "$DEMO/model" --dataset "$DEMO/data/train.jsonl" --val_dataset "$DEMO/data/heldout.jsonl" --max_length 64 \
     --lmbda 0.5 --temperature 1.0 --beta 0.5 \
     --max_completion_length 12 --rollout_temperature 1.0 --top_p 0.9 --top_k 50 --repetition_penalty 1.0 \
@@ -53,8 +52,8 @@ torchrun --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[
 echo "[5/5] before and after"
 tolerance=$([ "$DTYPE" = float32 ] && echo 1e-4 || echo 1e-3) # JSD of Megatron to that of transformers in fp32
 adapter=$(ls -d "$DEMO"/run/checkpoint-* | sort -V | tail -n 1)
-python -m demo.report --model "$DEMO/model" --heldout "$DEMO/data/heldout.jsonl" --run "$DEMO/run" \
+"$python" -m demo.report --model "$DEMO/model" --heldout "$DEMO/data/heldout.jsonl" --run "$DEMO/run" \
     --adapter "$adapter" --temperature 1.0 --tolerance "$tolerance" --min_obeyed "$MIN_OBEYED"
-PYTHONWARNINGS=ignore torchrun --standalone --nproc_per_node "$NPROC" -m checkpoint_tools.verify "${layout[@]}" \
+PYTHONWARNINGS=ignore "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m checkpoint_tools.verify "${layout[@]}" \
     --hf_model "$DEMO/model" --adapter "$adapter"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; adapter: $adapter, curves: $DEMO/run/curves.png"

@@ -7,7 +7,7 @@
 #   bash demo/run_speech.sh [training flags for both runs, which override those below]
 #                                                                     everything is written to output/demo_speech
 #
-# 1. sets up .venv
+# 1. finds an environment (launch/environment.sh), or sets up .venv
 # 2. builds the small whole Qwen3-Omni, unless demo/run.sh has
 # 3. writes sounds and rows
 # 4. trains LoRA with torchrun: 2 gloo ranks, TP 2, EP 2
@@ -34,12 +34,11 @@ MIN_EXACT=${MIN_EXACT:-$([ "$SOUND" = tones ] && echo 0.8 || echo 0.5)}
 export OMP_NUM_THREADS=1
 
 echo "[1/6] environment"
-bash launch/setup_env.sh
-source .venv/bin/activate
+source launch/environment.sh
 
 echo "[2/6] small Qwen3-Omni in $MODEL"
 if [ ! -d "$MODEL" ]; then # renamed into place only when complete
-    python -m checkpoint_tools.make_tiny_model --output "$MODEL" --tower_sound "$SOUND"
+    "$python" -m checkpoint_tools.make_tiny_model --output "$MODEL" --tower_sound "$SOUND"
 elif grep -qs "\"tower_sound\": \"$SOUND\"" "$MODEL/lessons.json"; then
     echo "already there; remove it to build it again"
 else
@@ -49,7 +48,7 @@ fi
 
 echo "[3/6] data in $DEMO/data"
 rm -rf "$DEMO/data"
-python -m demo.speech_data --output "$DEMO/data" --sound "$SOUND" --num_train "$NUM_TRAIN" \
+"$python" -m demo.speech_data --output "$DEMO/data" --sound "$SOUND" --num_train "$NUM_TRAIN" \
     --num_heldout "$NUM_HELDOUT"
 head -n 1 "$DEMO/data/train.jsonl"
 
@@ -57,7 +56,7 @@ layout=(--tensor_model_parallel_size "$NPROC" --expert_model_parallel_size "$NPR
 temperature=2.0
 train() { # FOLDER FLAGS...
     rm -rf "$1"
-    torchrun --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
+    "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
         --model "$MODEL" --dataset "$DEMO/data/train.jsonl" --val_dataset "$DEMO/data/heldout.jsonl" --max_length 96 \
         --temperature "$temperature" --beta 0.5 \
         --lora_rank 16 --lora_alpha 32 --lora_dropout 0.0 \
@@ -75,7 +74,7 @@ train "$DEMO/sft" --lmbda 0.0 --sft_alpha 1.0 "$@"
 
 echo "[6/6] before and after"
 tolerance=$([ "$DTYPE" = float32 ] && echo 1e-4 || echo 1e-3) # JSD of Megatron to that of transformers in fp32
-python -m demo.speech_report --model "$MODEL" --heldout "$DEMO/data/heldout.jsonl" --gkd "$DEMO/gkd" \
+"$python" -m demo.speech_report --model "$MODEL" --heldout "$DEMO/data/heldout.jsonl" --gkd "$DEMO/gkd" \
     --sft "$DEMO/sft" --picture "$DEMO/speech.png" --temperature "$temperature" --tolerance "$tolerance" \
     --min_exact "$MIN_EXACT"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; picture: $DEMO/speech.png"

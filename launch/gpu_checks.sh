@@ -1,52 +1,166 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and with a record: versions, the tests on CUDA, the demo in bf16, the loss
-# benchmark, ragged rows, rollouts.
+# Everything that needs a GPU, in stages, the most valuable first, in at most seven minutes; --from goes on with what is left.
 #
-#   bash launch/gpu_checks.sh     writes docs/gpu.md with commit, versions and hardware, and the pages of docs/benchmarks/
-#   EXTRAS=test,gpu bash launch/gpu_checks.sh     the same with Transformer Engine
+#   bash launch/gpu_checks.sh                     all stages
+#   bash launch/gpu_checks.sh --list              their names, time limits and titles
+#   bash launch/gpu_checks.sh --from STAGE        from this one on
+#   bash launch/gpu_checks.sh --only STAGE,STAGE  these
+#   WHEELS=DIR bash launch/gpu_checks.sh          on a machine without a network (launch/fetch_wheels.sh fills DIR)
 #
-# A failure is recorded and the remaining checks still run; the exit status is 1 if anything failed.
-set -euo pipefail
+# docs/gpu.md is rewritten after every stage, with commit, versions and hardware: a run that is cut short leaves what was
+# done, and a stage that is run again replaces its section. Logs, profiles and records (jsonl) go to $OUT
+# (output/gpu_checks), the pages of the benchmarks to docs/benchmarks/. A stage that fails or runs into its limit does not stop
+# the others; the exit status is 1 if one did.
+#
+# PAGE         the page, docs/gpu.md by default; PAGES: the folder of the benchmarks' pages
+# SECONDS_LEFT stages begin only within so many seconds (420); the last gets what is left. SLOWER multiplies the limits
+# COMMIT       names the commit where there is no .git
+# EXTRAS       test,gpu installs Transformer Engine, too
+# DEVICE=cpu   with small sizes (SIZE=small) runs every stage where there is no GPU, to try this script; tests of CUDA are
+#              skipped there
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash launch/setup_env.sh
-source .venv/bin/activate
-python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "gpu_checks: error: torch sees no GPU here" >&2; exit 1; }
+OUT=${OUT:-output/gpu_checks}
+PAGE=${PAGE:-docs/gpu.md}
+PAGES=${PAGES:-docs/benchmarks}
+DEVICE=${DEVICE:-cuda}
+SIZE=${SIZE:-$([ "$DEVICE" = cuda ] && echo real || echo small)}
+SECONDS_LEFT=${SECONDS_LEFT:-420}
+NOT_RUN=75 # the status of a stage whose tool is not there
 
-report=docs/gpu.md
-failed=()
+# --- the stages: name, limit in seconds, title; a function of that name is the command ---
+STAGES="
+doctor      30 what is installed, and what will be used
+kernels    120 the loss and its kernels, the rollout's kernels
+parity     100 steps, logits, towers and resume against the CPU
+attention   90 attention of packed rows; rollouts against transformers
+step        90 a training step at the 30B's sizes, and a rollout of 32 rows
+peers       75 the same against transformers + peft + TRL, 8 layers
+loss        60 the loss against TRL and the bare GEMMs
+ragged      45 rows of ragged lengths
+demo       120 the demo in bf16
+determinism 45 two equal backward passes with --deterministic true
+sanitizer   60 memory accesses of two kernels' cases (compute-sanitizer)
+te          90 the step with Transformer Engine
+decode      75 tokens of a rollout by batch size, graph against eager
+"
+names() { awk 'NF { print $1 }' <<<"$STAGES"; }
+field() { awk -v name="$1" -v from="$2" '$1 == name { if (from == 2) print $2; else { $1 = $2 = ""; sub(/^ +/, ""); print } }' <<<"$STAGES"; }
 
-step() {  # step TITLE COMMAND...: writes the command's output to the report under that title
-    local title=$1 status=0
+if [ "$SIZE" = small ]; then
+    shape="--experts 8 --hidden 64 --inter 32 --heads 4 --head_dim 16 --vocab 1000"
+    step="--layers 2 $shape --batch 2 --length 32 --response 8 --rollout 2 --keys 32 --tokens 8"
+    peers="--layers 1 $shape --batch 2 --length 32 --response 8 --rows 2 --prompt 8 --tokens 4 --dtype float32"
+    decode="--layers 2 $shape --rows 2 --keys 32 --tokens 8 --eager 2 --equal 2"
+    ragged="--layers 1 $shape --experts_per_token 2 --rows 8 --budget 900 --rounds 1 --lengths alpaca"
+    equal="--layers 2 $shape --batch 2 --length 32 --response 8 --steps 1"
+    demo="--max_steps 1"
+else
+    step="--layers 48 --recompute --rollout 32"
+    peers="--layers 8"
+    decode="--rows 8,16,64,128 --equal 8"
+    ragged="--dtype bfloat16 --layers 8 --experts 128 --experts_per_token 8 --hidden 2048 --inter 768 --heads 32"
+    ragged="$ragged --key_value_heads 4 --head_dim 128 --vocab 152064 --rows 64 --budget 8192"
+    equal="--layers 8 --recompute --batch 1 --steps 1"
+    demo=""
+fi
+pytest() { "$python" -m pytest -q -p no:cacheprovider --tb=short "$@"; }
+
+doctor() { "$python" -m megatron_gkd.doctor; }
+kernels() { pytest -n 3 --dist loadfile tests/test_loss_kernels.py tests/test_rollout_kernels.py tests/test_loss_linear.py; }
+parity() { pytest tests/test_gpu.py; }
+attention() { pytest -n 2 --dist loadfile tests/test_gpu_attention.py tests/test_gpu_rollout.py; }
+step() {
+    "$python" -m benchmarks.real_shape --device "$DEVICE" $step --profile "$OUT/step_profile.txt" \
+        --output "$PAGES/real_shape.md" --records "$OUT/real_shape.jsonl"
+}
+peers() { "$python" -m benchmarks.peers --device "$DEVICE" $peers --output "$PAGES/peers.md" --records "$OUT/peers.jsonl"; }
+loss() { "$python" -m benchmarks.loss --device "$DEVICE" $([ "$SIZE" = small ] && echo --small --output "$PAGES/loss_small.md"); }
+ragged() { "$python" -m benchmarks.ragged --device "$DEVICE" $ragged --output "$PAGES/ragged_gpu.md"; }
+decode() { "$python" -m benchmarks.rollout_real --device "$DEVICE" $decode --profile "$OUT/token_profile.txt" --records "$OUT/rollout.jsonl"; }
+demo() {
+    # shellcheck disable=SC2086  # flags
+    env DEMO="$OUT/demo" NPROC=1 DEVICE="$DEVICE" DTYPE=bfloat16 PYTHON="$python" \
+        MIN_OBEYED="$([ "$SIZE" = small ] && echo 0 || echo 0.8)" bash demo/run.sh $demo
+}
+determinism() { "$python" -m benchmarks.real_shape --device "$DEVICE" $equal --equal --deterministic --records "$OUT/determinism.jsonl"; }
+sanitizer() {
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not here (it comes with the CUDA toolkit)"; return "$NOT_RUN"; }
+    # its allocator's expandable segments would be reported as an invalid access
+    env PYTORCH_ALLOC_CONF= PYTORCH_CUDA_ALLOC_CONF= compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+        "$python" -c "$two_cases"
+}
+te() {
+    "$python" -c 'import transformer_engine' 2>/dev/null || { echo "Transformer Engine is not installed"; return "$NOT_RUN"; }
+    pytest tests/test_gpu.py -k te
+}
+two_cases='
+import torch
+from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
+draw = lambda *size, dtype: torch.randn(*size, device="cuda", dtype=dtype).requires_grad_()
+vocab_parallel_jsd(draw(37, 1003, dtype=torch.float32), draw(37, 1003, dtype=torch.float32)).sum().backward()
+hidden = [draw(37, 64, dtype=torch.bfloat16) for _ in range(2)]
+linear_jsd(*hidden, draw(1003, 64, dtype=torch.bfloat16).detach()).loss.sum().backward()
+torch.cuda.synchronize()
+print("two cases ran")
+'
+
+# --- which of them ---
+chosen=$(names)
+while [ $# -gt 0 ]; do
+    case $1 in
+    --list) sed '/^$/d' <<<"$STAGES" && exit 0 ;;
+    --from | --only)
+        for name in $(tr , ' ' <<<"${2:-}"); do
+            names | grep -qx "$name" || { echo "gpu_checks: error: no stage $name; --list has their names" >&2; exit 2; }
+        done
+        [ -n "${2:-}" ] || { echo "gpu_checks: error: $1 needs the name of a stage" >&2; exit 2; }
+        if [ "$1" = --from ]; then chosen=$(names | sed -n "/^$2\$/,\$p"); else chosen=$(tr , '\n' <<<"$2"); fi
+        shift
+        ;;
+    *) echo "gpu_checks: error: unknown argument $1" >&2 && exit 2 ;;
+    esac
     shift
-    printf '\n## %s\n\n```\n' "$title" >>"$report"
-    "$@" 2>&1 | tee -a "$report" || status=$?
-    printf '```\n' >>"$report"
-    [ "$status" -eq 0 ] && return
-    printf '\nFailed with status %s.\n' "$status" | tee -a "$report"
-    failed+=("$title")
+done
+
+extras=${EXTRAS-test}
+export ANY_VERSION=${ANY_VERSION-yes} # a lent machine has what it has; the page names the versions
+source launch/environment.sh || exit 1
+mkdir -p "$OUT" "$PAGES"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+if [ "$DEVICE" = cuda ] && ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "gpu_checks: error: nvidia-smi sees no GPU here (DEVICE=cpu tries the script without one)" >&2
+    exit 1
+fi
+
+failed=()
+run() { # run STAGE: its command under its limit, then its section
+    local name=$1 limit left status=0 begin
+    limit=$(($(field "$name" 2) * ${SLOWER:-1}))
+    left=$((SECONDS_LEFT - SECONDS))
+    [ "$left" -ge "$limit" ] || limit=$left
+    begin=$(date +%s.%N)
+    if [ "$left" -lt 10 ]; then
+        echo "no time was left" >"$OUT/$name.log"
+        status=$NOT_RUN
+    else
+        # In a process group of its own, so that nothing of a stage outlives its limit.
+        export python OUT PAGES DEVICE SIZE NOT_RUN step peers decode ragged equal demo two_cases
+        export -f pytest "$name"
+        timeout -k 5 "$limit" bash -c "$name" >"$OUT/$name.log" 2>&1 || status=$?
+    fi
+    local seconds
+    seconds=$(awk -v from="$begin" -v to="$(date +%s.%N)" 'BEGIN { print to - from }')
+    "$python" -m benchmarks.gpu_page "$PAGE" --stages "$(names | paste -sd,)" --stage "$name" --title "$(field "$name" 3)" \
+        --status "$status" --seconds "$seconds" --log "$OUT/$name.log" --command "bash launch/gpu_checks.sh --only $name"
+    printf '=== %s: status %s in %.0f s, %s s since the start\n' "$name" "$status" "$seconds" "$SECONDS"
+    tail -n 12 "$OUT/$name.log" | cut -c1-200
+    [ "$status" = 0 ] || [ "$status" = "$NOT_RUN" ] || failed+=("$name")
 }
+for name in $chosen; do run "$name"; done
 
-sanitize() {
-    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed (it comes with the CUDA toolkit)"; return 1; }
-    compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 python -m pytest -q tests/test_loss_kernels.py
-}
-
-printf '# On a GPU: what `bash launch/gpu_checks.sh` saw\n\nCommit %s, %s.\n' "$(git rev-parse --short HEAD)" "$(date -u +%Y-%m-%d)" >"$report"
-step "Machine" nvidia-smi -L
-step "Versions" python -m megatron_gkd.doctor
-step "Liger-Kernel, for the comparison" python -m pip --disable-pip-version-check install -q -e ".[benchmarks]"
-step "Tests" python -m pytest -q tests/test_gpu.py tests/test_loss.py tests/test_loss_linear.py tests/test_loss_kernels.py \
-    tests/test_benchmarks_loss.py tests/test_gpu_rollout.py tests/test_rollout_kernels.py tests/test_gpu_attention.py
-step "Memory accesses of the kernels (compute-sanitizer)" sanitize
-step "The demo in bf16 on one GPU" env DEMO=output/demo_gpu NPROC=1 DEVICE=cuda DTYPE=bfloat16 bash demo/run.sh
-step "The loss (docs/benchmarks/loss_gpu.md)" python -m benchmarks.loss --device cuda
-step "Memory of a whole step (docs/benchmarks/step_memory_gpu.md)" python -m benchmarks.step_memory --device cuda
-step "Ragged rows at the 30B's sizes, 8 layers (docs/benchmarks/ragged_gpu.md)" python -m benchmarks.ragged --device cuda \
-    --dtype bfloat16 --layers 8 --experts 128 --experts_per_token 8 --hidden 2048 --inter 768 --heads 32 --key_value_heads 4 \
-    --head_dim 128 --vocab 152064 --rows 64 --budget 8192 --output docs/benchmarks/ragged_gpu.md
-step "Rollouts at the 30B's sizes" python -m benchmarks.rollout_real --rows 32,8,16,64,4,128 --eager 32 --equal 8 --whole 32
-step "Rollouts of a small model against transformers" python -m benchmarks.rollout --device cuda --dtype bfloat16
-
-echo "written: $report, docs/benchmarks/loss_gpu.md, docs/benchmarks/step_memory_gpu.md"
-[ ${#failed[@]} -eq 0 ] || { printf 'gpu_checks: failed: %s\n' "${failed[@]}" >&2; exit 1; }
+echo "written: $PAGE; logs: $OUT"
+[ ${#failed[@]} -eq 0 ] || { printf 'gpu_checks: failed: %s\n' "${failed[*]}" >&2; exit 1; }

@@ -15,6 +15,8 @@ OUTPUT=${OUTPUT:-output}
 NPROC_PER_NODE=${NPROC_PER_NODE:-8}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
+[ -x "$repository/.venv/bin/python" ] || python=${PYTHON:-python3} # an active environment, a container
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -3,28 +3,40 @@
 #
 #   bash launch/setup_env.sh && source .venv/bin/activate
 #
-# Takes minutes the first time and a second when nothing has changed. PYTHON=... chooses an interpreter, EXTRAS=test,gpu
+# Takes minutes the first time and a second when nothing is missing. PYTHON=... chooses an interpreter, EXTRAS=test,gpu
 # adds extras. Without a GPU the CPU build of torch is installed. With one, a CUDA build that a Python of this machine
 # already has is used as it is; where there is none, the default build is installed. The extras `gpu` and `flash` are
 # compiled, which takes minutes and needs nvcc; for them .venv gets its own torch, since they link its libraries.
+#
+# WHEELS=DIR installs from a folder that launch/fetch_wheels.sh has filled, and asks no network. A torch that a Python of
+# this machine has is used, with all else that is beside it; the folder's torch, if there is none. With ANY_VERSION=yes a
+# package that is there in a version that setup.py does not ask for is used, and named, where the folder has no other.
 set -euo pipefail
 
-torch_version=2.13.0
-extras=${EXTRAS:-test}
+extras=${EXTRAS-test,lint}
 extras=${extras// /}
 candidates=${PYTHON:-python3.12 python3.11 python3.10 python3 python}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+requirements=$repository/launch/requirements.py
 venv=$repository/.venv
-stamp_file=$venv/megatron_gkd.stamp
-stamp=$({ echo "$extras $repository"; cat "$repository/setup.py" "$repository/launch/setup_env.sh"; } | cksum)
+torch_version=$(sed -n 's/^TORCH = "\([^"]*\)".*/\1/p' "$repository/setup.py")
+wheels=${WHEELS:-}
+if [ -n "$wheels" ]; then
+    [ -d "$wheels" ] || { echo "setup_env: error: WHEELS=$wheels is no folder; launch/fetch_wheels.sh makes one" >&2; exit 1; }
+    wheels=$(cd "$wheels" && pwd)
+    pip_wheel=$(find "$wheels" -name 'pip-*.whl' | sort -V | tail -n 1)
+fi
 
-if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
+if [ -x "$venv/bin/python" ] &&
+    "$venv/bin/python" -I "$requirements" missing --extras "$extras" ${ANY_VERSION:+--any_version} \
+        --installed_here "$repository" >/dev/null 2>&1; then
     echo "setup_env: $venv is up to date"
     exit 0
 fi
 
 has_gpu=$(nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
-case ",$extras," in *,gpu,* | *,flash,*) compiles=yes ;; *) compiles=no ;; esac
+case ",$extras," in *,gpu,* | *,flash,*) compiles=${wheels:+no} ;; *) compiles=no ;; esac
+compiles=${compiles:-yes}
 if [ "$compiles" = yes ] && [ "$has_gpu" = no ]; then
     echo "setup_env: error: EXTRAS=$extras is for a GPU, and nvidia-smi sees none here" >&2
     exit 1
@@ -35,7 +47,7 @@ if [ "$has_gpu" = yes ] && [ "$torch_build" = cpu ]; then
     exit 1
 fi
 
-if [ "$compiles" = yes ] && ls "$venv"/lib/python3*/site-packages/cuda_torch.pth >/dev/null 2>&1; then
+if [ "$compiles" = yes ] && ls "$venv"/lib/python3*/site-packages/lent_torch.pth >/dev/null 2>&1; then
     echo "setup_env: error: $venv borrows its torch, and EXTRAS=$extras needs its own; remove that folder, run again" >&2
     exit 1
 fi
@@ -47,6 +59,7 @@ else
     pythons=()
     for name in $candidates; do
         check='import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+        [ -z "${pip_wheel:-}" ] || check=${check/ensurepip, /} # that wheel is pip
         if "$name" -c "$check" 2>/dev/null; then pythons+=("$(command -v "$name")"); fi
     done
     if [ "${#pythons[@]}" = 0 ]; then
@@ -55,34 +68,31 @@ else
         exit 1
     fi
     python=${pythons[0]}
-    cuda_packages=""
-    if [ "$has_gpu" = yes ] && [ "$compiles" = no ]; then
-        # The first Python with a CUDA torch in setup.py's range lends it to the environment.
+    packages=""
+    if [ "$compiles" = no ] && { [ "$has_gpu" = yes ] || [ -n "$wheels" ]; }; then
+        # The first Python with a torch in setup.py's range, for CUDA if there is a GPU, lends it to the environment.
         for name in "${pythons[@]}"; do
-            cuda_packages=$("$name" - 2>/dev/null <<'PYTHON' || true
-import os, torch
-version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-if torch.version.cuda and (2, 11) <= version < (2, 14):
-    print(os.path.dirname(os.path.dirname(torch.__file__)))
-PYTHON
-            )
-            if [ -n "$cuda_packages" ]; then
+            read -r packages build < <("$name" "$requirements" torch 2>/dev/null || true) || true
+            if [ -n "$packages" ] && { [ "$has_gpu" = no ] || [ "$build" != cpu ]; }; then
                 python=$name
                 break
             fi
+            packages=""
         done
     fi
     echo "[1/3] $venv: $("$python" --version) ($python)"
-    "$python" -m venv --clear "$venv"
+    "$python" -m venv --clear ${pip_wheel:+--without-pip} "$venv"
 fi
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip() { PYTHONPATH=${pip_wheel:-} "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if [ -n "$torch_build" ]; then
     echo "[2/3] torch is there: $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
-elif [ -n "$cuda_packages" ]; then
-    echo "[2/3] torch: the CUDA build in $cuda_packages"
+elif [ -n "$packages" ]; then
+    echo "[2/3] torch: the one in $packages ($build)"
     site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    echo "import site; site.addsitedir('$cuda_packages')" >"$site_packages/cuda_torch.pth"
+    echo "import site; site.addsitedir('$packages')" >"$site_packages/lent_torch.pth"
+elif [ -n "$wheels" ]; then
+    echo "[2/3] torch: the one in $wheels, with the rest"
 elif [ "$has_gpu" = no ] && [ "$(uname -s)" = Linux ]; then
     echo "[2/3] torch $torch_version, CPU build"
     # PyPI has no CPU build. A configured index may have one, PyTorch's own does; if neither can be reached, any build will do.
@@ -116,7 +126,21 @@ if [ "$compiles" = yes ]; then
     pip install -q "setuptools>=77" wheel packaging ninja
     isolation=(--no-build-isolation)
 fi
-pip install ${isolation[@]+"${isolation[@]}"} -e "${repository}[$extras]"
+if [ -n "$wheels" ]; then
+    read_wheels=(env PYTHONPATH="${pip_wheel:-}" "$venv/bin/python" "$requirements")
+    options=(--wheels "$wheels" --extras "$extras" ${ANY_VERSION:+--any_version})
+    if ! lacks=$("${read_wheels[@]}" missing "${options[@]}"); then
+        echo "setup_env: error: neither here nor in $wheels, for $("$venv/bin/python" --version):" >&2
+        echo "$lacks" | sed 's/^/  /' >&2
+        echo "setup_env: launch/fetch_wheels.sh fetches them where there is a network" >&2
+        exit 1
+    fi
+    "${read_wheels[@]}" wheels "${options[@]}" >"$venv/wheels.txt"
+    pip install -q --no-index --no-deps --no-compile ${pip_wheel:+"$pip_wheel"} -r "$venv/wheels.txt"
+    site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    echo "$repository" >"$site_packages/megatron_gkd.pth" # nothing is built
+else
+    pip install ${isolation[@]+"${isolation[@]}"} -e "$repository${extras:+[$extras]}"
+fi
 "$venv/bin/python" -W ignore -c 'import megatron.core, megatron_gkd, torch, transformers'
-echo "$stamp" >"$stamp_file"
 echo "setup_env: done; source $venv/bin/activate"

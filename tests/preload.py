@@ -14,7 +14,6 @@ for message in (
     warnings.filterwarnings("ignore", message=message)
 
 for module in (
-    "datasets",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",

@@ -13,9 +13,9 @@ begin() {
 }
 trap 'status=$?; [ "$status" -eq 0 ] || echo "tests/run.sh: failed: $part" >&2' EXIT
 
-begin "set-up (launch/setup_env.sh)"
-bash launch/setup_env.sh
-python=$PWD/.venv/bin/python
+begin "set-up (launch/environment.sh)"
+extras=test,lint
+source launch/environment.sh
 export OMP_NUM_THREADS=1
 # A test has up to 8 ranks: some run while others wait. A file's tests share fixtures and stay in one process.
 pytest=("$python" -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
@@ -38,11 +38,15 @@ for version in 0.16.1 0.19.2; do
         echo "megatron-core $version -> $folder"
         rm -rf "$folder.part"
         # Its metadata asks for a newer Python than it needs.
+        if [ -n "${WHEELS:-}" ] && ! ls "$WHEELS/megatron_core-$version"-*.whl >/dev/null 2>&1; then
+            echo "left out: $WHEELS has no wheel of it"
+            continue
+        fi
         "$python" -m pip --disable-pip-version-check install -q --no-deps --ignore-requires-python \
-            --target "$folder.part" "megatron-core==$version"
+            ${WHEELS:+--no-index --find-links "$WHEELS"} --target "$folder.part" "megatron-core==$version"
         mv "$folder.part" "$folder"
     fi
-    PYTHONPATH=$folder "${pytest[@]}" -m smoke
+    PYTHONPATH=$PWD:$folder "${pytest[@]}" -m smoke
 done
 
 begin "tests on megatron-core $installed"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.real_shape import REAL_SHAPE
+from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, cut
 from megatron_gkd.run import step_budget

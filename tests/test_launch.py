@@ -230,38 +230,6 @@ def test_missing_variables_are_named(script, environment, tmp_path):
     assert status == 1 and ("MODEL" in log or "MASTER_ADDR" in log), log
 
 
-def test_gpu_checks_go_on_after_a_failure_and_say_so(tmp_path):
-    """With stubs for all that it calls: every step is in the report, the exit status is that of the
-    worst.
-    """
-    for folder in ("launch", "demo", "docs", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/gpu_checks.sh", tmp_path / "launch")
-    stubs = tmp_path / ".venv/bin"
-    scripts = {
-        "launch/setup_env.sh": "",
-        "demo/run.sh": "echo the demo ran",
-        ".venv/bin/activate": f"PATH={stubs}:$PATH",
-        ".venv/bin/python": 'echo "python $*"; case "$*" in *pytest*) exit 3;; esac',
-        ".venv/bin/nvidia-smi": "echo a GPU",
-        ".venv/bin/compute-sanitizer": "echo sanitizer; exit 0",
-        ".venv/bin/git": "echo abc",
-    }
-    for name, text in scripts.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    command = ["bash", str(tmp_path / "launch/gpu_checks.sh")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    report = (tmp_path / "docs/gpu.md").read_text()
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "gpu_checks: failed: Tests"
-    assert report.count("Failed with status") == 1 and "Failed with status 3" in report
-    assert (
-        "the demo ran" in report
-        and "python -m benchmarks.loss --device cuda" in report
-        and "sanitizer" in report
-    )
-
-
 # --- setting up with extras that are compiled ---
 
 
@@ -272,6 +240,7 @@ def checkout(tmp_path):
     """
     python = """case "$*" in
         *'"cuda" if'*) echo cuda ;;
+        *requirements.py*) exit 1 ;;
         *split*) echo 13 ;;
         *purelib*) echo site ;;
         *"-m pip"*) echo "$* CPATH=${CPATH:-}" ;;
@@ -287,7 +256,7 @@ def checkout(tmp_path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "launch").mkdir()
-    for name in ("launch/setup_env.sh", "setup.py"):
+    for name in ("launch/setup_env.sh", "launch/requirements.py", "setup.py"):
         shutil.copy(REPOSITORY / name, tmp_path / name)
     return tmp_path
 
@@ -334,7 +303,7 @@ def test_extras_for_a_gpu_need_one(checkout):
 def test_a_borrowed_torch_is_not_linked(checkout):
     site_packages = checkout / ".venv/lib/python3.11/site-packages"
     site_packages.mkdir(parents=True)
-    (site_packages / "cuda_torch.pth").touch()
+    (site_packages / "lent_torch.pth").touch()
     status, out, err = set_up(checkout, EXTRAS="gpu", CUDA="13.0")
     assert (status, out) == (1, "") and "borrows its torch, and EXTRAS=gpu needs its own" in err
     assert set_up(checkout, EXTRAS="test")[0] == 0

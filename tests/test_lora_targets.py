@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.real_shape import REAL_SHAPE
+from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.adapters import resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora.adapter import applied, resolve_targets

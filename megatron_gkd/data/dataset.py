@@ -3,11 +3,12 @@ split off evaluation.
 """
 
 import os
-import sys
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from functools import partial, reduce
+from operator import add
+from typing import Any, Literal, NamedTuple, Protocol
 
-import datasets
+import pyarrow
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
 from megatron_gkd.data.encoded import Encoded, decode_sample, encode_row
@@ -16,37 +17,39 @@ from megatron_gkd.data.report import make_report, view_lengths
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
-from megatron_gkd.data.source import FINGERPRINT, Source, open_source
+from megatron_gkd.data.source import Source, open_source
+from megatron_gkd.data.stored_rows import StoredRows, write_rows
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
 
-_IDS = datasets.List(datasets.Value("int32"))
-_REFERENCE = {
-    "kind": datasets.Value("string"),
-    "path": datasets.Value("string"),
-    "data": datasets.Value("large_binary"),
-    "is_track": datasets.Value("bool"),
-    "num_tokens": datasets.Value("int32"),
-}
-_FEATURES = datasets.Features(
+_IDS = pyarrow.list_(pyarrow.int32())
+_REFERENCE = pyarrow.struct(
+    {
+        "kind": pyarrow.string(),
+        "path": pyarrow.string(),
+        "data": pyarrow.large_binary(),
+        "is_track": pyarrow.bool_(),
+        "num_tokens": pyarrow.int32(),
+    }
+)
+_SCHEMA = pyarrow.schema(
     {
         "input_ids": _IDS,
         "labels": _IDS,
-        "response_start": datasets.Value("int32"),
+        "response_start": pyarrow.int32(),
         "teacher_prompt": _IDS,  # null: no teacher view
-        "cut_tokens": datasets.Value("int32"),
-        "media": datasets.List(_REFERENCE),
-        "kinds": datasets.List(datasets.Value("string")),  # those of `media`, without its bytes
+        "cut_tokens": pyarrow.int32(),
+        "media": pyarrow.list_(_REFERENCE),
+        "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
         "student_media": _IDS,
         "teacher_media": _IDS,
-        "use_audio_in_video": datasets.Value("bool"),
-        "source": datasets.Value("string"),
-        "location": datasets.Value("string"),
-        "reason": datasets.Value("string"),  # null: a good row
+        "use_audio_in_video": pyarrow.bool_(),
+        "source": pyarrow.string(),
+        "location": pyarrow.string(),
+        "reason": pyarrow.string(),  # null: a good row
     }
 )
-ROWS_AT_ONCE = 100  # held in memory while they are written: a row may hold its media
 _EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
 
 
@@ -74,7 +77,7 @@ class SampleDataset:
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: StoredRows,
         pad_token_id: int,
         processor: MediaProcessor,
         skipped: list[BadRow] | None = None,
@@ -118,82 +121,43 @@ def _encoded(row: dict[str, Any]) -> Encoded:
     return Encoded(*(row[name] for name in Encoded._fields))
 
 
-class _Encoder:
-    """Raw rows of one source -> columns of `_FEATURES`; runs in `--dataset_num_proc` processes."""
+class _Encoding(NamedTuple):
+    """What every row of every source is encoded with."""
 
-    def __init__(
-        self,
-        source: Source,
-        chat: ChatTokenizer | None,
-        chat_problem: str,
-        max_length: int,
-        vocab_size: int,
-        processor: MediaProcessor,
-        read_media: bool,
-    ):
-        self.source = source._replace(rows=None)  # the rows come with each call
-        self.chat, self.chat_problem = chat, chat_problem
-        self.max_length, self.vocab_size = max_length, vocab_size
-        self.processor, self.read_media = processor, read_media
-
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        location, source, reason, encoded = self.source.locations[index], None, None, _EMPTY
-
-        def get_chat() -> ChatTokenizer:
-            if self.chat is None:
-                raise DataError(f"{location} is text: {self.chat_problem}")
-            return self.chat
-
-        try:
-            checked = check_row(self.source.parse(row), self.vocab_size, self.source.folder)
-            encoded = encode_row(
-                checked,
-                get_chat,
-                self.max_length,
-                self.vocab_size,
-                self.processor,
-                read_media=self.read_media,
-            )
-            source = self.source.name if checked.source is None else checked.source
-        except RowError as error:
-            # the message may quote lone surrogates
-            reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
-        kinds = [reference["kind"] for reference in encoded.media]
-        return {
-            **encoded._asdict(),
-            "kinds": kinds,
-            "source": source,
-            "location": location,
-            "reason": reason,
-        }
+    chat: ChatTokenizer | None
+    chat_problem: str
+    max_length: int
+    vocab_size: int
+    processor: MediaProcessor
+    read_media: bool
 
 
-def _encode(source: Source, num_proc: int, encoder: _Encoder, path: str) -> list[str]:
-    """Every row through `encoder`, into arrow files named after `path`; returns their names. On a
-    terminal rank 0 shows a progress bar.
-    """
-    show_bar = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
-    had_bars = not datasets.are_progress_bars_disabled()
-    if had_bars and not show_bar:
-        datasets.disable_progress_bars()
+def _encode(source: Source, encoding: _Encoding, index: int) -> dict[str, Any]:
+    """Row `index` of a source -> columns of `_SCHEMA`."""
+    location, name, reason, encoded = source.locations[index], None, None, _EMPTY
+
+    def get_chat() -> ChatTokenizer:
+        if encoding.chat is None:
+            raise DataError(f"{location} is text: {encoding.chat_problem}")
+        return encoding.chat
+
     try:
-        encoded = source.rows.map(
-            encoder,
-            with_indices=True,
-            remove_columns=source.rows.column_names,
-            features=_FEATURES,
-            num_proc=min(num_proc, len(source.rows)) if num_proc > 1 else None,
-            keep_in_memory=False,
-            load_from_cache_file=False,
-            cache_file_name=path,
-            writer_batch_size=ROWS_AT_ONCE,
-            new_fingerprint=FINGERPRINT,
-            desc=f"Rows of {source.name}",
+        checked = check_row(source.read(index), encoding.vocab_size, source.folder)
+        encoded = encode_row(
+            checked,
+            get_chat,
+            encoding.max_length,
+            encoding.vocab_size,
+            encoding.processor,
+            read_media=encoding.read_media,
         )
-        return [file["filename"] for file in encoded.cache_files]
-    finally:
-        if had_bars:
-            datasets.enable_progress_bars()
+        name = source.name if checked.source is None else checked.source
+    except RowError as error:
+        # the message may quote lone surrogates
+        reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+    kinds = [reference["kind"] for reference in encoded.media]
+    columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
+    return encoded._asdict() | columns
 
 
 def load_datasets(
@@ -229,22 +193,23 @@ def load_datasets(
             open_source(entry, seed, data.download_datasets)
             for entry in [*data.dataset, *data.val_dataset]
         ]
-        settings = (chat, chat_problem, data.max_length, vocab_size, processor, data.check_data)
+        encoding = _Encoding(
+            chat, chat_problem, data.max_length, vocab_size, processor, data.check_data
+        )
         return [
-            _encode(
-                source,
+            write_rows(
+                partial(_encode, source, encoding),
+                len(source.locations),
+                _SCHEMA,
+                os.path.join(folder, str(number)),
                 data.dataset_num_proc,
-                _Encoder(source, *settings),
-                os.path.join(folder, f"{number}.arrow"),
+                f"Rows of {source.name}",
             )
             for number, source in enumerate(sources)
         ]
 
-    def read(made: list[list[str]]) -> list[datasets.Dataset]:
-        return [
-            datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, files)))
-            for files in made
-        ]
+    def read(made: list[list[str]]) -> list[StoredRows]:
+        return [StoredRows.open(_SCHEMA, files) for files in made]
 
     parts = made_once(make, read, gather)
     train_rows, train_bad = _separate(parts[: len(data.dataset)])
@@ -288,23 +253,18 @@ def _try_tokenizer(model_dir: str) -> tuple[ChatTokenizer | None, str]:
     )
 
 
-def _separate(parts: list[datasets.Dataset]) -> tuple[datasets.Dataset, list[BadRow]]:
+def _separate(parts: list[StoredRows]) -> tuple[StoredRows, list[BadRow]]:
     """Good rows in the order of files and lines, and the bad ones."""
-    rows = datasets.concatenate_datasets(parts)
-    reasons = rows["reason"]
+    rows = reduce(add, parts)
+    reasons = rows.columns("reason")["reason"].to_pylist()
     bad = [index for index, reason in enumerate(reasons) if reason is not None]
     if not bad:
         return rows, []
-    bad_rows = [
-        BadRow(row["location"], row["reason"])
-        for row in rows.select(bad).select_columns(["location", "reason"])
-    ]
+    bad_rows = [BadRow(**row) for row in rows.select(bad).columns(*BadRow._fields).to_pylist()]
     return rows.select([index for index, reason in enumerate(reasons) if reason is None]), bad_rows
 
 
-def _split(
-    rows: datasets.Dataset, ratio: float, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _split(rows: StoredRows, ratio: float, seed: int) -> tuple[StoredRows, StoredRows]:
     """(train, evaluation): evaluation is a seeded share of the rows; at least one row on each side,
     both in their old order.
     """

@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 from pyarrow import compute
 
 from megatron_gkd.data.sample import media_pair
+from megatron_gkd.data.stored_rows import StoredRows
 from megatron_gkd.errors import BadRow
 from megatron_gkd.loss.rows import IGNORED_LABEL
 
@@ -62,10 +62,9 @@ class Lengths(NamedTuple):
     prompts: np.ndarray
 
 
-def view_lengths(rows: datasets.Dataset) -> Lengths:
+def view_lengths(rows: StoredRows) -> Lengths:
     """Of encoded rows."""
-    columns = ["input_ids", "teacher_prompt", "response_start"]
-    table = rows.select_columns(columns).with_format("arrow")[:]
+    table = rows.columns("input_ids", "teacher_prompt", "response_start")
     student = compute.list_value_length(table["input_ids"]).to_numpy()
     prompt = compute.list_value_length(table["teacher_prompt"])  # null without a teacher view
     start = table["response_start"].to_numpy()
@@ -73,10 +72,9 @@ def view_lengths(rows: datasets.Dataset) -> Lengths:
     return Lengths(prompts + student - start, prompts)
 
 
-def make_report(rows: datasets.Dataset, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
+def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
     """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
-    columns = ["cut_tokens", "labels", "teacher_prompt", "source"]
-    table = rows.select_columns(columns).with_format("arrow")[:]
+    table = rows.columns("cut_tokens", "labels", "teacher_prompt", "source")
     cuts = table["cut_tokens"].to_numpy()
     trained = compute.not_equal(compute.list_flatten(table["labels"]), IGNORED_LABEL)
     return DataReport(
@@ -92,11 +90,11 @@ def make_report(rows: datasets.Dataset, lengths: Lengths, skipped: list[BadRow])
     )
 
 
-def _media_report(rows: datasets.Dataset) -> dict[str, dict[str, int]]:
+def _media_report(rows: StoredRows) -> dict[str, dict[str, int]]:
     """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
     are not read.
     """
-    table = rows.select_columns(["kinds", "student_media", "teacher_media"]).with_format("arrow")[:]
+    table = rows.columns("kinds", "student_media", "teacher_media")
     if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
         return {}
     kinds = table["kinds"].to_pylist()

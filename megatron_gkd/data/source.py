@@ -2,7 +2,7 @@
 save_to_disk, and `datasets` names.
 
 jsonl is read line by line and not by arrow, so that a broken line has a number, and rows may differ
-in columns and types.
+in columns and types. Everything else is read by `datasets`, which jsonl does not need.
 """
 
 import copy
@@ -10,31 +10,31 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import pyarrow
-import pyarrow.parquet
 
 from megatron_gkd.data.order import SUBSET, permutation
 from megatron_gkd.data.rows import MEDIA_COLUMNS
 from megatron_gkd.errors import DataError, RowError, first_line
 
-LINE_COLUMN = "line"
+if TYPE_CHECKING:
+    import datasets
+
 # Nothing is cached under it; without one `datasets` would hash the whole table.
-FINGERPRINT = "megatron-gkd"
+_FINGERPRINT = "megatron-gkd"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Source(NamedTuple):
-    """Rows that are not parsed yet: `parse` turns one of `rows` (a dict of columns) into a raw row,
-    `locations[i]` names row i in messages.
+    """Rows that are not parsed yet: `read(i)` is raw row i, or raises RowError; `locations[i]`
+    names it in messages.
     """
 
     name: str
-    rows: datasets.Dataset
     locations: list[str]
-    parse: Callable[[dict[str, Any]], Any]
+    read: Callable[[int], Any]
     folder: str = ""
     """Paths of media are relative to it"""
 
@@ -45,7 +45,7 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
     """
     name, num_rows = split_suffix(entry)
     source = _open(name, download)
-    available = len(source.rows)
+    available = len(source.locations)
     if not available:
         raise DataError(f"{name} has no rows")
     if num_rows is None:
@@ -57,7 +57,8 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
         )
     chosen = permutation(available, seed, SUBSET)[:num_rows].tolist()
     return source._replace(
-        rows=source.rows.select(chosen), locations=[source.locations[index] for index in chosen]
+        locations=[source.locations[index] for index in chosen],
+        read=lambda index: source.read(chosen[index]),
     )
 
 
@@ -75,11 +76,12 @@ def _open(name: str, download: bool) -> Source:
         if suffix in (".jsonl", ".json"):
             return _open_jsonl(name)
         if suffix == ".parquet":
+            datasets = _import_datasets(name)
+            import pyarrow.parquet
+
             try:
-                return _table_source(
-                    name,
-                    datasets.Dataset(pyarrow.parquet.read_table(name), fingerprint=FINGERPRINT),
-                )
+                table = pyarrow.parquet.read_table(name)
+                return _table_source(name, datasets.Dataset(table, fingerprint=_FINGERPRINT))
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise DataError(
                     f"{name} is not a readable parquet file: {first_line(error)}"
@@ -94,6 +96,7 @@ def _open(name: str, download: bool) -> Source:
     if not os.path.isdir(name) and (looks_like_a_path or not download):
         on_the_hub = "; for a data set of that name on the hub add --download_datasets true"
         raise DataError(f"{name} does not exist{'' if looks_like_a_path else on_the_hub}")
+    datasets = _import_datasets(name)
     try:
         if os.path.isdir(name) and any(
             os.path.isfile(os.path.join(name, marker))
@@ -118,6 +121,17 @@ def _open(name: str, download: bool) -> Source:
     return _table_source(name, loaded)
 
 
+def _import_datasets(name: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{name} is read by `datasets`, which cannot be imported ({first_line(error)}): "
+            "pip install 'datasets>=5.2,<5.3', or give the rows as .jsonl, which does not need it"
+        ) from None
+    return datasets
+
+
 def _open_jsonl(path: str) -> Source:
     with open(path, "rb") as file:
         lines = file.read().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
@@ -130,16 +144,19 @@ def _open_jsonl(path: str) -> Source:
         raise DataError(
             f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)"
         )
-    column = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
-    rows = datasets.Dataset(pyarrow.table({LINE_COLUMN: column}), fingerprint=FINGERPRINT)
+    # one block of memory that forked processes share, since nobody counts references in it
+    rows = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
     return Source(
-        path, rows, [f"{path}:{number}" for number in numbers], _parse_line, os.path.dirname(path)
+        path,
+        [f"{path}:{number}" for number in numbers],
+        lambda index: _parse_line(rows[index].as_py()),
+        os.path.dirname(path),
     )
 
 
-def _parse_line(row: dict[str, bytes]) -> Any:
+def _parse_line(line: bytes) -> Any:
     try:
-        text = row[LINE_COLUMN].decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowError(
             f"not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
@@ -152,16 +169,19 @@ def _parse_line(row: dict[str, bytes]) -> Any:
         raise RowError(f"not JSON that can be read: {first_line(error)}") from None
 
 
-def _table_source(name: str, rows: datasets.Dataset) -> Source:
+def _table_source(name: str, rows: "datasets.Dataset") -> Source:
     rows = rows.with_format(None)
     for column in set(MEDIA_COLUMNS) & set(rows.column_names):
         rows = _undecoded(rows, column)
     folder = name if os.path.isdir(name) else os.path.dirname(name)
-    return Source(name, rows, [f"{name} row {index}" for index in range(len(rows))], dict, folder)
+    locations = [f"{name} row {index}" for index in range(len(rows))]
+    return Source(name, locations, lambda index: dict(rows[index]), folder)
 
 
-def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+def _undecoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
     """Media as they are stored, bytes and path; `datasets` would decode them otherwise."""
+    import datasets
+
     feature = rows.features[column]
     inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
     if not hasattr(inner, "decode"):

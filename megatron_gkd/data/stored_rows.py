@@ -1,0 +1,171 @@
+"""Encoded rows on disk: written as arrow files, in processes if wished; memory-mapped, and read a
+row or some columns at a time.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from signal import SIGKILL
+from typing import Any, cast
+
+import numpy as np
+import pyarrow
+from tqdm import tqdm
+
+from megatron_gkd.errors import DataError
+
+ROWS_AT_ONCE = 100  # held in memory while they are written: a row may hold its media
+
+
+class StoredRows:
+    """Rows of arrow files with one schema, or some of them in ascending order. The files may be
+    deleted afterwards; forked processes share the mapped memory.
+    """
+
+    def __init__(
+        self,
+        schema: pyarrow.Schema,
+        batches: Sequence[pyarrow.RecordBatch],
+        chosen: np.ndarray | None = None,
+    ):
+        self.schema, self._batches = schema, list(batches)
+        lengths = [batch.num_rows for batch in self._batches]
+        self._starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        self._chosen = np.arange(self._starts[-1]) if chosen is None else chosen
+
+    @classmethod
+    def open(cls, schema: pyarrow.Schema, files: Sequence[str]) -> "StoredRows":
+        """Those of `files`, one behind the other."""
+        batches = []
+        for file in files:
+            with pyarrow.ipc.open_stream(pyarrow.memory_map(file)) as reader:
+                batches += list(reader)
+        return cls(schema, batches)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self._chosen[index]
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        start = int(place - self._starts[number])
+        return self._batches[number].slice(start, 1).to_pylist()[0]
+
+    def __add__(self, other: "StoredRows") -> "StoredRows":
+        chosen = np.concatenate((self._chosen, other._chosen + self._starts[-1]))
+        return StoredRows(self.schema, self._batches + other._batches, chosen)
+
+    def select(self, indices: Sequence[int]) -> "StoredRows":
+        """The rows at `indices`, which ascend."""
+        places = self._chosen[np.asarray(indices, dtype=np.int64)]
+        return StoredRows(self.schema, self._batches, places)
+
+    def columns(self, *names: str) -> pyarrow.Table:
+        """These columns of all rows; the others are not read."""
+        parts = []
+        ends = np.searchsorted(self._chosen, self._starts)
+        for batch, start, first, end in zip(self._batches, self._starts, ends, ends[1:]):
+            part = batch.select(names)
+            whole = end - first == batch.num_rows
+            parts.append(
+                part if whole else part.take(pyarrow.array(self._chosen[first:end] - start))
+            )
+        return pyarrow.Table.from_batches(
+            parts, pyarrow.schema([self.schema.field(name) for name in names])
+        )
+
+
+def write_rows(
+    make_row: Callable[[int], dict[str, Any]],
+    num_rows: int,
+    schema: pyarrow.Schema,
+    path: str,
+    num_proc: int,
+    description: str,
+) -> list[str]:
+    """`make_row(0)` to `make_row(num_rows - 1)` into files named after `path`, one for each of
+    `num_proc` forked processes; returns their names in the order of the rows. On a terminal rank 0
+    shows a progress bar. Raises what `make_row` raises, and DataError where a process dies.
+    """
+    num_proc = max(1, min(num_proc, num_rows))
+    ends = [num_rows * part // num_proc for part in range(num_proc + 1)]
+    files = [f"{path}.{part}" for part in range(num_proc)]
+    works = [
+        _write(make_row, range(first, end), schema, file)
+        for first, end, file in zip(ends, ends[1:], files)
+    ]
+    show_bar = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
+    with tqdm(total=num_rows, desc=description, disable=not show_bar) as bar:
+        for number in works[0] if num_proc == 1 else _in_processes(works):
+            bar.update(number)
+    return files
+
+
+def _write(
+    make_row: Callable[[int], dict[str, Any]], indices: range, schema: pyarrow.Schema, file: str
+) -> Iterator[int]:
+    """Write one file; yields the number of rows after each of its batches."""
+    with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        for first in range(0, len(indices), ROWS_AT_ONCE):
+            rows = [make_row(index) for index in indices[first : first + ROWS_AT_ONCE]]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+            yield len(rows)
+
+
+def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
+    """What the works yield, each in a fork of this process, which needs nothing pickled. No fork
+    outlives the iteration. `os.fork`, since a daemonic rank may have no multiprocessing children.
+    """
+    running: dict[Connection, int] = {}
+    try:
+        for work in works:
+            receiver, sender = Pipe(duplex=False)
+            process = os.fork()
+            if not process:
+                _run(work, sender)
+            sender.close()
+            running[receiver] = process
+        while running:
+            for ready in wait(list(running)):
+                receiver = cast(Connection, ready)
+                try:
+                    found = receiver.recv()
+                except EOFError:
+                    raise DataError(
+                        f"one of {len(works)} processes that read the rows was killed, perhaps for "
+                        "want of memory: a lower --dataset_num_proc needs less"
+                    ) from None
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    os.waitpid(running.pop(receiver), 0)
+                    receiver.close()
+                else:
+                    yield found
+    finally:
+        for receiver, process in running.items():
+            receiver.close()
+            with suppress(ProcessLookupError):
+                os.kill(process, SIGKILL)
+            os.waitpid(process, 0)
+
+
+def _run(work: Iterator[int], sender: Connection) -> None:
+    """A fork's life: numbers, then None or an exception."""
+    last: BaseException | None = None
+    try:
+        for number in work:
+            sender.send(number)
+    except BaseException as error:
+        try:
+            last = pickle.loads(pickle.dumps(error))
+        except Exception:
+            last = RuntimeError(f"{type(error).__name__}: {error}")
+    finally:
+        with suppress(OSError):
+            sender.send(last)
+        os._exit(0)

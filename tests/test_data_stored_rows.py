@@ -1,0 +1,135 @@
+"""Rows on disk: what is written is read, a row or some columns at a time; what a process that
+writes runs into reaches the caller; and nothing of it needs `datasets`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from megatron_gkd.data import DataError
+from megatron_gkd.data.stored_rows import ROWS_AT_ONCE, StoredRows, write_rows
+from tests.train_runs import SMALL, arguments, make_rows
+from tests.train_runs import write_rows as write_jsonl
+
+REPOSITORY = Path(__file__).parents[1]
+SCHEMA = pyarrow.schema({"ids": pyarrow.list_(pyarrow.int32()), "name": pyarrow.string()})
+
+
+def make(index):
+    return {"ids": list(range(index % 5)), "name": None if index % 3 == 0 else f"row {index}"}
+
+
+def stored(folder, number, num_proc=1):
+    files = write_rows(make, number, SCHEMA, str(folder / f"{number}"), num_proc, "rows")
+    assert len(files) == min(num_proc, number)
+    rows = StoredRows.open(SCHEMA, files)
+    for file in files:
+        os.remove(file)
+    return rows
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+def test_rows_and_columns(tmp_path, num_proc):
+    number = 2 * ROWS_AT_ONCE + 31
+    rows = stored(tmp_path, number, num_proc) + stored(tmp_path, 2, num_proc)
+    expected = [make(index) for index in [*range(number), 0, 1]]
+    assert [rows[index] for index in range(len(rows))] == expected and rows[-1] == expected[-1]
+    assert rows.columns("name", "ids").to_pylist() == [
+        {"name": row["name"], "ids": row["ids"]} for row in expected
+    ]
+    chosen = [0, 1, *range(ROWS_AT_ONCE - 1, 2 * ROWS_AT_ONCE, 7), number + 1]
+    some = rows.select(chosen)
+    assert [some[index] for index in range(len(some))] == [expected[index] for index in chosen]
+    assert some.columns("ids")["ids"].to_pylist() == [expected[index]["ids"] for index in chosen]
+    again = some.select([1, len(chosen) - 1])
+    assert [again[0], again[1]] == [expected[1], expected[number + 1]]
+    none = rows.select([])
+    assert len(none) == 0 and none.columns("ids").num_rows == 0 and none.columns("ids").schema
+
+
+class Peculiar(Exception):
+    """Cannot be pickled and made again from its arguments."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.mark.parametrize(
+    "error, expected, words",
+    [
+        (DataError("no text here"), DataError, "^no text here$"),
+        (Peculiar(1, 2), RuntimeError, "^Peculiar: 1 and 2$"),
+    ],
+)
+def test_an_error_of_a_process(tmp_path, error, expected, words):
+    def fails(index):
+        if index == 5:
+            raise error
+        return make(index)
+
+    with pytest.raises(expected, match=words):
+        write_rows(fails, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
+    with pytest.raises(ChildProcessError):  # none is left, alive or dead
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_process_that_is_killed(tmp_path):
+    def killed(index):
+        if index == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(index)
+
+    with pytest.raises(DataError, match="one of 3 processes .* lower --dataset_num_proc"):
+        write_rows(killed, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
+
+
+BLOCKED = """
+import sys
+sys.modules["datasets"] = None  # `import datasets` raises ImportError
+from megatron_gkd.train import main
+main(sys.argv[1:])
+"""
+
+
+def run_without_datasets(tmp_path, tiny_folder, dataset):
+    flags = arguments(
+        model=tiny_folder(**SMALL),
+        dataset=dataset,
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        dataset_num_proc=2,
+        lmbda=1,
+        max_completion_length=4,
+    )
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *flags],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_run_from_jsonl_without_datasets(tmp_path, tiny_folder):
+    done = run_without_datasets(
+        tmp_path, tiny_folder, write_jsonl(tmp_path / "rows.jsonl", make_rows(8))
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["num_tokens"] > 0
+
+
+@pytest.mark.extended
+def test_parquet_says_that_it_needs_datasets(tmp_path, tiny_folder):
+    (tmp_path / "rows.parquet").touch()
+    done = run_without_datasets(tmp_path, tiny_folder, tmp_path / "rows.parquet")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "rows.parquet is read by `datasets`, which cannot be imported" in done.stderr
+    assert "pip install 'datasets>=5.2,<5.3', or give the rows as .jsonl" in done.stderr
