@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_gkd.data import Batch, Packing, Sample, View, collate
 from megatron_gkd.lora.adapter import LINEARS, resolve_targets
-from megatron_gkd.lora.apply import apply_lora
+from megatron_gkd.lora.apply import apply_lora, expert_columns
 from megatron_gkd.lora.slots import STUDENT
 from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.model.args import ModelArgs
@@ -102,8 +102,9 @@ def random_decoder(
         context_parallel_size=context_parallel_size,
         seed=seed,
     )
-    model_args = shape.model_args()
-    model = build_decoder(model_args, parallel, dtype, recompute=recompute)
+    model_args, targets = shape.model_args(), resolve_targets(list(targets))
+    columns = expert_columns([(lora_rank, targets)])
+    model = build_decoder(model_args, parallel, dtype, recompute=recompute, spare_columns=columns)
     apply_lora(
         model,
         model_args,
@@ -111,7 +112,7 @@ def random_decoder(
         rank=lora_rank,
         alpha=lora_alpha,
         dropout=lora_dropout,
-        targets=resolve_targets(list(targets)),
+        targets=targets,
         seed=seed,
     )
     draw_weights(model, parallel, seed)
@@ -125,8 +126,7 @@ def draw_weights(model: GPTModel, parallel: Parallel, seed: int) -> None:
     """
     generator = torch.Generator(parallel.device)
     for name, parameter in model.named_parameters():
-        # Transformer Engine's experts are views of the stacked weight, which is drawn whole
-        if f".slots.{STUDENT}.down." in name or ".product." in name:
+        if f".slots.{STUDENT}.down." in name:
             continue
         if parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -45,7 +45,7 @@ class CountingLayer(Counting):
 
 
 def count(rank, world_size, tp, ep):
-    """(forward, backward, bytes saved, rows sent to each rank)"""
+    """(forward, backward, bytes saved, rows sent to each rank, or gathered here)"""
     place = parallel.initialize(
         torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
     )
@@ -74,7 +74,10 @@ def count(rank, world_size, tp, ep):
         (c.num_launches, dict(c.operations), dict(c.collectives), dict(c.sent), dict(c.waits))
         for c in counters
     ]
-    sent = getattr(layer.token_dispatcher, "num_sent", None)
+    dispatcher = layer.token_dispatcher
+    sent = getattr(dispatcher, "num_sent", None)
+    if sent is None and ep > 1:
+        sent = len(dispatcher.order.pairs)
     return *found, sum(saved.values()), sent
 
 
@@ -114,8 +117,14 @@ def test_two_ranks(tp):
     """
     results = run_ranks(count, 2, tp, 2)
     row, pairs = CASE.hidden * 2, CASE.num_tokens * CASE.top_k
-    for rank, (forward, backward, _, num_sent) in enumerate(results):
+    for rank, (forward, backward, saved, num_sent) in enumerate(results):
         if tp == 2:
+            assert sum(own for *_, own in results) == 2 * pairs and 0 < num_sent < 1.5 * pairs
+            # the experts' own rows, and of all pairs and of the tokens before gathering a little
+            expected = saved_bytes(2 * CASE.num_tokens, num_sent, 2 * pairs)
+            of_indices = 4 * (2 * pairs - num_sent) - 4 * pairs + 4 * CASE.num_experts
+            of_router = ROUTER * pairs + CASE.num_tokens * row
+            assert saved == expected + of_indices + of_router
             tokens_sent = CASE.num_tokens * row
             assert forward[2] == {"_allgather_base_": 3, "_reduce_scatter_base_": 1}
             assert backward[2] == {"_allgather_base_": 1, "_reduce_scatter_base_": 2}

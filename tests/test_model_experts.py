@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from megatron_gkd import parallel
 from megatron_gkd.lora.slots import STUDENT, TEACHER
-from megatron_gkd.model import expert_torch
+from megatron_gkd.model.dispatcher import NumbersOnHost
 from megatron_gkd.model.tensor_slice import ParameterSlice, TensorSlice
 from tests.expert_layers import (
     Case,
@@ -123,14 +123,13 @@ def test_equal_inputs_give_equal_bits(world_size, tp, ep):
 
 def with_garbage(rank, world_size, case):
     """At TP 2, EP 2, results as they are; where the weight gradient of a group without rows is
-    uninitialised memory, as on some GPUs; and as on every GPU, which does not know how many rows
-    are its own: in buffers for all pairs, with NaN where no row is.
+    uninitialised memory, as on some GPUs; and in buffers for all pairs, with NaN where no row is.
     """
     place = parallel.initialize(
         torch.device("cpu"), tensor_model_parallel_size=2, expert_model_parallel_size=2
     )
     layer = make_layer(place, case)
-    grouped_mm, order_pairs = F.grouped_mm, expert_torch.order_pairs
+    grouped_mm, wait = F.grouped_mm, NumbersOnHost.wait
 
     def result():
         parallel.seed_step(1, 0, place)
@@ -144,16 +143,16 @@ def with_garbage(rank, world_size, case):
             product[int(offs[-1]) :] = torch.nan
         return product
 
-    def unknown(ids, first_expert, num_experts, *, is_partial):
-        order = order_pairs(ids, first_expert, num_experts, is_partial=is_partial)
-        behind = ids.numel() - len(order.pairs)
-        assert is_partial and behind > 0
-        return order._replace(pairs=F.pad(order.pairs, (0, behind)))
+    def all_pairs(numbers):
+        (own,) = wait(numbers)
+        most = 2 * case.num_tokens * case.top_k
+        assert own < most
+        return [most]
 
     plain = result()
     F.grouped_mm = garbage
     garbled = result()
-    expert_torch.order_pairs = unknown
+    NumbersOnHost.wait = all_pairs
     return plain, garbled, result()
 
 

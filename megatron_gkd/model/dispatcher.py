@@ -8,15 +8,15 @@ token. Which of them a layer has follows from the groups:
     GatherDispatcher   the N ranks are of one tensor-parallel group, so all have equally many
                        tokens, and N <= K. Tokens are gathered, each rank computes its experts' rows
                        for all of them, the sums are reduce-scattered. A rank sends (N - 1) T H b
-                       bytes each way. All shapes are fixed: the host waits for nothing.
+                       bytes each way. The host waits once a layer for the number of its rows,
+                       while tokens are gathered: buffers for all N T K pairs would be N times too
+                       large.
     ExchangeDispatcher otherwise. Every (token, expert) pair goes to its expert's rank and back, in
                        megatron-core's all-to-all: about (N - 1) / N K T H b bytes each way, K / N
                        times what gathering would move. The host waits once a layer for the counts,
                        while the device sorts the rows.
 
-In backward each collective's counterpart moves the same bytes once more. With gathering, memory for
-rows is that of N T K pairs although about T K of them are this rank's: on a GPU nobody knows how
-many without waiting.
+In backward each collective's counterpart moves the same bytes once more.
 """
 
 from typing import Any
@@ -103,6 +103,24 @@ class Summed(torch.autograd.Function):
         return kernels.gather_rows(gradient.contiguous(), order, gradient.shape[1]), None
 
 
+class NumbersOnHost:
+    """Integers on their way to the host, which `wait` waits for: what the device gets to do in
+    between hides it.
+    """
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers.to("cpu", non_blocking=True)  # pinned memory
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> Any:
+        """As lists of int."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+
 class LocalDispatcher(MoETokenDispatcher):
     """For a rank that holds all experts. MoELayer calls the methods in the order in which they
     stand here.
@@ -137,7 +155,7 @@ class LocalDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Order, Tensor]:
         """The arguments of GroupedExperts."""
         order = select_kernels(self.ids.device).order_pairs(
-            self.ids, self.first_expert, self.num_local_experts, is_partial=self.ep_size > 1
+            self.ids, self.first_expert, self.num_local_experts, is_partial=False
         )
         return hidden_states, order, probs
 
@@ -162,9 +180,20 @@ class GatherDispatcher(LocalDispatcher):
         """[T, H], [T, K] -> [N T, H], [N T, K]."""
         ids = self.ids.new_empty(self.ep_size * len(self.ids), self.num_chosen)
         dist.all_gather_into_tensor(ids, self.ids, group=self.ep_group)
-        self.ids = ids
+        order = select_kernels(ids.device).order_pairs(
+            ids, self.first_expert, self.num_local_experts, is_partial=True
+        )
+        num_rows = NumbersOnHost(order.offsets[-1:])
         probs = gather_from_sequence_parallel_region(probs, group=self.ep_group)
-        return gather_from_sequence_parallel_region(hidden_states, group=self.ep_group), probs
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.ep_group)
+        (own,) = num_rows.wait()
+        self.order = order._replace(pairs=order.pairs[:own])
+        return hidden_states, probs
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Order, Tensor]:
+        return hidden_states, self.order, probs
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.ep_group)
@@ -189,14 +218,9 @@ class ExchangeDispatcher(LocalDispatcher):
         self.counts = torch.empty_like(order.counts)
         dist.all_to_all_single(self.counts, order.counts, group=self.ep_group)
         both = torch.stack((order.counts, self.counts)).view(2, num_ranks, num_local).sum(dim=2)
-        on_host = both.to("cpu", non_blocking=True)  # into pinned memory
-        copied = torch.cuda.Event() if both.is_cuda else None
-        if copied is not None:
-            copied.record()
+        numbers = NumbersOnHost(both)
         x, chosen = Sorted.apply(x, chosen, order)
-        if copied is not None:
-            copied.synchronize()  # the device is sorting
-        self.num_sent, self.num_received = on_host.tolist()
+        self.num_sent, self.num_received = numbers.wait()
         self.order = order
         return x, chosen
 

@@ -20,9 +20,7 @@ class Order(NamedTuple):
     rows: Tensor
     """int32 [T, K]: the row of each pair; -1 where another rank has its expert"""
     offsets: Tensor
-    """int32 [E]: the end of each expert's rows. P may be larger than the last, so that nobody waits
-    for its value
-    """
+    """int32 [E]: the end of each expert's rows. P may be larger than the last"""
     counts: Tensor
     """int32 [E]: the rows of each expert"""
     is_partial: bool

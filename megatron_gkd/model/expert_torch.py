@@ -26,9 +26,8 @@ def spread(gradient: Tensor, ids: Tensor, num_experts: int) -> Tensor:
 
 
 def order_pairs(ids: Tensor, first_expert: int, num_experts: int, *, is_partial: bool) -> Order:
-    """ids int32 [T, K] -> the order of the pairs of experts first_expert .. first_expert + E - 1.
-
-    On a CPU P is exactly their number; on a GPU, where that would be waited for, T K.
+    """ids int32 [T, K] -> the order of the pairs of experts first_expert .. first_expert + E - 1. P
+    is T K: how many of them there are, only the device knows.
     """
     local = ids.flatten() - first_expert
     if is_partial:
@@ -40,8 +39,6 @@ def order_pairs(ids: Tensor, first_expert: int, num_experts: int, *, is_partial:
     rows = torch.empty_like(numbers).scatter_(0, pairs, numbers)
     if is_partial:
         rows = rows.where(local < num_experts, -1)
-        if not ids.is_cuda:
-            pairs = pairs[: int(offsets[-1])]
     counts = offsets.diff(prepend=offsets.new_zeros(1))
     return Order(pairs.int(), rows.view(ids.shape), offsets, counts, is_partial)
 

@@ -181,7 +181,7 @@ def spread(gradient: Tensor, ids: Tensor, num_experts: int) -> Tensor:
 
 
 def order_pairs(ids: Tensor, first_expert: int, num_experts: int, *, is_partial: bool) -> Order:
-    """As in expert_torch; P is T K."""
+    """As in expert_torch."""
     num_tokens, num_chosen = ids.shape
     num_blocks, block_e = triton.cdiv(num_tokens, TOKENS), triton.next_power_of_2(num_experts)
     pairs = torch.empty(num_tokens * num_chosen, dtype=torch.int32, device=ids.device)
