@@ -216,6 +216,20 @@ def two_adapters(rank, world_size):
     return found
 
 
+def changed_before_backward(rank, world_size):
+    place = parallel.initialize(torch.device("cpu"))
+    layer = make_layer(place, Case())
+    output, _ = layer(tokens(Case(), 0)[0][:, None])
+    with torch.no_grad():
+        lora_parameters(layer)["down_proj", "B"].add_(1)
+    output.sum().backward()
+
+
+def test_a_change_between_forward_and_backward_raises():
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+        run_ranks(changed_before_backward, 1)
+
+
 def test_adapters_have_columns_of_their_own():
     """The toggle changes nothing in memory, an update and a loaded adapter are seen, the base's
     columns never change.

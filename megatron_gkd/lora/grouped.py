@@ -38,6 +38,13 @@ def num_columns(names: Sequence[str], rank: int, targets: Sequence[str]) -> int:
     return round_up(rank * len([name for name in names if name in targets]), 8)
 
 
+def versions_of(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a parameter is written or moved. torch counts its own writes, but for fused
+    optimizers (optimizer.py does) and for what goes through `.data`.
+    """
+    return [(parameter._version, parameter.data_ptr()) for parameter in parameters]
+
+
 class Layout:
     """A slot's matrices as its linear multiplies with them."""
 
@@ -56,6 +63,8 @@ class ActiveLow:
     size: int
     parameters: tuple[Tensor, ...]
     """W_down [E, r, in] of each projection, then W_up [E, out, r]"""
+    versions: list[tuple[int, int]]
+    """Of the parameters in the forward pass"""
     down: Tensor
     drop: Drop | None
     blocks: tuple[tuple[slice, slice], ...]
@@ -69,7 +78,11 @@ class ActiveLow:
         return select_kernels(x.device).low_forward(x, self.down, self.drop, offsets)
 
     def backward_input(self, of_low: Tensor, offsets: Tensor, into: Tensor) -> None:
-        """Adds the gradient of low [T, R] to that of x, in place."""
+        """Adds the gradient of low [T, R] to that of x, in place. Raises RuntimeError where a
+        parameter was changed since the forward pass, as autograd does for what it has saved.
+        """
+        if self.versions != versions_of(self.parameters):
+            raise RuntimeError("LoRA's parameters were changed between a forward and its backward")
         if not len(into):
             return
         if self.drop is None:
@@ -134,6 +147,7 @@ class LoraGrouped(LoraModule):
             layout.first,
             layout.size,
             parameters,
+            layout.versions,
             layout.down,
             self.drop_of(slot),
             tuple(self._blocks(slot)),
@@ -144,7 +158,7 @@ class LoraGrouped(LoraModule):
     @torch.no_grad()
     def _refresh(self, layout: Layout, slot: LoraSlot, parameters: Sequence[Tensor]) -> None:
         """Write the columns and W_down again if a parameter is not what it was."""
-        versions = [(p._version, p.data_ptr()) for p in parameters]
+        versions = versions_of(parameters)
         if versions == layout.versions:
             return
         layout.versions = versions
