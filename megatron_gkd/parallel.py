@@ -152,6 +152,8 @@ def initialize(
     """
     if device.type == "cpu":
         cpu.enable()
+    elif cpu.is_enabled():
+        raise RuntimeError("megatron-core runs on the CPU in this process, and cannot leave it")
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
