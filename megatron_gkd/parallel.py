@@ -123,12 +123,13 @@ def resolve_device(device: str) -> torch.device:
 
 def use_deterministic_kernels() -> None:
     """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that give the same bits every
-    time, before any of them has started. Where torch has none it warns.
+    time, before any of them has started. An operation of which torch has none raises RuntimeError:
+    where torch would only warn, the backward passes of its attention kernels keep their atomics.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     module: Any = torch.utils.deterministic  # its attribute is a property of the module's class
     module.fill_uninitialized_memory = False
 
