@@ -250,12 +250,11 @@ def _check_rows(*matrices: torch.Tensor) -> None:
 
 
 def _in_base_2(scalars: RowScalars) -> torch.Tensor:
-    """[6, N] in RowScalars' order, the logarithms divided by ln 2."""
+    """[6, N] in RowScalars' order, the log-sum-exps divided by ln 2."""
     logarithms = (
         "student_log_sum_exp",
         "student_unit_log_sum_exp",
         "teacher_log_sum_exp",
-        "log_ratio_shift",
     )
     scaled = {name: getattr(scalars, name) * LOG2_E.value for name in logarithms}
     return torch.cat(scalars._replace(**scaled), 1).t().contiguous()
