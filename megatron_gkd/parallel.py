@@ -134,9 +134,22 @@ def use_deterministic_kernels() -> None:
     module.fill_uninitialized_memory = False
 
 
+def use_whole_float32() -> None:
+    """Products and convolutions of float32 in float32, until the process ends: not in TF32 (10 bits
+    of mantissa), which is cuDNN's default and may be the environment's for products.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    # torch's newer names for the same; unset they would follow torch.backends.fp32_precision
+    backends: Any = torch.backends
+    for settings in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+        settings.fp32_precision = "ieee"
+
+
 def initialize(
     device: torch.device,
     *,
+    dtype: torch.dtype = torch.float32,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
@@ -145,12 +158,16 @@ def initialize(
     timeout: timedelta | None = None,
 ) -> Parallel:
     """Join the process group (torchrun's variables, unless already initialised; without them a
-    world of one) and build the model-parallel groups. timeout: how long a rank waits for the others
-    in a collective (torch's default is 10 minutes with NCCL, 30 with gloo).
+    world of one) and build the model-parallel groups. dtype: what the model computes in; of float32
+    all 24 bits (`use_whole_float32`), with others the process keeps its settings. timeout: how long
+    a rank waits for the others in a collective (torch's default is 10 minutes with NCCL, 30 with
+    gloo).
 
     Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does
     not divide into the layout.
     """
+    if dtype == torch.float32:
+        use_whole_float32()
     if device.type == "cpu":
         cpu.enable()
     elif cpu.is_enabled():

@@ -1,5 +1,5 @@
-"""A torch that believes in a GPU, without one: what code sees that runs on the CPU of a machine with
-GPUs.
+"""A torch that believes in a GPU, without one: what code sees that runs on the CPU of a machine
+with GPUs.
 """
 
 from types import SimpleNamespace

@@ -1,5 +1,5 @@
-"""The CPU layer: nothing on import; after `enable()` the CPU meaning of torch.cuda for megatron-core,
-and GPUs as they are for everyone else.
+"""The CPU layer: nothing on import; after `enable()` the CPU meaning of torch.cuda for
+megatron-core, and GPUs as they are for everyone else.
 """
 
 import importlib

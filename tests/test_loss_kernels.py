@@ -219,7 +219,9 @@ def check_fields(output, expected, tolerance):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in LOGIT_CASES if name not in (*EQUAL_SOFTMAXES, "near")])
+@pytest.mark.parametrize(
+    "name", [name for name in LOGIT_CASES if name not in (*EQUAL_SOFTMAXES, "near")]
+)
 def test_kernels_equal_reference(computed, name, kind):
     num_rows, vocab_size, padding, _, dtype, gap, settings = LOGIT_CASES[name]
     student, teacher = logit_pair(num_rows, vocab_size, gap, dtype=dtype)

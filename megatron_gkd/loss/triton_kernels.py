@@ -19,7 +19,7 @@ float32 over the row's blocks, and the lanes are added up at the row's end; rows
 float64. Columns that do not exist are read as -inf: Q = P = 0, and d is set to 0.
 
 Instructions, not bytes, are scarce at these sizes. Exponentials are of base 2, with log2(e) in the
-factors and the rows' scalars. Of a bfloat16 jsd at b = 0.5 ptxas makes 104 instructions a logit for
+factors and the rows' scalars. Of a bfloat16 jsd at b = 0.5 ptxas makes 106 instructions a logit for
 sm_90 (docs/benchmarks/loss.md).
 
 `write_gradient` reads and writes every entry in one program once, so its output may be one of its
