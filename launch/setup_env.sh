@@ -62,7 +62,7 @@ else
             cuda_packages=$("$name" - 2>/dev/null <<'PYTHON' || true
 import os, torch
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-if torch.version.cuda and (2, 11) <= version < (2, 14):
+if torch.version.cuda and (2, 11) <= version < (2, 15):
     print(os.path.dirname(os.path.dirname(torch.__file__)))
 PYTHON
             )

@@ -26,6 +26,8 @@ def believe_in_a_gpu() -> list[str]:
         return 0
 
     cuda.get_device_properties, cuda.current_device = get_device_properties, current_device
-    cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
-    cuda.set_rng_state = lambda state, device="cuda": None
+    # torch 2.14's AdamW asks the stream, whatever its parameters are on
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    torch.accelerator.current_stream = lambda device=None: stream
+    cuda.is_current_stream_capturing = stream.is_capturing
     return started
