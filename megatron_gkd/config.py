@@ -185,8 +185,8 @@ class TrainConfig:
     )
     deterministic: bool = setting(
         False,
-        "Kernels that give the same bits every time, slower. A CPU's do without it; a GPU's "
-        "mostly do not.",
+        "Kernels that give the same bits every time, slower; an operation that has none ends the "
+        "run. A CPU's do without it; a GPU's mostly do not.",
     )
     max_bad_steps: int = setting(
         10, "Stop after this many steps in a row with NaN or Inf; each of them is skipped."

@@ -3,12 +3,17 @@ import.
 
 megatron-core asks `torch.cuda` for devices, streams and generators even where no GPU is involved.
 `enable()` answers those calls with their CPU meaning and rewrites `device="cuda"` in tensor
-factories. Everything above this layer is the real megatron-core. The patches hold for the whole
-process, which is why the call is explicit; a process that has a GPU in use is refused.
+factories. Everything above this layer is the real megatron-core.
+
+The answers are for megatron-core and this package alone, told by the module that asks: other code
+of the process, torch's own included, sees its GPUs as before, and megatron-core never touches
+them. megatron-core stays on the CPU until the process ends, which is why the call is explicit; a
+process that has a GPU in use is refused.
 """
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,7 +24,41 @@ _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
     *("rand", "randn", "tensor", "zeros", "zeros_like"),
 )
+_ASKING = ("megatron.", "megatron_gkd.")
 _enabled = False
+
+
+def is_enabled() -> bool:
+    """Whether megatron-core runs on the CPU in this process."""
+    return _enabled
+
+
+def _asked_by_megatron() -> bool:
+    """Whether the function that calls this one was called by megatron-core or this package."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith(_ASKING)
+
+
+def _for_megatron(meaning: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, and for megatron-core `meaning`."""
+
+    @functools.wraps(original)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return (meaning if _asked_by_megatron() else original)(*args, **kwargs)
+
+    return answer
+
+
+def _class_for_megatron(stand_in: type, original: Any) -> type:
+    """The class `original`, of which megatron-core gets a `stand_in` where it makes an object."""
+
+    class Chosen(type(original)):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return (stand_in if _asked_by_megatron() else original)(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+    return Chosen(original.__name__, (original,), {})
 
 
 class _NoStream:
@@ -47,14 +86,15 @@ class _NoStream:
 
 
 def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The tensor factory with `device="cuda"` read as CPU. A mode that sees every operation costs
-    15 % of a forward.
+    """The tensor factory with megatron-core's `device="cuda"` read as CPU. A mode that sees every
+    operation costs 15 % of a forward.
     """
 
     @functools.wraps(factory)
     def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if device is not None:
-            kwargs["device"] = _CPU if str(device).startswith("cuda") else device
+            on_cpu = str(device).startswith("cuda") and _asked_by_megatron()
+            kwargs["device"] = _CPU if on_cpu else device
         return factory(*args, **kwargs)
 
     return make
@@ -75,19 +115,25 @@ def enable() -> None:
     _enabled = True
 
     cuda: Any = torch.cuda
-    tensor_class: Any = torch.Tensor
-    cuda.current_device = lambda: _CPU
-    cuda.set_device = lambda device: None
-    cuda.Stream = cuda.Event = _NoStream
-    cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
-    cuda.synchronize = lambda device=None: None
     # Stands for the GPU's: what moves that one must not move the CPU's own, here as there.
     generator = torch.Generator()
-    cuda.get_rng_state = lambda device=None: generator.get_state()
-    cuda.set_rng_state = lambda state, device=None: generator.set_state(state)
-    cuda.manual_seed = generator.manual_seed
-    tensor_class.cuda = lambda self, *args, **kwargs: self
+    meanings: dict[str, Callable[..., Any]] = {
+        "current_device": lambda: _CPU,
+        "set_device": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: _NoStream(),
+        "default_stream": lambda device=None: _NoStream(),
+        "synchronize": lambda device=None: None,
+        "get_rng_state": lambda device=None: generator.get_state(),
+        "set_rng_state": lambda state, device=None: generator.set_state(state),
+        "manual_seed": generator.manual_seed,
+    }
+    for name, meaning in meanings.items():
+        setattr(cuda, name, _for_megatron(meaning, getattr(cuda, name)))
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, _class_for_megatron(_NoStream, getattr(cuda, name)))
+    tensor_class: Any = torch.Tensor
+    tensor_class.cuda = _for_megatron(lambda self, *args, **kwargs: self, torch.Tensor.cuda)
     # Lets torch note its own factories first: `with torch.device("meta")` must go on to know them.
     with torch.device("cpu"):
         torch.empty(0)
@@ -100,7 +146,7 @@ def enable() -> None:
         answer = type_of(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 
-    tensor_class.type = type_as_on_cuda
+    tensor_class.type = _for_megatron(type_as_on_cuda, type_of)
 
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -112,6 +158,7 @@ def enable() -> None:
         generator.set_state(new_state)
     )
     _without_fused_kernels()
+    _without_compilation()
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -137,3 +184,13 @@ def _without_fused_kernels() -> None:
     clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+
+
+def _without_compilation() -> None:
+    """megatron-core has torch compile this method of its router. A compilation looks at the GPUs of
+    the machine, which starts CUDA, and of this method (it does nothing here) it costs seconds.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    method = TopKRouter._apply_expert_bias
+    TopKRouter._apply_expert_bias = getattr(method, "_torchdynamo_orig_callable", method)

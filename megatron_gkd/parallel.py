@@ -131,19 +131,33 @@ def resolve_device(device: str) -> torch.device:
 
 def use_deterministic_kernels() -> None:
     """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that give the same bits every
-    time, before any of them has started. Where torch has none it warns.
+    time, before any of them has started. An operation of which torch has none raises RuntimeError:
+    where torch would only warn, the backward passes of its attention kernels keep their atomics.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     module: Any = torch.utils.deterministic  # its attribute is a property of the module's class
     module.fill_uninitialized_memory = False
+
+
+def use_whole_float32() -> None:
+    """Products and convolutions of float32 in float32, until the process ends: not in TF32 (10 bits
+    of mantissa), which is cuDNN's default and may be the environment's for products.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    # torch's newer names for the same; unset they would follow torch.backends.fp32_precision
+    backends: Any = torch.backends
+    for settings in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+        settings.fp32_precision = "ieee"
 
 
 def initialize(
     device: torch.device,
     *,
+    dtype: torch.dtype = torch.float32,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
@@ -152,14 +166,20 @@ def initialize(
     timeout: timedelta | None = None,
 ) -> Parallel:
     """Join the process group (torchrun's variables, unless already initialised; without them a
-    world of one) and build the model-parallel groups. timeout: how long a rank waits for the others
-    in a collective (torch's default is 10 minutes with NCCL, 30 with gloo).
+    world of one) and build the model-parallel groups. dtype: what the model computes in; of float32
+    all 24 bits (`use_whole_float32`), with others the process keeps its settings. timeout: how long
+    a rank waits for the others in a collective (torch's default is 10 minutes with NCCL, 30 with
+    gloo).
 
     Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does
     not divide into the layout.
     """
+    if dtype == torch.float32:
+        use_whole_float32()
     if device.type == "cpu":
         cpu.enable()
+    elif cpu.is_enabled():
+        raise RuntimeError("megatron-core runs on the CPU in this process, and cannot leave it")
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():

@@ -28,6 +28,7 @@ from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
+from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Update
 from megatron_gkd.parallel import (
     Parallel,
@@ -152,6 +153,7 @@ def run_from_config(config: Config) -> None:
     try:
         parallel = initialize(
             resolve_device(config.model.device),
+            dtype=DTYPES[config.model.torch_dtype],
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
             expert_model_parallel_size=config.parallel.expert_model_parallel_size,

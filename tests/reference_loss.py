@@ -72,6 +72,15 @@ def logit_pair(num_rows, vocab_size, gap, seed=0, dtype=torch.float32):
     return student.to(dtype), teacher.to(dtype)
 
 
+def shifted_pair(num_rows, vocab_size):
+    """Logits of equal softmaxes: the teacher's are the student's plus a number of the row, without
+    rounding.
+    """
+    student, _ = logit_pair(num_rows, vocab_size, 0.0)
+    student = (student * 64).round() / 64
+    return student, student + torch.linspace(-37.0, 21.0, num_rows).round()[:, None]
+
+
 def labels_for(num_rows, vocab_size, seed=1):
     """Random labels; the second of more than two rows is masked."""
     labels = torch.randint(
@@ -97,7 +106,7 @@ def relative_error(actual, expected):
 
 def student_gradient(output, inputs):
     """Gradient of `inputs` for the upstream gradient of `upstream_for`."""
-    return torch.autograd.grad(output, inputs, upstream_for(len(output)).to(output.dtype))[0]
+    return torch.autograd.grad(output, inputs, upstream_for(len(output)).to(output))[0]
 
 
 def hidden_pair(num_rows, hidden_size, vocab_size, gap, seed=0, dtype=torch.float32):

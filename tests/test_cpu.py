@@ -1,14 +1,20 @@
-"""The CPU layer: nothing on import, the CPU meaning of torch.cuda after `enable()`."""
+"""The CPU layer: nothing on import; after `enable()` the CPU meaning of torch.cuda for
+megatron-core, and GPUs as they are for everyone else.
+"""
 
 import importlib
 import pkgutil
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.device_interface import get_interface_for_device
 
 import megatron_gkd
+from tests.believed_gpu import believe_in_a_gpu
 from tests.ranks import run_ranks
+from tests.train_runs import SMALL, arguments, make_rows, read_lines, write_rows
 
 PATCHED = [
     (torch.cuda, name)
@@ -69,9 +75,14 @@ def test_import_changes_nothing():
     ((modules, after_import, after_enable),) = run_ranks(import_everything, 1)
     assert {"megatron_gkd.cpu", "megatron_gkd.train", "megatron_gkd.model.decoder"} <= set(modules)
     assert after_import == []
-    assert set(after_enable) == {name for _, name in PATCHED} - {
-        "manual_seed"
-    }  # that one is torch's own, the CPU's
+    assert set(after_enable) == {name for _, name in PATCHED}
+
+
+def as_megatron(function):
+    """The function as if a file of megatron-core had it."""
+    return types.FunctionType(
+        function.__code__, function.__globals__ | {"__name__": "megatron.core.somewhere"}
+    )
 
 
 def enable_and_look(rank, world_size):
@@ -83,7 +94,11 @@ def enable_and_look(rank, world_size):
     assert all(old is new for old, new in zip(once, originals())), (
         "a second call must change nothing"
     )
+    as_megatron(look)()
+    return True
 
+
+def look():
     cpu_device = torch.device("cpu")
     assert torch.cuda.current_device() == cpu_device
     made = [
@@ -119,7 +134,6 @@ def enable_and_look(rank, world_size):
         torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
         torch.cuda.Event(enable_timing=True).record()
     torch.cuda.synchronize()
-    return True
 
 
 def test_enable_gives_cuda_its_cpu_meaning():
@@ -138,6 +152,38 @@ def enable_beside_a_gpu(rank, world_size):
 
 def test_a_process_that_uses_a_gpu_is_refused():
     assert run_ranks(enable_beside_a_gpu, 1) == [[]]
+
+
+def train_beside_a_gpu(rank, world_size, argv):
+    """A run with --device cpu where torch sees a GPU; then other code of the process asks."""
+    from megatron_gkd import parallel, train
+
+    started = believe_in_a_gpu()
+    train.destroy = parallel.parallel_state.destroy_model_parallel
+    train.main(argv)
+    assert started == [], "the run has started CUDA"
+    assert torch.cuda.is_available() and torch.cuda.device_count() == 1
+    assert torch.cuda.current_device() == 0
+    assert isinstance(torch.cuda.Stream, type) and not isinstance(1, torch.cuda.Stream)
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    for use in (lambda: torch.zeros(1, device="cuda"), torch.ones(1).cuda, torch.cuda.Stream):
+        with pytest.raises((AssertionError, RuntimeError)):  # there is none after all
+            use()
+    compiler = get_interface_for_device("cuda").Worker  # what torch.compile asks at its first call
+    assert compiler.get_device_properties().major == 9 and started
+    with pytest.raises(RuntimeError, match="on the CPU in this process"):
+        parallel.initialize(torch.device("cuda", 0))
+    return True
+
+
+def test_a_run_on_the_cpu_beside_a_gpu(tiny_folder, tmp_path):
+    """An off-policy step, an on-policy one and a checkpoint."""
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(8))
+    flags = dict(model=tiny_folder(**SMALL), dataset=rows, output_dir=tmp_path / "run")
+    schedule = dict(max_steps=2, lmbda="0:0,1:1", max_completion_length=4)
+    assert run_ranks(train_beside_a_gpu, 1, arguments(**flags, **schedule)) == [True]
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["on_policy"] for line in lines] == [False, True]
 
 
 def train_beside_gpu_kernels(rank, world_size, folder):

@@ -1,221 +1,289 @@
-"""On a GPU, through the command line: the same numbers as on CPU ranks, whichever kernels run.
-Skipped where torch sees no GPU.
+"""On a GPU: the same numbers as on the CPU, whichever kernels run, and the same bits twice.
 
-`bash launch/gpu_checks.sh` runs these, the demo and the benchmarks, and writes what it saw to
-docs/.
+All cases run one after another in one process on the GPU, the references in another one on the CPU;
+`DEVICE=cpu` puts the CPU in the GPU's place, so that this file can be tried without one.
 """
 
+import contextlib
+import functools
 import importlib.util
-import json
+import io
+import multiprocessing
 import os
-import subprocess
-import sys
+import pickle
+import socket
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
+from tests import media_rows
+from tests.processes import in_a_process
+from tests.train_runs import arguments, layout_flags, read_lines, write_rows
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "grouped_mm")] * HAS_TE
-
-
-def run_module(*arguments, num_ranks=1):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_ranks),
-        "-m",
-    ]
-    command = [*launcher, *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Eight experts a token, as the real model: sums of two, whose order does not matter, would
-    hide what atomics do.
-    """
-    return build_folder(
-        tmp_path_factory.mktemp("gpu") / "model",
-        TinyModelConfig(num_experts=16, num_experts_per_tok=8),
-    )
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gpu_rows") / "rows.jsonl"
-    row = {
-        "input_ids": list(range(5, 25)),
-        "labels": [-100] * 8 + list(range(13, 25)),
-        "teacher_input_ids": list(range(40, 55)),
-    }
-    path.write_text(
-        "".join(
-            json.dumps(
-                row | {"input_ids": row["input_ids"][: 20 - n], "labels": row["labels"][: 20 - n]}
-            )
-            + "\n"
-            for n in range(4)
-        )
-    )
-    return path
-
-
-def first_step(folder, rows, output, *flags, num_ranks=1):
-    """Metrics of step 2 (step 1 of a fresh adapter has W_up = 0 everywhere, so step 2 is the first
-    that every gradient enters).
-    """
-    common = [
-        "--model",
-        folder,
-        "--dataset",
-        rows,
-        "--output_dir",
-        output,
-        "--max_steps",
-        2,
-        "--lmbda",
-        0,
-        "--lora_dropout",
-        0,
-    ]
-    common += ["--learning_rate", 1e-2, "--logging_steps", 1, "--tensorboard", "false"]
-    run_module("megatron_gkd.train", *common, *flags, num_ranks=num_ranks)
-    return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-def test_logits_equal_transformers(folder):
-    output = run_module(
-        "checkpoint_tools.verify", "--hf_model", folder, "--device", "cuda", "--tolerance", 1e-3
-    )
-    assert "ok" in output and "DIFFERS" not in output
-
-
-@pytest.mark.parametrize("attn_impl, experts_impl", IMPLS)
-@pytest.mark.parametrize(
-    "dtype, tolerance", [("float32", 1e-3), ("bfloat16", 5e-2), ("float16", 2e-2)]
+DEVICE = os.environ.get("DEVICE", "cuda" if torch.cuda.is_available() else "")
+pytestmark = [
+    pytest.mark.extended,
+    pytest.mark.skipif(not DEVICE, reason="torch sees no GPU (DEVICE=cpu: a CPU in its place)"),
+]
+HAS_TE = DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "te")] * HAS_TE
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+LAYOUTS = {"TP2-EP2": (2, 1, 2), "PP2": (1, 2, 1), "DP2-EP2": (1, 1, 2)}
+LENGTHS = {"short": 20, "long": 2048 if DEVICE == "cuda" else 96}  # of the rows, by data set
+# 16 experts, eight of them a token: sums of two would hide what their order does
+SIZES = dict(
+    num_hidden_layers=2,
+    num_experts=16,
+    num_experts_per_tok=8,
+    hidden_size=64,
+    moe_intermediate_size=32,
 )
-def test_step_equals_the_cpus(folder, rows, tmp_path, attn_impl, experts_impl, dtype, tolerance):
-    if attn_impl == "te" and dtype == "float32":
-        tolerance = (
-            2e-2  # Transformer Engine may multiply float32 in TF32, whose mantissa is fp16's
-        )
-    expected = first_step(
-        folder, rows, tmp_path / "cpu", "--device", "cpu", "--torch_dtype", "float32"
+STEP = dict(max_steps=2, learning_rate=1e-2)
+"""The first step of a fresh adapter has W_up = 0 everywhere; every gradient enters the second."""
+
+
+def make_rows(length: int, number: int = 4) -> list[dict]:
+    draw = torch.Generator().manual_seed(length)
+    rows = []
+    for index in range(number):
+        size = length - index
+        ids = torch.randint(5, 1000, (size,), generator=draw).tolist()
+        labels = [-100] * (size // 2) + ids[size // 2 :]
+        teacher = torch.randint(5, 1000, (size // 2,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": labels, "teacher_input_ids": teacher})
+    return rows
+
+
+def last_line(folder: Path) -> dict:
+    return read_lines(folder / "metrics.jsonl")[-1]
+
+
+class Runs:
+    """Trainings in this process."""
+
+    def __init__(self, inputs: dict, device: str, output: str):
+        from megatron_gkd import parallel, train
+
+        self.inputs, self.device, self.output, self.train = inputs, device, Path(output), train
+        # the process group is left once, at the end of the process
+        train.destroy = parallel.parallel_state.destroy_model_parallel
+
+    def run(self, name: str, *, dataset: str = "short", **flags) -> Path:
+        folder = self.output / name
+        given = dict(model=self.inputs["model"], dataset=self.inputs[dataset], device=self.device)
+        try:
+            self.train.main(arguments(output_dir=folder, **given, **flags))
+        except BaseException:
+            self.train.destroy()  # the next case comes in this process
+            raise
+        return folder
+
+    def gradients(self, name: str, **flags) -> list[torch.Tensor]:
+        """Of the second step, on long rows, with dropout."""
+        found, backward = [], self.train.student_forward_backward
+
+        def keep(ddp, *rest):
+            sums = backward(ddp, *rest)
+            found.append([p.main_grad.cpu() for p in ddp.parameters() if p.requires_grad])
+            return sums
+
+        self.train.student_forward_backward = keep
+        try:
+            self.run(
+                name, dataset="long", lora_dropout=0.1, torch_dtype="bfloat16", **STEP, **flags
+            )
+        finally:
+            self.train.student_forward_backward = backward
+        return found[-1]
+
+
+def verify(runs: Runs) -> str:
+    from checkpoint_tools.settings import VerifyConfig
+    from checkpoint_tools.verify import verify
+
+    said = io.StringIO()
+    config = VerifyConfig(hf_model=runs.inputs["model"], device=runs.device, tolerance=1e-3)
+    with contextlib.redirect_stdout(said):
+        verify(config)
+    runs.train.destroy()
+    return said.getvalue()
+
+
+def resumed(runs: Runs) -> tuple[dict, dict]:
+    flags = dict(lmbda=1, max_completion_length=8, save_steps=2, max_steps=4, learning_rate=1e-2)
+    whole = runs.run("whole", deterministic=True, **flags)
+    flags["resume_from_checkpoint"] = whole / "checkpoint-2"
+    return last_line(whole), last_line(runs.run("parts", deterministic=True, **flags))
+
+
+def differences(runs: Runs, name: str, **flags) -> tuple[int, int, float]:
+    """(entries that differ between two equal backward passes, entries, relative norm of the
+    difference).
+    """
+    one, other = (
+        torch.cat([g.flatten() for g in runs.gradients(f"{name}{i}", **flags)]) for i in "ab"
     )
-    flags = [
-        "--device",
-        "cuda",
-        "--torch_dtype",
-        dtype,
-        "--attn_impl",
-        attn_impl,
-        "--experts_impl",
-        experts_impl,
-    ]
-    found = first_step(folder, rows, tmp_path / "cuda", *flags)
+    relative = (one - other).norm() / one.norm()
+    return int((one != other).sum()), one.numel(), float(relative)
+
+
+def run_cases(inputs: dict, device: str, output: str) -> dict:
+    """Name -> what a case gave, or its traceback."""
+    # before cuBLAS starts; without --deterministic it changes nothing but memory
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    runs = Runs(inputs, device, output)
+    cases = {"verify": functools.partial(verify, runs)}
+
+    def step(name, **flags):
+        cases[name] = lambda: last_line(runs.run(name, **STEP, **flags))
+
+    for dtype in TOLERANCES:
+        for attention, experts in IMPLS:
+            kinds = dict(attn_impl=attention, experts_impl=experts)
+            step(f"{dtype} {attention}", torch_dtype=dtype, **kinds)
+    step("media", dataset="media", lora_towers=True)
+    cases["bits without the flag"] = lambda: differences(runs, "free")
+    # from here on the process keeps deterministic kernels
+    cases["bits"] = lambda: differences(runs, "fixed", deterministic=True)
+    cases["resume"] = lambda: resumed(runs)
+    return {name: attempt(case) for name, case in cases.items()}
+
+
+def attempt(case):
+    try:
+        return case()
+    except (Exception, SystemExit):
+        return Failure(traceback.format_exc())
+
+
+class Failure(str):
+    """The traceback of a case."""
+
+
+def references(inputs: dict, output: str) -> dict:
+    runs = Runs(inputs, "cpu", output)
+    return {
+        "step": last_line(runs.run("step", **STEP)),
+        "media": last_line(runs.run("media", dataset="media", lora_towers=True, **STEP)),
+    }
+
+
+def run_pair(rank: int, port: int, inputs: dict, device: str, output: str, connection) -> None:
+    """One of two ranks: every layout in turn; rank 0 sends what they gave."""
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(address | place)
+    runs, found = Runs(inputs, device, output), {}
+    for name, layout in LAYOUTS.items():
+        batch = 2 if name.startswith("DP2") else 4
+        flags = layout_flags(*layout) | dict(per_device_train_batch_size=batch)
+        found[name] = attempt(lambda: last_line(runs.run(name, **STEP, **flags)))
+        writes = dict(max_steps=1, lmbda=1, max_completion_length=4)
+        written = attempt(lambda: last_line(runs.run(f"{name}-writes", **writes, **flags)))
+        found[f"{name} writes"] = written
+    connection.send(pickle.dumps(found if rank == 0 else None))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("gpu")
+    model = str(build_folder(str(root / "model"), TinyModelConfig(**SIZES)))
+    media, _ = media_rows.write_rows(root, model)
+    rows = {name: write_rows(root / f"{name}.jsonl", make_rows(n)) for name, n in LENGTHS.items()}
+    return dict(model=model, media=media, **rows)
+
+
+@pytest.fixture(scope="module")
+def expected(inputs, tmp_path_factory):
+    return in_a_process(references, inputs, str(tmp_path_factory.mktemp("reference")))
+
+
+@pytest.fixture(scope="module")
+def results(inputs, tmp_path_factory):
+    return in_a_process(run_cases, inputs, DEVICE, str(tmp_path_factory.mktemp("runs")))
+
+
+def of(results: dict, name: str):
+    if isinstance(results[name], Failure):
+        pytest.fail(results[name])
+    return results[name]
+
+
+def check_step(found: dict, expected: dict, tolerance: float) -> None:
     assert found["num_tokens"] == expected["num_tokens"]
     for name in ("loss", "jsd", "sft_loss", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one GPU: NCCL needs two")
-@pytest.mark.parametrize(
-    "layout", [(2, 1, 2), (1, 2, 1), (1, 1, 2)], ids=["TP2-EP2", "PP2", "DP2-EP2"]
-)
-def test_layouts_over_nccl(folder, rows, tmp_path, layout):
-    """The step of two GPUs is that of one; the student writes on both."""
-    names = (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "expert_model_parallel_size",
-    )
-    sizes = [word for name, size in zip(names, layout) for word in (f"--{name}", size)]
-    batch = ["--gradient_accumulation_steps", 1, "--per_device_train_batch_size"]
-    flags = ["--device", "cuda", "--torch_dtype", "float32", "--attn_impl", "sdpa"]
-    alone = first_step(folder, rows, tmp_path / "one", *flags, *batch, 4)
-    both = first_step(
-        folder,
-        rows,
-        tmp_path / "two",
-        *flags,
-        *sizes,
-        *batch,
-        2 if layout == (1, 1, 2) else 4,
-        num_ranks=2,
-    )
-    assert both["num_tokens"] == alone["num_tokens"]
-    for name in ("loss", "jsd", "grad_norm"):
-        assert both[name] == pytest.approx(alone[name], rel=1e-3), name
-    writes = [
-        "--model",
-        folder,
-        "--dataset",
-        rows,
-        "--output_dir",
-        tmp_path / "writes",
-        "--max_steps",
-        1,
-        "--lmbda",
-        1,
-    ]
-    run_module(
-        "megatron_gkd.train", *writes, *flags, *sizes, "--max_completion_length", 4, num_ranks=2
-    )
+def test_logits_equal_transformers(results):
+    """Of text, sound and picture."""
+    output = of(results, "verify")
+    assert output.count("ok") >= 3 and "DIFFERS" not in output, output
 
 
-def test_rollout_and_resume(folder, rows, tmp_path):
-    """The student writes on the GPU, and a run resumed there gives the same metrics bit for bit."""
-    common = [
-        "megatron_gkd.train",
-        "--model",
-        folder,
-        "--dataset",
-        rows,
-        "--device",
-        "cuda",
-        "--lmbda",
-        1,
-        "--max_completion_length",
-        8,
-    ]
-    common += [
-        "--logging_steps",
-        1,
-        "--save_steps",
-        2,
-        "--max_steps",
-        4,
-        "--learning_rate",
-        1e-2,
-        "--deterministic",
-        "true",
-    ]
-    run_module(*common, "--output_dir", tmp_path / "whole")
-    run_module(
-        *common,
-        "--output_dir",
-        tmp_path / "parts",
-        "--resume_from_checkpoint",
-        tmp_path / "whole" / "checkpoint-2",
-    )
-    last = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
-        for name in ("whole", "parts")
-    ]
+@pytest.mark.parametrize("attention", [attention for attention, _ in IMPLS])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_step_equals_the_cpus(results, expected, attention, dtype):
+    tolerance = TOLERANCES[dtype]
+    if attention == "te" and dtype == "float32":
+        tolerance = 2e-2  # it may multiply float32 in TF32, whose mantissa is fp16's
+    check_step(of(results, f"{dtype} {attention}"), expected["step"], tolerance)
+
+
+def test_step_with_media_equals_the_cpus(results, expected):
+    """LoRA on the towers too."""
+    check_step(of(results, "media"), expected["media"], 2e-3)
+
+
+def test_equal_backward_passes_give_equal_bits(results):
+    differing, entries, _ = of(results, "bits")
+    assert entries > 10_000 and differing == 0
+
+
+def test_backward_passes_are_close_without_the_flag(results):
+    differing, entries, relative = of(results, "bits without the flag")
+    print(f"without --deterministic {differing} of {entries} entries differ, by {relative:.1e}")
+    assert relative < 1e-2 and (DEVICE == "cuda" or differing == 0)
+
+
+def test_rollout_and_resume(results):
+    """The student writes, and a resumed run gives the same metrics bit for bit."""
+    whole, parts = of(results, "resume")
+    assert whole["on_policy"] and whole["step"] == 4
     for name in ("loss", "grad_norm", "num_tokens", "top1_agreement"):
-        assert last[0][name] == last[1][name], name
+        assert whole[name] == parts[name], name
+
+
+@pytest.fixture(scope="module")
+def pair(inputs, tmp_path_factory):
+    """What two ranks gave: over NCCL, or gloo with DEVICE=cpu."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context, output = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("pair"))
+    receivers, processes = [], []
+    for rank in range(2):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (rank, port, inputs, DEVICE, output, sender)
+        processes.append(context.Process(target=run_pair, args=arguments, daemon=True))
+        processes[-1].start()
+        sender.close()
+        receivers.append(receiver)
+    found = [pickle.loads(receiver.recv()) for receiver in receivers]
+    for process in processes:
+        process.join()
+    return found[0]
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="torch sees one GPU: NCCL needs two"
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_two_ranks(pair, expected, layout):
+    """The step of two ranks is that of one; the student writes on both."""
+    check_step(of(pair, layout), expected["step"], 1e-3)
+    assert of(pair, f"{layout} writes")["on_policy"]

@@ -16,6 +16,7 @@ from tests.reference_loss import (
     logit_pair,
     reference_results,
     relative_error,
+    shifted_pair,
     student_gradient,
     upstream_for,
 )
@@ -119,6 +120,17 @@ def test_equal_logits_give_exactly_nothing(dtype, temperature):
             assert torch.count_nonzero(getattr(output, name)) == 0, (name, kind)
         assert output.top1_agreement.eq(1).all()
         assert torch.count_nonzero(student_gradient(output.loss, student)) == 0, kind
+
+
+def test_logits_that_differ_by_a_number_give_exactly_nothing():
+    for num_columns, temperature in ((1, 0.7), (1003, 0.7), (1003, 1.0)):
+        student, teacher = shifted_pair(4, num_columns)
+        for kind in KINDS:
+            output = logits_jsd(
+                student.requires_grad_(), teacher, divergence=kind, temperature=temperature
+            )
+            assert torch.count_nonzero(output.loss) == torch.count_nonzero(output.kl_forward) == 0
+            assert torch.count_nonzero(student_gradient(output.loss, student)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

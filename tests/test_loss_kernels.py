@@ -18,6 +18,7 @@ from tests.reference_loss import (
     reference_linear,
     reference_results,
     relative_error,
+    shifted_pair,
     student_gradient,
 )
 
@@ -26,6 +27,7 @@ CUDA = torch.cuda.is_available()
 LOGIT_CASES = {
     "one row": (1, 1003, 0, 4096, torch.float32, 1.0, dict(beta=0.3)),
     "one column": (3, 1, 0, 4096, torch.float32, 1.0, dict()),
+    "one column, T 0.7": (3, 1, 0, 4096, torch.float32, 1.0, dict(temperature=0.7, beta=0.3)),
     "several blocks": (
         5,
         1003,
@@ -40,10 +42,12 @@ LOGIT_CASES = {
     "near": (3, 1271, 0, 1024, torch.float32, 1e-3, dict(beta=0.7)),
     "far": (3, 401, 0, 128, torch.float32, 1e3, dict(beta=0.3)),
     "equal": (3, 1003, 0, 512, torch.float32, 0.0, dict(temperature=2.0)),
+    "shifted": (3, 1003, 0, 512, torch.float32, None, dict(temperature=0.7)),
     "clipped": (3, 401, 5, 4096, torch.float32, 1.5, dict(temperature=2.0, beta=0.3, clip=1e-4)),
     "teacher's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.1)),
     "student's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.9)),
 }
+EQUAL_SOFTMAXES = ("one column", "one column, T 0.7", "equal", "shifted")
 # name: rows, hidden size, vocabulary, largest block, dtype, settings
 LINEAR_CASES = {
     f"{num_rows} x {hidden_size} x {vocab_size} {dtype}": (
@@ -80,7 +84,11 @@ def padded(logits, num_columns):
 
 def run_logits_case(kernels, kind, case):
     num_rows, vocab_size, padding, kernels.BLOCK, dtype, gap, settings = case
-    student, teacher = logit_pair(num_rows, vocab_size, gap, dtype=dtype)
+    student, teacher = (
+        shifted_pair(num_rows, vocab_size)
+        if gap is None
+        else logit_pair(num_rows, vocab_size, gap, dtype=dtype)
+    )
     device = "cuda" if CUDA else "cpu"
     student, teacher = (
         padded(student, padding).to(device).requires_grad_(),
@@ -211,7 +219,9 @@ def check_fields(output, expected, tolerance):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in LOGIT_CASES if name not in ("equal", "near")])
+@pytest.mark.parametrize(
+    "name", [name for name in LOGIT_CASES if name not in (*EQUAL_SOFTMAXES, "near")]
+)
 def test_kernels_equal_reference(computed, name, kind):
     num_rows, vocab_size, padding, _, dtype, gap, settings = LOGIT_CASES[name]
     student, teacher = logit_pair(num_rows, vocab_size, gap, dtype=dtype)
@@ -245,9 +255,21 @@ def test_kernels_keep_the_gradient_of_nearly_equal_logits(computed, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_give_exactly_nothing_at_equality(computed, kind):
-    output, gradient = computed["equal", kind]
-    assert torch.count_nonzero(output["loss"]) == 0 and torch.count_nonzero(gradient) == 0
+@pytest.mark.parametrize("name", EQUAL_SOFTMAXES)
+def test_kernels_give_exactly_nothing_at_equality(computed, name, kind):
+    """Also where the logits differ: a fused multiply-add would subtract a rounded
+    product from an exact one.
+    """
+    output, gradient = computed[name, kind]
+    for field in ("loss", "jsd", "kl_forward", "kl_reverse"):
+        assert torch.count_nonzero(output[field]) == 0, field
+    assert torch.count_nonzero(gradient) == 0
+    if LOGIT_CASES[name][1] == 1:
+        num_rows, vocab_size, _, _, _, gap, settings = LOGIT_CASES[name]
+        pair, labels = logit_pair(num_rows, vocab_size, gap), labels_for(num_rows, vocab_size)
+        expected = reference_results(*pair, labels, divergence=kind, **settings)
+        for field, value in output.items():
+            torch.testing.assert_close(value.double(), expected[field], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("name, kind", LINEAR_RUNS)

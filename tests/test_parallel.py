@@ -236,3 +236,45 @@ def test_a_joined_sequence_is_cut_into_the_same_shards(world_size):
     results = run_ranks(round_trip_of_shards, world_size, shards, cotangents)
     for rank, (value, gradient) in enumerate(results):
         assert torch.equal(value, shards[rank]) and torch.equal(gradient, cotangents[rank])
+
+
+def float32_settings():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        matmul.allow_tf32,
+        cudnn.allow_tf32,
+        *(settings.fp32_precision for settings in (matmul, cudnn.conv, cudnn.rnn)),
+    )
+
+
+def initialize_where_tf32_is_asked_for(rank, world_size):
+    def ask_for_all():
+        torch.backends.fp32_precision = "tf32"
+
+    def ask_by_new_names():
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        for settings in (matmul, cudnn.conv, cudnn.rnn):
+            settings.fp32_precision = "tf32"
+
+    def ask_by_old_names():
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+    found = []
+    for ask in (ask_for_all, ask_by_new_names, ask_by_old_names):
+        ask()
+        parallel.initialize(torch.device("cpu"))
+        found.append(float32_settings())
+        parallel.parallel_state.destroy_model_parallel()
+    ask_by_old_names()
+    before = float32_settings()
+    parallel.initialize(torch.device("cpu"), dtype=torch.bfloat16)
+    return found, before, float32_settings()
+
+
+def test_float32_is_not_rounded_to_tf32():
+    """cuDNN's convolutions are by default."""
+    ((found, before, after),) = run_ranks(initialize_where_tf32_is_asked_for, 1)
+    assert found == [("highest", False, False, "ieee", "ieee", "ieee")] * 3
+    assert before == after == ("high", True, True, "tf32", "tf32", "tf32")

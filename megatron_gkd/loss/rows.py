@@ -61,7 +61,9 @@ class RowScalars(NamedTuple):
     student_unit_log_sum_exp: torch.Tensor
     teacher_top: torch.Tensor
     teacher_log_sum_exp: torch.Tensor
-    log_ratio_shift: torch.Tensor  # d = (z_teacher - z_student) / T - log_ratio_shift
+    # d = (z_teacher - z_student - shift) / T: of equal softmaxes exactly 0, also where the sides'
+    # logits differ by a number and products are fused with sums
+    shift: torch.Tensor
 
 
 class Sums(NamedTuple):
@@ -138,7 +140,7 @@ def row_scalars(student: SideStatistics, teacher: SideStatistics, temperature: f
     """The scalars of `compare` and `write_gradient` from both sides' statistics over the whole
     vocabulary.
     """
-    shift = (teacher.top - student.top) / temperature + (
+    shift = (teacher.top - student.top) + temperature * (
         teacher.sum_exp.log() - student.sum_exp.log()
     )
     columns = (

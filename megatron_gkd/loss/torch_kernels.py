@@ -165,8 +165,10 @@ class _Block:
             scratch.get("p", num_rows),
         )
         self.d = torch.sub(teacher, student, out=scratch.get("d", num_rows))
-        torch.add(-scalars.log_ratio_shift, self.d, alpha=1.0 / temperature, out=self.d)
-        self.e = torch.abs(self.d, out=scratch.get("e", num_rows)).neg_().expm1_()
+        self.d.sub_(scalars.shift)
+        if temperature != 1.0:
+            self.d.mul_(1.0 / temperature)
+        self.e = torch.copysign(self.d, -1.0, out=scratch.get("e", num_rows)).expm1_()
         self._p_minus_q: torch.Tensor | None = None
 
     def p_minus_q(self) -> torch.Tensor:

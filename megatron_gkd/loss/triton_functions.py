@@ -97,7 +97,7 @@ def a_and_summands(
     without one). student, teacher and scalars point to the row.
 
         Q, P                exp((z - top) / T - log_sum_exp), of the student's z and the teacher's
-        d                   log P - log Q = (z_teacher - z_student) / T - shift
+        d                   log P - log Q = (z_teacher - z_student - shift) / T
         e                   exp(-|d|) - 1, so that P - Q = max(P, Q) e with the sign of -d
         log(M/P), log(M/Q)  c + max(-d, 0), c + max(d, 0) with c = log1p(e (d > 0 ? b : 1 - b))
         A, entry            RULE: what it does not use is not computed
@@ -113,7 +113,7 @@ def a_and_summands(
     shift = tl.load(scalars + 5 * num_rows)
     q = exp2((z_student - student_top) * scale - student_log_sum_exp)
     p = exp2((z_teacher - teacher_top) * scale - teacher_log_sum_exp)
-    log2_p_over_q = tl.where(valid, (z_teacher - z_student) * scale - shift, 0.0)
+    log2_p_over_q = tl.where(valid, (z_teacher - z_student - shift) * scale, 0.0)
     d = log2_p_over_q * LN_2
     e = exp2m1(-tl.abs(log2_p_over_q))
     larger_e = tl.maximum(p, q) * e

@@ -19,7 +19,7 @@ float32 over the row's blocks, and the lanes are added up at the row's end; rows
 float64. Columns that do not exist are read as -inf: Q = P = 0, and d is set to 0.
 
 Instructions, not bytes, are scarce at these sizes. Exponentials are of base 2, with log2(e) in the
-factors and the rows' scalars. Of a bfloat16 jsd at b = 0.5 ptxas makes 104 instructions a logit for
+factors and the rows' scalars. Of a bfloat16 jsd at b = 0.5 ptxas makes 106 instructions a logit for
 sm_90 (docs/benchmarks/loss.md).
 
 `write_gradient` reads and writes every entry in one program once, so its output may be one of its
@@ -250,12 +250,11 @@ def _check_rows(*matrices: torch.Tensor) -> None:
 
 
 def _in_base_2(scalars: RowScalars) -> torch.Tensor:
-    """[6, N] in RowScalars' order, the logarithms divided by ln 2."""
+    """[6, N] in RowScalars' order, the log-sum-exps divided by ln 2."""
     logarithms = (
         "student_log_sum_exp",
         "student_unit_log_sum_exp",
         "teacher_log_sum_exp",
-        "log_ratio_shift",
     )
     scaled = {name: getattr(scalars, name) * LOG2_E.value for name in logarithms}
     return torch.cat(scalars._replace(**scaled), 1).t().contiguous()

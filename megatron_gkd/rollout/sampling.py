@@ -191,10 +191,11 @@ def _lowest_kept(values: Tensor, top_p: float) -> Tensor:
     """Scores [B, n] in falling order -> [B, 1], the last one that top-p keeps."""
     if top_p == 1:
         return values[:, -1:]
-    probabilities = values.double().softmax(dim=1)
+    # in units of 2^-52: sums of integers are exact, and the same bits in any order
+    probabilities = (values.double().softmax(dim=1) * 2.0**52).long()
     probability_before = probabilities.cumsum(dim=1) - probabilities
-    num_kept = (probability_before < top_p).sum(dim=1, keepdim=True)
-    return values.gather(1, num_kept.clamp(min=1) - 1)  # 0 only where a score is NaN
+    num_kept = (probability_before < top_p * 2.0**52).sum(dim=1, keepdim=True)
+    return values.gather(1, num_kept.clamp(min=1) - 1)  # any of them where a score is NaN
 
 
 def _all_gather(x: Tensor, group: Any) -> list[Tensor]:
