@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not DEVICE, reason="torch sees no GPU (DEVICE=cpu: a CPU in its place)"),
 ]
 HAS_TE = DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "te")] * HAS_TE
+IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "grouped_mm")] * HAS_TE
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 LAYOUTS = {"TP2-EP2": (2, 1, 2), "PP2": (1, 2, 1), "DP2-EP2": (1, 1, 2)}
 LENGTHS = {"short": 20, "long": 2048 if DEVICE == "cuda" else 96}  # of the rows, by data set
