@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # On CUDA each of these makes the host wait, or has a size that the host must ask for.
@@ -92,7 +93,8 @@ class _Kernels:
 @contextlib.contextmanager
 def kernels_counted(counting: Counting) -> Iterator[None]:
     """Meanwhile what the package's `select_kernels` functions choose counts as kernels, one for
-    each call of one of their functions: as on CUDA, where that is a launch of Triton's.
+    each call of one of their functions: as on CUDA, where that is a launch of Triton's. So does
+    torch's RMSNorm, one kernel of torch's there; its backward counts as a CPU runs it.
     """
     found = [
         module
@@ -102,8 +104,11 @@ def kernels_counted(counting: Counting) -> Iterator[None]:
     originals = [module.select_kernels for module in found]
     for module, original in zip(found, originals):
         module.select_kernels = lambda *args, choose=original: _Kernels(choose(*args), counting)
+    rms_norm = F.rms_norm
+    F.rms_norm = _Kernels(F, counting).rms_norm
     try:
         yield
     finally:
+        F.rms_norm = rms_norm
         for module, original in zip(found, originals):
             module.select_kernels = original

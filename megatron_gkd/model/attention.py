@@ -89,11 +89,13 @@ class SdpaAttention(nn.Module):
         """As `attend`, span by span."""
         parts = []
         for span in rows.spans:
-            of_span = query[span.queries], key[span.keys], value[span.keys]
+            of_span = query, key, value
+            if len(rows.spans) > 1:
+                of_span = query[span.queries], key[span.keys], value[span.keys]
             is_whole = span.num_queries == span.num_keys
             mask = None if is_whole else rows.mask(span, query.dtype)
             parts.append(self.attend_span(*of_span, mask))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def attend_span(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """query [q, h, d], key and value [k, g, d] of one row up to the last query -> [q, h, d].
