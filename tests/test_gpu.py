@@ -21,14 +21,11 @@ import torch
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from tests import media_rows
+from tests.gpu import DEVICE, needs_gpu
 from tests.processes import in_a_process
 from tests.train_runs import arguments, layout_flags, read_lines, write_rows
 
-DEVICE = os.environ.get("DEVICE", "cuda" if torch.cuda.is_available() else "")
-pytestmark = [
-    pytest.mark.extended,
-    pytest.mark.skipif(not DEVICE, reason="torch sees no GPU (DEVICE=cpu: a CPU in its place)"),
-]
+pytestmark = [pytest.mark.extended, needs_gpu]
 HAS_TE = DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 IMPLS = [("eager", "grouped_mm"), ("sdpa", "grouped_mm")] + [("te", "grouped_mm")] * HAS_TE
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}

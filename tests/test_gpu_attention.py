@@ -9,8 +9,10 @@ import torch
 
 from megatron_gkd.model.attention import EagerAttention, SdpaAttention
 from megatron_gkd.model.packed_rows import PackedRows
+from tests.gpu import DEVICE, needs_gpu
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.extended, needs_gpu]
+SMALLER = 1 if DEVICE == "cuda" else 64  # long rows are slow on a CPU
 
 HEADS, GROUPS, HEAD_DIM = 8, 1, 128  # of a rank at TP 4
 
@@ -20,9 +22,9 @@ def attention(kind=SdpaAttention):
 
 
 def inputs(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     return [
-        torch.randn(size, heads, HEAD_DIM, device="cuda", generator=generator).to(dtype)
+        torch.randn(size, heads, HEAD_DIM, device=DEVICE, generator=generator).to(dtype)
         for heads in (HEADS, GROUPS, GROUPS)
     ]
 
@@ -42,11 +44,17 @@ def run(attend, rows, tensors, cotangent):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_at_once_are_rows_one_by_one(lengths, parts, dtype):
+    # multiples of 8, which is what four parts need
+    lengths = (
+        [8 * -(-length // 8 // SMALLER) for length in lengths]
+        if parts > 1
+        else [-(-length // SMALLER) for length in lengths]
+    )
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     tensors = inputs(starts[-1], dtype)
-    cotangent = torch.randn(starts[-1], HEADS, HEAD_DIM, device="cuda")
+    cotangent = torch.randn(starts[-1], HEADS, HEAD_DIM, device=DEVICE)
     for part in range(parts):
-        rows = PackedRows(starts=starts, num_parts=parts, part=part, device=torch.device("cuda"))
+        rows = PackedRows(starts=starts, num_parts=parts, part=part, device=torch.device(DEVICE))
         found = run(attention().attend, rows, tensors, cotangent)
         wide = [tensor.float() for tensor in tensors]
         expected = run(attention().attend, rows, wide, cotangent)  # float32: a call a row
@@ -63,8 +71,8 @@ def _by_row(query, key, value, rows):
 
 
 def test_no_row_sees_another():
-    rows = PackedRows(starts=[0, 700, 1500], device=torch.device("cuda"))
-    tensors, cotangent = inputs(1500, torch.bfloat16), torch.randn(1500, HEADS, HEAD_DIM).cuda()
+    rows = PackedRows(starts=[0, 700, 1500], device=torch.device(DEVICE))
+    tensors, cotangent = inputs(1500, torch.bfloat16), torch.randn(1500, HEADS, HEAD_DIM).to(DEVICE)
     before = run(attention().attend, rows, tensors, cotangent)
     changed = [torch.cat((tensor[:700], torch.randn_like(tensor[700:]))) for tensor in tensors]
     after = run(attention().attend, rows, changed, cotangent)
@@ -73,8 +81,8 @@ def test_no_row_sees_another():
 
 
 def test_eager_attention_agrees():
-    rows = PackedRows(starts=[0, 300, 1000], device=torch.device("cuda"))
-    tensors, cotangent = inputs(1000, torch.float32), torch.randn(1000, HEADS, HEAD_DIM).cuda()
+    rows = PackedRows(starts=[0, 300, 1000], device=torch.device(DEVICE))
+    tensors, cotangent = inputs(1000, torch.float32), torch.randn(1000, HEADS, HEAD_DIM).to(DEVICE)
     found = run(attention(EagerAttention).attend, rows, tensors, cotangent)
     expected = run(attention().attend, rows, tensors, cotangent)
     for one, other in zip(found, expected, strict=True):

@@ -10,9 +10,10 @@ from demo.tiny.folder import build_folder
 from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
+from tests.gpu import DEVICE, needs_gpu
 from tests.processes import in_a_process
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+pytestmark = [pytest.mark.extended, needs_gpu]
 MAX_NEW_TOKENS = 40
 LENGTHS = (9, 1, 17, 30, 12)
 TARGETS = [*LINEARS, HEAD]
@@ -47,12 +48,12 @@ def write_all(folder, adapter, prompts):
     from megatron_gkd.lora.load import load_adapter
     from megatron_gkd.lora.peft_folder import PeftAdapter
     from megatron_gkd.model.decoder import build_decoder
-    from megatron_gkd.parallel import initialize
+    from megatron_gkd.parallel import initialize, resolve_device
     from megatron_gkd.rollout.generate import generate
     from tests.rollouts import GREEDY, make_engine, make_sampling
 
     sampled = make_sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1)
-    parallel, model_args = initialize(torch.device("cuda", 0)), read_model_args(folder)
+    parallel, model_args = initialize(resolve_device(DEVICE)), read_model_args(folder)
     model = build_decoder(model_args, parallel, torch.float32)
     load_weights(model, model_args, parallel, folder)
     stored = PeftAdapter(adapter, model_args)
@@ -88,8 +89,9 @@ def texts(folder, adapter, prompts):
     return in_a_process(write_all, folder, adapter, prompts)
 
 
-def test_triton_kernels_run(texts):
-    assert texts["kernels"].endswith("triton_kernels")
+def test_kernels_of_the_device_run(texts):
+    kind = "triton" if DEVICE == "cuda" else "torch"
+    assert texts["kernels"].endswith(f"{kind}_kernels")
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "eager"])
