@@ -149,7 +149,6 @@ def enable() -> None:
     tensor_class.type = _for_megatron(type_as_on_cuda, type_of)
 
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import token_dispatcher
 
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         generator.get_state()
@@ -159,15 +158,6 @@ def enable() -> None:
     )
     _without_fused_kernels()
     _without_compilation()
-    move = token_dispatcher.maybe_move_tensor_to_cpu
-
-    def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if as_numpy and torch.is_tensor(tensor):
-            # the original converts only what it copied from a GPU
-            return tensor.numpy()
-        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
-
-    token_dispatcher.maybe_move_tensor_to_cpu = move_and_convert
 
 
 def _without_fused_kernels() -> None:

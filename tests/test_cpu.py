@@ -125,11 +125,15 @@ def look():
     )
     assert made[0].type(torch.int64).dtype == torch.int64
 
+    # the GPU's generator has a stand-in: what moves it leaves the CPU's where it is
+    own = torch.get_rng_state()
     torch.cuda.manual_seed(3)
     state = torch.cuda.get_rng_state()
-    drawn = torch.rand(4)
+    torch.cuda.manual_seed(4)
+    assert not torch.equal(torch.cuda.get_rng_state(), state)
     torch.cuda.set_rng_state(state)
-    assert torch.equal(drawn, torch.rand(4))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), own)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
         torch.cuda.Event(enable_timing=True).record()

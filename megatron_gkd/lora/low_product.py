@@ -19,6 +19,7 @@ synchronisation, no atomics.
 
 import importlib.util
 import sys
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -119,7 +120,12 @@ def low_backward_weight(
 def _kept(x: Tensor, drop: Drop) -> Tensor:
     """x [T, in] with its dropped entries zero."""
     num_rows, num_columns = x.shape
-    return torch.where(keep_mask(num_rows, num_columns, drop, x.device), x, 0)
+    return torch.where(_mask(num_rows, num_columns, drop, x.device), x, 0)
+
+
+@lru_cache(maxsize=1)  # the two gradients of a call need the same one
+def _mask(num_rows: int, num_columns: int, drop: Drop, device: torch.device) -> Tensor:
+    return keep_mask(num_rows, num_columns, drop, device)
 
 
 def _grouped_outer(transposed: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
