@@ -7,7 +7,8 @@ parallel sizes; n = T / (TP CP) tokens of a rank outside of attention, F = PP mi
 flight:
 
     base       L x (attention / TP + router + norms + experts / EP) + vocabulary / TP, b each
-    LoRA       16 a parameter: itself, its gradient and AdamW's two moments, in float32
+    LoRA       16 a parameter: itself, its gradient and AdamW's two moments, in float32; of the
+               experts' once more as their products read it, in the base's type
     inputs     F L n H b: the inputs of layers that are run again
     kept       F L (2 n H + T / CP x (2 h + 2 g) d / TP + 2 n K I) b: without recomputation. h query
                and g key/value heads of size d. What every implementation keeps; the measured
@@ -122,6 +123,21 @@ def lora_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> 
     return args.num_layers // pp * layer + (head if "lm_head" in targets else 0)
 
 
+def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+    """Of the experts' LoRA as training multiplies with it: W_up in columns behind the base's
+    weight, W_down beside it, ranks padded to multiples of 8.
+    """
+
+    def padded(*names: str) -> int:
+        return -(-load.lora_rank * sum(name in load.targets for name in names) // 8) * 8
+
+    hidden, inter = args.hidden_size, args.moe_intermediate_size
+    expert = padded("gate_proj", "up_proj") * (hidden + 2 * inter)
+    expert += padded("down_proj") * (inter + hidden)
+    experts = args.num_experts // layout.expert_model_parallel_size
+    return args.num_layers // layout.pipeline_model_parallel_size * experts * expert
+
+
 def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """Of the experts' LoRA as decoding reads it: its ranks padded to powers of two, 16 or more."""
 
@@ -184,6 +200,9 @@ def estimate(args: ModelArgs, layout: ParallelConfig, load: Workload) -> Estimat
     always = {
         "base": base_parameters(args, layout) * load.number_bytes,
         "LoRA, gradients, AdamW": lora * (16 + 4 * load.has_teacher_adapter),
+        "LoRA inside the experts' products": load.number_bytes
+        * expert_column_parameters(args, layout, load)
+        * (1 + load.has_teacher_adapter),
         "towers": load.tower_bytes,
     }
     if load.completion_tokens:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.real_shape import REAL_SHAPE
+from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config, workload
 from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.lora.grouped import LoraGrouped
+from megatron_gkd.lora.slots import lora_modules
 from megatron_gkd.loss.linear import CHUNK_BYTES
 from megatron_gkd.memory import (
     GIB,
@@ -19,6 +21,7 @@ from megatron_gkd.memory import (
     base_parameters,
     check_memory,
     estimate,
+    expert_column_parameters,
     kept_bytes,
     laid_out_parameters,
     lora_parameters,
@@ -85,15 +88,23 @@ def _bytes_of_ranks(rank, world_size, argv):
         for linear in (layer.gate_up, layer.down)
         for matrix in linear[1:]
     ]
+    products = [
+        layout.down[:, :, 0].numel() * (layout.down.shape[2] + module.base.weight.shape[1])
+        for module in lora_modules(model)
+        if isinstance(module, LoraGrouped)
+        for layout in module._layouts.values()
+    ]
     found = (
         sum(p.numel() for p in model.parameters() if not p.requires_grad),
         sum(p.numel() for p in lora),
         sum(matrix.numel() for matrix in experts),
+        sum(products),
     )
     estimates = (
         base_parameters(args, layout),
         lora_parameters(args, layout, load),
         laid_out_parameters(args, layout, load),
+        expert_column_parameters(args, layout, load),
     )
     return found, estimates, (kept_bytes(args, layout, load), min(saved))
 
@@ -115,7 +126,7 @@ def test_sizes_are_those_of_a_built_model(world_size, tp, pp, ep, cp, tiny_folde
     flags = dict(model=tiny_folder(**SMALL), dataset=rows, output_dir=tmp_path)
     argv = arguments(**flags, **layout_flags(tp, pp, ep, cp), lora_rank=8)
     ranks = run_ranks(_bytes_of_ranks, world_size, argv)
-    for number in range(3):
+    for number in range(4):
         most = max(found[number] for found, _, _ in ranks)
         (estimated,) = {estimates[number] for _, estimates, _ in ranks}
         assert estimated == pytest.approx(most, rel=0.002), number  # the final norm
