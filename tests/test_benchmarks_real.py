@@ -53,8 +53,9 @@ def test_whole_steps_and_a_rollout(tmp_path):
     assert memory["gradients_gib"] == pytest.approx(memory["lora_gib"])
     assert memory["optimizer_gib"] == pytest.approx(2 * memory["lora_gib"], rel=0.01)
     frozen = built["parameters"] - built["trainable_parameters"]
-    # bf16, with columns that pad the vocabulary
-    assert memory["weights_gib"] == pytest.approx(2 * frozen / 2**30, rel=0.05)
+    # bf16, with columns that pad the vocabulary; LoRA's columns behind the experts' weights count,
+    # which at these sizes are many
+    assert 2 * frozen / 2**30 <= memory["weights_gib"] < 1.15 * 2 * frozen / 2**30
     assert counts["aten_calls"] > 500 and counts["host_reads"] > 0
     assert (equal["different"], equal["of"]) == (0, built["trainable_parameters"])
     assert token["rows"] == 2 and token["ms_a_token"] > 0
@@ -86,6 +87,7 @@ def run_out_of_memory(rank, world_size, argv):
     return run(rank, world_size, "real_shape", argv)
 
 
+@pytest.mark.extended
 def test_peers(tmp_path):
     page, found = tmp_path / "page.md", tmp_path / "records.jsonl"
     argv = [*SIZES.split(), "--dtype", "float32", "--targets", "all", "--rows", "2"]

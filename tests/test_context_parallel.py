@@ -84,14 +84,14 @@ def run(flags, world_size, **layout):
 
 
 def test_a_rank_keeps_its_part_of_a_row(folders):
-    """The keys and values of attention are whole on every rank, and the mask of a chunk (on CPU
-    alone): the rest is divided by C.
+    """The keys and values of attention are whole on every rank, and on CPU there are the masks of
+    chunks and their outputs one by one: the rest is divided by C.
     """
     alone, *_ = (kept for kept, _ in run(folders[2], 1))
     for size in (2, 4):
         of_ranks = [kept for kept, _ in run(folders[2], size, cp=size)]
         assert max(of_ranks) < 1.1 * min(of_ranks)
-        assert max(of_ranks) < alone * (1 / size + 0.2), (size, alone, of_ranks)
+        assert max(of_ranks) < alone * (1 / size + 0.32), (size, alone, of_ranks)
 
 
 def test_collectives_of_a_layer(folders):

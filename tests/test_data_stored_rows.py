@@ -73,10 +73,16 @@ def test_an_error_of_a_process(tmp_path, error, expected, words):
             raise error
         return make(index)
 
+    before = children()
     with pytest.raises(expected, match=words):
         write_rows(fails, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
-    with pytest.raises(ChildProcessError):  # none is left, alive or dead
-        os.waitpid(-1, os.WNOHANG)
+    assert children() <= before  # none is left, alive or dead
+
+
+def children() -> set[str]:
+    """Of this process."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {child for task in tasks for child in (task / "children").read_text().split()}
 
 
 def test_a_process_that_is_killed(tmp_path):
