@@ -15,7 +15,8 @@ for name in ${PYTHON:-} .venv/bin/python python3; do
     fi
 done
 if [ -z "$python" ]; then
-    EXTRAS=${EXTRAS-${extras-test,lint}} bash launch/setup_env.sh
+    [ -z "${PYTHON:-}" ] || echo "environment: $PYTHON lacks something: $PYTHON launch/requirements.py missing" >&2
+    EXTRAS=${EXTRAS-${extras-test,lint}} bash launch/setup_env.sh || return 1
     python=.venv/bin/python
 fi
 case $python in /*) ;; *) python=$PWD/$python ;; esac

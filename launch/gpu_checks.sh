@@ -32,7 +32,7 @@ NOT_RUN=75 # the status of a stage whose tool is not there
 # --- the stages: name, limit in seconds, title; a function of that name is the command ---
 STAGES="
 doctor      30 what is installed, and what will be used
-kernels    120 the loss and its kernels, the rollout's kernels
+kernels    120 the kernels of the loss, LoRA, experts, attention and rollouts against torch
 parity     100 steps, logits, towers and resume against the CPU
 attention   90 attention of packed rows; rollouts against transformers
 step        90 a training step at the 30B's sizes, and a rollout of 32 rows
@@ -42,8 +42,8 @@ ragged      45 rows of ragged lengths
 demo       120 the demo in bf16
 determinism 45 two equal backward passes with --deterministic true
 sanitizer   60 memory accesses of two kernels' cases (compute-sanitizer)
-te          90 the step with Transformer Engine
 decode      75 tokens of a rollout by batch size, graph against eager
+rollout     75 rollouts of a small model against transformers
 "
 names() { awk 'NF { print $1 }' <<<"$STAGES"; }
 field() { awk -v name="$1" -v from="$2" '$1 == name { if (from == 2) print $2; else { $1 = $2 = ""; sub(/^ +/, ""); print } }' <<<"$STAGES"; }
@@ -55,6 +55,7 @@ if [ "$SIZE" = small ]; then
     decode="--layers 2 $shape --rows 2 --keys 32 --tokens 8 --eager 2 --equal 2"
     ragged="--layers 1 $shape --experts_per_token 2 --rows 8 --budget 900 --rounds 1 --lengths alpaca"
     equal="--layers 2 $shape --batch 2 --length 32 --response 8 --steps 1"
+    rollout="--batches 2 --tokens 4 --prompt 4 --experts 8 --experts_per_token 2 --rounds 1"
     demo="--max_steps 1"
 else
     step="--layers 48 --recompute --rollout 32"
@@ -63,13 +64,17 @@ else
     ragged="--dtype bfloat16 --layers 8 --experts 128 --experts_per_token 8 --hidden 2048 --inter 768 --heads 32"
     ragged="$ragged --key_value_heads 4 --head_dim 128 --vocab 152064 --rows 64 --budget 8192"
     equal="--layers 8 --recompute --batch 1 --steps 1"
+    rollout="--dtype bfloat16"
     demo=""
 fi
 pytest() { "$python" -m pytest -q -p no:cacheprovider --tb=short "$@"; }
 
 doctor() { "$python" -m megatron_gkd.doctor; }
-kernels() { pytest -n 3 --dist loadfile tests/test_loss_kernels.py tests/test_rollout_kernels.py tests/test_loss_linear.py; }
-parity() { pytest tests/test_gpu.py; }
+kernels() {
+    pytest -n 3 --dist loadfile tests/test_loss_kernels.py tests/test_lora_low_product.py tests/test_model_expert_kernels.py \
+        tests/test_model_norm_rotary.py tests/test_rollout_kernels.py
+}
+parity() { pytest tests/test_gpu.py; } # with Transformer Engine's attention, too, where that is installed
 attention() { pytest -n 2 --dist loadfile tests/test_gpu_attention.py tests/test_gpu_rollout.py; }
 step() {
     "$python" -m benchmarks.real_shape --device "$DEVICE" $step --profile "$OUT/step_profile.txt" \
@@ -79,7 +84,12 @@ peers() { "$python" -m benchmarks.peers --device "$DEVICE" $peers --output "$PAG
 loss() { "$python" -m benchmarks.loss --device "$DEVICE" $([ "$SIZE" = small ] && echo --small --output "$PAGES/loss_small.md"); }
 ragged() { "$python" -m benchmarks.ragged --device "$DEVICE" $ragged --output "$PAGES/ragged_gpu.md"; }
 decode() { "$python" -m benchmarks.rollout_real --device "$DEVICE" $decode --profile "$OUT/token_profile.txt" --records "$OUT/rollout.jsonl"; }
+rollout() {
+    "$python" -m benchmarks.rollout --device "$DEVICE" $rollout
+}
 demo() {
+    # torchrun would wait longer for its ranks than a stopped stage waits for torchrun
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3
     # shellcheck disable=SC2086  # flags
     env DEMO="$OUT/demo" NPROC=1 DEVICE="$DEVICE" DTYPE=bfloat16 PYTHON="$python" \
         MIN_OBEYED="$([ "$SIZE" = small ] && echo 0 || echo 0.8)" bash demo/run.sh $demo
@@ -90,10 +100,6 @@ sanitizer() {
     # its allocator's expandable segments would be reported as an invalid access
     env PYTORCH_ALLOC_CONF= PYTORCH_CUDA_ALLOC_CONF= compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
         "$python" -c "$two_cases"
-}
-te() {
-    "$python" -c 'import transformer_engine' 2>/dev/null || { echo "Transformer Engine is not installed"; return "$NOT_RUN"; }
-    pytest tests/test_gpu.py -k te
 }
 two_cases='
 import torch
@@ -124,34 +130,39 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-extras=${EXTRAS-test}
-export ANY_VERSION=${ANY_VERSION-yes} # a lent machine has what it has; the page names the versions
-source launch/environment.sh || exit 1
-mkdir -p "$OUT" "$PAGES"
-OUT=$(cd "$OUT" && pwd)
-export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
-export HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 if [ "$DEVICE" = cuda ] && ! nvidia-smi -L >/dev/null 2>&1; then
     echo "gpu_checks: error: nvidia-smi sees no GPU here (DEVICE=cpu tries the script without one)" >&2
     exit 1
 fi
+extras=${EXTRAS-test}
+export ANY_VERSION=${ANY_VERSION-yes} # a machine without a network has what it has; the page names the versions
+source launch/environment.sh || exit 1
+if [ "$DEVICE" = cuda ] && ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_checks: error: torch of $python sees no GPU: another one with PYTHON=, or remove a .venv that was made without one" >&2
+    exit 1
+fi
+SECONDS=0 # set-up has no part in the limit
+mkdir -p "$OUT" "$PAGES"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 failed=()
+not_run=()
 run() { # run STAGE: its command under its limit, then its section
     local name=$1 limit left status=0 begin
     limit=$(($(field "$name" 2) * ${SLOWER:-1}))
     left=$((SECONDS_LEFT - SECONDS))
     [ "$left" -ge "$limit" ] || limit=$left
-    begin=$(date +%s.%N)
-    if [ "$left" -lt 10 ]; then
-        echo "no time was left" >"$OUT/$name.log"
-        status=$NOT_RUN
-    else
-        # In a process group of its own, so that nothing of a stage outlives its limit.
-        export python OUT PAGES DEVICE SIZE NOT_RUN step peers decode ragged equal demo two_cases
-        export -f pytest "$name"
-        timeout -k 5 "$limit" bash -c "$name" >"$OUT/$name.log" 2>&1 || status=$?
+    if [ "$left" -lt 10 ]; then # an earlier section of it stays
+        not_run+=("$name")
+        return
     fi
+    begin=$(date +%s.%N)
+    # In a process group of its own, so that what a stage starts ends with it.
+    export python OUT PAGES DEVICE SIZE NOT_RUN step peers decode ragged equal rollout demo two_cases
+    export -f pytest "$name"
+    timeout -k 5 "$limit" bash -c "$name" >"$OUT/$name.log" 2>&1 || status=$?
     local seconds
     seconds=$(awk -v from="$begin" -v to="$(date +%s.%N)" 'BEGIN { print to - from }')
     "$python" -m benchmarks.gpu_page "$PAGE" --stages "$(names | paste -sd,)" --stage "$name" --title "$(field "$name" 3)" \
@@ -163,4 +174,5 @@ run() { # run STAGE: its command under its limit, then its section
 for name in $chosen; do run "$name"; done
 
 echo "written: $PAGE; logs: $OUT"
+[ ${#not_run[@]} -eq 0 ] || echo "no time was left for ${not_run[*]}; to go on: bash launch/gpu_checks.sh --from ${not_run[0]}"
 [ ${#failed[@]} -eq 0 ] || { printf 'gpu_checks: failed: %s\n' "${failed[*]}" >&2; exit 1; }

@@ -18,6 +18,8 @@ DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name with the flag -
 OUTPUT=${OUTPUT:-output}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
+[ -x "$repository/.venv/bin/python" ] || python=${PYTHON:-python3} # an active environment, a container
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # ragged batches fragment less
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

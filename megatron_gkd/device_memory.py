@@ -5,6 +5,7 @@ on a CPU the resident size.
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,8 +32,9 @@ class DeviceMemory:
         self._most_before = self.most()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _PROCESS.exists():
-            (_PROCESS / "clear_refs").write_text("5")
+        else:
+            with suppress(OSError):  # a system or a container without it
+                (_PROCESS / "clear_refs").write_text("5")
 
     def peak(self) -> int:
         """The most since `begin`, or since the process began (on a CPU other than Linux's

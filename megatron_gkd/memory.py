@@ -10,9 +10,9 @@ flight:
     LoRA       16 a parameter: itself, its gradient and AdamW's two moments, in float32; of the
                experts' once more as their products read it, in the base's type
     inputs     F L n H b: the inputs of layers that are run again
-    kept       F L (2 n H + T / CP x (2 h + 2 g) d / TP + 2 n K I) b: without recomputation. h query
-               and g key/value heads of size d. What every implementation keeps; the measured
-               sizes of --recompute auto count
+    kept       F L ((1 + N) n H + T / CP x (2 h + 2 g) d / TP + 2 n K I) b: without recomputation. h
+               query and g key/value heads of size d; N = EP where the experts' ranks gather
+               tokens, else 1. The least; the measured sizes of --recompute auto count
     working    12 n K H b: a layer in backward beside what it keeps, as an H100 showed, or
                LOSS_BYTES and the response rows' hidden states; whichever is more
     rollout    L x 2 g / TP x d x b a position of keys and values, a prompt's forward, 16 bytes a
@@ -155,7 +155,10 @@ def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload)
 def kept_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """What a layer keeps of a micro-batch for its backward, at least."""
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
-    of_rank = args.hidden_size * 2 + 2 * args.num_experts_per_tok * args.moe_intermediate_size
+    experts = layout.expert_model_parallel_size
+    gathered = experts if experts <= min(tp, args.num_experts_per_tok) else 1  # model/dispatcher.py
+    of_rank = args.hidden_size * (1 + gathered)
+    of_rank += 2 * args.num_experts_per_tok * args.moe_intermediate_size
     queries, keys = attention_rows(args, tp)
     numbers = of_rank / tp + 2 * queries + 2 * keys
     return round(load.micro_batch_tokens / cp * numbers) * load.number_bytes

@@ -123,8 +123,9 @@ class Optimizer:
         """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf
         in `loss` or a gradient.
 
-        The host waits for the device once, for the norm. Collectives: sums of the norm over the
-        ranks that hold different parameters; a maximum of one number over the world.
+        The host waits for the device once, for the norm, with float16 once more, for the loss
+        scale. Collectives: sums of the norm over the ranks that hold different parameters; a
+        maximum of one number over the world.
         """
         self.inner.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0

@@ -136,7 +136,9 @@ class Recomputation:
                 f"takes {_gib(measured.predict(*need, 0))} and a kept layer {_gib(one_layer)} more "
                 f"with {self.most_tokens} tokens (of rank 0; the rank with the least decides)",
             )
-        self.kept, self._may_grow, self._is_chosen = kept, False, True
+        # a permission waits until every rank has one: they measure in steps of their own
+        self._may_grow = self._may_grow and kept <= self.kept
+        self.kept, self._is_chosen = kept, True
         self.config.recompute_num_layers = len(self.layers) - kept
 
 

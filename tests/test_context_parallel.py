@@ -66,7 +66,8 @@ def student_pass(rank, world_size, argv):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        is_mask = tensor.is_floating_point() and bool(tensor.isinf().any())
+        if storage.data_ptr() not in weights and not is_mask:
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -84,14 +85,14 @@ def run(flags, world_size, **layout):
 
 
 def test_a_rank_keeps_its_part_of_a_row(folders):
-    """The keys and values of attention are whole on every rank, and on CPU there are the masks of
-    chunks and their outputs one by one: the rest is divided by C.
+    """The keys and values of attention are whole on every rank, and on CPU the outputs of chunks
+    are kept one by one: the rest is divided by C. Masks of chunks, on CPU alone, do not count.
     """
     alone, *_ = (kept for kept, _ in run(folders[2], 1))
     for size in (2, 4):
         of_ranks = [kept for kept, _ in run(folders[2], size, cp=size)]
         assert max(of_ranks) < 1.1 * min(of_ranks)
-        assert max(of_ranks) < alone * (1 / size + 0.32), (size, alone, of_ranks)
+        assert max(of_ranks) < alone * (1 / size + 0.16), (size, alone, of_ranks)
 
 
 def test_collectives_of_a_layer(folders):

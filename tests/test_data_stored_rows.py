@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -73,15 +74,37 @@ def test_an_error_of_a_process(tmp_path, error, expected, words):
             raise error
         return make(index)
 
-    before = children()
+    before = children(os.getpid())
     with pytest.raises(expected, match=words):
         write_rows(fails, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
-    assert children() <= before  # none is left, alive or dead
+    assert children(os.getpid()) <= before  # none is left, alive or dead
 
 
-def children() -> set[str]:
-    """Of this process."""
-    tasks = Path("/proc/self/task").iterdir()
+def test_forks_end_with_their_parent(tmp_path):
+    def slow(index):
+        time.sleep(0.002)
+        return make(index)
+
+    parent = os.fork()
+    if not parent:
+        try:
+            write_rows(slow, 100_000, SCHEMA, str(tmp_path / "rows"), 2, "rows")
+        finally:
+            os._exit(1)
+    patience = time.monotonic() + 20
+    while len(forks := children(parent)) < 2 and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert len(forks) == 2
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    while any(Path("/proc", fork).exists() for fork in forks) and time.monotonic() < patience:
+        time.sleep(0.05)
+    alive = [fork for fork in forks if Path("/proc", fork).exists()]
+    assert all(") Z " in Path("/proc", fork, "stat").read_text() for fork in alive)
+
+
+def children(process: int) -> set[str]:
+    tasks = Path(f"/proc/{process}/task").iterdir()
     return {child for task in tasks for child in (task / "children").read_text().split()}
 
 

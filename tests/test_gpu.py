@@ -104,9 +104,11 @@ def verify(runs: Runs) -> str:
 
     said = io.StringIO()
     config = VerifyConfig(hf_model=runs.inputs["model"], device=runs.device, tolerance=1e-3)
-    with contextlib.redirect_stdout(said):
-        verify(config)
-    runs.train.destroy()
+    try:
+        with contextlib.redirect_stdout(said):
+            verify(config)
+    finally:
+        runs.train.destroy()
     return said.getvalue()
 
 

@@ -16,13 +16,13 @@ from benchmarks.gpu_page import sections, write
 REPOSITORY = Path(__file__).parents[1]
 STUB = f"""#!/usr/bin/env bash
 case "$*" in
-    *requirements.py*) exit 0 ;;
+    *requirements.py*) exit "${{INCOMPLETE:-0}}" ;;
     *gpu_page*) exec {sys.executable} "$@" ;;
     *megatron_gkd.doctor*)
         printf 'the doctor\\n## no: stage\\n```\\n'
         sleep "${{DOCTOR_SLEEPS:-0}}" ;;
     *"-m pytest"*) echo "a warning"; echo "python $*"; exit "${{TESTS:-0}}" ;;
-    *transformer_engine*) exit 1 ;;
+    *is_available*) exit "${{NO_CUDA:-0}}" ;;
     *) echo "python $*" ;;
 esac
 """
@@ -74,7 +74,6 @@ def test_every_stage_is_recorded(checks):
     assert (status, err.splitlines()[-1]) == (1, f"gpu_checks: failed: {' '.join(tests)}")
     for name, text in page.items():
         said = "failed with status 3" if name in tests else "passed"
-        said = "not run" if name == "te" else said
         assert text.splitlines()[2].startswith(f"**{said}** in "), text
         assert "commit abc1234 · A card, 80 GiB, 580.1" in text
         assert f"launch/gpu_checks.sh --only {name}`" in text
@@ -82,7 +81,6 @@ def test_every_stage_is_recorded(checks):
     assert "tests/test_gpu.py" in page["parity"] and "--layers 48" in page["step"]
     assert "the demo in bfloat16 on cuda with " in page["demo"]
     assert "sanitizer []" in page["sanitizer"]  # no expandable segments
-    assert "Transformer Engine is not installed" in page["te"]
     assert [line for line in out.splitlines() if line.startswith("=== kernels: status 3")]
 
 
@@ -92,7 +90,7 @@ def test_a_stage_that_is_run_again_replaces_its_section(checks):
     assert status == 0 and list(page) == ["kernels", "peers"]
     assert "passed" in page["kernels"] and "commit def5678" in page["kernels"]
     assert "commit abc1234" in page["peers"]
-    assert list(checks("--from", "decode", TESTS="1")[3]) == ["kernels", "peers", "decode"]
+    assert list(checks("--from", "rollout", TESTS="1")[3]) == ["kernels", "peers", "rollout"]
 
 
 def test_a_time_limit_ends_a_stage_and_not_the_run(checks, tmp_path):
@@ -102,14 +100,23 @@ def test_a_time_limit_ends_a_stage_and_not_the_run(checks, tmp_path):
     assert (status, err.splitlines()[-1]) == (1, "gpu_checks: failed: doctor")
     assert "**stopped at its time limit** in 1 s" in page["doctor"]
     assert "the doctor" in page["doctor"] and "passed" in page["peers"]
-    status, _, _, page = checks("--only", "peers", SECONDS_LEFT="5")
-    assert status == 0 and "**not run**" in page["peers"] and "no time was left" in page["peers"]
+    status, out, _, page = checks("--only", "doctor,peers", SECONDS_LEFT="5")
+    assert status == 0 and out.splitlines()[-1].endswith("gpu_checks.sh --from doctor")
+    assert "stopped" in page["doctor"] and "passed" in page["peers"]  # as they were
+    (tmp_path / "bin/compute-sanitizer").unlink()
+    if shutil.which("compute-sanitizer") is None:
+        assert "**not run**" in checks("--only", "sanitizer")[3]["sanitizer"]
 
 
 def test_what_is_refused(checks, tmp_path):
     for arguments in (["--only", "nothing"], ["--from"], ["--odd"]):
         status, _, err, page = checks(*arguments)
         assert status == 2 and err.startswith("gpu_checks: error: ") and not page
+    status, _, err, page = checks(NO_CUDA="1")
+    assert status == 1 and "python3 sees no GPU" in err and not page
+    (tmp_path / "launch/setup_env.sh").write_text("exit 1")
+    status, out, _, page = checks(INCOMPLETE="1")
+    assert status == 1 and "===" not in out and not page
     (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     status, _, err, page = checks()
     assert status == 1 and "nvidia-smi sees no GPU" in err and not page

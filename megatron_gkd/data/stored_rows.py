@@ -5,6 +5,7 @@ row or some columns at a time.
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -126,7 +127,13 @@ def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
             receiver, sender = Pipe(duplex=False)
             process = os.fork()
             if not process:
-                _run(work, sender)
+                try:
+                    # without a reader a fork whose parent was killed ends at its next number
+                    for one in (*running, receiver):
+                        one.close()
+                    _run(work, sender)
+                finally:
+                    os._exit(1)
             sender.close()
             running[receiver] = process
         while running:
@@ -139,8 +146,9 @@ def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
                         f"one of {len(works)} processes that read the rows was killed, perhaps for "
                         "want of memory: a lower --dataset_num_proc needs less"
                     ) from None
-                if isinstance(found, BaseException):
-                    raise found
+                if isinstance(found, tuple):
+                    error, said = found
+                    raise error from (None if isinstance(error, DataError) else RuntimeError(said))
                 if found is None:
                     os.waitpid(running.pop(receiver), 0)
                     receiver.close()
@@ -155,16 +163,17 @@ def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
 
 
 def _run(work: Iterator[int], sender: Connection) -> None:
-    """A fork's life: numbers, then None or an exception."""
-    last: BaseException | None = None
+    """A fork's life: numbers, then None, or an exception and its traceback's text."""
+    last: tuple[BaseException, str] | None = None
     try:
         for number in work:
             sender.send(number)
     except BaseException as error:
+        said = traceback.format_exc()
         try:
-            last = pickle.loads(pickle.dumps(error))
+            last = pickle.loads(pickle.dumps(error)), said
         except Exception:
-            last = RuntimeError(f"{type(error).__name__}: {error}")
+            last = RuntimeError(f"{type(error).__name__}: {error}"), said
     finally:
         with suppress(OSError):
             sender.send(last)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_gkd.lora.dropout import Drop, keep_mask
-from megatron_gkd.model.grouped import grouped_product
+from megatron_gkd.model.grouped import grouped_outer, grouped_product
 
 __all__ = ["Drop", "low_backward_input", "low_backward_weight", "low_forward", "low_product"]
 
@@ -109,11 +109,9 @@ def low_backward_weight(
     grad_low: Tensor, x: Tensor, drop: Drop, offsets: Tensor | None = None
 ) -> Tensor:
     """grad_low [T, R], x [T, in] -> dL/dW_down [R, in], with offsets [E, R, in]; at least fp32."""
-    kept, transposed = _kept(x, drop), grad_low.T.contiguous()
-    if offsets is None:
-        product = transposed @ kept
-    else:
-        product = _grouped_outer(transposed, kept, offsets)
+    kept = _kept(x, drop)
+    _mask.cache_clear()  # nobody needs it again
+    product = grad_low.T @ kept if offsets is None else grouped_outer(grad_low, kept, offsets)
     return product.to(torch.promote_types(x.dtype, torch.float32)).mul_(drop.scale)
 
 
@@ -126,14 +124,3 @@ def _kept(x: Tensor, drop: Drop) -> Tensor:
 @lru_cache(maxsize=1)  # the two gradients of a call need the same one
 def _mask(num_rows: int, num_columns: int, drop: Drop, device: torch.device) -> Tensor:
     return keep_mask(num_rows, num_columns, drop, device)
-
-
-def _grouped_outer(transposed: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """transposed [R, T], x [T, in] -> the product over each expert's rows, [E, R, in]. As
-    grouped_mm needs them, rows are padded to multiples of 16 bytes.
-    """
-    multiple = 16 // x.element_size()
-    num_rows, num_columns = x.shape
-    x = F.pad(x, (0, -num_columns % multiple, 0, -num_rows % multiple))
-    transposed = F.pad(transposed, (0, -num_rows % multiple))
-    return F.grouped_mm(transposed, x, offs=offsets)[..., :num_columns]

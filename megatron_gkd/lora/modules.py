@@ -106,9 +106,7 @@ class LoraColumnParallel(LoraModule):
         for segment in self.segments:
             first = next(own)[1] if segment.name in slot.down else 0
             segments.append((segment.name, first, segment.num_rows))
-        sizes = tuple(
-            (name, len(slot.up[name])) if name in slot.up else (name, 0) for name in slot.down
-        )
+        sizes = tuple((name, len(up)) for name, up in slot.up.items())
         down = torch.cat(list(slot.down.values()))
         layout = block_layout(tuple(segments), sizes, slot.rank, down.device)
         return down, lay_out(slot.up.values(), layout, len(sizes) * slot.rank)

@@ -105,9 +105,7 @@ class _LayOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, num_columns: int, *ups: Tensor) -> Tensor:
         ctx.layout, ctx.sizes = layout, [up.shape for up in ups]
-        # a rank may have no row of the projections with LoRA
-        dtype = ups[0].dtype if ups else torch.float32
-        zero = layout.source.new_zeros(1, dtype=dtype)
+        zero = layout.source.new_zeros(1, dtype=ups[0].dtype)
         flat = torch.cat([*(up.flatten() for up in ups), zero])
         return flat[layout.source].view(-1, num_columns)
 

@@ -66,7 +66,7 @@ class ExpertBlock(torch.autograd.Function):
     Saved: the tokens x [T, H], p [T, K], h, both low [P, R], the order's indices. x_ext and a_ext
     are made again; low, 1 % of h's bytes, is not, since that would read x_ext once more. Sums are
     fp32 within a kernel; what lies between them is in the activations' dtype, p is fp32. No
-    collectives, no synchronisation.
+    collectives; the host waits where grouped_mm does (model/grouped.py).
     """
 
     @staticmethod
