@@ -5,7 +5,7 @@
     python launch/requirements.py wheels --wheels DIR [--extras test] [--any_version]
     python launch/requirements.py fetch --wheels DIR [--extras test] [--python 3.12]
                                         [--torch present|cpu|default] [--present FILE]
-    python launch/requirements.py torch
+    python launch/requirements.py torch [--wheels DIR --any_version]
 
 `missing` prints a line for each requirement that this interpreter does not meet, and for each that
 those have in turn if a folder of wheels is to meet them; exit status 1 if there is any. With
@@ -13,7 +13,8 @@ those have in turn if a folder of wheels is to meet them; exit status 1 if there
 missing. With `--installed_here` this package itself must be importable from DIR, wherever the
 caller stands. `wheels` prints the files to install, and warns of other versions.
 `fetch` downloads wheels until nothing is missing for that Python on Linux. `torch` prints the
-folder of a torch in setup.py's range, if this interpreter has one, and its CUDA version.
+folder of a torch in setup.py's range, if this interpreter has one, and its CUDA version; with
+`--any_version` that of any torch, unless the folder has one.
 
 Needs nothing but `packaging`, or the one in pip: it is run before anything is installed.
 """
@@ -265,12 +266,13 @@ def fetch(
         before = lines
 
 
-def print_torch() -> None:
+def print_torch(any_version: bool) -> None:
     """ "FOLDER CUDA" of a torch in range that this interpreter imports; status 1 without one."""
     (asked,) = (one for one in declared([]) if one.requirement.name == "torch")
     import torch
 
-    if not asked.requirement.specifier.contains(torch.__version__.split("+")[0], prereleases=True):
+    version = torch.__version__.split("+")[0]
+    if not any_version and not asked.requirement.specifier.contains(version, prereleases=True):
         sys.exit(1)
     print(Path(torch.__file__).resolve().parent.parent, torch.version.cuda or "cpu")
 
@@ -295,12 +297,13 @@ def main(argv: Sequence[str]) -> None:
     add("--torch", default="default", choices=("present", "cpu", "default"))
     add("--present", type=Path, metavar="FILE", help="pip list --format=freeze, of that machine")
     arguments = parser.parse_args(argv)
-    if arguments.what == "torch":
-        return print_torch()
     if arguments.what in ("wheels", "fetch") and not arguments.wheels:
         parser.error(f"{arguments.what} needs --wheels DIR")
     if arguments.what != "fetch" and arguments.wheels and not arguments.wheels.is_dir():
         parser.error(f"--wheels {arguments.wheels}: no such folder")
+    if arguments.what == "torch":
+        has_other = arguments.wheels and "torch" in wheels_in(arguments.wheels, Target.here())
+        return print_torch(arguments.any_version and not has_other)
     try:
         roots = declared([extra for extra in arguments.extras.split(",") if extra])
     except ValueError as error:

@@ -71,8 +71,9 @@ else
     packages=""
     if [ "$compiles" = no ] && { [ "$has_gpu" = yes ] || [ -n "$wheels" ]; }; then
         # The first Python with a torch in setup.py's range, for CUDA if there is a GPU, lends it to the environment.
+        any_torch=(${wheels:+--wheels "$wheels"} ${ANY_VERSION:+--any_version})
         for name in "${pythons[@]}"; do
-            read -r packages build < <("$name" "$requirements" torch 2>/dev/null || true) || true
+            read -r packages build < <("$name" "$requirements" torch ${any_torch[@]+"${any_torch[@]}"} 2>/dev/null || true) || true
             if [ -n "$packages" ] && { [ "$has_gpu" = no ] || [ "$build" != cpu ]; }; then
                 python=$name
                 break

@@ -139,6 +139,27 @@ def test_a_complete_environment_skips_set_up(tmp_path, given, venv, on_path, exp
     assert said.startswith(f"environment: {where} (")
 
 
+def test_a_torch_of_another_version_is_lent_on_request(tmp_path):
+    """With any version, and only where the folder has no torch of its own."""
+    (tmp_path / "lent" / "torch").mkdir(parents=True)
+    text = "__version__ = '2.99.0+cu140'\nclass version:\n    cuda = '14.0'\n"
+    (tmp_path / "lent" / "torch" / "__init__.py").write_text(text)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+
+    def torch(*arguments):
+        command = [sys.executable, str(REPOSITORY / "launch/requirements.py"), "torch", *arguments]
+        variables = os.environ | {"PYTHONPATH": str(tmp_path / "lent")}
+        return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+    options = ("--wheels", str(wheels), "--any_version")
+    assert torch().returncode == torch(*options[:2]).returncode == 1
+    assert torch(*options).stdout.split() == [str(tmp_path / "lent"), "14.0"]
+    make_wheel(wheels, "torch", "2.13.0")
+    found = torch(*options)
+    assert (found.returncode, found.stdout) == (1, "")
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_set_up_from_wheels_names_what_is_missing(tmp_path, gpu):
     """For which Python, all at once, and pip is not asked. A torch that is there is lent."""

@@ -13,11 +13,11 @@ the experts' rows, the last of them T. Products run in x's dtype whatever W_down
 have the dtype of what they belong to.
 
 The three functions stand here in torch, for CPUs and as the reference, and in
-triton_low_product.py as a kernel each; `select_kernels` chooses. No collectives, no
+triton_low_product.py as a kernel each; `select_kernels` chooses. `low_product` is the dense product
+for autograd; the experts' block (model/experts.py) calls the functions. No collectives, no
 synchronisation, no atomics.
 """
 
-import importlib.util
 import sys
 from functools import lru_cache
 from types import ModuleType
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_gkd.kernels import runs_triton
 from megatron_gkd.lora.dropout import Drop, keep_mask
 from megatron_gkd.model.grouped import grouped_outer, grouped_product
 
@@ -37,23 +38,20 @@ def select_kernels(device: torch.device) -> ModuleType:
     """The module with the three functions for `device`: triton_low_product on CUDA where Triton is
     installed, otherwise this one.
     """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if runs_triton(device):
         from megatron_gkd.lora import triton_low_product
 
         return triton_low_product
     return sys.modules[__name__]
 
 
-def low_product(
-    x: Tensor, down: Tensor, drop: Drop | None, offsets: Tensor | None = None
-) -> Tensor:
-    """x [..., in], down [R, in] -> [..., R]; with offsets x [T, in], down [E, R, in] -> [T, R], in
-    x's dtype. Differentiable in x and down. Without `drop` it is the plain product.
+def low_product(x: Tensor, down: Tensor, drop: Drop | None) -> Tensor:
+    """x [..., in], down [R, in] -> [..., R], in x's dtype. Differentiable in x and down. Without
+    `drop` it is the plain product.
     """
     if drop is None:
-        down = down.to(x.dtype)
-        return F.linear(x, down) if offsets is None else grouped_product(x, down, offsets)
-    low = _LowProduct.apply(x.reshape(-1, x.shape[-1]), down, drop, offsets)
+        return F.linear(x, down.to(x.dtype))
+    low = _LowProduct.apply(x.reshape(-1, x.shape[-1]), down, drop)
     return low.view(*x.shape[:-1], low.shape[-1])
 
 
@@ -61,22 +59,22 @@ class _LowProduct(torch.autograd.Function):
     """x [T, in], down -> low [T, R]: the module's formula. Saves x and down."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, down, offsets)
+    def forward(ctx: Any, x: Tensor, down: Tensor, drop: Drop) -> Tensor:
+        ctx.save_for_backward(x, down)
         ctx.drop = drop
-        return select_kernels(x.device).low_forward(x, down, drop, offsets)
+        return select_kernels(x.device).low_forward(x, down, drop)
 
     @staticmethod
     def backward(ctx: Any, grad_low: Tensor) -> tuple:
-        x, down, offsets = ctx.saved_tensors
+        x, down = ctx.saved_tensors
         kernels = select_kernels(x.device)
         grad_x = grad_down = None
         if ctx.needs_input_grad[0]:
-            grad_x = kernels.low_backward_input(grad_low, down, ctx.drop, offsets)
+            grad_x = kernels.low_backward_input(grad_low, down, ctx.drop)
         if ctx.needs_input_grad[1]:
-            grad_down = kernels.low_backward_weight(grad_low, x, ctx.drop, offsets)
+            grad_down = kernels.low_backward_weight(grad_low, x, ctx.drop)
             grad_down = grad_down.to(down.dtype)
-        return grad_x, grad_down, None, None
+        return grad_x, grad_down, None
 
 
 def low_forward(x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None = None) -> Tensor:

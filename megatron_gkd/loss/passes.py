@@ -6,13 +6,13 @@ parts (4 numbers a row). Neither needs a counterpart in backward: each rank's gr
 columns follows from the row's scalars.
 """
 
-import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.kernels import runs_triton
 from megatron_gkd.loss.divergence import Divergence
 from megatron_gkd.loss.rows import (
     RowScalars,
@@ -58,7 +58,7 @@ def select_kernels(device: torch.device) -> ModuleType:
     """The module with the three passes for `device`: triton_kernels on CUDA where Triton is
     installed, otherwise torch_kernels.
     """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if runs_triton(device):
         from megatron_gkd.loss import triton_kernels
 
         return triton_kernels

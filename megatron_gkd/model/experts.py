@@ -9,7 +9,6 @@ pairs. The letters are expert_order.py's; H hidden size, I width of an expert, R
 low numbers.
 """
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_gkd.kernels import runs_triton
 from megatron_gkd.model.expert_order import Order, order_of
 from megatron_gkd.model.grouped import GroupedLinear, GroupedMatrices
 
@@ -26,7 +26,7 @@ def select_kernels(device: torch.device) -> ModuleType:
     """The module of the rows' functions: expert_triton on CUDA where Triton is installed, otherwise
     expert_torch.
     """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if runs_triton(device):
         from megatron_gkd.model import expert_triton
 
         return expert_triton

@@ -13,19 +13,19 @@ v passes unchanged. Everything is computed in fp32 and rounded once. Legend: S s
 the batch, N = S B, g key/value groups of this rank, h query heads, Q = h / g, d head size.
 """
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_gkd.kernels import runs_triton
 from megatron_gkd.model import torch_norm_rotary
 
 
 def select_kernels(device: torch.device) -> ModuleType:
     """triton_norm_rotary on CUDA where Triton is installed, otherwise torch_norm_rotary."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if runs_triton(device):
         from megatron_gkd.model import triton_norm_rotary
 
         return triton_norm_rotary

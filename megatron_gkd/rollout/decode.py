@@ -8,7 +8,6 @@ share of the replica's rows to the ranks that share experts, and gets their sums
 Legend: B rows, H hidden size, T tensor-parallel ranks, N ranks that share the experts.
 """
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_gkd.kernels import runs_triton
 from megatron_gkd.lora.slots import lora_modules
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
@@ -36,7 +36,7 @@ def select_kernels(model_args: ModelArgs, parallel: Parallel) -> ModuleType:
     groups = max(1, model_args.num_key_value_heads // parallel.tp_size)
     fits = all(size % 16 == 0 for size in sizes) and model_args.head_dim in (32, 64, 128, 256)
     fits = fits and model_args.num_attention_heads // parallel.tp_size // groups <= 16
-    if parallel.device.type == "cuda" and fits and importlib.util.find_spec("triton") is not None:
+    if fits and runs_triton(parallel.device):
         from megatron_gkd.rollout import triton_kernels
 
         return triton_kernels
