@@ -33,15 +33,15 @@ NOT_RUN=75 # the status of a stage whose tool is not there
 STAGES="
 doctor      30 what is installed, and what will be used
 kernels    120 the kernels of the loss, LoRA, experts, attention and rollouts against torch
-parity     100 steps, logits, towers and resume against the CPU
-attention   90 attention of packed rows; rollouts against transformers
+parity     150 steps, logits, towers and resume against the CPU
+attention   90 attention of packed rows, and how fast each way to it is; rollouts against transformers
 step        90 a training step at the 30B's sizes, and a rollout of 32 rows
 peers       75 the same against transformers + peft + TRL, 8 layers
 loss        60 the loss against TRL and the bare GEMMs
 ragged      45 rows of ragged lengths
 demo       120 the demo in bf16
 determinism 45 two equal backward passes with --deterministic true
-sanitizer   60 memory accesses of two kernels' cases (compute-sanitizer)
+sanitizer   60 memory accesses of the kernels of the loss and of an expert layer (compute-sanitizer)
 decode      75 tokens of a rollout by batch size, graph against eager
 rollout     75 rollouts of a small model against transformers
 "
@@ -57,6 +57,7 @@ if [ "$SIZE" = small ]; then
     equal="--layers 2 $shape --batch 2 --length 32 --response 8 --steps 1"
     rollout="--batches 2 --tokens 4 --prompt 4 --experts 8 --experts_per_token 2 --rounds 1"
     demo="--max_steps 1"
+    ways="--dtype float32 --heads 4 --groups 2 --head_dim 16 --rounds 1 --lengths 16x2 --lengths 7,20"
 else
     step="--layers 48 --recompute --rollout 32"
     peers="--layers 8"
@@ -66,16 +67,22 @@ else
     equal="--layers 8 --recompute --batch 1 --steps 1"
     rollout="--dtype bfloat16"
     demo=""
+    ways=""
 fi
 pytest() { "$python" -m pytest -q -p no:cacheprovider --tb=short "$@"; }
 
 doctor() { "$python" -m megatron_gkd.doctor; }
 kernels() {
     pytest -n 3 --dist loadfile tests/test_loss_kernels.py tests/test_lora_low_product.py tests/test_model_expert_kernels.py \
-        tests/test_model_norm_rotary.py tests/test_rollout_kernels.py
+        tests/test_model_norm_rotary.py tests/test_rollout_kernels.py tests/test_model_experts.py
 }
-parity() { pytest tests/test_gpu.py; } # with Transformer Engine's attention, too, where that is installed
-attention() { pytest -n 2 --dist loadfile tests/test_gpu_attention.py tests/test_gpu_rollout.py; }
+# With Transformer Engine's attention, too, where that is installed. -s: what the cases gave so far, if the time runs out.
+parity() { pytest -s tests/test_gpu.py; }
+attention() {
+    local status=0
+    pytest -n 2 --dist loadfile tests/test_gpu_attention.py tests/test_gpu_rollout.py || status=$?
+    "$python" -m benchmarks.attention --device "$DEVICE" $ways --output "$PAGES/attention.md" && return "$status"
+}
 step() {
     "$python" -m benchmarks.real_shape --device "$DEVICE" $step --profile "$OUT/step_profile.txt" \
         --output "$PAGES/real_shape.md" --records "$OUT/real_shape.jsonl"
@@ -99,17 +106,19 @@ sanitizer() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not here (it comes with the CUDA toolkit)"; return "$NOT_RUN"; }
     # its allocator's expandable segments would be reported as an invalid access
     env PYTORCH_ALLOC_CONF= PYTORCH_CUDA_ALLOC_CONF= compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
-        "$python" -c "$two_cases"
+        "$python" -c "$sanitized"
 }
-two_cases='
+sanitized='
 import torch
 from megatron_gkd.loss import linear_jsd, vocab_parallel_jsd
 draw = lambda *size, dtype: torch.randn(*size, device="cuda", dtype=dtype).requires_grad_()
 vocab_parallel_jsd(draw(37, 1003, dtype=torch.float32), draw(37, 1003, dtype=torch.float32)).sum().backward()
 hidden = [draw(37, 64, dtype=torch.bfloat16) for _ in range(2)]
 linear_jsd(*hidden, draw(1003, 64, dtype=torch.bfloat16).detach()).loss.sum().backward()
+from tests.expert_layers import Case, run_cases
+run_cases(0, 1, 1, 1, [Case(top_k=4, num_tokens=70, rank=8, shunned=(0, 5), dropout=0.1, dtype=torch.bfloat16)], "cuda")
 torch.cuda.synchronize()
-print("two cases ran")
+print("all cases ran")
 '
 
 # --- which of them ---
@@ -160,7 +169,7 @@ run() { # run STAGE: its command under its limit, then its section
     fi
     begin=$(date +%s.%N)
     # In a process group of its own, so that what a stage starts ends with it.
-    export python OUT PAGES DEVICE SIZE NOT_RUN step peers decode ragged equal rollout demo two_cases
+    export python OUT PAGES DEVICE SIZE NOT_RUN step peers decode ragged equal rollout demo ways sanitized
     export -f pytest "$name"
     timeout -k 5 "$limit" bash -c "$name" >"$OUT/$name.log" 2>&1 || status=$?
     local seconds

@@ -260,7 +260,7 @@ def _loss_function(
             sums.add(output, batch, share)
         return (
             output.loss.sum(),
-            torch.tensor(num_tokens, dtype=torch.int, device=hidden.device),
+            torch.full((), num_tokens, dtype=torch.int, device=hidden.device),
             {},
         )
 

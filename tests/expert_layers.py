@@ -13,12 +13,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.nn import functional as F
 
 from megatron_gkd import parallel
+from megatron_gkd.lora.dropout import Drop, keep_mask
 from megatron_gkd.lora.grouped import DOWN, GATE_UP, LoraGrouped
 from megatron_gkd.lora.slots import STUDENT
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.dispatcher import use_dispatcher
 from megatron_gkd.model.experts import GroupedExperts
 from megatron_gkd.model.transformer_config import transformer_config
+
+SEEDS = {"gate_up": 0x1234_5678_9ABC_DEF0, "down": 0x0FED_CBA9_8765_4321}  # of dropout
 
 
 @dataclass(frozen=True)
@@ -140,23 +143,29 @@ def lora_parameters(layer):
 
 def run(layer, case, rank):
     """(output [T, H], gradient of the tokens, of LoRA's parameters by name)"""
-    x, cotangent = (value.to(case.dtype)[:, None] for value in tokens(case, rank))
+    device = layer.router.weight.device
+    x, cotangent = (value.to(device, case.dtype)[:, None] for value in tokens(case, rank))
     x.requires_grad_()
     output, _ = layer(x)
     parameters = lora_parameters(layer)
     of_x, *of_lora = torch.autograd.grad(output, (x, *parameters.values()), cotangent)
     assert of_x.dtype == case.dtype and all(g.dtype == torch.float32 for g in of_lora)
-    return output.detach()[:, 0], of_x[:, 0], dict(zip(parameters, of_lora))
+    gradients = {name: value.cpu() for name, value in zip(parameters, of_lora)}
+    return output.detach()[:, 0].cpu(), of_x[:, 0].cpu(), gradients
 
 
-def run_cases(rank, world_size, tp, ep, cases):
-    """Results of `run` and the experts of this rank, of each case."""
+def run_cases(rank, world_size, tp, ep, cases, device="cpu"):
+    """Results of `run` and the experts of this rank, of each case; with dropout that of SEEDS."""
     place = parallel.initialize(
-        torch.device("cpu"), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
+        torch.device(device), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
     )
     results = []
     for case in cases:
         layer = make_layer(place, case)
+        if case.dropout:
+            for name, seed in SEEDS.items():
+                drop = Drop(case.dropout, seed)
+                getattr(layer.experts, name).drop_of = lambda slot, drop=drop: drop
         kind = type(layer.token_dispatcher).__name__
         results.append((*run(layer, case, rank), layer.local_expert_indices, kind))
     return results
@@ -164,33 +173,49 @@ def run_cases(rank, world_size, tp, ep, cases):
 
 def reference(case, num_ranks):
     """(outputs and gradients of the tokens of each rank, {(name, side): gradient [E, ...]} summed
-    over the ranks), token by token in float64.
+    over the ranks), token by token in float64. With dropout of one rank: the masks of SEEDS, whose
+    rows are the pairs sorted by expert.
     """
     values = weights(case)
     lora = {name: [m.double().requires_grad_() for m in pair] for name, pair in values.lora.items()}
     router, scale = values.router.double(), case.alpha / case.rank
 
-    def matrix(name, expert, base):
-        if name not in lora:
-            return base.double()
-        down, up = lora[name]
-        return base.double() + scale * up[expert] @ down[expert]
+    num_pairs = case.num_tokens * case.top_k
+    factors = {
+        name: keep_mask(num_pairs, size, Drop(case.dropout, SEEDS[name]), torch.device("cpu"))
+        / (1 - case.dropout)
+        for name, size in (("gate_up", case.hidden), ("down", case.intermediate))
+        if case.dropout
+    }
+
+    def product(name, expert, base, x, row):
+        result = base.double() @ x
+        if name in lora:
+            down, up = lora[name]
+            if factors:
+                x = x * factors["down" if name == "down_proj" else "gate_up"][row]
+            result = result + scale * up[expert] @ (down[expert] @ x)
+        return result
 
     outputs, of_tokens, total = [], [], 0.0
     for rank in range(num_ranks):
         x, cotangent = (value.double() for value in tokens(case, rank))
         x.requires_grad_()
         rows = []
-        for token in x:
+        chosen = (x.detach() @ router.T).topk(case.top_k).indices.tolist()
+        pairs = sorted((expert, token) for token, ids in enumerate(chosen) for expert in ids)
+        row_of = {pair: row for row, pair in enumerate(pairs)}
+        for number, token in enumerate(x):
             logits = router @ token
             top, ids = logits.topk(case.top_k)
             of_chosen = top.softmax(dim=0) if case.renormalize else logits.softmax(dim=0)[ids]
             found = 0.0
             for p, expert in zip(of_chosen, ids.tolist()):
-                gate, up = values.gate_up[expert].chunk(2)
-                h = F.silu(matrix("gate_proj", expert, gate) @ token)
-                h = h * (matrix("up_proj", expert, up) @ token)
-                found = found + p * (matrix("down_proj", expert, values.down[expert]) @ h)
+                (gate, up), row = values.gate_up[expert].chunk(2), row_of[expert, number]
+                h = F.silu(product("gate_proj", expert, gate, token, row))
+                h = h * product("up_proj", expert, up, token, row)
+                # p lies in the activation, before LoRA's dropout of it
+                found = found + product("down_proj", expert, values.down[expert], p * h, row)
             rows.append(found)
         output = torch.stack(rows)
         outputs.append(output.detach())

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from pathlib import Path
 
@@ -73,7 +74,8 @@ class Runs:
         folder = self.output / name
         given = dict(model=self.inputs["model"], dataset=self.inputs[dataset], device=self.device)
         try:
-            self.train.main(arguments(output_dir=folder, **given, **flags))
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.train.main(arguments(output_dir=folder, **given, **flags))
         except BaseException:
             self.train.destroy()  # the next case comes in this process
             raise
@@ -149,14 +151,21 @@ def run_cases(inputs: dict, device: str, output: str) -> dict:
     # from here on the process keeps deterministic kernels
     cases["bits"] = lambda: differences(runs, "fixed", deterministic=True)
     cases["resume"] = lambda: resumed(runs)
-    return {name: attempt(case) for name, case in cases.items()}
+    return {name: attempt(name, case) for name, case in cases.items()}
 
 
-def attempt(case):
+def attempt(name, case):
+    """What the case gives, or its traceback; says how it went."""
+    start = time.monotonic()
     try:
-        return case()
+        found = case()
     except (Exception, SystemExit):
-        return Failure(traceback.format_exc())
+        found = Failure(traceback.format_exc())
+    said = found.splitlines()[-1] if isinstance(found, Failure) else "done"
+    if isinstance(found, dict):
+        said = ", ".join(f"{key} {found[key]:.6g}" for key in ("loss", "grad_norm"))
+    print(f"{name}: {said} in {time.monotonic() - start:.1f} s", flush=True)
+    return found
 
 
 class Failure(str):
@@ -180,9 +189,10 @@ def run_pair(rank: int, port: int, inputs: dict, device: str, output: str, conne
     for name, layout in LAYOUTS.items():
         batch = 2 if name.startswith("DP2") else 4
         flags = layout_flags(*layout) | dict(per_device_train_batch_size=batch)
-        found[name] = attempt(lambda: last_line(runs.run(name, **STEP, **flags)))
+        found[name] = attempt(name, lambda: last_line(runs.run(name, **STEP, **flags)))
         writes = dict(max_steps=1, lmbda=1, max_completion_length=4)
-        written = attempt(lambda: last_line(runs.run(f"{name}-writes", **writes, **flags)))
+        run = functools.partial(runs.run, f"{name}-writes", **writes, **flags)
+        written = attempt(f"{name} writes", lambda: last_line(run()))
         found[f"{name} writes"] = written
     connection.send(pickle.dumps(found if rank == 0 else None))
 

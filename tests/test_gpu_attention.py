@@ -1,5 +1,5 @@
-"""Attention over packed rows on CUDA: the kernel for sequences of several lengths against torch's
-attention row by row in float32, values and gradients.
+"""Attention over packed rows on CUDA: the kernels for a batch of one length and for sequences of
+several lengths against torch's attention row by row in float32, values and gradients.
 """
 
 from types import SimpleNamespace
@@ -39,7 +39,13 @@ def run(attend, rows, tensors, cotangent):
 
 @pytest.mark.parametrize(
     "lengths, parts",
-    [((16384,), 1), ((16384,), 2), ((1, 700, 8, 4096, 33, 512), 1), ((8, 704, 4096, 32), 4)],
+    [
+        ((16384,), 1),
+        ((16384,), 2),
+        ((2048, 2048, 2048), 1),
+        ((1, 700, 8, 4096, 33, 512), 1),
+        ((8, 704, 4096, 32), 4),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -55,21 +61,33 @@ def test_rows_at_once_are_rows_one_by_one(lengths, parts, dtype):
     cotangent = torch.randn(starts[-1], HEADS, HEAD_DIM, device=DEVICE)
     for part in range(parts):
         rows = PackedRows(starts=starts, num_parts=parts, part=part, device=torch.device(DEVICE))
-        found = run(attention().attend, rows, tensors, cotangent)
+        ways = [attention().attend]
+        if DEVICE == "cuda" and rows.common_length:  # which choose another kernel
+            ways.append(attention().attend_at_once)
+        found = [run(attend, rows, tensors, cotangent) for attend in ways]
         wide = [tensor.float() for tensor in tensors]
         expected = run(attention().attend, rows, wide, cotangent)  # float32: a call a row
         # what rounding to 16 bits does to the same: torch's attention row by row in 16 bits
         by_row = run(_by_row, rows, tensors, cotangent)
-        for mine, its, exact in zip(found, by_row, expected, strict=True):
-            scale = exact.abs().max()
-            error, usual = (mine.float() - exact).abs().max(), (its.float() - exact).abs().max()
-            assert error <= 2 * usual + 1e-3 * scale
+        for mine, its, exact in zip(zip(*found, strict=True), by_row, expected, strict=True):
+            scale, usual = exact.abs().max(), (its.float() - exact).abs().max()
+            for way in mine:
+                assert (way.float() - exact).abs().max() <= 2 * usual + 1e-3 * scale
 
 
 def _by_row(query, key, value, rows):
     return attention().attend_by_row(query, key, value, rows)
 
 
+@pytest.fixture
+def deterministic():
+    """The kernel for rows of several lengths adds up the gradient of the queries by atomics."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_no_row_sees_another():
     rows = PackedRows(starts=[0, 700, 1500], device=torch.device(DEVICE))
     tensors, cotangent = inputs(1500, torch.bfloat16), torch.randn(1500, HEADS, HEAD_DIM).to(DEVICE)

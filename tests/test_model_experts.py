@@ -23,6 +23,8 @@ from tests.expert_layers import (
     tokens,
     weights,
 )
+from tests.gpu import DEVICE
+from tests.processes import in_a_process
 from tests.ranks import run_ranks
 
 CASES = {
@@ -85,6 +87,37 @@ def test_values_and_gradients(world_size, tp, ep, kind):
             expected = "GatherDispatcher" if ep <= case.top_k else "ExchangeDispatcher"
         assert {result[-1] for result in results} == {expected}
         check(case, results, world_size)
+
+
+LARGE = Case(
+    top_k=8,
+    num_tokens=70,
+    num_experts=16,
+    hidden=256,
+    intermediate=128,
+    rank=8,
+    shunned=(0, 3, 15),
+    dropout=0.3,
+)
+WITH_DROPOUT = {
+    "float32": LARGE,
+    "bfloat16": replace(LARGE, dtype=torch.bfloat16),
+    "bfloat16, odd sizes": replace(LARGE, hidden=36, intermediate=20, dtype=torch.bfloat16),
+    "bfloat16, down alone": replace(LARGE, targets=("down_proj",), dtype=torch.bfloat16),
+}
+
+
+def test_dropout_is_that_of_its_masks():
+    """On the GPU where there is one. Entries that another seed would drop give other numbers."""
+    cases = list(WITH_DROPOUT.values())
+    if DEVICE == "cuda":
+        results = in_a_process(run_cases, 0, 1, 1, 1, cases, DEVICE)
+    else:
+        (results,) = run_ranks(run_cases, 1, 1, 1, cases)
+    for case, result in zip(cases, results):
+        check(case, [result], 1)
+    with pytest.raises(AssertionError, match="output"):
+        check(replace(cases[0], dropout=0.29), [results[0]], 1)
 
 
 def backward_twice(rank, world_size, tp, ep, cases):

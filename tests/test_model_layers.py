@@ -102,6 +102,7 @@ LENGTHS = {
     "one row": [5],
     "one token": [1],
     "mixed": [9, 1, 1, 4],
+    "three of one length": [6, 6, 6],
 }
 
 
@@ -123,11 +124,11 @@ def test_attention_is_causal_within_each_row(kind, lengths):
 
 
 @pytest.mark.parametrize("kind", [SdpaAttention, EagerAttention])
-def test_no_row_sees_another(kind):
+@pytest.mark.parametrize("lengths", [[4, 7, 5, 1, 6], [6, 6, 6, 6]], ids=["ragged", "one length"])
+def test_no_row_sees_another(kind, lengths):
     """With another row in the place of the third, values and gradients of all others are the same
     bits; so are those of a row alone.
     """
-    lengths = [4, 7, 5, 1, 6]
     starts = starts_of(lengths)
     inputs, cotangent = attention_inputs(starts[-1])
     third = slice(starts[2], starts[3])
@@ -226,6 +227,22 @@ def test_all_rows_at_once(monkeypatch, num_parts):
         summed = [total + gradient for total, gradient in zip(summed, of_part)]
     for value, wanted in zip(summed, gradients):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_one_length_are_one_call(monkeypatch):
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *rest, **more: calls.append(query.shape) or sdpa(query, *rest, **more),
+    )
+    for lengths, shapes in (([5] * 3, [(3, HEADS, 5, WIDTH)]), ([2, 3], [2, 3])):
+        starts = starts_of(lengths)
+        attend(SdpaAttention, attention_inputs(starts[-1])[0], PackedRows(starts=starts))
+        if len(shapes) > 1:
+            shapes = [(1, HEADS, length, WIDTH) for length in shapes]
+        assert calls == shapes
+        calls.clear()
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])

@@ -58,10 +58,10 @@ def compile_launch(launch: Launch, capability: int = 90):
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif value == 1:
-            signature[parameter.name], constants[(index,)] = "constexpr", 1
         elif parameter.do_not_specialize:
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
+        elif value == 1:
+            signature[parameter.name], constants[(index,)] = "constexpr", 1
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:

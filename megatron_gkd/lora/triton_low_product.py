@@ -92,7 +92,7 @@ def _down_tile(
     return tl.load(down + r[:, None] * WIDTH + columns[None, :], mask=there, other=0.0)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["num_rows", "seed"])
 def forward_kernel(
     x: tl.tensor,
     down: tl.tensor,
@@ -131,7 +131,7 @@ def forward_kernel(
         tl.store(at, (low * scale).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["num_rows", "seed"])
 def backward_input_kernel(
     grad_low: tl.tensor,
     down: tl.tensor,
@@ -178,7 +178,7 @@ def backward_input_kernel(
             tl.store(at, total.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["num_rows", "seed"])
 def backward_weight_kernel(
     grad_low: tl.tensor,
     x: tl.tensor,

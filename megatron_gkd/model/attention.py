@@ -25,15 +25,20 @@ _KNOWN = inspect.signature(varlen_attn).parameters
 _GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
 
 
-def _has_kernel(query: Tensor) -> bool:
+def has_varlen_kernel(query: Tensor) -> bool:
     """Whether torch has one for sequences of several lengths: in 16 bits, from Ampere on."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if not (query.is_cuda and is_half and fits):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 class SdpaAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v. On CUDA in 16 bits `torch.nn.attention.varlen`, all rows at once;
-    elsewhere one call of `torch.nn.functional.scaled_dot_product_attention` a row.
+    """softmax(q k' / sqrt(d)) v. Rows of one length are a batch of
+    `torch.nn.functional.scaled_dot_product_attention`, for which a GPU has faster kernels than for
+    rows of several. Those are one call of `torch.nn.attention.varlen` on CUDA in 16 bits, elsewhere
+    a call of the first a row.
     """
 
     def __init__(
@@ -81,7 +86,12 @@ class SdpaAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """query [T/C, h, d], key and value of the whole sequence [T, g, d] -> [T/C, h, d]."""
-        if _has_kernel(query):
+        if rows.common_length:
+            query, key, value = (
+                x.unflatten(0, (-1, rows.common_length)) for x in (query, key, value)
+            )
+            return self.attend_span(query, key, value, None).flatten(0, 1)
+        if has_varlen_kernel(query):
             return self.attend_at_once(query, key, value, rows)
         return self.attend_by_row(query, key, value, rows)
 
@@ -89,19 +99,17 @@ class SdpaAttention(nn.Module):
         """As `attend`, span by span."""
         parts = []
         for span in rows.spans:
-            of_span = query, key, value
-            if len(rows.spans) > 1:
-                of_span = query[span.queries], key[span.keys], value[span.keys]
             is_whole = span.num_queries == span.num_keys
             mask = None if is_whole else rows.mask(span, query.dtype)
-            parts.append(self.attend_span(*of_span, mask))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            of_keys = key[None, span.keys], value[None, span.keys]
+            parts.append(self.attend_span(query[None, span.queries], *of_keys, mask)[0])
+        return torch.cat(parts)
 
     def attend_span(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """query [q, h, d], key and value [k, g, d] of one row up to the last query -> [q, h, d].
-        mask: see `PackedRows.mask`; None where q = k.
+        """query [B, q, h, d], key and value [B, k, g, d] of B rows up to the last query ->
+        [B, q, h, d]. mask: see `PackedRows.mask`; None where q = k.
         """
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -111,7 +119,7 @@ class SdpaAttention(nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[1] > key.shape[1],
         )
-        return context[0].transpose(0, 1)
+        return context.transpose(1, 2)
 
     def attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """As `attend`, through a kernel for sequences of several lengths."""
@@ -144,10 +152,10 @@ class EagerAttention(SdpaAttention):
 
     def attend_span(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """See `SdpaAttention.attend_span`."""
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        group = len(query) // len(key)
-        key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
-        scores = (query @ key.transpose(1, 2)).float() * self.scale
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        scores = (query @ key.transpose(2, 3)).float() * self.scale
         if mask is None:
-            mask = torch.full_like(scores[0], -float("inf")).triu(diagonal=1)
-        return ((scores + mask).softmax(dim=-1).to(value.dtype) @ value).transpose(0, 1)
+            mask = torch.full_like(scores[0, 0], -float("inf")).triu(diagonal=1)
+        return ((scores + mask).softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2)

@@ -1,13 +1,14 @@
 """Triton kernels of the order of the pairs: a router's chosen experts, and the row of each pair.
 
-The letters are expert_order.py's; a program reads TOKENS tokens.
+The letters are expert_order.py's; a program reads TOKENS tokens. Numbers that differ from call to
+call are not specialised: a kernel is compiled once, not again for multiples of 16.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def chosen_kernel(
     routing_map: tl.tensor,
     probabilities: tl.tensor,
@@ -33,7 +34,7 @@ def chosen_kernel(
         tl.store(values + place, tl.sum(tl.where(is_kth, p, 0.0), 1), mask=t < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def spread_kernel(
     gradient: tl.tensor,
     ids: tl.tensor,
@@ -75,7 +76,7 @@ def one_hot(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "first_expert"])
 def count_kernel(
     ids: tl.tensor,
     counts: tl.tensor,
@@ -94,7 +95,7 @@ def count_kernel(
     tl.store(counts + block * E + e, tl.sum(found, 0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert"])
 def place_kernel(
     ids: tl.tensor,
     counts: tl.tensor,

@@ -76,6 +76,12 @@ class PackedRows(PackedSeqParams):
                 first += size
         return spans
 
+    @cached_property
+    def common_length(self) -> int | None:
+        """Positions of every row, where all have equally many and none is cut."""
+        lengths = {end - start for start, end in pairwise(self.starts)}
+        return lengths.pop() if self.num_parts == 1 and len(lengths) == 1 else None
+
     def _chunks(self, start: int, end: int, part: int) -> list[tuple[int, int]]:
         """The positions from..to that rank `part` has of a row."""
         if self.num_parts == 1:
@@ -148,11 +154,15 @@ class PackedRows(PackedSeqParams):
             return torch.tensor([0, *sizes]).cumsum(0).to(self.device, torch.int32)
 
         num_queries, num_keys = ([s.num_queries for s in spans], [s.num_keys for s in spans])
+        query_ends = ends(num_queries)
+        if whole:
+            longest = max(num_queries)
+            return VarlenCall(None, None, query_ends, query_ends, longest, longest)
         queries, keys = ([s.queries for s in spans], [s.keys for s in spans])
         return VarlenCall(
-            None if whole else _ranges((s.start, s.stop) for s in queries).to(self.device),
-            None if whole else _ranges((s.start, s.stop) for s in keys).to(self.device),
-            ends(num_queries),
+            _ranges((s.start, s.stop) for s in queries).to(self.device),
+            _ranges((s.start, s.stop) for s in keys).to(self.device),
+            query_ends,
             ends(num_keys),
             max(num_queries),
             max(num_keys),

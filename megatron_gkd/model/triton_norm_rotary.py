@@ -45,7 +45,7 @@ def store_halves(head: tl.tensor, x: tl.tensor, y: tl.tensor, mask: tl.tensor, H
     tl.store(head + HALF, y.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     heads: tl.tensor,
     q_weight: tl.tensor,
@@ -104,7 +104,7 @@ def gradient_of_head(
     store_halves(out, factor * (h - x * mean), factor * (k - y * mean), mask, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gradient_kernel(
     heads: tl.tensor,
     q_weight: tl.tensor,

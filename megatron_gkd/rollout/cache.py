@@ -187,8 +187,12 @@ class Rows:
 
     def note(self, tokens: Tensor, log_probabilities: Tensor, stop_ids: Tensor) -> None:
         """[B] each: the tokens number `step`; stop_ids int64 [any]: those that end a row."""
-        column = self.step % LOOK
+        # no index_copy_: with deterministic kernels it sorts, and may ask the host, in a CUDA graph
+        is_new = torch.arange(LOOK, device=tokens.device) == self.step % LOOK
         self.tokens.copy_(tokens)
-        self.written.index_copy_(1, column, tokens[:, None])
-        self.log_probabilities.index_copy_(1, column, log_probabilities[:, None])
+        for new, kept in (
+            (tokens, self.written),
+            (log_probabilities, self.log_probabilities),
+        ):
+            torch.where(is_new, new[:, None], kept, out=kept)
         self.ended.logical_or_((tokens[:, None] == stop_ids).any(dim=1) | (tokens < 0))
