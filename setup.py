@@ -9,10 +9,12 @@ from setuptools import find_packages, setup
 TORCH = "2.13.0"  # what launch/setup_env.sh installs where there is none
 
 DEPENDENCIES = [
-    # The experts are one grouped_mm. setup_env.sh installs 2.13.0, with which all tests run; some
-    # of them have passed on 2.11.0 (model, loss, rollout) and on 2.14.1 (CPU layer, layout, loss).
-    # Install it before this package: on Linux, pip by itself takes a CUDA build.
-    "torch>=2.11,<2.15",
+    # The experts are one grouped_mm. setup_env.sh installs 2.13.0, with which all tests run. Parts
+    # have passed on 2.11.0 (model, loss, rollout), on 2.14.1 and on 2.15.0 (CPU layer, layouts,
+    # loss, LoRA, experts, steps, rollouts, training, resume; on 2.15.0 the kernels too, with triton
+    # 3.9; both with numpy 2.5.5 and Python 3.12). Install it before this package: on Linux, pip by
+    # itself takes a CUDA build.
+    "torch>=2.11,<2.16",
     # GPTModel, schedules, optimizer. The CPU layer (cpu.py) is written against exactly these two
     # versions.
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",

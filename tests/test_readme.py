@@ -61,10 +61,11 @@ def read(name: str) -> str:
 
 
 def own_words(document: Path) -> str:
-    """Its text; of pages that programs write, without what was printed and the commands, whose
-    flags are not those of a run.
+    """Its text without indented commands of benchmarks, whose flags are not those of a run; of
+    pages that programs write, without what was printed and all commands.
     """
     text = document.read_text(encoding="utf-8")
+    text = re.sub(r"^    python -m benchmarks(.*\\\n)*.*$", "", text, flags=re.MULTILINE)
     if document.name == "gpu.md" or document.parent.name == "benchmarks":
         text = re.sub(r"^```\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
         text = re.sub(r"`python -m benchmarks[^`]*`", "", text)
