@@ -1,12 +1,15 @@
 r"""Attention over packed rows, forward and backward: the ways that model/attention.py chooses from.
 
     python -m benchmarks.attention [--device auto] [--dtype bfloat16] [--heads 32] [--groups 4]
-        [--head_dim 128] [--rounds 10] [--lengths 2048x4 --lengths 16384 ...] [--output FILE]
+        [--head_dim 128] [--rounds 10] [--calls 10] [--lengths 2048x4 --lengths 16384 ...]
+        [--output FILE]
 
 `--lengths` names a case: tokens of each row, 2048x4 for four rows of 2,048. The ways take turns,
-the first two rounds warm up; medians. One batch: `scaled_dot_product_attention` of rows of one
-length. At once: `varlen_attn`, which only CUDA in 16 bits has. Row by row: a call of the first a
-row. The rate counts 4 h d operations of a (query, visible key) pair forward and 2.5 times as many
+the first two rounds warm up; medians of rounds, of which each is so many calls one after the other.
+One batch: `scaled_dot_product_attention` of rows of one length. At once: `varlen_attn`, which only
+CUDA in 16 bits has. Row by row: a call of the first a row. "New" is the first call, forward and
+backward, at these lengths, with what is compiled for it; at the first case also what starts once.
+The rate counts 4 h d operations of a (query, visible key) pair forward and 2.5 times as many
 backward. Values and gradients of all ways must agree, or the exit status is 1.
 """
 
@@ -29,7 +32,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from benchmarks.contenders import Contender
-from benchmarks.meter import measure
+from benchmarks.meter import Meter, measure
 from benchmarks.report import commit, machine, number, table
 from megatron_gkd.model.attention import SdpaAttention, has_varlen_kernel
 from megatron_gkd.model.packed_rows import PackedRows
@@ -80,29 +83,43 @@ def run_case(text: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     inputs = [draw(n).requires_grad_() for n in (options.heads, options.groups, options.groups)]
     cotangent = draw(options.heads)
     chosen = ways(module, rows, inputs[0])
-    results = {name: backward(attend, inputs, cotangent, rows) for name, attend in chosen.items()}
-    for name, found in results.items():
-        for mine, its in zip(found, results["row by row"]):
+    new, results, meter = {}, {}, Meter(options.device)
+    for name, attend in chosen.items():
+
+        def first_call(name: str = name, attend: Callable = attend) -> None:
+            results[name] = backward(attend, inputs, cotangent, rows)
+
+        new[name] = meter(first_call)[0]
+        for mine, its in zip(results[name], results["row by row"]):
             error = (mine.float() - its.float()).abs().max() / its.float().abs().max()
             if not error <= AGREE:
                 sys.exit(f"{text}: {name} is off by {error:.1e}")
     results.clear()
 
-    def forward(attend: Callable) -> Any:
+    def forward(attend: Callable) -> None:
         with torch.no_grad():
-            return attend(*inputs, rows)
+            for _ in range(options.calls):
+                attend(*inputs, rows)
+
+    def both(attend: Callable) -> None:
+        for _ in range(options.calls):
+            backward(attend, inputs, cotangent, rows)
 
     runs: dict[str, Contender] = {}
     for name, attend in chosen.items():
         runs[name] = partial(forward, attend)
-        runs[f"{name}, both"] = partial(backward, attend, inputs, cotangent, rows)
+        runs[f"{name}, both"] = partial(both, attend)
     timed = measure((text,), runs, options.device, options.rounds, 2, 0)
-    seconds = {result.name: result.seconds for result in timed}
+    for result in timed:
+        if result.failure:
+            sys.exit(f"{text}: {result.name}: {result.failure}")
+    seconds = {result.name: result.seconds / options.calls for result in timed}
     flops = 2 * options.heads * options.head_dim * sum(n * (n + 1) for n in lengths)
     return [
         (
             text,
             name,
+            number(1e3 * new[name], 1),
             number(1e3 * seconds[name], 2),
             number(1e3 * seconds[f"{name}, both"], 2),
             number(flops * 3.5 / seconds[f"{name}, both"] / 1e12, 1),
@@ -122,21 +139,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--groups", type=int, default=4, help="key/value heads")
     add("--head_dim", type=int, default=128)
     add("--rounds", type=int, default=10)
+    add("--calls", type=int, default=10, help="of a round")
     add("--lengths", action="append", help=f"again for each case; by default {' '.join(CASES)}")
     add("--output", type=Path, help="the page")
     options = parser.parse_args(argv)
     options.device = resolve_device(options.device).type
-    lines = []
+    header = ("rows", "way", "new, ms", "forward, ms", "both, ms", "TFLOP/s of both")
+    title = f"{machine(options.device)}, torch {torch.__version__}, commit {commit()}"
+    sizes = f"{options.heads} heads, {options.groups} of keys, {options.head_dim} wide"
+    lines: list[tuple[str, ...]] = []
     for text in options.lengths or CASES:
         lines += run_case(text, options)
-    header = ("rows", "way", "forward, ms", "forward and backward, ms", "TFLOP/s of both")
-    said = table(header, lines)
+        said = table(header, lines)
+        if options.output:  # after each case: what comes later may fail
+            page = f"# Attention over packed rows\n\n{title}, {options.dtype}, {sizes}.\n\n{said}"
+            options.output.write_text(page, encoding="utf-8")
     print(said)
-    if options.output:
-        title = f"{machine(options.device)}, torch {torch.__version__}, commit {commit()}"
-        sizes = f"{options.heads} heads, {options.groups} of keys, {options.head_dim} wide"
-        page = f"# Attention over packed rows\n\n{title}, {options.dtype}, {sizes}.\n\n{said}"
-        options.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ loss        60 the loss against TRL and the bare GEMMs
 ragged      45 rows of ragged lengths
 demo       120 the demo in bf16
 determinism 45 two equal backward passes with --deterministic true
-sanitizer   60 memory accesses of the kernels of the loss and of an expert layer (compute-sanitizer)
+sanitizer   90 memory accesses of the kernels of the loss and of an expert layer (compute-sanitizer)
 decode      75 tokens of a rollout by batch size, graph against eager
 rollout     75 rollouts of a small model against transformers
 "
@@ -57,7 +57,7 @@ if [ "$SIZE" = small ]; then
     equal="--layers 2 $shape --batch 2 --length 32 --response 8 --steps 1"
     rollout="--batches 2 --tokens 4 --prompt 4 --experts 8 --experts_per_token 2 --rounds 1"
     demo="--max_steps 1"
-    ways="--dtype float32 --heads 4 --groups 2 --head_dim 16 --rounds 1 --lengths 16x2 --lengths 7,20"
+    ways="--dtype float32 --heads 4 --groups 2 --head_dim 16 --rounds 1 --calls 2 --lengths 16x2 --lengths 7,20"
 else
     step="--layers 48 --recompute --rollout 32"
     peers="--layers 8"
@@ -74,7 +74,8 @@ pytest() { "$python" -m pytest -q -p no:cacheprovider --tb=short "$@"; }
 doctor() { "$python" -m megatron_gkd.doctor; }
 kernels() {
     pytest -n 3 --dist loadfile tests/test_loss_kernels.py tests/test_lora_low_product.py tests/test_model_expert_kernels.py \
-        tests/test_model_norm_rotary.py tests/test_rollout_kernels.py tests/test_model_experts.py
+        tests/test_model_norm_rotary.py tests/test_rollout_kernels.py \
+        tests/test_model_experts.py::test_dropout_is_that_of_its_masks
 }
 # With Transformer Engine's attention, too, where that is installed. -s: what the cases gave so far, if the time runs out.
 parity() { pytest -s tests/test_gpu.py; }

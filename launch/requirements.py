@@ -267,7 +267,9 @@ def fetch(
 
 
 def print_torch(any_version: bool) -> None:
-    """ "FOLDER CUDA" of a torch in range that this interpreter imports; status 1 without one."""
+    """ "FOLDER CUDA" of a torch in range (or any) that this interpreter imports; status 1 without
+    one.
+    """
     (asked,) = (one for one in declared([]) if one.requirement.name == "torch")
     import torch
 

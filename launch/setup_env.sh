@@ -70,16 +70,22 @@ else
     python=${pythons[0]}
     packages=""
     if [ "$compiles" = no ] && { [ "$has_gpu" = yes ] || [ -n "$wheels" ]; }; then
-        # The first Python with a torch in setup.py's range, for CUDA if there is a GPU, lends it to the environment.
-        any_torch=(${wheels:+--wheels "$wheels"} ${ANY_VERSION:+--any_version})
-        for name in "${pythons[@]}"; do
-            read -r packages build < <("$name" "$requirements" torch ${any_torch[@]+"${any_torch[@]}"} 2>/dev/null || true) || true
-            if [ -n "$packages" ] && { [ "$has_gpu" = no ] || [ "$build" != cpu ]; }; then
-                python=$name
-                break
-            fi
-            packages=""
-        done
+        lend() { # the first Python with a torch that fits, for CUDA if there is a GPU, lends it to the environment
+            local name build
+            for name in "${pythons[@]}"; do
+                read -r packages build < <("$name" "$requirements" torch "$@" 2>/dev/null || true) || true
+                if [ -n "$packages" ] && { [ "$has_gpu" = no ] || [ "$build" != cpu ]; }; then
+                    python=$name
+                    torch_is_for=$build
+                    return
+                fi
+                packages=""
+            done
+        }
+        lend
+        if [ -z "$packages" ] && [ -n "$wheels" ] && [ -n "${ANY_VERSION:-}" ]; then
+            lend --any_version --wheels "$wheels"
+        fi
     fi
     echo "[1/3] $venv: $("$python" --version) ($python)"
     "$python" -m venv --clear ${pip_wheel:+--without-pip} "$venv"
@@ -89,7 +95,7 @@ pip() { PYTHONPATH=${pip_wheel:-} "$venv/bin/python" -m pip --disable-pip-versio
 if [ -n "$torch_build" ]; then
     echo "[2/3] torch is there: $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
 elif [ -n "$packages" ]; then
-    echo "[2/3] torch: the one in $packages ($build)"
+    echo "[2/3] torch: the one in $packages ($torch_is_for)"
     site_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
     echo "import site; site.addsitedir('$packages')" >"$site_packages/lent_torch.pth"
 elif [ -n "$wheels" ]; then

@@ -105,7 +105,7 @@ def make_layer(place, case):
     experts = ModuleSpec(GroupedExperts, params={"spare_columns": case.spare_columns})
     layer = MoELayer(config, MoESubmodules(experts=experts), 1, place.groups)
     use_dispatcher(layer, place.groups)
-    layer.requires_grad_(False)
+    layer.to(place.device).requires_grad_(False)  # the router's weight starts on the CPU
     values, own = weights(case), layer.local_expert_indices
     layer.router.weight.copy_(values.router)
     layer.experts.gate_up.weight.copy_(values.gate_up[own])
@@ -157,7 +157,9 @@ def run(layer, case, rank):
 def run_cases(rank, world_size, tp, ep, cases, device="cpu"):
     """Results of `run` and the experts of this rank, of each case; with dropout that of SEEDS."""
     place = parallel.initialize(
-        torch.device(device), tensor_model_parallel_size=tp, expert_model_parallel_size=ep
+        parallel.resolve_device(device),
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
     )
     results = []
     for case in cases:

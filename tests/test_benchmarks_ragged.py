@@ -1,5 +1,5 @@
-"""The benchmark of ragged rows, at a size of seconds: it ends with status 1 where padded and packed
-micro-batches have other losses.
+"""The benchmarks of ragged rows, at a size of seconds: one ends with status 1 where padded and
+packed micro-batches have other losses, the other where ways to attend have other values.
 """
 
 import os
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+from benchmarks import attention
 from benchmarks.report import REPOSITORY
 
 
@@ -29,3 +30,17 @@ def test_padded_and_packed_steps_have_the_same_loss(tmp_path):
     assert [row[1] for row in rows] == ["padded", "padding-free", "with a budget"]
     padding = [int(re.match(r"\d+", row[3]).group()) for row in rows]
     assert padding[0] > 25 and padding[1:] == [0, 0]
+
+
+def test_ways_to_attend_agree(tmp_path, capsys):
+    """A row of the page for each way that the device has."""
+    sizes = "--dtype float32 --heads 4 --groups 2 --head_dim 16 --rounds 1 --calls 2"
+    cases = "--lengths 8x3 --lengths 7,20"
+    page = tmp_path / "page.md"
+    attention.main(f"--device cpu {sizes} {cases} --output {page}".split())
+    _, *lines = (line for line in page.read_text().splitlines() if line.startswith("| "))
+    rows = [line.split(" | ") for line in lines]
+    ways = [("8x3", "row by row"), ("8x3", "one batch"), ("7,20", "row by row")]
+    assert [(row[0][2:], row[1]) for row in rows] == ways
+    assert all(float(number.strip(" |")) >= 0 for row in rows for number in row[2:])
+    assert "8x3" in capsys.readouterr().out

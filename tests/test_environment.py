@@ -160,16 +160,17 @@ def test_a_torch_of_another_version_is_lent_on_request(tmp_path):
     assert (found.returncode, found.stdout) == (1, "")
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_set_up_from_wheels_names_what_is_missing(tmp_path, gpu):
+@pytest.mark.parametrize("gpu, any_version", [(False, False), (True, False), (True, True)])
+def test_set_up_from_wheels_names_what_is_missing(tmp_path, gpu, any_version):
     """For which Python, all at once, and pip is not asked. A torch that is there is lent."""
+    asked = " --any_version --wheels" if any_version else ""
     shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
     shutil.copy(REPOSITORY / "setup.py", tmp_path)
     (tmp_path / "wheels").mkdir()
     make_wheel(tmp_path / "wheels", "peft", "0.21.2", requires=["psutil"])
     stub(tmp_path / "bin/nvidia-smi", f"exit {0 if gpu else 9}")
     python = f"""case "$*" in
-        *"requirements.py torch"*) echo {tmp_path}/lent {"13.0" if gpu else "cpu"} ;;
+        *"requirements.py torch{asked}"*) echo {tmp_path}/lent {"13.0" if gpu else "cpu"} ;;
         *"-m venv"*) mkdir -p {tmp_path}/.venv/bin; cp "$0" {tmp_path}/.venv/bin/python ;;
         *purelib*) echo {tmp_path}/.venv ;;
         *"--wheels"*) exec {sys.executable} -S "$@" ;;
@@ -187,6 +188,7 @@ def test_set_up_from_wheels_names_what_is_missing(tmp_path, gpu):
         "WHEELS": str(tmp_path / "wheels"),
         "PYTHON": str(tmp_path / "bin/python"),
         "EXTRAS": "test",
+        "ANY_VERSION": "yes" if any_version else "",
     }
     done = subprocess.run(
         ["bash", "launch/setup_env.sh"],

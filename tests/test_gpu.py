@@ -163,7 +163,7 @@ def attempt(name, case):
         found = Failure(traceback.format_exc())
     said = found.splitlines()[-1] if isinstance(found, Failure) else "done"
     if isinstance(found, dict):
-        said = ", ".join(f"{key} {found[key]:.6g}" for key in ("loss", "grad_norm"))
+        said = f"loss {found['loss']}, grad_norm {found['grad_norm']}"
     print(f"{name}: {said} in {time.monotonic() - start:.1f} s", flush=True)
     return found
 

@@ -26,7 +26,9 @@ _GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
-    """Whether torch has one for sequences of several lengths: in 16 bits, from Ampere on."""
+    """Whether torch has one for sequences of several lengths: on CUDA from Ampere on, in 16 bits,
+    for heads of a multiple of 8 up to 256. query [T, h, d].
+    """
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     if not (query.is_cuda and is_half and fits):
@@ -35,10 +37,11 @@ def has_varlen_kernel(query: Tensor) -> bool:
 
 
 class SdpaAttention(nn.Module):
-    """softmax(q k' / sqrt(d)) v. Rows of one length are a batch of
-    `torch.nn.functional.scaled_dot_product_attention`, for which a GPU has faster kernels than for
-    rows of several. Those are one call of `torch.nn.attention.varlen` on CUDA in 16 bits, elsewhere
-    a call of the first a row.
+    """softmax(q k' / sqrt(d)) v. Several rows of one length are a batch of
+    `torch.nn.functional.scaled_dot_product_attention`, for which an H100 has faster kernels than
+    for sequences of several lengths. Other rows are one call of `torch.nn.attention.varlen` where
+    it has a kernel (`has_varlen_kernel`), elsewhere a call of the first a row. A row alone is not a
+    batch: cuDNN, behind the first on an H100, compiles for every new length.
     """
 
     def __init__(

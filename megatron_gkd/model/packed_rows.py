@@ -78,9 +78,10 @@ class PackedRows(PackedSeqParams):
 
     @cached_property
     def common_length(self) -> int | None:
-        """Positions of every row, where all have equally many and none is cut."""
-        lengths = {end - start for start, end in pairwise(self.starts)}
-        return lengths.pop() if self.num_parts == 1 and len(lengths) == 1 else None
+        """Positions of every row, where several have equally many and none is cut."""
+        lengths = [end - start for start, end in pairwise(self.starts)]
+        is_batch = self.num_parts == 1 and len(lengths) > 1 and len(set(lengths)) == 1
+        return lengths[0] if is_batch else None
 
     def _chunks(self, start: int, end: int, part: int) -> list[tuple[int, int]]:
         """The positions from..to that rank `part` has of a row."""
