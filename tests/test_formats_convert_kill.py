@@ -37,10 +37,10 @@ MOST_KILLS = 12
 
 def kill_until_done(command, config, *args):
     """Run `command` in processes that are killed: three after a random number of shards and
-    a random moment more, then some at random times until one gets through. -> how many shards the
-    last one found done.
+    a random moment more, then some at random times until one gets through. -> the most shards that
+    one found done (the last may find none: it may only have to remove an empty folder).
     """
-    draw, output = random.Random(0), Path(config.output)
+    draw, output, most = random.Random(0), Path(config.output), 0
     partial = output.with_name(f".{output.name}.partial")
     journal = partial / "journal.jsonl"
 
@@ -49,6 +49,7 @@ def kill_until_done(command, config, *args):
 
     for kill in range(MOST_KILLS):
         found = finished_shards()
+        most = max(most, found)
         process = multiprocessing.get_context("fork").Process(
             target=with_bars_of_its_own, args=(command, config, *args)
         )
@@ -60,7 +61,7 @@ def kill_until_done(command, config, *args):
         process.join(draw.uniform(0, 0.05) if kill < 3 else draw.uniform(0.02, 0.5))
         if process.exitcode is not None:
             assert process.exitcode == 0 and kill >= 3
-            return found
+            return most
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert not output.exists() or not (partial / "content").exists()
@@ -68,10 +69,9 @@ def kill_until_done(command, config, *args):
             output.exists() and not partial.exists()
         ):  # it had done everything, and was about to exit
             assert kill >= 3
-            return found
-    found = finished_shards()
+            return most
     command(config, *args)
-    return found
+    return most
 
 
 def with_bars_of_its_own(command, *args):

@@ -100,6 +100,8 @@ class SdpaAttention(nn.Module):
 
     def attend_by_row(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """As `attend`, span by span."""
+        if len(rows.spans) == 1:  # a row alone: nothing to cut or to join
+            return self.attend_span(query[None], key[None], value[None], None)[0]
         parts = []
         for span in rows.spans:
             is_whole = span.num_queries == span.num_keys
