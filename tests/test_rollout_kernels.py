@@ -99,9 +99,10 @@ def write_texts():
         load_weights(model, model_args, parallel, folder)
     options = dict(rank=2, alpha=4.0, dropout=0.0, targets=list(LINEARS), seed=0)
     apply_lora(model, model_args, parallel, **options)
+    generator = torch.Generator().manual_seed(0)
     for module in lora_modules(model):
         for up in module.slot.up.values():
-            torch.nn.init.normal_(up, std=0.1)
+            torch.nn.init.normal_(up, std=0.1, generator=generator)
     prompts = [[5, 9, 2], [7], [4, 4]]
     texts, slots = {}, []
     for kernels in (torch_kernels, triton_kernels):
