@@ -84,12 +84,12 @@ def run_case(text: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     cotangent = draw(options.heads)
     chosen = ways(module, rows, inputs[0])
     new, results, meter = {}, {}, Meter(options.device)
-    for name, attend in chosen.items():
 
-        def first_call(name: str = name, attend: Callable = attend) -> None:
-            results[name] = backward(attend, inputs, cotangent, rows)
+    def first_call(name: str) -> None:
+        results[name] = backward(chosen[name], inputs, cotangent, rows)
 
-        new[name] = meter(first_call)[0]
+    for name in chosen:
+        new[name] = meter(partial(first_call, name))[0]
         for mine, its in zip(results[name], results["row by row"]):
             error = (mine.float() - its.float()).abs().max() / its.float().abs().max()
             if not error <= AGREE:

@@ -88,13 +88,13 @@ class MicroBatch:
 
 
 def make_batches(vocab_size: int) -> list[MicroBatch]:
-    """Ragged micro-batches of several widths; the first has text positions, the others three
-    different planes.
+    """Micro-batches of several widths, ragged but for the second, whose rows are a batch of
+    attention; the first has text positions, the others three different planes.
     """
     generator = torch.Generator().manual_seed(1)
     batches = []
     for index, (width, lengths) in enumerate(
-        ((24, (24, 9, 17)), (16, (5, 16)), (8, (8, 1, 3)), (32, (30, 7)))
+        ((24, (24, 9, 17)), (16, (16, 16)), (8, (8, 1, 3)), (32, (30, 7)))
     ):
         rows = len(lengths)
         text = torch.arange(width).expand(3, rows, width)

@@ -3,7 +3,11 @@ recomputation: launches of each layer and of the rest, and waits of the host. do
 states the numbers.
 """
 
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
+import torch
 
 from tests.counting import Counting, kernels_counted
 from tests.ranks import run_ranks
@@ -13,6 +17,7 @@ from tests.train_runs import SMALL, arguments, build_parts, make_rows, write_row
 
 LAYERS = (2, 3)  # what the third layer adds is the cost of a layer
 MOST_OF_A_STEP = 10_000  # at 48 layers
+PAGE_VERSIONS = ("0.16.1", "2.13.0")  # of megatron-core and torch, with which the page counted
 
 
 def count(rank, world_size, argv):
@@ -68,6 +73,21 @@ def test_launches_of_a_step(phases):
     step = sum(more[phase][0] + (48 - LAYERS[1]) * number for phase, number in of_a_layer.items())
     assert of_a_layer["teacher"] > 10 and of_a_layer["student"] > 30  # the counter sees a layer
     assert step <= MOST_OF_A_STEP, (step, of_a_layer, more)
+    if (version("megatron-core"), torch.__version__.split("+")[0]) == PAGE_VERSIONS:
+        update = more["optimizer"][0]
+        counted = (of_a_layer["teacher"], of_a_layer["student"], of_a_layer["optimizer"], update)
+        assert (*counted, step) == numbers_of_the_page()
+
+
+def numbers_of_the_page() -> tuple[int, ...]:
+    """The launches in the last column of its first table."""
+    lines = (
+        (Path(__file__).parents[1] / "docs/training_step.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+    rows = [line.split("|") for line in lines if line.startswith("| ")][1:6]
+    return tuple(int(row[-2].replace(",", "")) for row in rows)
 
 
 def test_the_update_is_a_few_launches_at_any_depth(phases):
