@@ -103,7 +103,7 @@ def stopped_after_three(whole: Path, copy: Path) -> Path:
     [
         (1, 1, 1, 1, 1),
         pytest.param(2, 2, 1, 2, 1, marks=pytest.mark.smoke),
-        (4, 2, 2, 1, 1),
+        pytest.param(4, 2, 2, 1, 1, marks=pytest.mark.extended),
         pytest.param(4, 1, 1, 4, 1, marks=pytest.mark.extended),
         (2, 1, 1, 2, 2),
     ],

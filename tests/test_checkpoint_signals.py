@@ -68,7 +68,7 @@ def signal_run(argv: list[str], log_path: Path, newest: int, whom: str) -> str:
         for pid in [launcher.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
     assert launcher.wait() != 0
-    assert read_lines(output / "metrics.jsonl")[-1]["step"] < 32, (
+    assert read_lines(output / "metrics.jsonl")[-1]["step"] < 24, (
         "the run was over before the signal"
     )
     return log_path.read_text()
@@ -78,7 +78,7 @@ def test_signals(data, tmp_path):
     """The real thing, at random moments: killed, resumed, told to stop (loader workers get SIGTERM,
     too), resumed.
     """
-    flags = layout_flags(tp=2, ep=2) | dict(max_steps=32, save_steps=4, save_total_limit=2)
+    flags = layout_flags(tp=2, ep=2) | dict(max_steps=24, save_steps=4, save_total_limit=2)
     run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
     output = tmp_path / "stopped"
     argv = flags_of_run(data, output, resume_from_checkpoint="latest", **flags)
@@ -88,14 +88,14 @@ def test_signals(data, tmp_path):
         [*argv, "--dataloader_num_workers", "2"], tmp_path / "log", int(last) + 4, "torchrun"
     )
     assert (
-        f"checkpoint-{last} at step {last} of 32" in said and "SIGTERM: stopped after step" in said
+        f"checkpoint-{last} at step {last} of 24" in said and "SIGTERM: stopped after step" in said
     )
     assert (
         find_checkpoint("latest", output).name
         == f"checkpoint-{read_lines(output / 'metrics.jsonl')[-1]['step']}"
     )
     run_training(2, argv)
-    assert_same_run(output, tmp_path / "whole", 32)
+    assert_same_run(output, tmp_path / "whole", 24)
 
 
 def _train_with_sigterm(rank, world_size, argv, step, during="step"):

@@ -236,7 +236,7 @@ def distil(rank, world_size, tp, pp, ep, recompute, folder, student, teachers):
     "world_size, tp, pp, ep, recompute",
     [
         pytest.param(1, 1, 1, 1, False, id="one rank"),
-        pytest.param(2, 2, 1, 2, True, id="TP2 EP2, recompute"),
+        pytest.param(2, 2, 1, 2, True, id="TP2 EP2, recompute", marks=pytest.mark.extended),
         pytest.param(2, 1, 2, 1, False, id="PP2"),
         pytest.param(4, 2, 2, 2, True, id="TP2 PP2 EP2, recompute", marks=pytest.mark.smoke),
         pytest.param(4, 4, 1, 2, False, id="TP4 EP2", marks=pytest.mark.extended),

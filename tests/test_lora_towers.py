@@ -231,7 +231,10 @@ def with_teacher(rank, world_size, folder, output, layouts):
     return results
 
 
-@pytest.mark.parametrize("world_size, tp, pp", [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "world_size, tp, pp",
+    [(1, 1, 1), (2, 2, 1), pytest.param(2, 1, 2, marks=pytest.mark.extended)],
+)
 def test_a_teacher_with_towers_equals_peft(
     folder,
     adapter,
