@@ -19,7 +19,7 @@ OUTPUT=${OUTPUT:-output}
 export OUTPUT
 nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}")
 export MASTER_ADDR=${nodes%%$'\n'*} # the first node; a pipe into head could end scontrol with SIGPIPE
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 export NNODES=$SLURM_NNODES
 
 # Slurm runs a copy of this file, so the repository is where the job was submitted.

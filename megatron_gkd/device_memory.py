@@ -59,7 +59,11 @@ class DeviceMemory:
         available = _kib(_MACHINE, "MemAvailable")
         most = _GROUP / "memory.max"
         if most.exists() and (text := most.read_text().strip()) != "max":
-            available = min(available, int(text) - int((_GROUP / "memory.current").read_text()))
+            taken = int((_GROUP / "memory.current").read_text())
+            for line in (_GROUP / "memory.stat").read_text().splitlines():
+                if line.startswith("inactive_file "):  # cached files, which give way
+                    taken -= int(line.split()[1])
+            available = min(available, int(text) - taken)
         return self.used() + max(available, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 # Before torch is loaded: a fork of a process whose OpenMP threads have worked waits for ever for
 # threads of its own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # Ranks share few cores: without the preemption of a woken thread, which every message of gloo
 # causes, a collective of 8 ranks on 2 cores takes a third of the time. Ranks and programs inherit
 # the policy.
@@ -20,6 +20,15 @@ if hasattr(os, "SCHED_BATCH"):  # Linux
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from tests.conversions import TIED, WHOLE, to_megatron
+
+# What our scripts read: a test that starts one says what it means. (DEVICE and ANY_VERSION are also
+# the tests' own.)
+SCRIPTS_READ = (
+    "COMMIT EXPERT_PARALLEL EXTRAS MASTER_PORT NPROC_PER_NODE OUT OUTPUT PAGE PAGES PYTHON "
+    "SECONDS_LEFT SIZE SLOWER TORCH_ELASTIC_SHUTDOWN_TIMEOUT WHEELS"
+).split()
+for variable in SCRIPTS_READ:
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")

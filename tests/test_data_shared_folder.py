@@ -169,7 +169,7 @@ def test_a_maker_that_dies_keeps_nobody_waiting(tmp_path, how, exit_code, left):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
     assert [process.exitcode for process in processes] == [exit_code, 0]
     assert "ended before it was done" in (tmp_path / "heard-1").read_text()
@@ -202,7 +202,7 @@ def test_a_folder_stays_until_all_have_read(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     first, second = [(tmp_path / f"read-{rank}").read_text() for rank in range(2)]
     assert (
         first == second and first.startswith(str(tmp_path / "of-0")) and not os.path.exists(first)

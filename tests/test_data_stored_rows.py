@@ -97,6 +97,7 @@ def test_forks_end_with_their_parent(tmp_path):
     assert len(forks) == 2
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
+    patience = time.monotonic() + 60
     while any(Path("/proc", fork).exists() for fork in forks) and time.monotonic() < patience:
         time.sleep(0.05)
     alive = [fork for fork in forks if Path("/proc", fork).exists()]

@@ -88,7 +88,7 @@ def convert_slowly(config, convert, *args):
         serve = workers._serve
 
         def serve_slowly(connection, work, parent):
-            serve(connection, lambda shard, report: time.sleep(0.02) or work(shard, report), parent)
+            serve(connection, lambda shard, report: time.sleep(0.05) or work(shard, report), parent)
 
         patch.setattr(workers, "_serve", serve_slowly)
         convert(config, *args)

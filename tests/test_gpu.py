@@ -11,7 +11,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +22,7 @@ from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from tests import media_rows
 from tests.gpu import DEVICE, needs_gpu
+from tests.ports import free_port
 from tests.processes import in_a_process
 from tests.train_runs import arguments, layout_flags, read_lines, write_rows
 
@@ -173,6 +173,7 @@ class Failure(str):
 
 
 def references(inputs: dict, output: str) -> dict:
+    torch.set_num_threads(min(8, os.cpu_count() or 1))
     runs = Runs(inputs, "cpu", output)
     return {
         "step": last_line(runs.run("step", **STEP)),
@@ -270,9 +271,7 @@ def test_rollout_and_resume(results):
 @pytest.fixture(scope="module")
 def pair(inputs, tmp_path_factory):
     """What two ranks gave: over NCCL, or gloo with DEVICE=cpu."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context, output = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("pair"))
     receivers, processes = [], []
     for rank in range(2):

@@ -22,11 +22,12 @@ def attention(kind=SdpaAttention):
 
 
 def inputs(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    return [
-        torch.randn(size, heads, HEAD_DIM, device=DEVICE, generator=generator).to(dtype)
-        for heads in (HEADS, GROUPS, GROUPS)
-    ]
+    return [draw(n, size, heads).to(dtype) for n, heads in enumerate((HEADS, GROUPS, GROUPS))]
+
+
+def draw(seed: int, size: int, heads: int = HEADS) -> torch.Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(size, heads, HEAD_DIM, device=DEVICE, generator=generator)
 
 
 def run(attend, rows, tensors, cotangent):
@@ -60,7 +61,7 @@ def test_rows_at_once_are_rows_one_by_one(lengths, parts, dtype):
     )
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     tensors = inputs(starts[-1], dtype)
-    cotangent = torch.randn(starts[-1], HEADS, HEAD_DIM, device=DEVICE)
+    cotangent = draw(3, starts[-1])
     for part in range(parts):
         rows = PackedRows(starts=starts, num_parts=parts, part=part, device=torch.device(DEVICE))
         ways = [attention().attend]
@@ -92,7 +93,7 @@ def deterministic():
 @pytest.mark.usefixtures("deterministic")
 def test_no_row_sees_another():
     rows = PackedRows(starts=[0, 700, 1500], device=torch.device(DEVICE))
-    tensors, cotangent = inputs(1500, torch.bfloat16), torch.randn(1500, HEADS, HEAD_DIM).to(DEVICE)
+    tensors, cotangent = inputs(1500, torch.bfloat16), draw(3, 1500)
     before = run(attention().attend, rows, tensors, cotangent)
     changed = [torch.cat((tensor[:700], torch.randn_like(tensor[700:]))) for tensor in tensors]
     after = run(attention().attend, rows, changed, cotangent)
@@ -102,7 +103,7 @@ def test_no_row_sees_another():
 
 def test_eager_attention_agrees():
     rows = PackedRows(starts=[0, 300, 1000], device=torch.device(DEVICE))
-    tensors, cotangent = inputs(1000, torch.float32), torch.randn(1000, HEADS, HEAD_DIM).to(DEVICE)
+    tensors, cotangent = inputs(1000, torch.float32), draw(3, 1000)
     found = run(attention(EagerAttention).attend, rows, tensors, cotangent)
     expected = run(attention().attend, rows, tensors, cotangent)
     for one, other in zip(found, expected, strict=True):

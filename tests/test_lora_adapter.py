@@ -135,6 +135,7 @@ def adapters_in(tiny_folder, tmp_path_factory):
     cases = {}
     for name, form in PEFT_FORMS.items():
         folder = whole if "load" in form else thinker
+        torch.manual_seed(0)
         model = get_peft_model(
             form.get("load", load_thinker)(folder),
             LoraConfig(**{k: v for k, v in form.items() if k != "load"}),

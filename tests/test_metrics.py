@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_gkd import parallel
+from megatron_gkd import device_memory, parallel
 from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.metrics import (
@@ -40,6 +40,23 @@ def test_peak_memory_is_in_bytes_and_sees_an_allocation():
     slack = 2**20  # Linux counts pages in batches
     assert max(before, size) < used + slack and used <= after + slack < 2**40
     assert peak < size and most + slack >= after and peak <= limit + slack < 2**50
+
+
+def test_files_that_a_container_has_read_are_no_limit(monkeypatch, tmp_path):
+    """Linux counts them as memory of the container, and lets them go where a process needs it."""
+    memory = DeviceMemory(torch.device("cpu"))
+    for name, text in {
+        "memory.max": "3000000\n",
+        "memory.current": "2500000\n",
+        "memory.stat": "anon 1000000\nfile 1500000\ninactive_file 1400000\nactive_file 100000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(device_memory, "_GROUP", tmp_path)
+    monkeypatch.setattr(device_memory, "_resident", lambda field: 500_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.limit() == 500_000 + (3_000_000 - 2_500_000 + 1_400_000) // 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.limit() > 3_000_000
 
 
 def sample(prompt, response, teacher_prompt=None, *, source="a", cut=0):
