@@ -116,9 +116,10 @@ def test_as_many_layers_are_kept_as_fit(flags, world_size, tp, pp, ep, cp):
     for found, limit in run_ranks(_passes, world_size, argv, 3 if pp > 1 else 1):
         kept, taken, predicted, peak = zip(*found)
         half = LAYERS // pp // 2
-        assert kept[:4] == (0, 0, 0, half) and kept[4] >= half
-        assert max(peak[3:]) <= limit
-        assert all(p * 0.85 <= t <= p for t, p in zip(taken[2:], predicted[2:]))
+        assert kept[:4] == (0, 0, 0, half) and kept[4] >= half, found
+        assert max(peak[3:]) <= limit, found
+        of_predicted = [t / p for t, p in zip(taken[2:], predicted[2:])]
+        assert min(of_predicted) >= 0.85 and max(of_predicted) <= 1, found
 
 
 def test_a_run_by_need_writes_what_one_without_does(flags):
