@@ -2,19 +2,15 @@
 screen.
 """
 
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
-from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config, layout_line, workload
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
-from megatron_gkd.data.report import DataReport
 from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
@@ -39,6 +35,7 @@ from megatron_gkd.run_folder import (
     package_versions,
     write_run_json,
 )
+from megatron_gkd.zero_signal import check_trainable
 
 
 def build_run(config: Config, parallel: Parallel) -> Run:
@@ -309,41 +306,3 @@ def load_data(
     if eval_data:
         log_rank_0(parallel, f"Evaluation data: {eval_data.report.summary()}")
     return train_data, eval_data
-
-
-def check_trainable(config: Config, report: DataReport) -> None:
-    """Raise ValueError when none of the steps could learn anything."""
-    distill = config.distill
-    has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
-    if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
-        resumes = config.run.resume_from_checkpoint
-        if distill.teacher_adapter:
-            checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
-            check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
-            return
-        given = config.lora.adapter or (resumes and find_checkpoint(resumes, config.run.output_dir))
-        why = (
-            f"the divergence can only pull the student from the LoRA of {given} back to the base "
-            "model"
-            if given
-            else "with fresh LoRA the divergence and its gradient are exactly 0"
-        )
-        raise ValueError(
-            "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
-            f"so {why}. Give the teacher more to see (teacher_messages or teacher_prompt in the "
-            "data rows) or an adapter of its own (--teacher_adapter), or set --sft_alpha above 0 "
-            "(it counts on the data set's own responses: --lmbda below 1, no --seq_kd); "
-            "--allow_zero_signal runs it all the same"
-        )
-
-
-def check_other_adapter(teacher: str, student: str | Path | None) -> None:
-    """Raise ValueError where the student starts from the very folder that the teacher has."""
-    if student is not None and os.path.realpath(teacher) == os.path.realpath(student):
-        raise ValueError(
-            f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
-            "from, and the teacher sees the same input, so the divergence is 0. Start from another "
-            "--adapter or from fresh LoRA, give the teacher more to see (teacher_messages or "
-            "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
-            "runs it all the same"
-        )
