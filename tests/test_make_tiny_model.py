@@ -275,6 +275,53 @@ def test_toy_language():
     ]
 
 
+# Keys of the hub's config.json, by the part that holds them, without the defaults that transformers
+# 4 wrote into every nested config; servers ask for some that transformers 5 does not read.
+KEYS_OF_THE_HUB = {
+    "": "architectures assistant_token_id code2wav_config dtype enable_audio_output "
+    "im_end_token_id im_start_token_id model_type system_token_id talker_config thinker_config tts_bos_token_id "
+    "tts_eos_token_id tts_pad_token_id user_token_id",
+    "thinker_config": "audio_config audio_end_token_id audio_start_token_id audio_token_id "
+    "image_token_id initializer_range model_type position_id_per_seconds seconds_per_chunk "
+    "text_config user_token_id video_token_id vision_config vision_end_token_id "
+    "vision_start_token_id",
+    "thinker_config.text_config": "attention_bias attention_dropout decoder_sparse_step head_dim "
+    "hidden_act hidden_size initializer_range intermediate_size max_position_embeddings "
+    "mlp_only_layers model_type moe_intermediate_size norm_topk_prob num_attention_heads "
+    "num_experts num_experts_per_tok num_hidden_layers num_key_value_heads output_router_logits "
+    "rms_norm_eps rope_scaling rope_theta router_aux_loss_coef shared_expert_intermediate_size "
+    "sliding_window tie_word_embeddings use_cache use_qk_norm use_sliding_window vocab_size",
+    "thinker_config.vision_config": "apply_vit_abs_pos_embed deepstack_visual_indexes depth "
+    "hidden_act hidden_size image_size in_channels in_chans initializer_range intermediate_size "
+    "model_type num_heads out_hidden_size patch_size spatial_merge_size spatial_patch_size "
+    "temporal_patch_size tokens_per_second",
+    "thinker_config.audio_config": "activation_dropout activation_function attention_dropout "
+    "conv_chunksize d_model downsample_hidden_size dropout encoder_attention_heads "
+    "encoder_ffn_dim encoder_layers initializer_range max_source_positions model_type n_window "
+    "n_window_infer num_hidden_layers num_mel_bins output_dim scale_embedding",
+    "talker_config.code_predictor_config": "attention_bias attention_dropout head_dim hidden_act "
+    "hidden_size layer_types max_position_embeddings num_code_groups rms_norm_eps rope_theta "
+    "sliding_window vocab_size",
+    "code2wav_config": "codebook_dim codebook_size decoder_dim num_quantizers "
+    "num_semantic_quantizers semantic_codebook_size vector_quantization_hidden_dimension",
+}
+DEFAULTS = "_name_or_path chunk_size_feed_forward do_sample id2label output_attentions torchscript"
+
+
+@pytest.mark.parametrize("part", KEYS_OF_THE_HUB)
+def test_config_has_the_keys_of_the_hub(folder, part):
+    section = json.loads((Path(folder) / "config.json").read_text())
+    for name in part.split(".") if part else ():
+        section = section[name]
+    expected = KEYS_OF_THE_HUB[part].split()
+    if part.count(".") == 1:  # those of the thinker and the code predictor
+        expected += DEFAULTS.split()
+    assert set(expected) <= set(section)
+    if "image_size" in section:
+        grid = section["image_size"] // section["patch_size"]
+        assert grid**2 == section["num_position_embeddings"]
+
+
 def test_training_teaches_the_decoder_and_leaves_the_towers(folder, tmp_path, capsys):
     taught = build_folder(str(tmp_path / "taught"), TinyModelConfig(train_steps=25))
     assert "held-out prompts answered right: repeat" in capsys.readouterr().out

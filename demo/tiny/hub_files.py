@@ -11,6 +11,7 @@ NUM_MEL_BINS = 128
 MERGE_SIZE = 2
 PATCH_SIZE = 16
 TEMPORAL_PATCH_SIZE = 2
+POSITIONS_PER_SIDE = 16
 
 
 def mrope_section(head_dim: int) -> list[int]:
@@ -32,6 +33,51 @@ def _rope(head_dim: int, rope_theta: float) -> dict[str, Any]:
     return {"rope_scaling": {"interleaved": True, **scaling}, "rope_theta": rope_theta}
 
 
+# What transformers 4, which wrote the hub's config.json, adds to each nested config: settings of
+# generation and training that nothing here reads. Loaders ask for some of them by name.
+_DEFAULTS_OF_NESTED_CONFIGS: dict[str, Any] = {
+    **{
+        name: None
+        for name in (
+            "architectures bad_words_ids begin_suppress_tokens bos_token_id "
+            "cross_attention_hidden_size decoder_start_token_id dtype eos_token_id "
+            "exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+            "forced_eos_token_id pad_token_id prefix problem_type sep_token_id suppress_tokens "
+            "task_specific_params tokenizer_class"
+        ).split()
+    },
+    **{
+        name: False
+        for name in (
+            "add_cross_attention early_stopping is_decoder is_encoder_decoder output_attentions "
+            "output_hidden_states output_scores remove_invalid_values return_dict_in_generate "
+            "tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16"
+        ).split()
+    },
+    **{
+        name: 0
+        for name in (
+            "chunk_size_feed_forward encoder_no_repeat_ngram_size min_length no_repeat_ngram_size"
+        ).split()
+    },
+    **{name: 1 for name in ("num_beam_groups", "num_beams", "num_return_sequences")},
+    **{
+        name: 1.0
+        for name in ("length_penalty", "repetition_penalty", "temperature", "top_p", "typical_p")
+    },
+    "_name_or_path": "",
+    "diversity_penalty": 0.0,
+    "do_sample": True,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "max_length": 20,
+    "pruned_heads": {},
+    "return_dict": True,
+    "tie_word_embeddings": True,
+    "top_k": 10,
+}
+
+
 def _moe_decoder(**sizes: Any) -> dict[str, Any]:
     fixed = {
         "attention_bias": False,
@@ -45,6 +91,7 @@ def _moe_decoder(**sizes: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "sliding_window": None,
         "use_cache": True,
+        "use_sliding_window": False,
     }
     router = {"norm_topk_prob": True, "output_router_logits": False, "router_aux_loss_coef": 0.001}
     return {**fixed, **limits, **router, "initializer_range": 0.02, **sizes}
@@ -66,39 +113,56 @@ def thinker_config(
     return {
         "model_type": "qwen3_omni_moe_thinker",
         "audio_config": {
+            **_DEFAULTS_OF_NESTED_CONFIGS,
             "model_type": "qwen3_omni_moe_audio_encoder",
+            "activation_dropout": 0,
             "activation_function": "gelu",
+            "attention_dropout": 0,
             "conv_chunksize": 500,
             "d_model": 64,
             "downsample_hidden_size": 32,
+            "dropout": 0,
             "encoder_attention_heads": 4,
             "encoder_ffn_dim": 128,
             "encoder_layers": 2,
+            "initializer_range": 0.02,
             "max_source_positions": 1500,
             "n_window": 50,
             "n_window_infer": 800,
+            "num_hidden_layers": 2,
             "num_mel_bins": NUM_MEL_BINS,
             "output_dim": hidden_size,
             "scale_embedding": False,
         },
         "vision_config": {
+            **_DEFAULTS_OF_NESTED_CONFIGS,
             "model_type": "qwen3_omni_moe_vision_encoder",
+            "apply_vit_abs_pos_embed": True,
             "deepstack_visual_indexes": deepstack,
             "depth": 3,
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": 64,
+            # the side of the square of positions, in pixels
+            "image_size": POSITIONS_PER_SIDE * PATCH_SIZE,
             "in_channels": 3,
+            "in_chans": 3,
+            "initializer_range": 0.02,
             "intermediate_size": 128,
             "num_heads": 4,
-            "num_position_embeddings": 256,
+            "num_position_embeddings": POSITIONS_PER_SIDE**2,
             "out_hidden_size": hidden_size,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
+            "spatial_patch_size": PATCH_SIZE,
             "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "tokens_per_second": 2,
         },
         "text_config": {
+            **_DEFAULTS_OF_NESTED_CONFIGS,
             "model_type": "qwen3_omni_moe_text",
             "intermediate_size": 2 * hidden_size,
+            "shared_expert_intermediate_size": 0,
+            "use_qk_norm": True,
             "tie_word_embeddings": tie_word_embeddings,
             **_moe_decoder(**text),
             **_rope(text["head_dim"], rope_theta),
@@ -134,7 +198,6 @@ def text_model_config(
         "eos_token_id": token_ids["<|im_end|>"],
         "intermediate_size": 2 * text["hidden_size"],
         "max_window_layers": text["num_hidden_layers"],
-        "use_sliding_window": False,
         **_moe_decoder(**text),
         "rope_scaling": None,
         "rope_theta": rope_theta,
@@ -169,13 +232,27 @@ def talker_config(thinker: dict[str, Any]) -> dict[str, Any]:
             **_rope(16, 1e6),
         },
         "code_predictor_config": {
+            **_DEFAULTS_OF_NESTED_CONFIGS,
             "model_type": "qwen3_omni_moe_talker_code_predictor",
+            "attention_bias": False,
+            "attention_dropout": 0,
+            "hidden_act": "silu",
             "vocab_size": 64,
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
+            "initializer_range": 0.02,
+            "layer_types": ["full_attention"] * 2,
+            "max_position_embeddings": 2048,
+            "max_window_layers": 28,
             "num_code_groups": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
             "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "use_sliding_window": False,
             **attention,
         },
         "accept_hidden_layer": thinker["text_config"]["num_hidden_layers"] // 2,
@@ -202,6 +279,7 @@ def code2wav_config() -> dict[str, Any]:
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "codebook_dim": 32,
         "codebook_size": 64,
         "decoder_dim": 48,
         "hidden_act": "silu",
@@ -213,11 +291,14 @@ def code2wav_config() -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_key_value_heads": 4,
         "num_quantizers": 4,
+        "num_semantic_quantizers": 1,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000,
+        "semantic_codebook_size": 128,
         "sliding_window": 72,
         "upsample_rates": [8, 5, 4, 3],
         "upsampling_ratios": [2, 2],
+        "vector_quantization_hidden_dimension": 32,
     }
 
 
