@@ -279,8 +279,8 @@ def test_toy_language():
 # 4 wrote into every nested config; servers ask for some that transformers 5 does not read.
 KEYS_OF_THE_HUB = {
     "": "architectures assistant_token_id code2wav_config dtype enable_audio_output "
-    "im_end_token_id im_start_token_id model_type system_token_id talker_config thinker_config tts_bos_token_id "
-    "tts_eos_token_id tts_pad_token_id user_token_id",
+    "im_end_token_id im_start_token_id model_type system_token_id talker_config thinker_config "
+    "tts_bos_token_id tts_eos_token_id tts_pad_token_id user_token_id",
     "thinker_config": "audio_config audio_end_token_id audio_start_token_id audio_token_id "
     "image_token_id initializer_range model_type position_id_per_seconds seconds_per_chunk "
     "text_config user_token_id video_token_id vision_config vision_end_token_id "
