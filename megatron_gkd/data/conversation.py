@@ -3,8 +3,9 @@ that parts of the contents hold.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.media.medium import KINDS
@@ -16,6 +17,15 @@ Messages = list[dict[str, Any]]
 """Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or
 video.
 """
+
+
+class RenderOptions(NamedTuple):
+    """What the chat template is given beside the turns of a view."""
+
+    tools: list[dict[str, Any]] | None = None
+    """Definitions of the tools that the assistant may call"""
+    variables: Mapping[str, Any] = {}
+    """The template's own, such as enable_thinking"""
 
 
 @dataclass(frozen=True)

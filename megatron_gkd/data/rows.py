@@ -15,6 +15,7 @@ from typing import Any
 from megatron_gkd.data.conversation import (
     InlineMedia,
     Messages,
+    RenderOptions,
     alpaca_messages,
     check_content,
     check_conversation,
@@ -65,6 +66,10 @@ class Row:
     media: RowMedia = field(default_factory=lambda: {kind: [] for kind in KINDS})
     teacher_media: RowMedia | None = None
     use_audio_in_video: bool = False
+    options: RenderOptions = RenderOptions()
+    teacher_options: RenderOptions = RenderOptions()
+    untrained: frozenset[int] = frozenset()
+    """Indices of assistant turns in `messages` that are context only; never the last turn's"""
 
     @property
     def has_media(self) -> bool:
