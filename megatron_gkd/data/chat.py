@@ -27,6 +27,7 @@ from megatron_gkd.families import language_sections
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
 _NO_OPTIONS = RenderOptions()
+_MAY_BE_LEFT_OUT = ("tool_calls", "reasoning_content")
 _MARKER = "\ue000response\ue001"
 
 Span = tuple[int, int]
@@ -42,6 +43,7 @@ class ChatTokenizer:
         self.folder = folder
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(token for token in candidates if token is not None)
+        self._named_by_template: dict[tuple[str, bool], bool] = {}
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def encode(
@@ -93,6 +95,7 @@ class ChatTokenizer:
     def _render(
         self, messages: Messages, options: RenderOptions, *, add_generation_prompt: bool = False
     ) -> str:
+        self.check_renders(messages, options)
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -105,6 +108,24 @@ class ChatTokenizer:
             raise RowError(
                 f"the chat template of {self.folder} refuses the conversation: {error}"
             ) from error
+
+    def check_renders(self, messages: Messages, options: RenderOptions) -> None:
+        """Raises RowError for a variable, for tools, their calls or reasoning that the template does
+        not even name: it would leave them out without a word.
+        """
+        of_turns = {name for turn in messages for name in _MAY_BE_LEFT_OUT if turn.get(name)}
+        tools = ["tools"] if options.tools else []
+        for name in [*options.variables, *tools, *sorted(of_turns)]:
+            key = (name, bool(tools))
+            if key not in self._named_by_template:
+                template = self.tokenizer.get_chat_template(tools=options.tools)
+                found = re.search(rf"\b{re.escape(name)}\b", template)
+                self._named_by_template[key] = found is not None
+            if not self._named_by_template[key]:
+                raise RowError(
+                    f"the chat template of {self.folder} never names `{name}` and would leave it "
+                    "out"
+                )
 
     def _locate(self, messages: Messages, options: RenderOptions, index: int, text: str) -> Span:
         """Characters [start, end) that are trained for turn `index`, in `text`, the whole

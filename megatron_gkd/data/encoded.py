@@ -167,11 +167,8 @@ def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int
     if row.teacher_messages is None:
         return row.teacher_input_ids
     # Any response will do, only what comes before it is kept.
-    response = row.messages[-1]["content"] if row.messages else "response"
-    return get_chat().encode_prompt(
-        row.teacher_messages[:-1] + [{"role": "assistant", "content": response}],
-        row.teacher_options,
-    )
+    response = row.messages[-1] if row.messages else {"role": "assistant", "content": "response"}
+    return get_chat().encode_prompt([*row.teacher_messages[:-1], response], row.teacher_options)
 
 
 def _num_trained(labels: list[int]) -> int:
