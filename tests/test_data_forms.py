@@ -218,7 +218,7 @@ def test_teacher_messages_in_other_names():
         ({"prompt": "hi", "completion": "a", "response": "b"}, "has completion and response"),
         (
             {"prompt": "hi", "chosen": "a", "rejected": "b"},
-            "prompt/completion end with a user turn",
+            "empty response: completion has no text",
         ),
         ({"chosen": [USER], "rejected": [USER]}, "keep the better one, as the response"),
         ({"text": "once upon a time"}, "`text` is not divided into prompt and response"),

@@ -188,8 +188,8 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "messages end with a user turn: the last turn must be the assistant's response",
         ),
         ({"messages": [ANSWER]}, "messages[0] is an assistant turn: nothing stands before it"),
-        ({"instruction": "x"}, "instruction/output end with a user turn: the last turn must be"),
-        ({"instruction": "x", "output": None}, "end with a user turn"),
+        ({"instruction": "x"}, "empty response: output has no text"),
+        ({"instruction": "x", "output": None}, "empty response"),
         ({"instruction": "x", "output": 3.5}, "output must be a string, got a float 3.5"),
         (
             {"instruction": "x", "input": float("nan"), "output": "y"},

@@ -110,8 +110,8 @@ class ChatTokenizer:
             ) from error
 
     def check_renders(self, messages: Messages, options: RenderOptions) -> None:
-        """Raises RowError for a variable, for tools, their calls or reasoning that the template does
-        not even name: it would leave them out without a word.
+        """Raises RowError for a variable, for tools, their calls or reasoning that the template
+        does not even name: it would leave them out without a word.
         """
         of_turns = {name for turn in messages for name in _MAY_BE_LEFT_OUT if turn.get(name)}
         tools = ["tools"] if options.tools else []
@@ -222,15 +222,23 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def load_chat_tokenizer(folder: str) -> ChatTokenizer | None:
-    """`load_tokenizer` for conversations. Raises DataError if there is no chat template."""
+def load_chat_tokenizer(folder: str, template_file: str | None = None) -> ChatTokenizer | None:
+    """`load_tokenizer` for conversations; `template_file` holds another chat template than the
+    folder's. Raises DataError if there is none.
+    """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
+    if template_file is not None:
+        try:
+            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--chat_template {template_file}: {error}") from None
+        return ChatTokenizer(tokenizer, template_file)
     if not tokenizer.chat_template:
         raise DataError(
             f"{folder} has a tokenizer without a chat template: add `chat_template` to its "
-            "tokenizer_config.json (or a chat_template.jinja), "
+            "tokenizer_config.json (or a chat_template.jinja), name a file with --chat_template, "
             "or give rows with input_ids and labels"
         )
     return ChatTokenizer(tokenizer, folder)

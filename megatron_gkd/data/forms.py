@@ -5,7 +5,7 @@ Nothing is rendered here: calls and results of tools go into turns as chat templ
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megatron_gkd.data.conversation import Turn, check_text
@@ -313,7 +313,7 @@ def form_of(row: dict[str, Any]) -> Form | None:
         raise RowError(
             f"has none of {known}, `input_ids` + `labels`"
             + (f" (its columns: {', '.join(list(row)[:8])})" if row else " (every column is empty)")
-            + (f": {instead}" if instead else "")
+            + (f": {instead}" if instead else "; --columns gives columns other names")
         )
     if len(names) > 1:
         raise RowError(
@@ -326,3 +326,17 @@ def form_of(row: dict[str, Any]) -> Form | None:
                 f"column `{name}` is not supported beside {names[0]}: write it into {names[0]}"
             )
     return form
+
+
+def with_columns_renamed(raw: Any, names: Mapping[str, str]) -> Any:
+    """The row with its columns under the new `names`; what is no row stays as it is."""
+    if not isinstance(raw, dict) or not names:
+        return raw
+    row = {name: value for name, value in raw.items() if name not in names}
+    for old, new in names.items():
+        if raw.get(old) is None:
+            continue
+        if row.get(new) is not None:
+            raise RowError(f"--columns names `{old}` `{new}`, and the row has a `{new}` already")
+        row[new] = raw[old]
+    return row

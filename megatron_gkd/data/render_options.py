@@ -27,6 +27,7 @@ RESERVED = (
     "return_dict",
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
+    "sanitize_control_tokens",
 )
 _OF_MEDIA = ("max_pixels", "min_pixels", "fps", "total_pixels", "nframes", "max_frames")
 

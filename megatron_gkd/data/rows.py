@@ -153,9 +153,12 @@ def _conversation(
     """
     turns = form.turns(row)
     if turns[-1].role != "assistant":
+        *_, column = form.name.split("/")
         raise RowError(
-            f"{form.name} end with a {turns[-1].role} turn: the last turn must be the assistant's "
-            "response"
+            f"empty response: {column} has no text"
+            if column != form.name
+            else f"{form.name} end with a {turns[-1].role} turn: the last turn must be the "
+            "assistant's response"
         )
     trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
     if not trained:
