@@ -2,6 +2,7 @@
 screen.
 """
 
+import os
 import time
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
 from megatron_gkd.config import Config, layout_line, workload
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
+from megatron_gkd.data.show_row import show_row
 from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
@@ -151,6 +153,16 @@ def check_data(config: Config, parallel: Parallel) -> None:
     """
     read_data(config, parallel)
     log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
+
+
+def print_row(config: Config) -> None:
+    """--show_row: print the row. One process does it; of several, rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    assert config.data.show_row is not None
+    vocab_size = read_model_args(config.model.model).vocab_size
+    wanted, seed = config.data.show_row, config.train.seed
+    print(show_row(wanted, config.data, config.model.model, vocab_size, seed), flush=True)
 
 
 def check_fits(

@@ -1,6 +1,9 @@
 """The settings of the data. Imports nothing slow."""
 
+import json
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_gkd.flags import BELOW_1, require, require_at_least, require_in, setting
 
@@ -39,6 +42,36 @@ class DataConfig:
     check_data: bool = setting(
         False, "Read and check the data, every medium too, print the report and stop."
     )
+    show_row: str | None = setting(
+        None,
+        "Print a row as each view has it, token by token with what is trained marked, and stop. A "
+        "number counts the rows of --dataset from 0, FILE:LINE is one of a file. One process is "
+        "enough.",
+    )
+    columns: str | None = setting(
+        None,
+        'Other names for columns, as JSON: {"question": "query", "answer": "response"}.',
+    )
+    system: str | None = setting(
+        None,
+        "Text, or a .txt file, of the system turn of rows that have none; tokenised rows stay as "
+        "they are.",
+    )
+    teacher_system: str | None = setting(
+        None, "The same for the teacher's view; unset: --system. An empty text: none."
+    )
+    chat_template_kwargs: str | None = setting(
+        None,
+        'Variables of the chat template, as JSON: {"enable_thinking": false}. The column of this '
+        "name wins, variable by variable.",
+    )
+    teacher_chat_template_kwargs: str | None = setting(
+        None,
+        "The teacher's variables of the chat template; what is not in them is as the student's.",
+    )
+    chat_template: str | None = setting(
+        None, "A file (jinja) that is the chat template, instead of the folder's own."
+    )
     media_cache: str | None = setting(
         None,
         "Keep the features of audio, images and videos in this folder; ranks and runs may share "
@@ -53,3 +86,23 @@ class DataConfig:
         require_at_least(self, 1, "dataset_num_proc")
         for name in self.dataset + self.val_dataset:
             require(bool(name.strip()), "dataset", repr(name), "a file or a name")
+        if (path := self.chat_template) is not None:
+            require(os.path.isfile(path), "chat_template", path, "a file with a template")
+        for flag in ("columns", "chat_template_kwargs", "teacher_chat_template_kwargs"):
+            if getattr(self, flag) is not None:
+                json_object(getattr(self, flag), flag)
+        for name, new in json_object(self.columns or "{}", "columns").items():
+            require(isinstance(new, str), "columns", self.columns, f"a name for {name!r}")
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """The object that the JSON `text` of `flag` says. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        value, reason = None, f"it is not JSON: {error}"
+    else:
+        reason = f"it is a {type(value).__name__}"
+    way_out = f"{reason}; in a shell write it in single quotes, '{{\"name\": true}}'"
+    require(isinstance(value, dict), flag, text, "a JSON object", way_out)
+    return value

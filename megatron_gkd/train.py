@@ -23,7 +23,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from safetensors import SafetensorError
 
-from megatron_gkd.build import build_run, check_data
+from megatron_gkd.build import build_run, check_data, print_row
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
@@ -151,6 +151,9 @@ def run_from_config(config: Config) -> None:
     if config.train.deterministic:
         use_deterministic_kernels()
     try:
+        if config.data.show_row is not None:
+            print_row(config)
+            return
         parallel = initialize(
             resolve_device(config.model.device),
             dtype=DTYPES[config.model.torch_dtype],

@@ -2,7 +2,6 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -12,6 +11,7 @@ import pytest
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.data import DataError, load_datasets
+from megatron_gkd.data_settings import DataConfig
 from tests.tiny_tokenizer import CHATML, write_bpe_folder, write_sentencepiece_folder
 
 VOCAB = 400
@@ -38,18 +38,7 @@ def no_tokenizer(tmp_path):
 
 
 def settings(*entries, **changes):
-    values = dict(
-        dataset=list(entries),
-        val_dataset=[],
-        split_dataset_ratio=0.0,
-        download_datasets=False,
-        max_length=64,
-        dataset_num_proc=1,
-        skip_bad_rows=False,
-        check_data=False,
-        media_cache=None,
-    )
-    return SimpleNamespace(**{**values, **changes})
+    return DataConfig(**{"dataset": list(entries), "max_length": 64} | changes)
 
 
 def load(data, folder, seed=0, vocab_size=VOCAB):

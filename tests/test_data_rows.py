@@ -78,10 +78,10 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         (None, "this is null"),
         (
             {},
-            "has none of `messages`, `instruction` + `output`, `input_ids` + `labels` "
-            "(every column is empty)",
+            "has none of `messages`, `instruction` + `output`, `conversations`, `query` + "
+            "`response`, `prompt` + `completion`, `input_ids` + `labels` (every column is empty)",
         ),
-        ({"conversations": [], "id": 3}, "(its columns: conversations, id)"),
+        ({"question": "x", "id": 3}, "(its columns: question, id)"),
         (
             {"messages": [USER, ANSWER], **IDS},
             "has messages and input_ids/labels: one of them must go",
@@ -95,7 +95,7 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ({"messages": ["hi"]}, "messages[0] must be an object with role and content, got a string"),
         (
             {"messages": [USER, {"role": "robot", "content": "x"}]},
-            "messages[1].role 'robot' is unknown: system, user, assistant are the roles",
+            "messages[1].role 'robot' is unknown: system, user, assistant, tool are the roles",
         ),
         ({"messages": [USER, {"content": "x"}]}, "messages[1].role None is unknown"),
         (
@@ -180,8 +180,8 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "messages[1]: empty response",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": []}]},
-            "messages[1] has tool_calls: a turn has role and content",
+            {"messages": [USER, {"role": "assistant", "content": "x", "mood": "glad"}]},
+            "messages[1] has mood: a turn has role and content",
         ),
         (
             {"messages": [USER]},
@@ -224,10 +224,9 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             {"messages": [USER, ANSWER], "use_audio_in_video": "yes"},
             "use_audio_in_video must be true or false",
         ),
-        ({"messages": [USER, ANSWER], "tools": [{}]}, "column `tools` is not supported"),
         (
-            {"messages": [USER, ANSWER], "system": "be kind"},
-            "column `system` is not supported: write it as the first turn",
+            {**IDS, "system": "be kind"},
+            "column `system` is not supported beside input_ids/labels: write it into input_ids",
         ),
         ({"messages": [USER, ANSWER], "source": 3}, "source must be a string, got an integer 3"),
         ({"input_ids": [1, 2]}, "`labels` is missing"),

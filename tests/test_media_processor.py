@@ -32,6 +32,7 @@ from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3Om
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.data import Packing, collate, load_datasets
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.media.cache import cache_path
 from megatron_gkd.media.medium import Reference
 from megatron_gkd.media.processor import MediaProcessor
@@ -84,20 +85,10 @@ def row(**more):
 
 
 def load(model, folder, *rows, **changes):
-    values = dict(
-        dataset=[str(folder / "rows.jsonl")],
-        val_dataset=[],
-        split_dataset_ratio=0.0,
-        max_length=400,
-        dataset_num_proc=1,
-    )
-    values |= (
-        dict(skip_bad_rows=False, check_data=False, media_cache=None, download_datasets=False)
-        | changes
-    )
+    values = {"dataset": [str(folder / "rows.jsonl")], "max_length": 400} | changes
     if rows:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_datasets(SimpleNamespace(**values), model, VOCAB, 0)[0]
+    return load_datasets(DataConfig(**values), model, VOCAB, 0)[0]
 
 
 def processor_of(model, monkeypatch):

@@ -6,7 +6,6 @@ reads the media from their files. Greedy, it writes what the training model writ
 import contextlib
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -18,6 +17,7 @@ from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.config import RolloutConfig
 from megatron_gkd.data import collate, load_datasets, step_loader
 from megatron_gkd.data.micro_batches import Budget
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -165,11 +165,8 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
     place = initialize(tp, pp, ep)
     model_args, model = build(place, folder, **LORA, targets=TARGETS, seed=0)
     model.towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
-    settings = dict(dataset=[dataset], val_dataset=[], split_dataset_ratio=0.0, max_length=512)
-    settings |= dict(dataset_num_proc=1, skip_bad_rows=False, check_data=False, media_cache=None)
-    data, _ = load_datasets(
-        SimpleNamespace(**settings, download_datasets=False), folder, model_args.vocab_size, 0
-    )
+    settings = DataConfig(dataset=[dataset], max_length=512)
+    data, _ = load_datasets(settings, folder, model_args.vocab_size, 0)
     budget = Budget(max_tokens=100)
     loader = step_loader(
         data,

@@ -20,12 +20,14 @@ from transformers.models.auto.tokenization_auto import (
     tokenizer_class_from_name,
 )
 
-from megatron_gkd.data.conversation import Messages
+from megatron_gkd.data.conversation import Messages, RenderOptions
 from megatron_gkd.errors import DataError, RowError, short_repr
 from megatron_gkd.families import language_sections
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
+_NO_OPTIONS = RenderOptions()
+_MAY_BE_LEFT_OUT = ("tool_calls", "reasoning_content")
 _MARKER = "\ue000response\ue001"
 
 Span = tuple[int, int]
@@ -41,15 +43,18 @@ class ChatTokenizer:
         self.folder = folder
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(token for token in candidates if token is not None)
+        self._named_by_template: dict[tuple[str, bool], bool] = {}
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
-    def encode(self, messages: Messages) -> tuple[list[int], list[Span]]:
+    def encode(
+        self, messages: Messages, options: RenderOptions = _NO_OPTIONS
+    ) -> tuple[list[int], list[Span]]:
         """Ids of a conversation that ends with an assistant turn, up to the token that closes it,
         and each assistant turn's span in them.
 
         Raises RowError if the template refuses the conversation or does not render it turn by turn.
         """
-        ids, positions = self._tokenise(*self._cut(messages))
+        ids, positions = self._tokenise(*self._cut(messages, options))
         spans = list(zip(positions[::2], positions[1::2]))
         contents = [turn["content"] for turn in messages if turn["role"] == "assistant"]
         for (start, end), content in zip(spans, contents):
@@ -59,9 +64,9 @@ class ChatTokenizer:
                 )
         return ids, spans
 
-    def encode_prompt(self, messages: Messages) -> list[int]:
+    def encode_prompt(self, messages: Messages, options: RenderOptions = _NO_OPTIONS) -> list[int]:
         """The ids of `encode` before the last assistant turn's span."""
-        text, cuts = self._cut(messages)
+        text, cuts = self._cut(messages, options)
         return self._tokenise(text, cuts[:-1])[0]
 
     def closing_id(self) -> int | None:
@@ -78,32 +83,58 @@ class ChatTokenizer:
         looks_special = token and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content))
         return last if looks_special else None
 
-    def _cut(self, messages: Messages) -> tuple[str, list[int]]:
+    def _cut(self, messages: Messages, options: RenderOptions) -> tuple[str, list[int]]:
         """The whole conversation as text, and the characters at which each assistant turn's span
         starts and ends.
         """
-        text = self._render(messages)
+        text = self._render(messages, options)
         assistants = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
-        return text, [cut for index in assistants for cut in self._locate(messages, index, text)]
+        spans = [self._locate(messages, options, index, text) for index in assistants]
+        return text, [cut for span in spans for cut in span]
 
-    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: Messages, options: RenderOptions, *, add_generation_prompt: bool = False
+    ) -> str:
+        self.check_renders(messages, options)
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tools=options.tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options.variables,
             )
         except Exception as error:  # a template is a program and may raise any error
             raise RowError(
                 f"the chat template of {self.folder} refuses the conversation: {error}"
             ) from error
 
-    def _locate(self, messages: Messages, index: int, text: str) -> Span:
+    def check_renders(self, messages: Messages, options: RenderOptions) -> None:
+        """Raises RowError for a variable, for tools, their calls or reasoning that the template
+        does not even name: it would leave them out without a word.
+        """
+        of_turns = {name for turn in messages for name in _MAY_BE_LEFT_OUT if turn.get(name)}
+        tools = ["tools"] if options.tools else []
+        for name in [*options.variables, *tools, *sorted(of_turns)]:
+            key = (name, bool(tools))
+            if key not in self._named_by_template:
+                template = self.tokenizer.get_chat_template(tools=options.tools)
+                found = re.search(rf"\b{re.escape(name)}\b", template)
+                self._named_by_template[key] = found is not None
+            if not self._named_by_template[key]:
+                raise RowError(
+                    f"the chat template of {self.folder} never names `{name}` and would leave it "
+                    "out"
+                )
+
+    def _locate(self, messages: Messages, options: RenderOptions, index: int, text: str) -> Span:
         """Characters [start, end) that are trained for turn `index`, in `text`, the whole
         conversation.
         """
-        prompt = self._render(messages[:index], add_generation_prompt=True)
+        prompt = self._render(messages[:index], options, add_generation_prompt=True)
         marked = list(messages)
         marked[index] = {"role": "assistant", "content": _MARKER}
-        around = self._render(marked).split(_MARKER)
+        around = self._render(marked, options).split(_MARKER)
         if len(around) != 2:
             raise RowError(
                 f"the chat template of {self.folder} renders an assistant turn's content "
@@ -191,15 +222,23 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def load_chat_tokenizer(folder: str) -> ChatTokenizer | None:
-    """`load_tokenizer` for conversations. Raises DataError if there is no chat template."""
+def load_chat_tokenizer(folder: str, template_file: str | None = None) -> ChatTokenizer | None:
+    """`load_tokenizer` for conversations; `template_file` holds another chat template than the
+    folder's. Raises DataError if there is none.
+    """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
+    if template_file is not None:
+        try:
+            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--chat_template {template_file}: {error}") from None
+        return ChatTokenizer(tokenizer, template_file)
     if not tokenizer.chat_template:
         raise DataError(
             f"{folder} has a tokenizer without a chat template: add `chat_template` to its "
-            "tokenizer_config.json (or a chat_template.jinja), "
+            "tokenizer_config.json (or a chat_template.jinja), name a file with --chat_template, "
             "or give rows with input_ids and labels"
         )
     return ChatTokenizer(tokenizer, folder)

@@ -1,21 +1,47 @@
-"""Turns of a conversation as a row gives them -> checked `Messages`: roles, contents, and the media
-that parts of the contents hold.
+"""Turns of a conversation as a row gives them -> checked `Messages`: contents, and the media that
+parts of them hold.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.media.medium import KINDS
 
-ROLES = ("system", "user", "assistant")
 _TAG = re.compile(r"<(audio|image|video)>")
 
 Messages = list[dict[str, Any]]
-"""Turns with `role` and `content`: a string, or a list of parts of `type` text, audio, image or
-video.
+"""Turns as chat templates take them: `role` (system, user, assistant, tool) and `content`, a string
+or a list of parts of `type` text, audio, image or video; `tool_calls` and the rest of `Turn` where
+a turn has them.
 """
+
+
+class Turn(NamedTuple):
+    """A turn that a row holds, in whatever form; its content is not checked yet."""
+
+    role: str
+    content: Any
+    where: str
+    content_where: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    passed_on: Mapping[str, str] = {}
+    """Entries of the turn that are left to the template: name, tool_call_id, reasoning_content"""
+    trained: bool = True
+    """False: an assistant turn that is context only"""
+    is_call: bool = False
+    """A call of tools in a turn of its own"""
+
+
+class RenderOptions(NamedTuple):
+    """What the chat template is given beside the turns of a view."""
+
+    tools: list[dict[str, Any]] | None = None
+    """Definitions of the tools that the assistant may call"""
+    variables: Mapping[str, Any] = {}
+    """The template's own, such as enable_thinking"""
 
 
 @dataclass(frozen=True)
@@ -115,64 +141,29 @@ def _joined(parts: list[dict[str, str]]) -> str | list[dict[str, str]]:
     return [part for part in parts if part.get("text") != ""]
 
 
-def check_conversation(
-    value: Any, where: str, inline: InlineMedia, *, last_may_be_empty: bool = False
+def check_turns(
+    turns: list[Turn], inline: InlineMedia, *, last_may_be_empty: bool = False
 ) -> Messages:
-    """Check turns, roles and contents. Assistant turns have text, except the last one if it
-    `last_may_be_empty`. Raises RowError naming the turn.
+    """The turns with checked contents. Assistant turns have text or calls, except the last one if
+    it `last_may_be_empty`. At least one turn; RowError names the turn that is wrong.
     """
-    if not isinstance(value, list):
-        raise RowError(f"{where} must be a list of turns, got {type_name(value)}")
-    if not value:
-        raise RowError(f"{where} is empty")
     messages = []
-    for index, turn in enumerate(value):
-        place = f"{where}[{index}]"
-        if not isinstance(turn, dict):
-            raise RowError(
-                f"{place} must be an object with role and content, got {type_name(turn)}"
-            )
-        extra = sorted(
-            key for key, item in turn.items() if key not in ("role", "content") and item is not None
-        )
-        if extra:
-            raise RowError(
-                f"{place} has {', '.join(extra)}: a turn has role and content, "
-                "nothing else is rendered"
-            )
-        role = turn.get("role")
-        if role not in ROLES:
-            raise RowError(
-                f"{place}.role {short_repr(role)} is unknown: {', '.join(ROLES)} are the roles"
-            )
-        content = turn.get("content")
-        if role == "assistant":
-            may_be_empty = last_may_be_empty and index == len(value) - 1
-            content = "" if content is None else check_content(content, f"{place}.content", None)
-            if not content.strip() and not may_be_empty:
-                raise RowError(f"{place}: empty response")
+    for index, turn in enumerate(turns):
+        message: dict[str, Any] = {"role": turn.role, "content": ""}
+        if turn.role != "assistant":
+            message["content"] = check_content(turn.content, turn.content_where, inline)
         else:
-            content = check_content(content, f"{place}.content", inline)
-        messages.append({"role": role, "content": content})
+            if turn.content is not None:
+                message["content"] = check_content(turn.content, turn.content_where, None)
+            may_be_empty = bool(turn.tool_calls) or (last_may_be_empty and index == len(turns) - 1)
+            if not message["content"].strip() and not may_be_empty:
+                raise RowError(f"{turn.where}: empty response")
+            if turn.tool_calls:
+                message["tool_calls"] = list(turn.tool_calls)
+        messages.append(message | dict(turn.passed_on))
     if messages[0]["role"] == "assistant":
         raise RowError(
-            f"{where}[0] is an assistant turn: nothing stands before it that could be its prompt"
+            f"{turns[0].where} is an assistant turn: nothing stands before it that could be its "
+            "prompt"
         )
     return messages
-
-
-def alpaca_messages(row: dict[str, Any], inline: InlineMedia) -> Messages:
-    """The prompt is `instruction` and, on a new line, `input` if there is one; the response is
-    `output`. Raises RowError.
-    """
-    parts = [check_text(row[name], name) for name in ("instruction", "input") if name in row]
-    prompt = "\n".join(part for part in parts if part)
-    if not prompt.strip():
-        raise RowError("empty prompt: neither instruction nor input has text")
-    output = check_text(row.get("output", ""), "output")
-    if not output.strip():
-        raise RowError("empty response: output has no text")
-    return [
-        {"role": "user", "content": check_content(prompt, "instruction", inline)},
-        {"role": "assistant", "content": output},
-    ]

@@ -2,17 +2,22 @@
 split off evaluation.
 """
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial, reduce
 from operator import add
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import pyarrow
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
+from megatron_gkd.data.conversation import RenderOptions
 from megatron_gkd.data.encoded import Encoded, decode_sample, encode_row
+from megatron_gkd.data.forms import with_columns_renamed
 from megatron_gkd.data.order import SPLIT, permutation
+from megatron_gkd.data.render_options import RowDefaults, check_variables
 from megatron_gkd.data.report import make_report, view_lengths
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.data.sample import Sample
@@ -65,6 +70,12 @@ class DataSettings(Protocol):
     skip_bad_rows: bool
     check_data: bool
     media_cache: str | None
+    columns: str | None
+    system: str | None
+    teacher_system: str | None
+    chat_template_kwargs: str | None
+    teacher_chat_template_kwargs: str | None
+    chat_template: str | None
 
 
 class SampleDataset:
@@ -99,13 +110,13 @@ class SampleDataset:
         """
         row = self._rows[index]
         try:
-            return decode_sample(_encoded(row), row["source"], index, self._processor)
+            return decode_sample(encoded_columns(row), row["source"], index, self._processor)
         except RowError as error:
             raise DataError(f"{row['location']}: {error}") from error
 
     def media_references(self, index: int, view: Literal["student", "teacher"]) -> PromptReferences:
         """The media that a view of row `index` shows, as the row gave them: nothing is read."""
-        encoded = _encoded(self._rows[index])
+        encoded = encoded_columns(self._rows[index])
         references = encoded.references()
         indices = encoded.student_media if view == "student" else encoded.teacher_media
         return PromptReferences(
@@ -117,11 +128,12 @@ class SampleDataset:
         return self._rows[index]["location"]
 
 
-def _encoded(row: dict[str, Any]) -> Encoded:
+def encoded_columns(row: dict[str, Any]) -> Encoded:
+    """The columns of a row that are its tokens and media."""
     return Encoded(*(row[name] for name in Encoded._fields))
 
 
-class _Encoding(NamedTuple):
+class RowEncoding(NamedTuple):
     """What every row of every source is encoded with."""
 
     chat: ChatTokenizer | None
@@ -130,9 +142,52 @@ class _Encoding(NamedTuple):
     vocab_size: int
     processor: MediaProcessor
     read_media: bool
+    defaults: RowDefaults
+    columns: dict[str, str]
 
 
-def _encode(source: Source, encoding: _Encoding, index: int) -> dict[str, Any]:
+def row_encoding(data: DataSettings, model_dir: str, vocab_size: int) -> RowEncoding:
+    """The tokenizer, processor and defaults of these settings. Raises DataError for flags that
+    cannot be used; a tokenizer that does not load is said by the first row of text.
+    """
+    chat, chat_problem = _try_tokenizer(model_dir, data.chat_template)
+    try:
+        defaults = RowDefaults(
+            _text_or_file(data.system, "system"),
+            _text_or_file(data.teacher_system, "teacher_system"),
+            check_variables(data.chat_template_kwargs or "{}", "--chat_template_kwargs"),
+            check_variables(
+                data.teacher_chat_template_kwargs or "{}", "--teacher_chat_template_kwargs"
+            ),
+        )
+        if chat is not None:
+            variables = {**defaults.variables, **defaults.teacher_variables}
+            chat.check_renders([], RenderOptions(None, variables))
+    except RowError as error:
+        raise DataError(str(error)) from None
+    return RowEncoding(
+        chat,
+        chat_problem,
+        data.max_length,
+        vocab_size,
+        MediaProcessor(model_dir, data.media_cache),
+        data.check_data,
+        defaults,
+        json.loads(data.columns or "{}"),
+    )
+
+
+def _text_or_file(value: str | None, flag: str) -> str | None:
+    """The text, or that of the .txt file that the value names."""
+    if value is None or not value.endswith(".txt") or "\n" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--{flag} {value}: {error}") from None
+
+
+def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict[str, Any]:
     """Row `index` of a source -> columns of `_SCHEMA`."""
     location, name, reason, encoded = source.locations[index], None, None, _EMPTY
 
@@ -142,7 +197,8 @@ def _encode(source: Source, encoding: _Encoding, index: int) -> dict[str, Any]:
         return encoding.chat
 
     try:
-        checked = check_row(source.read(index), encoding.vocab_size, source.folder)
+        raw = with_columns_renamed(source.read(index), encoding.columns)
+        checked = check_row(raw, encoding.vocab_size, source.folder, encoding.defaults)
         encoded = encode_row(
             checked,
             get_chat,
@@ -184,8 +240,8 @@ def load_datasets(
         )
     if not data.dataset:
         raise DataError("--dataset is empty: name at least one file or data set")
-    chat, chat_problem = _try_tokenizer(model_dir)
-    processor = MediaProcessor(model_dir, data.media_cache)
+    encoding = row_encoding(data, model_dir, vocab_size)
+    chat, processor = encoding.chat, encoding.processor
 
     def make(folder: str) -> list[list[str]]:
         """For each entry of `dataset`, then of `val_dataset`, the files with its rows."""
@@ -193,12 +249,9 @@ def load_datasets(
             open_source(entry, seed, data.download_datasets)
             for entry in [*data.dataset, *data.val_dataset]
         ]
-        encoding = _Encoding(
-            chat, chat_problem, data.max_length, vocab_size, processor, data.check_data
-        )
         return [
             write_rows(
-                partial(_encode, source, encoding),
+                partial(encode_source_row, source, encoding),
                 len(source.locations),
                 _SCHEMA,
                 os.path.join(folder, str(number)),
@@ -235,12 +288,12 @@ def load_datasets(
     return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
 
 
-def _try_tokenizer(model_dir: str) -> tuple[ChatTokenizer | None, str]:
+def _try_tokenizer(model_dir: str, template_file: str | None) -> tuple[ChatTokenizer | None, str]:
     """The tokenizer or None, and the reason that there is none: rows of ids do not need it, the
     first row of text raises the reason.
     """
     try:
-        chat = load_chat_tokenizer(model_dir)
+        chat = load_chat_tokenizer(model_dir, template_file)
     except DataError as error:
         return None, str(error)
     except Exception as error:  # the files are anyone's, and so are the errors

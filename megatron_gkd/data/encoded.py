@@ -150,10 +150,12 @@ def _student_tokens(
         assert row.input_ids is not None and row.labels is not None
         start = next(index for index, label in enumerate(row.labels) if label != IGNORED_LABEL)
         return row.input_ids, list(row.labels), start
-    input_ids, spans = get_chat().encode(row.messages)
+    input_ids, spans = get_chat().encode(row.messages, row.options)
     labels = [IGNORED_LABEL] * len(input_ids)
-    for begin, end in spans:
-        labels[begin:end] = input_ids[begin:end]
+    turns = [index for index, turn in enumerate(row.messages) if turn["role"] == "assistant"]
+    for index, (begin, end) in zip(turns, spans):
+        if index not in row.untrained:
+            labels[begin:end] = input_ids[begin:end]
     start = spans[-1][0]
     if start == 0:
         raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
@@ -165,10 +167,8 @@ def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int
     if row.teacher_messages is None:
         return row.teacher_input_ids
     # Any response will do, only what comes before it is kept.
-    response = row.messages[-1]["content"] if row.messages else "response"
-    return get_chat().encode_prompt(
-        row.teacher_messages[:-1] + [{"role": "assistant", "content": response}]
-    )
+    response = row.messages[-1] if row.messages else {"role": "assistant", "content": "response"}
+    return get_chat().encode_prompt([*row.teacher_messages[:-1], response], row.teacher_options)
 
 
 def _num_trained(labels: list[int]) -> int:

@@ -1,11 +1,12 @@
 """A raw row (a JSON object or a table's row) -> a checked `Row`. No tokenizer is needed: types, ids
 and which columns belong together.
 
-Accepted: `messages`, or `instruction` (+ `input`) + `output`, or `input_ids` + `labels`; one of
-`teacher_messages`, `teacher_prompt`, `teacher_input_ids`; `images`, `audios`, `videos` and, for the
-teacher's view, `teacher_images`, `teacher_audios`, `teacher_videos`; `use_audio_in_video`;
-`source`. A null column counts as absent. Columns that would change the meaning if they were ignored
-are refused by name; any other column is left alone.
+Accepted: a conversation in one of the forms of data/forms.py, with the columns of
+data/render_options.py, or `input_ids` + `labels`; one of `teacher_messages`, `teacher_prompt`,
+`teacher_input_ids`; `images`, `audios`, `videos` and, for the teacher's view, `teacher_images`,
+`teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`. A null column counts as absent.
+Columns that would change the meaning if they were ignored are refused by name; any other column is
+left alone.
 """
 
 import difflib
@@ -15,10 +16,18 @@ from typing import Any
 from megatron_gkd.data.conversation import (
     InlineMedia,
     Messages,
-    alpaca_messages,
+    RenderOptions,
+    Turn,
     check_content,
-    check_conversation,
     check_text,
+    check_turns,
+)
+from megatron_gkd.data.forms import Form, form_of, read_turns
+from megatron_gkd.data.render_options import (
+    RowDefaults,
+    read_options,
+    with_system,
+    with_teacher_system,
 )
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.loss.rows import IGNORED_LABEL
@@ -31,20 +40,27 @@ REFUSED_COLUMNS = {
         for prefix in ("", "teacher_")
         for kind in KINDS
     },
-    "tools": "tool definitions are not rendered",
-    "system": "write it as the first turn of `messages`",
-    "history": "write the earlier turns into `messages`",
+    **dict.fromkeys(
+        ("teacher_conversations", "teacher_conversation"),
+        "name it `teacher_messages`; turns of from/value are read there too",
+    ),
+    "teacher_query": "name it `teacher_prompt`",
+    "teacher_tools": "the teacher has the tools of the row",
 }
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
 
 _TEACHER_NAMES = (
     *TEACHER_COLUMNS,
+    "teacher_system",
+    "teacher_chat_template_kwargs",
     *(name for name in MEDIA_COLUMNS if name.startswith("teacher_")),
 )
 # Prefixes of columns that are left alone, such as teacher_image_id.
 _TEACHER_METADATA = tuple(
     f"{name}_" for column in _TEACHER_NAMES for name in (column, column.removesuffix("s"))
 )
+
+_NO_DEFAULTS = RowDefaults()
 
 RowMedia = dict[str, list[Reference]]
 """Kind -> a view's media of that kind, in the order of their placeholders."""
@@ -65,6 +81,10 @@ class Row:
     media: RowMedia = field(default_factory=lambda: {kind: [] for kind in KINDS})
     teacher_media: RowMedia | None = None
     use_audio_in_video: bool = False
+    options: RenderOptions = RenderOptions()
+    teacher_options: RenderOptions = RenderOptions()
+    untrained: frozenset[int] = frozenset()
+    """Indices of assistant turns in `messages` that are context only; never the last turn's"""
 
     @property
     def has_media(self) -> bool:
@@ -72,9 +92,11 @@ class Row:
         return any(self.media.values()) or any((self.teacher_media or {}).values())
 
 
-def check_row(raw: Any, vocab_size: int, folder: str = "") -> Row:
+def check_row(
+    raw: Any, vocab_size: int, folder: str = "", defaults: RowDefaults = _NO_DEFAULTS
+) -> Row:
     """Check one raw row against the format above; ids must lie in [0, vocab_size). Paths of media
-    are relative to `folder`. Raises RowError with the reason.
+    are relative to `folder`; `defaults`: of the run's flags. Raises RowError with the reason.
     """
     if not isinstance(raw, dict):
         raise RowError(f"a row is a JSON object, this is {type_name(raw)}")
@@ -83,24 +105,24 @@ def check_row(raw: Any, vocab_size: int, folder: str = "") -> Row:
     source = row.get("source")
     if source is not None:
         source = check_text(source, "source")
-    columns = _response_columns(row)
+    form = form_of(row)
 
-    messages = input_ids = labels = None
+    messages = given = input_ids = labels = None
+    untrained: frozenset[int] = frozenset()
     inline = _inline_media(row, "", {})
-    if columns == "messages":
-        messages = check_conversation(row["messages"], "messages", inline)
-        if messages[-1]["role"] != "assistant":
-            raise RowError(
-                f"messages end with a {messages[-1]['role']} turn: the last turn must be the "
-                "assistant's response"
-            )
-    elif columns == "instruction/output":
-        messages = alpaca_messages(row, inline)
-    else:
+    if form is None:
         input_ids, labels = _tokenised(row, vocab_size)
+    else:
+        given, untrained = _conversation(row, form, inline)
+        messages = with_system(given, row, defaults)
+        untrained = frozenset(index + len(messages) - len(given) for index in untrained)
     media = _media(row, "", inline, folder)
+    options, teacher_options = read_options(row, defaults)
     teacher_inline = _inline_media(row, "teacher_", media)
-    teacher_messages, teacher_input_ids = _teacher(row, messages, vocab_size, teacher_inline)
+    teacher_messages, teacher_input_ids = _teacher(row, given, vocab_size, teacher_inline, defaults)
+    is_same = teacher_messages == messages and teacher_options == options
+    if is_same and not any(column in row for column in TEACHER_COLUMNS):
+        teacher_messages = None
     teacher_media = _teacher_media(row, media, inline, teacher_inline, teacher_messages, folder)
     use_audio_in_video = row.get("use_audio_in_video", False)
     if not isinstance(use_audio_in_video, bool):
@@ -117,27 +139,47 @@ def check_row(raw: Any, vocab_size: int, folder: str = "") -> Row:
         media,
         teacher_media,
         use_audio_in_video,
+        options,
+        teacher_options,
+        untrained,
     )
 
 
-def _response_columns(row: dict[str, Any]) -> str:
-    """Which of the three forms of prompt and response the row has."""
-    forms = {
-        "messages": ("messages",),
-        "instruction/output": ("instruction", "output"),
-        "input_ids/labels": ("input_ids", "labels"),
+def _conversation(
+    row: dict[str, Any], form: Form, inline: InlineMedia
+) -> tuple[Messages, frozenset[int]]:
+    """The row's turns up to the last trained one, and which of its assistant turns are context
+    only: what follows carries no loss, and no trained token sees it.
+    """
+    turns = form.turns(row)
+    if turns[-1].role != "assistant":
+        *_, column = form.name.split("/")
+        raise RowError(
+            f"empty response: {column} has no text"
+            if column != form.name
+            else f"{form.name} end with a {turns[-1].role} turn: the last turn must be the "
+            "assistant's response"
+        )
+    trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
+    if not trained:
+        raise RowError("no assistant turn is trained: each of them has loss or weight 0")
+    end = trained[-1] + 1
+    if end < len(turns) and "teacher_messages" in row:
+        raise RowError(
+            f"the turns after {turns[end - 1].where} are not trained, and whether teacher_messages "
+            "have them cannot be told: leave them out of both"
+        )
+    messages = check_turns(turns[:end], inline)
+    untrained = {
+        index
+        for index, turn in enumerate(turns[:end])
+        if turn.role == "assistant" and not turn.trained
     }
-    found = [form for form, columns in forms.items() if any(column in row for column in columns)]
-    if not found:
-        raise RowError(
-            "has none of `messages`, `instruction` + `output`, `input_ids` + `labels`"
-            + (f" (its columns: {', '.join(list(row)[:8])})" if row else " (every column is empty)")
-        )
-    if len(found) > 1:
-        raise RowError(
-            f"has {' and '.join(found)}: one of them must go, they may say different things"
-        )
-    return found[0]
+    return messages, frozenset(untrained)
+
+
+def _is_trained(turn: Turn) -> bool:
+    return turn.role == "assistant" and turn.trained
 
 
 def _inline_media(row: dict[str, Any], prefix: str, inherited: RowMedia) -> InlineMedia:
@@ -278,30 +320,41 @@ def _tokenised(row: dict[str, Any], vocab_size: int) -> tuple[list[int], list[in
 
 
 def _teacher(
-    row: dict[str, Any], messages: Messages | None, vocab_size: int, inline: InlineMedia
+    row: dict[str, Any],
+    given: Messages | None,
+    vocab_size: int,
+    inline: InlineMedia,
+    defaults: RowDefaults,
 ) -> tuple[Messages | None, list[int] | None]:
-    """(teacher_messages, teacher_input_ids), at least one of them None; a `teacher_prompt` becomes
-    teacher_messages.
+    """(teacher_messages, teacher_input_ids), at least one of them None. A row without columns for
+    the teacher has the turns that it gives, with the teacher's system turn; a `teacher_prompt`
+    stands in the place of the last user turn.
     """
     present = [column for column in TEACHER_COLUMNS if column in row]
     if len(present) > 1:
         raise RowError(f"has {' and '.join(present)}: the teacher has one view")
-    if not present:
-        return None, None
     if present == ["teacher_input_ids"]:
         return None, _token_ids(row["teacher_input_ids"], "teacher_input_ids", vocab_size)
     if present == ["teacher_messages"]:
-        view = check_conversation(
-            row["teacher_messages"], "teacher_messages", inline, last_may_be_empty=True
-        )
+        turns = read_turns(row["teacher_messages"], "teacher_messages")
+        view = check_turns(turns, inline, last_may_be_empty=True)
         if view[-1]["role"] != "assistant":
             raise RowError(
                 "teacher view without response: teacher_messages end with a "
                 f"{view[-1]['role']} turn, the last one must be an assistant turn (the row's "
                 "response takes its place)"
             )
-        return view, None
-    prompt = check_text(row["teacher_prompt"], "teacher_prompt")
+        return with_teacher_system(view, row, defaults, own_turns=True), None
+    if present == ["teacher_prompt"]:
+        given = _with_prompt(row["teacher_prompt"], given, inline)
+    if given is None:
+        return None, None
+    return with_teacher_system(given, row, defaults, own_turns=False), None
+
+
+def _with_prompt(value: Any, messages: Messages | None, inline: InlineMedia) -> Messages:
+    """The turns with `teacher_prompt` as the last user turn."""
+    prompt = check_text(value, "teacher_prompt")
     if not prompt.strip():
         raise RowError("teacher_prompt has no text")
     if messages is None:
@@ -314,4 +367,4 @@ def _teacher(
         raise RowError("teacher_prompt replaces the last user turn, and messages have none")
     view = list(messages)
     view[users[-1]] = {"role": "user", "content": check_content(prompt, "teacher_prompt", inline)}
-    return view, None
+    return view
