@@ -58,6 +58,26 @@ def test_tokenised_rows_end_with_the_last_trained_token():
     assert (row.input_ids, row.labels) == ([1, 2, 3, 4], [-100, 2, -100, 4])
 
 
+def test_prompts_alone_end_before_the_response():
+    before = [USER, ANSWER, {"role": "user", "content": "second"}]
+    hint = [{"role": "user", "content": "more"}]
+    for last in ([], [{"role": "assistant", "content": " \n"}], [{"role": "assistant"}]):
+        row = check_row({"messages": before + last, "teacher_prompt": "more"}, 10)
+        assert not row.has_response and row.messages == before
+        assert row.teacher_messages == [USER, ANSWER, *hint]
+    for last in ([], [ANSWER], [{"role": "assistant", "content": ""}]):
+        row = check_row({"messages": before, "teacher_messages": hint + last}, 10)
+        assert row.teacher_messages == hint
+    for output in ({}, {"output": None}, {"output": " "}):
+        row = check_row({"instruction": "hi", **output}, 10)
+        assert not row.has_response and row.messages == [USER]
+    row = check_row({"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, 10)
+    assert not row.has_response and (row.input_ids, row.labels) == ([1, 2], None)
+    assert (
+        check_row(IDS, 10).has_response and check_row({"messages": [USER, ANSWER]}, 10).has_response
+    )
+
+
 def test_a_trained_first_token_has_nothing_that_predicts_it():
     row = check_row({"input_ids": [1, 2], "labels": [1, 2]}, 10)
     assert row.labels == [-100, 2]
@@ -172,24 +192,22 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "messages[0].content is not valid Unicode: lone surrogate at character 0",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": " \n"}]},
+            {"messages": [USER, {"role": "assistant", "content": " \n"}, USER]},
             "messages[1]: empty response",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": None}]},
-            "messages[1]: empty response",
+            {"messages": [USER, ANSWER, {"role": "assistant", "content": None}]},
+            "messages[2]: empty response",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": "x", "mood": "glad"}]},
             "messages[1] has mood: a turn has role and content",
         ),
         (
-            {"messages": [USER]},
-            "messages end with a user turn: the last turn must be the assistant's response",
+            {"messages": [USER, ANSWER, {"role": "system", "content": "s"}]},
+            "messages end with a system turn: the last turn must be the user's, or the assistant's",
         ),
         ({"messages": [ANSWER]}, "messages[0] is an assistant turn: nothing stands before it"),
-        ({"instruction": "x"}, "empty response: output has no text"),
-        ({"instruction": "x", "output": None}, "empty response"),
         ({"instruction": "x", "output": 3.5}, "output must be a string, got a float 3.5"),
         (
             {"instruction": "x", "input": float("nan"), "output": "y"},
@@ -229,7 +247,10 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "column `system` is not supported beside input_ids/labels: write it into input_ids",
         ),
         ({"messages": [USER, ANSWER], "source": 3}, "source must be a string, got an integer 3"),
-        ({"input_ids": [1, 2]}, "`labels` is missing"),
+        (
+            {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]},
+            "attention_mask[1] is 0 and a later one is not",
+        ),
         ({"labels": [1, 2]}, "`input_ids` is missing"),
         ({"input_ids": [], "labels": []}, "input_ids is empty"),
         (

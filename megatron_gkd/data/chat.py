@@ -69,6 +69,12 @@ class ChatTokenizer:
         text, cuts = self._cut(messages, options)
         return self._tokenise(text, cuts[:-1])[0]
 
+    def encode_request(self, messages: Messages, options: RenderOptions = _NO_OPTIONS) -> list[int]:
+        """The ids of turns that the assistant is to answer, the template's generation prompt
+        included.
+        """
+        return self._ids(self._render(messages, options, add_generation_prompt=True))
+
     def closing_id(self) -> int | None:
         """The token that closes an assistant turn, if it is a special one or looks like one
         (SentencePiece does not mark `<|im_end|>`); None if a word or a full stop closes it, or if

@@ -34,6 +34,14 @@ class Turn(NamedTuple):
     is_call: bool = False
     """A call of tools in a turn of its own"""
 
+    @property
+    def is_empty(self) -> bool:
+        """An assistant turn that says nothing: its text is yet to be written."""
+        parts = self.content if isinstance(self.content, list) else [self.content or ""]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        is_blank = all(isinstance(text, str) and not text.strip() for text in texts)
+        return self.role == "assistant" and is_blank and not (self.tool_calls or self.passed_on)
+
 
 class RenderOptions(NamedTuple):
     """What the chat template is given beside the turns of a view."""

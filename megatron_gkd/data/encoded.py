@@ -2,7 +2,7 @@
 read.
 
 Without a teacher view every assistant turn of a row is trained; with one only the last response,
-which both views share.
+which both views share. Of a prompt alone nothing is trained: its response is written in the run.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from megatron_gkd.media.processor import MediaProcessor
 
 class Encoded(NamedTuple):
     """A sample as it is stored: media are references, and of the teacher's view only the prompt is
-    kept (its response is the student's).
+    kept (its response is the student's). A prompt alone ends at `response_start`.
     """
 
     input_ids: list[int]
@@ -122,7 +122,7 @@ def encode_row(
     end = start + max_length - max(start, len(teacher.ids))
     num_trained = _num_trained(labels)
     labels = labels[:end]
-    while labels[-1] == IGNORED_LABEL:
+    while row.has_response and labels[-1] == IGNORED_LABEL:
         labels.pop()
     has_teacher_view = teacher.ids != student.ids or teacher.media != student.media
     index_of = {reference: index for index, reference in enumerate(sizes)}
@@ -146,6 +146,11 @@ def _student_tokens(
     row: Row, get_chat: Callable[[], ChatTokenizer]
 ) -> tuple[list[int], list[int], int]:
     """(input ids, labels, index of the (last) response's first token)."""
+    if not row.has_response:
+        prompt = row.input_ids or get_chat().encode_request(row.messages or [], row.options)
+        if not prompt:
+            raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
+        return prompt, [IGNORED_LABEL] * len(prompt), len(prompt)
     if row.messages is None:
         assert row.input_ids is not None and row.labels is not None
         start = next(index for index, label in enumerate(row.labels) if label != IGNORED_LABEL)
@@ -166,6 +171,8 @@ def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int
     """The teacher's tokens before the response; None if they are the student's."""
     if row.teacher_messages is None:
         return row.teacher_input_ids
+    if not row.has_response:
+        return get_chat().encode_request(row.teacher_messages, row.teacher_options)
     # Any response will do, only what comes before it is kept.
     response = row.messages[-1] if row.messages else {"role": "assistant", "content": "response"}
     return get_chat().encode_prompt([*row.teacher_messages[:-1], response], row.teacher_options)

@@ -4,7 +4,9 @@ and which columns belong together.
 Accepted: a conversation in one of the forms of data/forms.py, with the columns of
 data/render_options.py, or `input_ids` + `labels`; one of `teacher_messages`, `teacher_prompt`,
 `teacher_input_ids`; `images`, `audios`, `videos` and, for the teacher's view, `teacher_images`,
-`teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`. A null column counts as absent.
+`teacher_audios`, `teacher_videos`; `use_audio_in_video`; `source`. Without a response (turns that
+end with the user's or a tool's, or an empty one of the assistant; no `labels`) a row is a prompt
+alone. A null column counts as absent.
 Columns that would change the meaning if they were ignored are refused by name; any other column is
 left alone.
 """
@@ -68,8 +70,12 @@ RowMedia = dict[str, list[Reference]]
 
 @dataclass(frozen=True)
 class Row:
-    """Either `messages` (ends with an assistant turn) or `input_ids` with `labels` (unshifted), and
-    at most one teacher view. `teacher_media` is None if the teacher has the student's.
+    """Either `messages` or `input_ids`, and at most one teacher view. `teacher_media` is None if
+    the teacher has the student's.
+
+    With a response `messages` and `teacher_messages` end with an assistant turn, and `labels`
+    (unshifted) stand beside `input_ids`. A prompt alone ends where the response will begin: with
+    the turn before it, or with the last of `input_ids`, whose `labels` are None.
     """
 
     messages: Messages | None
@@ -90,6 +96,13 @@ class Row:
     def has_media(self) -> bool:
         """In either view."""
         return any(self.media.values()) or any((self.teacher_media or {}).values())
+
+    @property
+    def has_response(self) -> bool:
+        """False: a prompt alone, whose response is written in the run."""
+        if self.messages is None:
+            return self.labels is not None
+        return self.messages[-1]["role"] == "assistant"
 
 
 def check_row(
@@ -119,7 +132,10 @@ def check_row(
     media = _media(row, "", inline, folder)
     options, teacher_options = read_options(row, defaults)
     teacher_inline = _inline_media(row, "teacher_", media)
-    teacher_messages, teacher_input_ids = _teacher(row, given, vocab_size, teacher_inline, defaults)
+    has_response = labels is not None if given is None else given[-1]["role"] == "assistant"
+    teacher_messages, teacher_input_ids = _teacher(
+        row, given, has_response, vocab_size, teacher_inline, defaults
+    )
     is_same = teacher_messages == messages and teacher_options == options
     if is_same and not any(column in row for column in TEACHER_COLUMNS):
         teacher_messages = None
@@ -149,17 +165,19 @@ def _conversation(
     row: dict[str, Any], form: Form, inline: InlineMedia
 ) -> tuple[Messages, frozenset[int]]:
     """The row's turns up to the last trained one, and which of its assistant turns are context
-    only: what follows carries no loss, and no trained token sees it.
+    only: what follows carries no loss, and no trained token sees it. Of a prompt alone the turns
+    before the response.
     """
     turns = form.turns(row)
-    if turns[-1].role != "assistant":
-        *_, column = form.name.split("/")
+    if turns[-1].role == "system":
         raise RowError(
-            f"empty response: {column} has no text"
-            if column != form.name
-            else f"{form.name} end with a {turns[-1].role} turn: the last turn must be the "
+            f"{form.name} end with a system turn: the last turn must be the user's, or the "
             "assistant's response"
         )
+    if len(turns) > 1 and turns[-1].is_empty and turns[-2].role != "assistant":
+        turns = turns[:-1]
+    if turns[-1].role != "assistant":
+        return check_turns(turns, inline), frozenset()
     trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
     if not trained:
         raise RowError("no assistant turn is trained: each of them has loss or weight 0")
@@ -275,14 +293,21 @@ def _token_ids(value: Any, where: str, vocab_size: int, *, labels: bool = False)
     return value
 
 
-def _tokenised(row: dict[str, Any], vocab_size: int) -> tuple[list[int], list[int]]:
+def _tokenised(row: dict[str, Any], vocab_size: int) -> tuple[list[int], list[int] | None]:
     """`input_ids` and `labels` up to the last trained token: what follows carries no loss, and no
-    trained token sees it.
+    trained token sees it. Without `labels`: the prompt, and None.
     """
-    for name in ("input_ids", "labels"):
-        if name not in row:
-            raise RowError(f"`{name}` is missing: a tokenised row has input_ids and labels")
+    if "input_ids" not in row:
+        raise RowError("`input_ids` is missing: labels stand beside input_ids")
     input_ids = _token_ids(row["input_ids"], "input_ids", vocab_size)
+    if "labels" not in row:
+        end = _num_read(row, len(input_ids))
+        if not end or any(row.get("attention_mask", [])[end:]):
+            raise RowError(
+                f"attention_mask[{end}] is 0 and a later one is not: a prompt must not be padded "
+                "on the left"
+            )
+        return input_ids[:end], None
     labels = list(_token_ids(row["labels"], "labels", vocab_size, labels=True))
     if len(input_ids) != len(labels):
         raise RowError(
@@ -307,28 +332,35 @@ def _tokenised(row: dict[str, Any], vocab_size: int) -> tuple[list[int], list[in
             "each trained label is the next token of input_ids: these labels are shifted already; "
             "write each token's own id in its place, the shift is done here"
         )
-    mask = row.get("attention_mask")
-    if mask is not None:
-        if not isinstance(mask, list) or len(mask) != len(input_ids):
-            raise RowError("attention_mask must be a list as long as input_ids")
-        if not all(mask[:end]):
-            raise RowError(
-                f"attention_mask[{[bool(m) for m in mask].index(False)}] is 0 before the last "
-                "trained token: rows must not be padded on the left"
-            )
+    if (read := _num_read(row, len(input_ids))) < end:
+        raise RowError(
+            f"attention_mask[{read}] is 0 before the last trained token: rows must not be padded "
+            "on the left"
+        )
     return input_ids[:end], labels[:end]
+
+
+def _num_read(row: dict[str, Any], num_tokens: int) -> int:
+    """Tokens before the first one that `attention_mask` hides."""
+    mask = row.get("attention_mask")
+    if mask is None:
+        return num_tokens
+    if not isinstance(mask, list) or len(mask) != num_tokens:
+        raise RowError("attention_mask must be a list as long as input_ids")
+    return [*map(bool, mask), False].index(False)
 
 
 def _teacher(
     row: dict[str, Any],
     given: Messages | None,
+    has_response: bool,
     vocab_size: int,
     inline: InlineMedia,
     defaults: RowDefaults,
 ) -> tuple[Messages | None, list[int] | None]:
     """(teacher_messages, teacher_input_ids), at least one of them None. A row without columns for
     the teacher has the turns that it gives, with the teacher's system turn; a `teacher_prompt`
-    stands in the place of the last user turn.
+    stands in the place of the last user turn. Those of a prompt alone end before the response.
     """
     present = [column for column in TEACHER_COLUMNS if column in row]
     if len(present) > 1:
@@ -338,7 +370,9 @@ def _teacher(
     if present == ["teacher_messages"]:
         turns = read_turns(row["teacher_messages"], "teacher_messages")
         view = check_turns(turns, inline, last_may_be_empty=True)
-        if view[-1]["role"] != "assistant":
+        if not has_response:
+            view = view[:-1] if view[-1]["role"] == "assistant" else view
+        elif view[-1]["role"] != "assistant":
             raise RowError(
                 "teacher view without response: teacher_messages end with a "
                 f"{view[-1]['role']} turn, the last one must be an assistant turn (the row's "

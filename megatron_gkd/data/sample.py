@@ -29,8 +29,8 @@ class View:
     """What student or teacher reads of a row; S tokens.
 
     `labels` are unshifted, -100 = not trained; `response_start` is the index of the (last)
-    response's first token. `position_ids`, float32 [3, S], are the rotary positions in time, height
-    and width; None: 0, 1, 2, ... in all three.
+    response's first token, S where there is no response yet. `position_ids`, float32 [3, S], are
+    the rotary positions in time, height and width; None: 0, 1, 2, ... in all three.
     """
 
     input_ids: list[int]
@@ -76,6 +76,11 @@ class Sample:
     """Whether a rollout wrote the response"""
     log_probabilities: list[float] | None = None
     """In nats, of the response's tokens as the student drew them; None where it did not"""
+
+    @property
+    def has_response(self) -> bool:
+        """False: a prompt alone, until a rollout has answered it."""
+        return self.student.response_start < len(self.student.input_ids)
 
     @property
     def has_teacher_view(self) -> bool:
