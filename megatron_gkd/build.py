@@ -30,14 +30,14 @@ from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
-from megatron_gkd.run import Run, largest_micro_batch, packing, step_budget
+from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
 from megatron_gkd.run_folder import (
     MetricsWriter,
     check_writable,
     package_versions,
     write_run_json,
 )
-from megatron_gkd.zero_signal import check_trainable
+from megatron_gkd.zero_signal import check_responses, check_trainable
 
 
 def build_run(config: Config, parallel: Parallel) -> Run:
@@ -48,7 +48,10 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     """
     model_args, train_data, eval_data = read_data(config, parallel)
     config = with_max_steps(config, len(train_data), parallel)
+    mixed = check_responses(config, train_data)
     check_trainable(config, train_data.report)
+    if mixed:
+        log_rank_0(parallel, mixed)
     kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
     audio, visual = "audio" in kinds, bool(kinds - {"audio"})
     more_linears = bool(config.lora.lora_target_modules)  # before `resolve` fills the flag in
@@ -62,6 +65,9 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     most_tokens = largest_micro_batch(config, train_data, budget, packed, parallel.dp_size)
     memory = DeviceMemory(parallel.device)
     towers = dict(audio=audio, visual=visual)
+    prompts = eval_data.report.num_prompts_alone if eval_data else 0
+    writes = config.distill.writes_responses or prompts > 0
+    written_data = [train_data] + ([eval_data] if eval_data and prompts else [])
     if parallel.device.type == "cuda":
         check_fits(
             config,
@@ -69,7 +75,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             parallel,
             memory.limit(),
             micro_batch_tokens=most_tokens,
-            prompt_tokens=int(train_data.lengths.prompts.max()),
+            prompt_tokens=max(int(data.lengths.prompts.max()) for data in written_data),
+            writes=writes,
             **towers,
         )
     model = build_base(config, model_args, parallel, teacher=teacher, **towers)
@@ -93,8 +100,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
-    rollout = None
-    if config.distill.seq_kd or config.distill.may_be_on_policy:
+    rollout = eval_rollout = None
+    if writes:
         rollout = make_rollout(
             config.rollout,
             model=model,
@@ -105,6 +112,13 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             budget=budget,
             packing=packed,
             seed=config.train.seed,
+        )
+    if rollout and eval_data and prompts:
+        eval_rollout = rollout.for_evaluation(eval_data, eval_budget(config, model_args))
+        log_rank_0(
+            parallel,
+            f"Evaluation: {prompts} of {len(eval_data)} rows have no response; before each "
+            "measurement the student writes it, greedily",
         )
     return Run(
         config=config,
@@ -119,6 +133,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         train_data=train_data,
         eval_data=eval_data,
         rollout=rollout,
+        eval_rollout=eval_rollout,
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
@@ -151,7 +166,8 @@ def check_data(config: Config, parallel: Parallel) -> None:
     """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
     rows.
     """
-    read_data(config, parallel)
+    _, train_data, _ = read_data(config, parallel)
+    check_responses(with_max_steps(config, len(train_data), parallel), train_data)
     log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
 
 
@@ -173,13 +189,15 @@ def check_fits(
     *,
     micro_batch_tokens: int,
     prompt_tokens: int,
+    writes: bool,
     audio: bool,
     visual: bool,
 ) -> None:
     """A line on the memory that a rank will need. Raises ValueError naming its parts and the way
     out where it is more than the `available` bytes.
 
-    micro_batch_tokens, prompt_tokens: the most of the data; audio, visual: as for `build_base`.
+    micro_batch_tokens, prompt_tokens: the most of the data; writes: whether the run writes
+    responses, be it for its evaluation; audio, visual: as for `build_base`.
     """
     wanted = (audio or config.lora.lora_towers, visual or config.lora.lora_towers)
     num_parameters = tower_parameters(config.model.model, model_args, *wanted)
@@ -187,6 +205,7 @@ def check_fits(
         config,
         micro_batch_tokens=micro_batch_tokens,
         prompt_tokens=prompt_tokens,
+        writes=writes,
         tower_bytes=DTYPES[config.model.torch_dtype].itemsize * num_parameters,
     )
     needed = check_memory(model_args, config.parallel, load, available)
@@ -313,6 +332,7 @@ def load_data(
         model_args.vocab_size,
         config.train.seed,
         all_gather_objects,
+        writes_responses=config.distill.writes_responses,
     )
     log_rank_0(parallel, f"Data: {train_data.report.summary()}")
     if eval_data:

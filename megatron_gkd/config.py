@@ -283,13 +283,15 @@ def workload(
     *,
     micro_batch_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    writes: bool | None = None,
     tower_bytes: int = 0,
 ) -> Workload:
-    """What of these settings takes memory. micro_batch_tokens, prompt_tokens: of the data, where
-    they are known: the most of a micro-batch, and of a prompt.
+    """What of these settings takes memory. micro_batch_tokens, prompt_tokens, writes: of the data,
+    where they are known: the most of a micro-batch, and of a prompt; whether any response is
+    written.
     """
     train, distill = config.train, config.distill
-    writes = distill.seq_kd or distill.may_be_on_policy
+    writes = distill.writes_responses if writes is None else writes
     targets = config.lora.lora_target_modules
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,

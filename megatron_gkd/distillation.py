@@ -77,6 +77,11 @@ class DistillConfig:
         """Whether any step of the schedule can be on-policy."""
         return any(value > 0 for _, value in parse_schedule(self.lmbda))
 
+    @property
+    def writes_responses(self) -> bool:
+        """Whether student or teacher may write responses to learn from."""
+        return self.seq_kd or self.may_be_on_policy
+
     def may_use_data_responses(self, total_steps: int) -> bool:
         """Whether any of the steps can learn from the data set's own responses, which is where
         sft_alpha counts.

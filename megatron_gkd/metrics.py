@@ -85,8 +85,12 @@ class TokenSums:
     def unknown(cls, device: torch.device) -> "TokenSums":
         """The sums of a step that was not taken: no tokens, and means that are NaN."""
         sums = cls.zero(device)
-        sums.values[:, :GAP] = math.nan
+        sums.spoil()
         return sums
+
+    def spoil(self) -> None:
+        """Tokens that should be in the sums have no values: all means become NaN."""
+        self.values[:, :GAP] = math.nan
 
     def add(self, output: LinearJsdOutput, batch: Batch, share: slice = slice(None)) -> None:
         """The tokens of a micro-batch. share: those of its student's response rows, in their order,

@@ -1,6 +1,6 @@
 """What a run is made of and where it stands: `Run`, built by build.py, used up by train.py."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +14,14 @@ from megatron_gkd.data import SampleDataset, eval_loader, step_loader
 from megatron_gkd.data.batch import Batch, Packing, collate
 from megatron_gkd.data.loader import Numbered
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, most_tokens
+from megatron_gkd.data.order import StepRows
 from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.forward import LossSettings
-from megatron_gkd.media.towers import Towers
+from megatron_gkd.media.towers import StepMedia, Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update, learning_rate
-from megatron_gkd.parallel import Parallel, seed_step
+from megatron_gkd.parallel import Parallel, log_rank_0, seed_step
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.rollout.backend import Author
 from megatron_gkd.rollout.rollout import Rollout
@@ -86,6 +87,8 @@ class Run:
     progress: Progress
     clock: Clock
     memory: DeviceMemory
+    eval_rollout: Rollout | None = None
+    """Where the evaluation data has prompts alone"""
     recomputation: Recomputation | None = None
     """With --recompute auto"""
     saved_step: int = 0
@@ -163,14 +166,20 @@ class Run:
         whatever way the run ends.
         """
         train, parallel = self.config.train, self.parallel
+        step_rows = StepRows(
+            self.train_data.lengths.has_response,
+            lambda step: self.author(self.is_on_policy(step)) is None,
+            self.global_batch_size,
+            train.seed,
+        )
         loader = step_loader(
             self.train_data,
+            step_rows,
             self.step_lengths,
             global_batch_size=self.global_batch_size,
             budget=self.budget,
             dp_rank=parallel.dp_rank,
             dp_size=parallel.dp_size,
-            seed=train.seed,
             start_step=self.progress.step,
             num_steps=self.total_steps,
             num_workers=self.config.data.dataloader_num_workers,
@@ -183,19 +192,47 @@ class Run:
                 self.clock.lap("data_time")
                 yield batches
 
-    def eval_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the evaluation data, on the device: each row once over all
-        ranks, padding samples where a rank has none.
+    def eval_batches(self) -> Iterator[tuple[list[Batch], StepMedia]]:
+        """This rank's micro-batches of the evaluation data, on the device, with their media: each
+        row once over all ranks, padding samples where a rank has none.
+
+        Rows with a response come a micro-batch at a time. The student answers the prompts alone
+        first, as many of them at a time as a step has; no batch where logits were not finite.
         """
+        assert self.eval_data is not None
+        has_response, lengths = self.eval_data.lengths.has_response, self.eval_data.lengths
+        for batch in self._eval_rows(np.flatnonzero(has_response), lengths.views):
+            yield [batch], StepMedia(self.towers, [batch.media])
+        without = np.flatnonzero(~has_response)
+        written = lengths.prompts + self.config.rollout.max_completion_length
+        for first in range(0, len(without), self.global_batch_size):
+            some = without[first : first + self.global_batch_size]
+            yield self._answered(list(self._eval_rows(some, written)))
+
+    def _eval_rows(
+        self, rows: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
+    ) -> Iterator[Batch]:
         assert self.eval_data is not None
         loader = eval_loader(
             self.eval_data,
-            self.eval_data.lengths.views,
+            rows,
+            lengths,
             budget=self.eval_budget,
             dp_rank=self.parallel.dp_rank,
             dp_size=self.parallel.dp_size,
         )
         yield from map(self.packed, loader)
+
+    def _answered(self, prompts: list[Batch]) -> tuple[list[Batch], StepMedia]:
+        """Prompts of the evaluation data with the responses that the student would now give."""
+        assert self.eval_rollout is not None, "build_run makes one wherever it is needed"
+        step, media = self.progress.step, StepMedia(self.towers, [each.media for each in prompts])
+        try:
+            batches = self.eval_rollout.respond(prompts, step, "student", media)
+        except FloatingPointError as error:
+            log_rank_0(self.parallel, f"Evaluation after step {step}: {error}")
+            return [], media
+        return batches, media.regrouped([each.media for each in batches])
 
     def packed(self, numbered: list[Numbered]) -> Batch:
         """Samples of a micro-batch -> the batch, on the device."""
@@ -205,9 +242,7 @@ class Run:
     @property
     def eval_budget(self) -> Budget:
         """What a micro-batch of an evaluation may hold."""
-        max_length = self.config.data.max_length
-        tokens = self.config.train.micro_batch_tokens(max_length, evaluates=True)
-        return Budget(tokens, attention_tokens(self.model_args))
+        return eval_budget(self.config, self.model_args)
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
@@ -286,13 +321,19 @@ def step_budget(config: Config, model_args: ModelArgs) -> Budget:
     )
 
 
+def eval_budget(config: Config, model_args: ModelArgs) -> Budget:
+    """What a micro-batch of an evaluation may hold."""
+    tokens = config.train.micro_batch_tokens(config.data.max_length, evaluates=True)
+    return Budget(tokens, attention_tokens(model_args))
+
+
 def largest_micro_batch(
     config: Config, data: SampleDataset, budget: Budget, packing: Packing, dp_size: int
 ) -> int:
     """Positions that a micro-batch of a step can have: an upper bound."""
     lengths, distill = data.lengths, config.distill
     longest = int(lengths.views.max())
-    if distill.seq_kd or distill.may_be_on_policy:
+    if distill.writes_responses:
         written = lengths.prompts.max() + config.rollout.max_completion_length
         longest = max(longest, int(written))
     num_rows = config.train.global_batch_size(dp_size) * config.rollout.num_generations

@@ -117,13 +117,17 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy."""
+    """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy; of
+    prompts alone on the responses that the student would now write, greedily.
+    """
     started, parallel = time.perf_counter(), run.parallel
     sums = TokenSums.zero(parallel.device, run.eval_groups)
-    for batch in run.eval_batches():
-        media = StepMedia(run.towers, [batch.media])
-        teacher_hidden = teacher_forward(run.model, [batch], parallel, media)
-        student_forward(run.ddp, [batch], teacher_hidden, run.loss, parallel, sums, media)
+    for batches, media in run.eval_batches():
+        if not batches:  # the logits of some rank's rollout were not finite
+            sums.spoil()
+            continue
+        teacher_hidden = teacher_forward(run.model, batches, parallel, media)
+        student_forward(run.ddp, batches, teacher_hidden, run.loss, parallel, sums, media)
     means = sums.means(parallel)
     return {"step": run.progress.step, **means, "eval_time": time.perf_counter() - started}
 

@@ -1,5 +1,5 @@
-"""Whether anything can be learned: refused is a run whose divergence is 0 in every step, or that
-could only lead the student back to the base.
+"""Whether anything can be learned: refused is a run whose divergence is 0 in every step, that could
+only lead the student back to the base, or whose steps need responses that no row has.
 """
 
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
+from megatron_gkd.data.dataset import SampleDataset
 from megatron_gkd.data.report import DataReport
 
 
@@ -34,6 +35,34 @@ def check_trainable(config: Config, report: DataReport) -> None:
             "(it counts on the data set's own responses: --lmbda below 1, no --seq_kd); "
             "--allow_zero_signal runs it all the same"
         )
+
+
+def check_responses(config: Config, data: SampleDataset) -> str | None:
+    """Raise ValueError where steps learn from the data set's own responses and no row has one.
+    Returns a line for the screen where some have and others have not.
+    """
+    distill, has_response = config.distill, data.lengths.has_response
+    number, total = int(has_response.sum()), len(data)
+    if number == total:
+        return None
+    if number:
+        return (
+            f"{total - number} of {total} rows have no response: they serve steps whose responses "
+            f"the run writes; steps that learn from the data's own draw from the other {number}"
+        )
+    first = f"{data.location(0)} has no response, and of {total} rows no other has one"
+    if distill.may_use_data_responses(config.train.max_steps):
+        raise ValueError(
+            f"{first}, but with --lmbda {distill.lmbda} steps may learn from the data's own: set "
+            "--lmbda 1 (the student writes every response) or --seq_kd true (the teacher does), or "
+            "give rows with responses"
+        )
+    if distill.sft_alpha > 0:
+        raise ValueError(
+            f"{first}, but --sft_alpha {distill.sft_alpha:g} is cross-entropy on the data's own: "
+            "leave it out"
+        )
+    return None
 
 
 def check_other_adapter(teacher: str, student: str | Path | None) -> None:

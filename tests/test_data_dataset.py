@@ -165,7 +165,7 @@ def test_bad_rows_stop_the_run_with_file_line_and_reason(tmp_path, folder):
         b"null",
         good,
     ]
-    rows.append({"instruction": "a", "output": ""})
+    rows.append({"instruction": " ", "output": "b"})
     rows.append({"instruction": "the sky " * 100, "output": "is blue"})
     rows.append(b'{"messages": ' + b"[" * 100000)
     path = write_jsonl(tmp_path / "train.jsonl", rows)
@@ -186,7 +186,7 @@ def test_bad_rows_stop_the_run_with_file_line_and_reason(tmp_path, folder):
             f"  {path}:20: not JSON: Expecting ',' delimiter at column 18",
             f"  {path}:21: a row is a JSON object, this is a list",
             f"  {path}:22: a row is a JSON object, this is null",
-            f"  {path}:24: empty response: output has no text",
+            f"  {path}:24: empty prompt: neither instruction nor input has text",
             f"  {path}:25: the prompt has ",
             f"  {path}:26: not JSON that can be read",
             f"  {other}:2: input_ids[0] is 400, out of the vocabulary [0, 400)",
@@ -300,12 +300,10 @@ def test_parquet(tmp_path, folder):
     ]  # what arrow can hold in one table
     path = str(tmp_path / "rows.parquet")
     columns = {name: None for row in rows for name in row}
-    table = pyarrow.Table.from_pylist([{**columns, **row} for row in [*rows, {"instruction": "a"}]])
+    table = pyarrow.Table.from_pylist([{**columns, **row} for row in [*rows, {"instruction": " "}]])
     pyarrow.parquet.write_table(table, path)
     jsonl, _ = load(settings(write_jsonl(tmp_path / "rows.jsonl", rows)), folder)
-    with pytest.raises(
-        DataError, match="1 of 4 data rows.*\n  .*rows.parquet row 3: empty response"
-    ):
+    with pytest.raises(DataError, match="1 of 4 data rows.*\n  .*rows.parquet row 3: empty prompt"):
         load(settings(path), folder)
     train, _ = load(settings(path, skip_bad_rows=True, dataset_num_proc=2), folder)
     assert [sample.student for sample in samples(train)] == [

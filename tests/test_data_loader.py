@@ -21,7 +21,7 @@ from megatron_gkd.data import (
 )
 from megatron_gkd.data.loader import EVAL_WINDOW, PADDING
 from megatron_gkd.data.micro_batches import Budget, cut
-from megatron_gkd.data.order import batch_indices, permutation
+from megatron_gkd.data.order import StepRows, batch_indices, permutation
 from megatron_gkd.media.medium import Medium
 
 
@@ -72,12 +72,12 @@ def steps_of(
     """size: rows of a step for each rank."""
     return step_loader(
         dataset,
+        lambda step: batch_indices(step, size * ranks, len(dataset), seed),
         lambda step: dataset.lengths,
         global_batch_size=size * ranks,
         budget=Budget(max_tokens, at_least=at_least),
         dp_rank=rank,
         dp_size=ranks,
-        seed=seed,
         start_step=start,
         num_steps=stop,
         num_workers=workers,
@@ -95,7 +95,12 @@ def rows_of(steps):
 def evaluation_of(dataset, *, max_tokens=12, rank=0, ranks=1):
     return list(
         eval_loader(
-            dataset, dataset.lengths, budget=Budget(max_tokens), dp_rank=rank, dp_size=ranks
+            dataset,
+            range(len(dataset)),
+            dataset.lengths,
+            budget=Budget(max_tokens),
+            dp_rank=rank,
+            dp_size=ranks,
         )
     )
 
@@ -115,6 +120,32 @@ def test_every_epoch_has_every_row_once():
         assert sorted(epoch.tolist()) == list(range(7))
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 8
     assert batch_indices(3, 4, 7, seed=6).tolist() != batch_indices(3, 4, 7, seed=5).tolist()
+
+
+def test_rows_of_steps_where_some_have_no_response():
+    """Each kind of step goes through its rows in epochs of its own, from whichever step it starts;
+    where all rows have a response, the kinds share one sequence.
+    """
+    has_response = numpy.array([True, False, True, True, False, False, True])
+    needs = [bool(step % 3) for step in range(42)]
+
+    def rows(has_response, steps=range(42)):
+        order = StepRows(has_response, needs.__getitem__, 4, seed=5)
+        return [order(step).tolist() for step in steps]
+
+    found = rows(has_response)
+    of_kind = {kind: sum((of for of, n in zip(found, needs) if n == kind), []) for kind in needs}
+    for epoch in numpy.reshape(of_kind[False], (8, 7)):
+        assert sorted(epoch.tolist()) == list(range(7))
+    for epoch in numpy.reshape(of_kind[True], (28, 4)):
+        assert sorted(epoch.tolist()) == [0, 2, 3, 6]
+    assert rows(has_response, range(30, 42)) == found[30:]
+    assert rows(~has_response & has_response, [0, 3, 6]) == [
+        batch_indices(step, 4, 7, seed=5).tolist() for step in range(3)
+    ]
+    assert rows(numpy.ones(7, dtype=bool)) == [
+        batch_indices(step, 4, 7, seed=5).tolist() for step in range(42)
+    ]
 
 
 def test_a_batch_larger_than_the_data():
@@ -155,10 +186,11 @@ def test_the_global_batch_is_the_same_at_any_layout(ranks, size, max_tokens, at_
 def test_a_step_may_have_lengths_of_its_own():
     """Of a step whose responses are yet to be written: other cuts, the same rows."""
     dataset = Rows(8)
-    settings = dict(global_batch_size=8, budget=Budget(20), seed=0, start_step=0, num_steps=2)
+    settings = dict(global_batch_size=8, budget=Budget(20), start_step=0, num_steps=2)
     settings |= dict(dp_rank=0, dp_size=1, num_workers=0)
     lengths = [dataset.lengths, [20] * 8]
-    (usual, written) = rows_of(step_loader(dataset, lengths.__getitem__, **settings))
+    order = StepRows(numpy.ones(8, dtype=bool), bool, 8, seed=0)
+    (usual, written) = rows_of(step_loader(dataset, order, lengths.__getitem__, **settings))
     assert len(written) == 8 > len(usual)
     assert sorted(row for rows in usual for row in rows) == sorted(row for (row,) in written)
 

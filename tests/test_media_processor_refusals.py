@@ -4,6 +4,7 @@ placeholder or --max_length.
 
 import contextlib
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from megatron_gkd.data import DataError
 from megatron_gkd.data.loader import PADDING, step_loader
 from megatron_gkd.data.micro_batches import Budget
+from megatron_gkd.data.order import batch_indices
 from tests.test_media_processor import ANSWER, build_model, load, row, write_media
 
 
@@ -139,18 +141,24 @@ def test_a_torn_file_is_named_when_its_row_is_reached(model, media, tmp_path, nu
         budget=Budget(10_000),
         dp_rank=0,
         dp_size=1,
-        seed=0,
         start_step=0,
     )
     steps |= dict(num_steps=1, num_workers=num_workers)
-    rows = torn(tmp_path, media)
+    rows, order = (
+        torn(tmp_path, media),
+        partial(batch_indices, global_batch_size=3, num_rows=3, seed=0),
+    )
     data = load(model, tmp_path, *rows)
-    with contextlib.closing(step_loader(data, lambda _: data.lengths.views, **steps)) as loader:
+    with contextlib.closing(
+        step_loader(data, order, lambda _: data.lengths.views, **steps)
+    ) as loader:
         with pytest.raises(DataError, match=r"rows.jsonl:[23]: ") as error:
             next(loader)
     assert "Traceback" not in str(error.value)
     data = load(model, tmp_path, *rows, skip_bad_rows=True)
-    with contextlib.closing(step_loader(data, lambda _: data.lengths.views, **steps)) as loader:
+    with contextlib.closing(
+        step_loader(data, order, lambda _: data.lengths.views, **steps)
+    ) as loader:
         (micro_batch,) = next(loader)
     assert micro_batch.count(PADDING) == 2 and len(micro_batch) == 3
     (sample,) = (sample for _, sample in micro_batch if sample is not None)

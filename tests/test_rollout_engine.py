@@ -18,6 +18,7 @@ from megatron_gkd.config import RolloutConfig
 from megatron_gkd.data import collate, load_datasets, step_loader
 from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.data_settings import DataConfig
+from megatron_gkd.data.order import batch_indices
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers
@@ -170,12 +171,12 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
     budget = Budget(max_tokens=100)
     loader = step_loader(
         data,
+        lambda step: batch_indices(step, len(data), len(data), seed=0),
         lambda step: data.lengths.views,
         global_batch_size=len(data),
         budget=budget,
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
-        seed=0,
         start_step=0,
         num_steps=1,
         num_workers=0,

@@ -10,6 +10,7 @@ from operator import add
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
@@ -54,6 +55,10 @@ _SCHEMA = pyarrow.schema(
         "location": pyarrow.string(),
         "reason": pyarrow.string(),  # null: a good row
     }
+)
+NO_RESPONSE = (
+    "no response, and no step of the run writes one: give it one, or set --lmbda above 0 (1 where "
+    "all rows are prompts alone) or --seq_kd true"
 )
 _EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
 
@@ -222,6 +227,8 @@ def load_datasets(
     vocab_size: int,
     seed: int,
     gather: Callable[[Any], list] = alone,
+    *,
+    writes_responses: bool = True,
 ) -> tuple[SampleDataset, SampleDataset | None]:
     """Read, check and tokenise everything -> (training rows, evaluation rows or None). A pure
     function of the files and the other arguments.
@@ -229,6 +236,7 @@ def load_datasets(
     Evaluation is `val_dataset`, or a seeded share of `split_dataset_ratio` of the training rows (at
     least one). gather: one value per rank -> the list of all, if several ranks call this: of those
     that see the same folder of temporary files (TMPDIR) one does the work, and all map its result.
+    writes_responses: whether training may write responses; if not, its rows must have them.
 
     Raises DataError that lists bad rows with file, line and reason (unless `skip_bad_rows`), or
     says what cannot be opened. Collectives: two calls of `gather`.
@@ -266,6 +274,9 @@ def load_datasets(
 
     parts = made_once(make, read, gather)
     train_rows, train_bad = _separate(parts[: len(data.dataset)])
+    if not writes_responses:
+        train_rows, without = _with_response(train_rows)
+        train_bad += without
     eval_rows, eval_bad = _separate(parts[len(data.dataset) :]) if data.val_dataset else (None, [])
     if (train_bad or eval_bad) and not data.skip_bad_rows:
         num_rows = len(train_rows) + len(train_bad) + len(eval_rows or []) + len(eval_bad)
@@ -315,6 +326,16 @@ def _separate(parts: list[StoredRows]) -> tuple[StoredRows, list[BadRow]]:
         return rows, []
     bad_rows = [BadRow(**row) for row in rows.select(bad).columns(*BadRow._fields).to_pylist()]
     return rows.select([index for index, reason in enumerate(reasons) if reason is None]), bad_rows
+
+
+def _with_response(rows: StoredRows) -> tuple[StoredRows, list[BadRow]]:
+    """The rows with a response, and the others as bad rows."""
+    has_response = view_lengths(rows).has_response
+    without = rows.select(np.flatnonzero(~has_response))
+    locations = without.columns("location")["location"].to_pylist()
+    return rows.select(np.flatnonzero(has_response)), [
+        BadRow(location, NO_RESPONSE) for location in locations
+    ]
 
 
 def _split(rows: StoredRows, ratio: float, seed: int) -> tuple[StoredRows, StoredRows]:

@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_gkd.data.micro_batches import Budget, cut
-from megatron_gkd.data.order import batch_indices
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import DataError
 
@@ -122,13 +121,13 @@ def _checked(found: Numbered | DataError) -> Numbered:
 
 def step_loader(
     dataset: Samples,
+    step_rows: Callable[[int], np.ndarray],
     lengths: Callable[[int], Sequence[int] | np.ndarray],
     *,
     global_batch_size: int,
     budget: Budget,
     dp_rank: int,
     dp_size: int,
-    seed: int,
     start_step: int,
     num_steps: int,
     num_workers: int,
@@ -136,13 +135,14 @@ def step_loader(
     """For each optimizer step in [start_step, num_steps) the samples of this rank's micro-batches,
     as many as any other rank has. Close it (contextlib.closing), however the run ends.
 
-    lengths: step -> tokens that each row of the data set will have in it. global_batch_size: rows
-    of a step over all data-parallel ranks. `num_steps` is the length of the whole run, resumed or
-    not. Raises DataError for a medium that cannot be read.
+    step_rows: step -> indices of its rows (`StepRows`). lengths: step -> tokens that each row of
+    the data set will have in it. global_batch_size: rows of a step over all data-parallel ranks.
+    `num_steps` is the length of the whole run, resumed or not. Raises DataError for a medium that
+    cannot be read.
     """
 
     def plan(step: int) -> list[list[tuple[int, int]]]:
-        rows = batch_indices(step, global_batch_size, len(dataset), seed).tolist()
+        rows = step_rows(step).tolist()
         of_step = lengths(step)
         mine = cut([int(of_step[row]) for row in rows], budget, dp_size)[dp_rank]
         return [[(number, rows[number]) for number in micro] for micro in mine]
@@ -157,18 +157,19 @@ def step_loader(
 
 def eval_loader(
     dataset: Samples,
+    rows: Sequence[int] | np.ndarray,
     lengths: Sequence[int] | np.ndarray,
     *,
     budget: Budget,
     dp_rank: int,
     dp_size: int,
 ) -> Iterator[list[Numbered]]:
-    """Every row once over all ranks, cut window by window; every rank gets the same number of
-    micro-batches. lengths: tokens of each row.
+    """The rows of these indices once over all ranks, cut window by window; every rank gets the same
+    number of micro-batches. lengths: tokens of each row of the data set.
     """
     window, reader = EVAL_WINDOW * dp_size, _NumberedDataset(dataset)
-    for first in range(0, len(dataset), window):
-        of_window = list(map(int, lengths[first : first + window]))
-        for micro in cut(of_window, budget, dp_size)[dp_rank]:
-            found = [_checked(reader[first + number, first + number]) for number in micro]
+    for first in range(0, len(rows), window):
+        of_window = [int(row) for row in rows[first : first + window]]
+        for micro in cut([int(lengths[row]) for row in of_window], budget, dp_size)[dp_rank]:
+            found = [_checked(reader[of_window[place], of_window[place]]) for place in micro]
             yield found or [PADDING]

@@ -24,6 +24,8 @@ class DataReport:
     max_tokens: int
     num_response_tokens: int
     sources: dict[str, int]
+    num_prompts_alone: int = 0
+    """Rows without a response"""
     media: dict[str, int] = field(default_factory=dict)
     """Rows by the kinds of media in student's and teacher's view: `audio > text` is a student that
     hears and a teacher that reads.
@@ -46,9 +48,11 @@ class DataReport:
             f"{number} {kind}{'s' * (number > 1)}" for kind, number in self.num_media.items()
         )
         pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
+        alone = f"{self.num_prompts_alone} without a response; " * bool(self.num_prompts_alone)
         media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
         return (
-            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {media}"
+            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {alone}"
+            f"{media}"
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
             f"{self.num_skipped} bad rows skipped"
@@ -60,6 +64,11 @@ class Lengths(NamedTuple):
 
     views: np.ndarray
     prompts: np.ndarray
+
+    @property
+    def has_response(self) -> np.ndarray:
+        """bool, of each row"""
+        return self.views > self.prompts
 
 
 def view_lengths(rows: StoredRows) -> Lengths:
@@ -85,6 +94,7 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
         max_tokens=int(lengths.views.max()),
         num_response_tokens=compute.sum(trained).as_py(),
         sources=dict(Counter(table["source"].to_pylist())),
+        num_prompts_alone=int((~lengths.has_response).sum()),
         **_media_report(rows),
         skipped=skipped,
     )

@@ -45,6 +45,10 @@ class Prompts:
     """The media of all prompts as features of this process's towers; None where all are text.
     Towers with LoRA encode when it is called, with LoRA on or off as it then is.
     """
+    greedy: bool = False
+    """Whether the most probable token is taken in place of a draw, all else as the run draws: for
+    evaluation
+    """
 
 
 class RolloutBackend(Protocol):
@@ -103,7 +107,8 @@ class MegatronBackend:
         parallelism, whose ranks share the prompts, an exchange of what they wrote.
         """
         toggle = as_student if prompts.author == "student" else as_teacher
-        model, parallel = self.engine.model, self.engine.parallel
+        engine = self.engine.greedy if prompts.greedy else self.engine
+        model, parallel = engine.model, engine.parallel
         own = range(parallel.cp_rank, len(prompts.token_ids), parallel.cp_size)
         # also the towers, which encode the prompts' media
         with toggle(model), eval_mode(model), torch.no_grad():
@@ -111,7 +116,7 @@ class MegatronBackend:
             written = _Written()
             try:
                 written.responses = generate(
-                    self.engine,
+                    engine,
                     [prompts.token_ids[index] for index in own],
                     seed=(self.seed << 32) + step,
                     row_ids=[prompts.row_ids[index] for index in own],

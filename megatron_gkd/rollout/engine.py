@@ -3,7 +3,8 @@ and the CUDA graphs that read it.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ class Engine:
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=parallel.device)
         self._rows: Rows | None = None
         self._sampler: Sampler | None = None
+        self._greedy: Engine | None = None
+
+    @property
+    def greedy(self) -> "Engine":
+        """The same writer, which takes the most probable token: decoder, lm_head and laid-out LoRA
+        are shared, and keys and values are a rollout's own in any case.
+        """
+        if self._greedy is None:
+            other = copy(self)
+            sampling = replace(self.settings.sampling, temperature=0.0)
+            other.settings = replace(self.settings, sampling=sampling)
+            other.graphs = Graphs(self.parallel.device, enabled=self.graphs.enabled)
+            other._rows = other._sampler = None
+            self._greedy = other
+        return self._greedy
 
     def largest_of_ranks(self, number: int) -> int:
         """The largest number of the ranks that need each other in every forward."""
@@ -96,3 +112,5 @@ class Engine:
     def close(self) -> None:
         """Let go of the graphs: before the process groups, whose collectives they hold."""
         self.graphs.clear()
+        if self._greedy is not None:
+            self._greedy.close()

@@ -45,6 +45,15 @@ class Rollout:
     packing: Packing
     num_samples: int = 1
     """Responses to each prompt; each is a row of the step"""
+    greedy: bool = False
+    """Whether the most probable token is taken in place of a draw"""
+
+    def for_evaluation(self, data: SampleDataset, budget: Budget) -> "Rollout":
+        """The same backend for the prompts of other data: one response to each, greedy, in
+        micro-batches within `budget`.
+        """
+        references = data.media_references
+        return replace(self, references=references, budget=budget, num_samples=1, greedy=True)
 
     def respond_or_skip(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
@@ -144,6 +153,7 @@ class Rollout:
             sample_ids=sample_ids,
             references=lambda prompt: self.references(row_ids[prompt], author),
             media=encode_media,
+            greedy=self.greedy,
         )
 
     def num_truncated(self, batches: Sequence[Batch]) -> int:
