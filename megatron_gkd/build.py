@@ -5,6 +5,7 @@ screen.
 import os
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -28,7 +29,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.recompute import Recomputation
-from megatron_gkd.resume import note_start, resume
+from megatron_gkd.resume import data_state, note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
 from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
 from megatron_gkd.run_folder import (
@@ -88,7 +89,10 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
         write_description(config, num_parameters, parallel)
-    progress = resume(config, model, model_args, optimizer, parallel, adapter, resume_folder)
+    data_now = data_state(train_data, eval_data)
+    progress = resume(
+        config, model, model_args, optimizer, parallel, adapter, resume_folder, data_now
+    )
     writer = MetricsWriter(
         config.run.output_dir,
         config.train.max_steps,
@@ -333,6 +337,7 @@ def load_data(
         config.train.seed,
         all_gather_objects,
         writes_responses=config.distill.writes_responses,
+        log=partial(log_rank_0, parallel),
     )
     log_rank_0(parallel, f"Data: {train_data.report.summary()}")
     if eval_data:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_gkd.flags import BELOW_1, require, require_at_least, require_in, setting
+from megatron_gkd.flags import BELOW_1, NOT_NEGATIVE, require, require_at_least, require_in, setting
 
 
 @dataclass
@@ -78,12 +78,25 @@ class DataConfig:
         "it.",
     )
 
+    prepared_rows: str | None = setting(
+        None,
+        "Folder that keeps prepared rows for the next start that would make the same; runs and "
+        "machines may share it. Default: megatron_gkd/prepared_rows in $XDG_CACHE_HOME or ~/.cache;"
+        " none keeps none.",
+    )
+    prepared_rows_gib: float = setting(
+        20.0, "Most that this folder keeps; what was unused for longest goes first."
+    )
+
     def __post_init__(self):
         way_out = "0.01 sets one row in a hundred aside"
         require_in(self, BELOW_1, "split_dataset_ratio", way_out=way_out)
         require_at_least(self, 2, "max_length")
         require_at_least(self, 0, "dataloader_num_workers")
         require_at_least(self, 1, "dataset_num_proc")
+        require_in(
+            self, NOT_NEGATIVE, "prepared_rows_gib", way_out="--prepared_rows none keeps none"
+        )
         for name in self.dataset + self.val_dataset:
             require(bool(name.strip()), "dataset", repr(name), "a file or a name")
         if (path := self.chat_template) is not None:

@@ -21,12 +21,15 @@ from megatron_gkd.checkpoint import (
     save_checkpoint,
 )
 from megatron_gkd.config import Config
+from megatron_gkd.data import SampleDataset
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.run import Progress, Run
+
+_WILL_DIFFER = "the resumed run will differ from one that was never stopped"
 
 
 def resume(
@@ -37,9 +40,11 @@ def resume(
     parallel: Parallel,
     adapter: PeftAdapter | None,
     folder: Path | None,
+    data: dict[str, Any],
 ) -> Progress:
     """The state of the checkpoint `folder`, if one is resumed (its LoRA weights, `adapter`, are in
     the model). Another rank or other linears than the checkpoint's begin a new stage at step 0.
+    data: see `data_state`.
     """
     if folder is None or adapter is None:
         return Progress()
@@ -64,9 +69,10 @@ def resume(
         if state["settings"].get(name) != value:
             log_rank_0(
                 parallel,
-                f"Note: {name} was {state['settings'].get(name)} and is {value}: the resumed run "
-                "will differ from one that was never stopped",
+                f"Note: {name} was {state['settings'].get(name)} and is {value}: {_WILL_DIFFER}",
             )
+    for note in _changed_rows(state.get("data", {}), data):
+        log_rank_0(parallel, note)
     total_steps = config.train.max_steps
     log_rank_0(parallel, f"Resumed {folder} at step {state['step']} of {total_steps}")
     if state["step"] >= total_steps:
@@ -77,6 +83,33 @@ def resume(
         )
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     return replace(progress, bad_in_a_row=0)
+
+
+def data_state(
+    train_data: SampleDataset, eval_data: SampleDataset | None
+) -> dict[str, dict[str, Any] | None]:
+    """What a resumed run should have again: numbers of rows, and digests of what was made of them,
+    by flag.
+    """
+    return {
+        flag: {"rows": len(data), "digest": data.digest} if data else None
+        for flag, data in (("dataset", train_data), ("val_dataset", eval_data))
+    }
+
+
+def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each part of the data whose rows are others; of a checkpoint that does not tell
+    none.
+    """
+    notes = []
+    for flag in now.keys() & before.keys():
+        rows = [found["rows"] if found else 0 for found in (before[flag], now[flag])]
+        change = f"had {rows[0]} rows and has {rows[1]}"
+        if rows[0] == rows[1]:
+            change = f"has {rows[1]} rows as before, but not the same"
+        if before[flag] != now[flag]:
+            notes.append(f"Note: {flag} {change}: {_WILL_DIFFER}")
+    return sorted(notes)
 
 
 def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
@@ -93,10 +126,15 @@ def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
     }
 
 
-# Settings that may change on resume without a note: the first group changes no number, the second
-# is covered by global_batch_size and total_steps; how a step's rows are cut into micro-batches
-# changes rounding and dropout's draws, as another layout does.
+# Settings that may change on resume without a note: the first group changes no number, or names
+# rows, which are compared themselves; the second is covered by global_batch_size and total_steps;
+# how a step's rows are cut into micro-batches changes rounding and dropout's draws, as another
+# layout does.
 FREE_SETTINGS = {
+    "dataset",
+    "val_dataset",
+    "prepared_rows",
+    "prepared_rows_gib",
     "dataloader_num_workers",
     "dataset_num_proc",
     "media_cache",
@@ -171,7 +209,11 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
         dropout=run.config.lora.lora_dropout,
         base_model=run.config.model.model,
         optimizer=None if run.config.run.save_only_model else run.optimizer,
-        state=vars(progress) | {"settings": run_settings(run.config, run.parallel)},
+        state=vars(progress)
+        | {
+            "settings": run_settings(run.config, run.parallel),
+            "data": data_state(run.train_data, run.eval_data),
+        },
     )
     run.saved_step, run.save_owed = step, False
     log_rank_0(run.parallel, f"saved {folder}")

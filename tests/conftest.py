@@ -31,6 +31,12 @@ for variable in SCRIPTS_READ:
     os.environ.pop(variable, None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory):
+    """What runs keep for the next start: not in the user's own folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """`tiny_folder(text_config={...}, **sizes)` -> path of a small model folder, built once per

@@ -342,6 +342,30 @@ def test_other_settings_than_before_are_said(data, tmp_path):
     names = [note.split()[0] for note in notes]
     assert sorted(names) == ["dataset", "learning_rate", "total_steps"]
     assert " learning_rate was 0.01 and is 0.02" in notes
+    assert " dataset had 20 rows and has 5" in notes
+
+
+def test_rows_are_compared_and_not_their_paths(data, tmp_path):
+    """The same rows in another place are no change; another row is one, in the evaluation too."""
+    run_training(1, flags_of_run(data, tmp_path / "run", max_steps=1, lmbda=0))
+    rows = Path(data["dataset"]).read_text().splitlines(keepends=True)
+    cases = {"moved": rows, "other": [*rows[1:], rows[0]], "fewer": rows[1:]}
+    for name, lines in cases.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    moved, other, fewer = (str(tmp_path / f"{name}.jsonl") for name in cases)
+    for changes, expected in (
+        (dict(dataset=moved), []),
+        (dict(dataset=other), ["Note: dataset has 20 rows as before, but not the same"]),
+        (
+            dict(dataset=fewer, val_dataset=fewer),
+            ["Note: dataset had 20 rows and has 19", "Note: val_dataset had 5 rows and has 19"],
+        ),
+    ):
+        changes |= dict(max_steps=1, lmbda=0)
+        changes |= dict(resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
+        said = run_training(1, flags_of_run(data, tmp_path / "run", **changes))
+        notes = [line for line in said.splitlines() if "will differ" in line]
+        assert [note.split(": the resumed")[0] for note in notes] == expected
 
 
 def _train_on_a_full_disk(rank, world_size, argv):

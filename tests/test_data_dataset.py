@@ -38,7 +38,9 @@ def no_tokenizer(tmp_path):
 
 
 def settings(*entries, **changes):
-    return DataConfig(**{"dataset": list(entries), "max_length": 64} | changes)
+    return DataConfig(
+        **{"dataset": list(entries), "max_length": 64, "prepared_rows": "none"} | changes
+    )
 
 
 def load(data, folder, seed=0, vocab_size=VOCAB):

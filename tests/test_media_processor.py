@@ -85,7 +85,11 @@ def row(**more):
 
 
 def load(model, folder, *rows, **changes):
-    values = {"dataset": [str(folder / "rows.jsonl")], "max_length": 400} | changes
+    values = {
+        "dataset": [str(folder / "rows.jsonl")],
+        "max_length": 400,
+        "prepared_rows": "none",
+    } | changes
     if rows:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_datasets(DataConfig(**values), model, VOCAB, 0)[0]

@@ -17,8 +17,8 @@ from megatron_gkd.checkpoint import save_checkpoint
 from megatron_gkd.config import RolloutConfig
 from megatron_gkd.data import collate, load_datasets, step_loader
 from megatron_gkd.data.micro_batches import Budget
-from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.data.order import batch_indices
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import StepMedia, build_towers

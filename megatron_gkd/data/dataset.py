@@ -2,28 +2,28 @@
 split off evaluation.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
-from functools import partial, reduce
-from operator import add
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
 from megatron_gkd.data.conversation import RenderOptions
 from megatron_gkd.data.encoded import Encoded, decode_sample, encode_row
 from megatron_gkd.data.forms import with_columns_renamed
-from megatron_gkd.data.order import SPLIT, permutation
+from megatron_gkd.data.prepared_rows import PreparedRows, basis, default_folder
 from megatron_gkd.data.render_options import RowDefaults, check_variables
 from megatron_gkd.data.report import make_report, view_lengths
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import Source, open_source
+from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
@@ -51,14 +51,11 @@ _SCHEMA = pyarrow.schema(
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": pyarrow.bool_(),
+        "digest": pyarrow.binary(16),  # of all of the above
         "source": pyarrow.string(),
         "location": pyarrow.string(),
         "reason": pyarrow.string(),  # null: a good row
     }
-)
-NO_RESPONSE = (
-    "no response, and no step of the run writes one: give it one, or set --lmbda above 0 (1 where "
-    "all rows are prompts alone) or --seq_kd true"
 )
 _EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
 
@@ -81,6 +78,8 @@ class DataSettings(Protocol):
     chat_template_kwargs: str | None
     teacher_chat_template_kwargs: str | None
     chat_template: str | None
+    prepared_rows: str | None
+    prepared_rows_gib: float
 
 
 class SampleDataset:
@@ -127,6 +126,14 @@ class SampleDataset:
         return PromptReferences(
             [references[number] for number in indices], encoded.use_audio_in_video
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for the rows and their order, whatever files they come from."""
+        found = hashlib.blake2b(digest_size=16)
+        for digest in self._rows.columns("digest")["digest"].to_pylist():
+            found.update(digest)
+        return found.hexdigest()
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
@@ -218,7 +225,7 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
         reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
     kinds = [reference["kind"] for reference in encoded.media]
     columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
-    return encoded._asdict() | columns
+    return encoded._asdict() | columns | {"digest": encoded.digest()}
 
 
 def load_datasets(
@@ -229,6 +236,7 @@ def load_datasets(
     gather: Callable[[Any], list] = alone,
     *,
     writes_responses: bool = True,
+    log: Callable[[str], None] = lambda line: None,
 ) -> tuple[SampleDataset, SampleDataset | None]:
     """Read, check and tokenise everything -> (training rows, evaluation rows or None). A pure
     function of the files and the other arguments.
@@ -236,7 +244,8 @@ def load_datasets(
     Evaluation is `val_dataset`, or a seeded share of `split_dataset_ratio` of the training rows (at
     least one). gather: one value per rank -> the list of all, if several ranks call this: of those
     that see the same folder of temporary files (TMPDIR) one does the work, and all map its result.
-    writes_responses: whether training may write responses; if not, its rows must have them.
+    writes_responses: whether training may write responses; if not, its rows must have them. log:
+    takes a line on rows that were prepared earlier, or are kept for the next start.
 
     Raises DataError that lists bad rows with file, line and reason (unless `skip_bad_rows`), or
     says what cannot be opened. Collectives: two calls of `gather`.
@@ -251,33 +260,28 @@ def load_datasets(
     encoding = row_encoding(data, model_dir, vocab_size)
     chat, processor = encoding.chat, encoding.processor
 
-    def make(folder: str) -> list[list[str]]:
-        """For each entry of `dataset`, then of `val_dataset`, the files with its rows."""
-        sources = [
-            open_source(entry, seed, data.download_datasets)
-            for entry in [*data.dataset, *data.val_dataset]
+    def make(folder: str) -> dict[str, Any]:
+        """For each entry of `dataset`, then of `val_dataset`, the files with its rows; and lines
+        for the screen.
+        """
+        kept = _kept(data, encoding, model_dir)
+        files = [
+            _prepare(entry, os.path.join(folder, str(number)), encoding, data, seed, kept)
+            for number, entry in enumerate([*data.dataset, *data.val_dataset])
         ]
-        return [
-            write_rows(
-                partial(encode_source_row, source, encoding),
-                len(source.locations),
-                _SCHEMA,
-                os.path.join(folder, str(number)),
-                data.dataset_num_proc,
-                f"Rows of {source.name}",
-            )
-            for number, source in enumerate(sources)
-        ]
+        return {"files": files, "notes": kept.notes if kept else []}
 
-    def read(made: list[list[str]]) -> list[StoredRows]:
-        return [StoredRows.open(_SCHEMA, files) for files in made]
+    def read(made: dict[str, Any]) -> tuple[list[StoredRows], list[str]]:
+        return [StoredRows.open(_SCHEMA, files) for files in made["files"]], made["notes"]
 
-    parts = made_once(make, read, gather)
-    train_rows, train_bad = _separate(parts[: len(data.dataset)])
+    parts, notes = made_once(make, read, gather)
+    for note in notes:
+        log(note)
+    train_rows, train_bad = separate(parts[: len(data.dataset)])
     if not writes_responses:
-        train_rows, without = _with_response(train_rows)
+        train_rows, without = with_response(train_rows)
         train_bad += without
-    eval_rows, eval_bad = _separate(parts[len(data.dataset) :]) if data.val_dataset else (None, [])
+    eval_rows, eval_bad = separate(parts[len(data.dataset) :]) if data.val_dataset else (None, [])
     if (train_bad or eval_bad) and not data.skip_bad_rows:
         num_rows = len(train_rows) + len(train_bad) + len(eval_rows or []) + len(eval_bad)
         raise bad_rows_error(train_bad + eval_bad, num_rows)
@@ -291,12 +295,61 @@ def load_datasets(
                 f"{bad[0].reason}"
             )
     if data.split_dataset_ratio:
-        train_rows, eval_rows = _split(train_rows, data.split_dataset_ratio, seed)
+        train_rows, eval_rows = split(train_rows, data.split_dataset_ratio, seed)
     pad_token_id = chat.pad_token_id if chat is not None else 0
     train = SampleDataset(train_rows, pad_token_id, processor, train_bad, data.skip_bad_rows)
     if eval_rows is None:
         return train, None
     return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
+
+
+def _kept(data: DataSettings, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
+    """The folder of prepared rows. None with --check_data, which is to read everything."""
+    if data.prepared_rows == "none" or data.check_data:
+        return None
+    # chat and processor are what the model folder and the settings make them
+    values = encoding._asdict() | {"chat": None, "processor": None}
+    return PreparedRows(
+        data.prepared_rows or default_folder(),
+        int(data.prepared_rows_gib * 2**30),
+        _SCHEMA,
+        basis(data, values, model_dir),
+    )
+
+
+def _prepare(
+    entry: str,
+    path: str,
+    encoding: RowEncoding,
+    data: DataSettings,
+    seed: int,
+    kept: PreparedRows | None,
+) -> list[str]:
+    """The files, named after `path`, with the rows of an entry of --dataset."""
+
+    @cache
+    def open_entry() -> Source:
+        return open_source(entry, seed, data.download_datasets)
+
+    def reason_of(index: int) -> str | None:
+        return encode_source_row(open_entry(), encoding, index)["reason"]
+
+    def prepare() -> list[str]:
+        source = open_entry()
+        return write_rows(
+            partial(encode_source_row, source, encoding),
+            len(source.locations),
+            _SCHEMA,
+            path,
+            data.dataset_num_proc,
+            f"Rows of {source.name}",
+        )
+
+    if kept is None:
+        return prepare()
+    return kept.files(
+        entry, path, seed=seed, open_entry=open_entry, reason_of=reason_of, prepare=prepare
+    )
 
 
 def _try_tokenizer(model_dir: str, template_file: str | None) -> tuple[ChatTokenizer | None, str]:
@@ -315,38 +368,3 @@ def _try_tokenizer(model_dir: str, template_file: str | None) -> tuple[ChatToken
         f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and "
         "labels",
     )
-
-
-def _separate(parts: list[StoredRows]) -> tuple[StoredRows, list[BadRow]]:
-    """Good rows in the order of files and lines, and the bad ones."""
-    rows = reduce(add, parts)
-    reasons = rows.columns("reason")["reason"].to_pylist()
-    bad = [index for index, reason in enumerate(reasons) if reason is not None]
-    if not bad:
-        return rows, []
-    bad_rows = [BadRow(**row) for row in rows.select(bad).columns(*BadRow._fields).to_pylist()]
-    return rows.select([index for index, reason in enumerate(reasons) if reason is None]), bad_rows
-
-
-def _with_response(rows: StoredRows) -> tuple[StoredRows, list[BadRow]]:
-    """The rows with a response, and the others as bad rows."""
-    has_response = view_lengths(rows).has_response
-    without = rows.select(np.flatnonzero(~has_response))
-    locations = without.columns("location")["location"].to_pylist()
-    return rows.select(np.flatnonzero(has_response)), [
-        BadRow(location, NO_RESPONSE) for location in locations
-    ]
-
-
-def _split(rows: StoredRows, ratio: float, seed: int) -> tuple[StoredRows, StoredRows]:
-    """(train, evaluation): evaluation is a seeded share of the rows; at least one row on each side,
-    both in their old order.
-    """
-    num_eval = max(1, int(len(rows) * ratio))
-    if num_eval >= len(rows):
-        raise DataError(
-            f"--split_dataset_ratio {ratio} of {len(rows)} rows leaves no row to train on"
-        )
-    chosen = permutation(len(rows), seed, SPLIT)
-    train, evaluation = sorted(chosen[num_eval:].tolist()), sorted(chosen[:num_eval].tolist())
-    return rows.select(train), rows.select(evaluation)

@@ -5,6 +5,9 @@ Without a teacher view every assistant turn of a row is trained; with one only t
 which both views share. Of a prompt alone nothing is trained: its response is written in the run.
 """
 
+import hashlib
+import os
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -49,6 +52,19 @@ class Encoded(NamedTuple):
     def references(self) -> list[Reference]:
         """`media` as the row gave them."""
         return [Reference(*(stored[name] for name in Reference._fields)) for stored in self.media]
+
+    def digest(self) -> bytes:
+        """16 bytes that stand for the sample, wherever its media lie: of a path the name counts."""
+        found = hashlib.blake2b(digest_size=16)
+        media = [
+            stored | {"path": stored["path"] and os.path.basename(stored["path"])}
+            for stored in self.media
+        ]
+        for name, value in self._replace(media=media)._asdict().items():
+            is_ids = isinstance(value, list) and value and isinstance(value[0], int)
+            stands_for = array("q", value).tobytes() if is_ids else repr(value).encode()
+            found.update(f"{name} {len(stands_for)} ".encode() + stands_for)
+        return found.digest()
 
 
 class _Prompt(NamedTuple):

@@ -60,7 +60,7 @@ class StoredRows:
         chosen = np.concatenate((self._chosen, other._chosen + self._starts[-1]))
         return StoredRows(self.schema, self._batches + other._batches, chosen)
 
-    def select(self, indices: Sequence[int]) -> "StoredRows":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "StoredRows":
         """The rows at `indices`, which ascend."""
         places = self._chosen[np.asarray(indices, dtype=np.int64)]
         return StoredRows(self.schema, self._batches, places)
