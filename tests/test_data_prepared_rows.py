@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import wave
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from megatron_gkd.data import dataset, load_datasets, prepared_rows
 from tests import ranks
 from tests.test_data_dataset import MIXED, VOCAB, ids_row, samples, settings, write_jsonl
-from tests.tiny_tokenizer import write_bpe_folder
+from tests.tiny_tokenizer import CHATML, write_bpe_folder
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ def change_a_row(tmp_path, folder, data):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def change_template(tmp_path, folder, data):
-    (path,) = (path for path in (tmp_path / "bpe").iterdir() if "m.role" in path.read_text())
+def change_template(tmp_path, folder, data, name="bpe"):
+    (path,) = (path for path in (tmp_path / name).iterdir() if "m.role" in path.read_text())
     path.write_text(path.read_text().replace("{{ m.content }}", " {{ m.content }}"))
 
 
@@ -97,7 +98,7 @@ def move_the_file(tmp_path, folder, data):
 
 
 def change_a_named_file(tmp_path, folder, data):
-    (tmp_path / "named").write_text("2")
+    change_template(tmp_path, folder, data, "named")
 
 
 CHANGES = {
@@ -106,24 +107,25 @@ CHANGES = {
     "template file": add_a_template_file,
     "file's name": move_the_file,
     "max_length": lambda path, folder, data: setattr(data, "max_length", 20),
-    "a setting to come": lambda path, folder, data: setattr(data, "system", "Be brief."),
+    "system": lambda path, folder, data: setattr(data, "system", "Be brief."),
+    "a setting to come": lambda path, folder, data: setattr(data, "to_come", "x"),
     "a file that a setting names": change_a_named_file,
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_whatever_changes_they_are_prepared_anew(tmp_path, folder, what):
-    (tmp_path / "named").write_text("1")
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "chat.jinja").write_text(CHATML)
     data = settings(
         write_jsonl(tmp_path / "rows.jsonl", MIXED),
         prepared_rows=str(tmp_path / "kept"),
-        chat_template=str(tmp_path / "named"),
+        chat_template=str(tmp_path / "named" / "chat.jinja"),
     )
     assert [load(data, folder)[1] for _ in range(2)] == [False, True]
     CHANGES[what](tmp_path, folder, data)
     found, reused, _ = load(data, folder)
-    fresh = settings(*data.dataset, max_length=data.max_length)
-    assert not reused and found == load(fresh, folder)[0]
+    assert not reused and found == load(replace(data, prepared_rows="none"), folder)[0]
     assert load(data, folder)[1]
 
 
@@ -150,7 +152,8 @@ def test_other_vocabularies_seeds_libraries_and_code(tmp_path, folder, monkeypat
 
 
 def test_a_setting_that_json_does_not_have_must_be_named(tmp_path, folder):
-    data = settings("rows.jsonl", prepared_rows=str(tmp_path), chat=object())
+    data = settings("rows.jsonl", prepared_rows=str(tmp_path))
+    data.later = object()
     with pytest.raises(TypeError, match="object is not JSON serializable"):
         load(data, folder)
 

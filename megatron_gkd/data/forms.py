@@ -213,6 +213,7 @@ _NO_FORM = {
     "rejected_response": "keep the better response alone",
     "text": "`text` is not divided into prompt and response: write it as `messages`",
 }
+_PREFERENCES = ("chosen", "rejected_response")
 _TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools")
 
 
@@ -281,9 +282,16 @@ def _history(row: dict[str, Any]) -> list[Turn]:
 
 
 def _response(row: dict[str, Any], column: str) -> list[Turn]:
-    """The last turn; none, if the column is absent or empty."""
+    """The last turn; none, if the column is absent or empty: a prompt alone. Not of a row whose
+    responses are in columns that are not read.
+    """
     text = check_text(row.get(column, ""), column)
-    return [Turn("assistant", text, column, column)] if text.strip() else []
+    if text.strip():
+        return [Turn("assistant", text, column, column)]
+    for name in _PREFERENCES:
+        if name in row:
+            raise RowError(f"empty response: {column} has no text; {_NO_FORM[name]}")
+    return []
 
 
 FORMS = (
