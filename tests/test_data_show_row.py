@@ -128,3 +128,13 @@ def test_the_command_needs_no_process_group(model, rows, tmp_path, monkeypatch, 
     monkeypatch.setenv("RANK", "1")
     run_from_config(config)
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_alone(model, tmp_path):
+    row = {"query": "first", "teacher_prompt": "first of all"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    lines = shown("0", model, str(tmp_path / "rows.jsonl")).splitlines()
+    titles = [line for line in lines if "tokens" in line]
+    assert all("a prompt alone, whose response a run writes; 0 are trained" in x for x in titles)
+    assert len(titles) == 2 and not any(line.startswith("> ") for line in lines)
+    assert lines[-1].endswith("<|im_start|>|assistant|\u23ce")

@@ -90,9 +90,11 @@ def _view(
 ) -> list[str]:
     """The lines of one view."""
     num_trained = len(labels) - labels.count(IGNORED_LABEL)
+    parts = f"{start} of them before the (last) response"
+    if start == len(ids):
+        parts = "a prompt alone, whose response a run writes"
     lines = [
-        f"{title}: {len(ids)} tokens, {start} of them before the (last) response; {num_trained} "
-        "are trained, in the lines marked >"
+        f"{title}: {len(ids)} tokens, {parts}; {num_trained} are trained, in the lines marked >"
     ]
     is_trained = [label != IGNORED_LABEL for label in labels]
     for trained, pieces in groupby(
