@@ -105,6 +105,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             budget=budget,
             packing=packed,
             seed=config.train.seed,
+            chat_template=config.data.chat_template,
         )
     return Run(
         config=config,

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from megatron_gkd.data import DataError, load_datasets
-from megatron_gkd.data.chat import load_chat_tokenizer
+from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
 from megatron_gkd.data.render_options import RESERVED
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.loss.rows import IGNORED_LABEL
@@ -136,6 +136,12 @@ def test_a_template_file(tmp_path, demo_folder):
     assert texts(demo_folder, row.student)[0] == (
         "<|im_start|>USER\nhi<|im_end|>\n<|im_start|>ASSISTANT\nho<|im_end|>"
     )
+    # a response ends with what the template closes it with, and with the folder's own
+    file.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    ids = load_chat_tokenizer(demo_folder).tokenizer.convert_tokens_to_ids
+    both = sorted([ids("<|im_end|>"), ids("<|endoftext|>")])
+    assert read_stop_token_ids(demo_folder, str(file)) == both
+    assert read_stop_token_ids(demo_folder) == [ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize(
