@@ -124,7 +124,7 @@ class ChatTokenizer:
             if not self._named_by_template[key]:
                 raise RowError(
                     f"the chat template of {self.folder} never names `{name}` and would leave it "
-                    "out"
+                    "out: do so, or give --chat_template FILE"
                 )
 
     def _locate(self, messages: Messages, options: RenderOptions, index: int, text: str) -> Span:
