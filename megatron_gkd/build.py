@@ -116,6 +116,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             budget=budget,
             packing=packed,
             seed=config.train.seed,
+            chat_template=config.data.chat_template,
         )
     if rollout and eval_data and prompts:
         eval_rollout = rollout.for_evaluation(eval_data, eval_budget(config, model_args))

@@ -33,14 +33,7 @@ from megatron_gkd.lora_settings import LoraConfig
 from megatron_gkd.memory import LINEARS, Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.responses import RolloutConfig
-
-# Flags of the swift command that have no meaning here, and the one line that answers each of them.
-REPLACED_FLAGS = {
-    "deepspeed": "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
-    "teacher_deepspeed": (
-        "the teacher is the student's own base model with LoRA off, so it is sharded with it"
-    ),
-}
+from megatron_gkd.swift_flags import SWIFT_FLAGS, answer
 
 
 @dataclass
@@ -55,11 +48,15 @@ class ModelConfig:
     teacher_model: str | None = setting(
         None, "Only the same folder as --model: the teacher is the student with LoRA off."
     )
-    train_type: str = setting("lora", "Only lora: the frozen base is the teacher.")
+    train_type: str = setting(
+        "lora", "Only lora: the frozen base is the teacher.", aliases=["--tuner_type"]
+    )
     torch_dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "Type of the base model; LoRA weights are float32."
     )
-    attn_impl: Literal["auto", "flash_attention_2", "flash", "sdpa", "eager", "te"] = setting(
+    attn_impl: Literal[
+        "auto", "flash_attention_2", "flash_attn", "flash", "sdpa", "eager", "te"
+    ] = setting(
         "flash",
         "Attention; what is not installed falls back to torch's scaled-dot-product attention, and "
         "the run says so.",
@@ -239,8 +236,9 @@ def parse_config(argv: list[str]) -> Config:
     """Settings from `argv` (without the program's name) and the YAML file that --config names; the
     flags win.
 
-    Raises ValueError of one line for an unknown flag or key (with the nearest valid name), a
-    missing flag, a bad value. Rank 0 prints one line for each DeepSpeed flag.
+    Raises ValueError for unknown flags (with the nearest valid names) and those of ms-swift that
+    have another name here, all at once, a line each; of one line for an unknown key of the file, a
+    missing flag, a bad value. Rank 0 prints a line for each of ms-swift's flags without effect.
     """
     groups: list[Any] = [group.type for group in fields(Config)]
     parser = Parser(groups, prog="torchrun -m megatron_gkd.train")
@@ -249,13 +247,11 @@ def parse_config(argv: list[str]) -> Config:
         metavar="FILE.yaml",
         help="Settings as `flag: value` lines; flags on the command line win.",
     )
-    for flag, answer in REPLACED_FLAGS.items():
-        parser.add_argument(f"--{flag}", nargs="?", const="", help=f"No effect: {answer}.")
-    refuse_unknown(argv, parser)
-    settings, others = parser.parse(with_config_file(argv, parser))
-    for flag, answer in REPLACED_FLAGS.items():
-        if getattr(others, flag) is not None and os.environ.get("RANK", "0") == "0":
-            print(f"--{flag} has no effect on Megatron: {answer}.", flush=True)
+    answered = answer(with_config_file(argv, parser, SWIFT_FLAGS))
+    refuse_unknown(answered.words, parser, answered.refused)
+    settings, _ = parser.parse(answered.words)
+    if answered.notes and os.environ.get("RANK", "0") == "0":
+        print("\n".join(answered.notes), flush=True)
     return Config(*settings)
 
 

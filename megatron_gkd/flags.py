@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -23,14 +23,14 @@ SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end 
 # Names from other programs -> the setting that does it here.
 OTHER_NAMES = {
     "lr": "learning_rate",
-    "gradient_checkpointing": "recompute",
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "ep": "expert_model_parallel_size",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
-    "bf16": "torch_dtype",
 }
+FLAG = r"--\S+|-[^-\d.\s]\S*"  # not a negative number, a text, or `--` alone
+NEAR = 0.6  # difflib's measure of likeness; what is less like a name is no misspelling of it
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -158,7 +158,7 @@ def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
 
 def unknown_flag(name: str, where: str, parser: argparse.ArgumentParser) -> ValueError:
     """The error for a `name` that `parser` does not have, found at `where`: it gives the nearest
-    one that is there.
+    one that is there, if one is near.
     """
     names = [
         option[2:]
@@ -166,35 +166,45 @@ def unknown_flag(name: str, where: str, parser: argparse.ArgumentParser) -> Valu
         if option.startswith("--") and "-" not in option[2:]
     ]
     spelled = name.replace("-", "_")
-    nearest = (
-        OTHER_NAMES.get(spelled) or difflib.get_close_matches(spelled, names, n=1, cutoff=0.0)[0]
-    )
-    return ValueError(
-        f"{where} is not a setting; the nearest is --{nearest} (--help lists all of them)"
-    )
+    longer = [name for name in names if spelled and name.startswith(spelled)]
+    close = difflib.get_close_matches(spelled, longer or names, n=1, cutoff=0 if longer else NEAR)
+    nearest = [OTHER_NAMES[spelled]] if OTHER_NAMES.get(spelled) in names else close
+    hint = f"; the nearest is --{nearest[0]}" if nearest else ""
+    return ValueError(f"{where} is not a setting{hint} (--help lists all of them)")
 
 
-def refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raise the error of `unknown_flag` for the first word that looks like a flag and is none.
-    Before parsing, which would first miss the flag that was meant.
+def refuse_unknown(
+    arguments: Sequence[str], parser: argparse.ArgumentParser, others: Sequence[str] = ()
+) -> None:
+    """Raise ValueError with the lines of `unknown_flag` for all words that look like flags and are
+    none, after the lines `others`. Before parsing, which would first miss the flag that was meant.
     """
+    lines = list(others)
     for word in arguments:
         flag = word.split("=")[0]
-        # not a negative number, a text, or `--` alone
-        looks_like_one = re.fullmatch(r"--\S+|-[^-\d.\s]\S*", word)
-        if looks_like_one and flag not in parser._option_string_actions:
-            raise unknown_flag(flag.lstrip("-"), flag, parser)
+        if re.fullmatch(FLAG, word) and flag not in parser._option_string_actions:
+            lines.append(str(unknown_flag(flag.lstrip("-"), flag, parser)))
+    if len(lines) > 1:
+        lines = [f"{len(lines)} flags cannot be used:", *(f"  {line}" for line in lines)]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
-def with_config_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The flags of the YAML file that `--config` in `argv` names, if it does, and then `argv`."""
+def with_config_file(
+    argv: Sequence[str], parser: argparse.ArgumentParser, others: Container[str] = ()
+) -> list[str]:
+    """The flags of the YAML file that `--config` in `argv` names, if it does, and then `argv`.
+    others: names besides the parser's that the file may hold.
+    """
     file_parser = Parser(add_help=False)
     file_parser.add_argument("--config")
     path = file_parser.parse_known_args(argv)[0].config
-    return (yaml_flags(path, parser) if path else []) + list(argv)
+    return (yaml_flags(path, parser, others) if path else []) + list(argv)
 
 
-def yaml_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
+def yaml_flags(
+    path: str, parser: argparse.ArgumentParser, others: Container[str] = ()
+) -> list[str]:
     """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or
     `null` ones are unset.
 
@@ -210,7 +220,8 @@ def yaml_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
         )
     flags = []
     for name, value in settings.items():
-        if name == "config" or f"--{name}" not in parser._option_string_actions:
+        known = f"--{name}" in parser._option_string_actions or name in others
+        if name == "config" or not known:
             raise unknown_flag(name, f"--config {path}: {name}", parser)
         if isinstance(value, dict):
             raise ValueError(

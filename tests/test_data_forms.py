@@ -283,6 +283,23 @@ def test_teacher_messages_in_other_names():
             {"messages": [USER, ANSWER], "teacher_chat_template_kwargs": {"tokenize": True}},
             "teacher_chat_template_kwargs: tokenize is no variable of a template",
         ),
+        (
+            {"messages": [USER, ANSWER], "teacher_system": "x", "teacher_input_ids": [1]},
+            "`teacher_system` is for turns, and the teacher's view of this row is ids",
+        ),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"name": "\ud800"}]},
+            "tools is not valid Unicode: lone surrogate",
+        ),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"name": b"f"}]},
+            "tools cannot be written as JSON",
+        ),
+        (
+            {"messages": [USER, turn("tool_call", {"name": "f", "arguments": {"a": "\udc00"}})]},
+            "messages[1].content[0] is not valid Unicode",
+        ),
+        ({"messages": [USER, turn("tool", None), ANSWER]}, "messages[1].content must be a string"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": 3}, "must be a JSON object such as"),
     ],
 )

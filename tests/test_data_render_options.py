@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from megatron_gkd.data import DataError, load_datasets
-from megatron_gkd.data.chat import load_chat_tokenizer
+from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
 from megatron_gkd.data.render_options import RESERVED
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.loss.rows import IGNORED_LABEL
@@ -16,14 +16,7 @@ from tests.tiny_tokenizer import CHATML, write_bpe_folder
 
 VOCAB = 1200
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
-# A thinking block that a variable opens or closes, as in the templates of hybrid models.
 BLOCK = "<think>\n\n</think>\n\n"
-SWITCHED = (
-    "{% set block = '<think>\n\n</think>\n\n' if enable_thinking is false else '' %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ block if m.role == 'assistant' }}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ block }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +27,9 @@ def demo_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def switched(tmp_path_factory):
-    return write_bpe_folder(tmp_path_factory.mktemp("switched"), SWITCHED)
+def plain(tmp_path_factory):
+    """A template without variables and tools."""
+    return write_bpe_folder(tmp_path_factory.mktemp("plain"))
 
 
 def load(tmp_path, folder, *rows, **settings):
@@ -104,13 +98,13 @@ def test_turns_without_loss_are_context(tmp_path, demo_folder):
     assert "ho<|im_end|>" in whole and trained == "yes<|im_end|>"
 
 
-def test_variables_and_system_turns_of_both_views(tmp_path, switched):
+def test_variables_and_system_turns_of_both_views(tmp_path, demo_folder):
     """The flags, a column that wins, and a teacher that differs in them alone."""
     row = {"messages": [USER, ANSWER]}
     off = '{"enable_thinking": false}'
     own = {"chat_template_kwargs": {"enable_thinking": True}}
-    data = load(tmp_path, switched, row, row | own, chat_template_kwargs=off, system="be kind")
-    first, second = (texts(switched, data[index].student) for index in (0, 1))
+    data = load(tmp_path, demo_folder, row, row | own, chat_template_kwargs=off, system="be kind")
+    first, second = (texts(demo_folder, data[index].student) for index in (0, 1))
     prompt = (
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -118,13 +112,13 @@ def test_variables_and_system_turns_of_both_views(tmp_path, switched):
     assert first == (f"{prompt}{BLOCK}ho<|im_end|>", "ho<|im_end|>")
     assert second == (f"{prompt}ho<|im_end|>", "ho<|im_end|>")
     assert not data[0].has_teacher_view
-    opened = load(tmp_path, switched, row, teacher_chat_template_kwargs=off)[0]
-    assert BLOCK in texts(switched, opened.teacher)[0]
-    assert BLOCK not in texts(switched, opened.student)[0]
+    opened = load(tmp_path, demo_folder, row, teacher_chat_template_kwargs=off)[0]
+    assert BLOCK in texts(demo_folder, opened.teacher)[0]
+    assert BLOCK not in texts(demo_folder, opened.student)[0]
     (tmp_path / "t.txt").write_text("be brief")
-    told = load(tmp_path, switched, row, teacher_system=str(tmp_path / "t.txt"))[0]
-    assert texts(switched, told.teacher)[0].startswith("<|im_start|>system\nbe brief<|im_end|>")
-    assert texts(switched, told.student)[0].startswith("<|im_start|>user")
+    told = load(tmp_path, demo_folder, row, teacher_system=str(tmp_path / "t.txt"))[0]
+    assert texts(demo_folder, told.teacher)[0].startswith("<|im_start|>system\nbe brief<|im_end|>")
+    assert texts(demo_folder, told.student)[0].startswith("<|im_start|>user")
 
 
 def test_a_template_file(tmp_path, demo_folder):
@@ -136,6 +130,12 @@ def test_a_template_file(tmp_path, demo_folder):
     assert texts(demo_folder, row.student)[0] == (
         "<|im_start|>USER\nhi<|im_end|>\n<|im_start|>ASSISTANT\nho<|im_end|>"
     )
+    # a response ends with what the template closes it with, and with the folder's own
+    file.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    ids = load_chat_tokenizer(demo_folder).tokenizer.convert_tokens_to_ids
+    both = sorted([ids("<|im_end|>"), ids("<|endoftext|>")])
+    assert read_stop_token_ids(demo_folder, str(file)) == both
+    assert read_stop_token_ids(demo_folder) == [ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_a_template_file(tmp_path, demo_folder):
         ({}, {"columns": '{"id": "messages"}'}, "and the row has a `messages` already"),
     ],
 )
-def test_what_the_template_would_leave_out(tmp_path, switched, row, settings, message):
+def test_what_the_template_would_leave_out(tmp_path, plain, row, settings, message):
     with pytest.raises(DataError) as error:
-        load(tmp_path, switched, {"messages": [USER, ANSWER], "id": 7} | row, **settings)
+        load(tmp_path, plain, {"messages": [USER, ANSWER], "id": 7} | row, **settings)
     assert message in str(error.value)
 
 

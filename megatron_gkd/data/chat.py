@@ -130,7 +130,7 @@ class ChatTokenizer:
             if not self._named_by_template[key]:
                 raise RowError(
                     f"the chat template of {self.folder} never names `{name}` and would leave it "
-                    "out"
+                    "out: do so, or give --chat_template FILE"
                 )
 
     def _locate(self, messages: Messages, options: RenderOptions, index: int, text: str) -> Span:
@@ -259,9 +259,25 @@ def _processor_template(folder: str) -> str | None:
         return json.load(file).get("chat_template")
 
 
-def read_stop_token_ids(folder: str | Path) -> list[int]:
-    """FOLDER's end-of-text ids, sorted: from generation_config.json, else config.json, else the
-    tokenizer's eos token and the special token that closes an assistant turn in its chat template.
+def read_stop_token_ids(folder: str | Path, template_file: str | None = None) -> list[int]:
+    """The ids that end a response, sorted: FOLDER's end-of-text ids and, where another template
+    than the folder's is given, the token that closes its assistant turns. Errors: those of the
+    former.
+    """
+    found = _end_of_text_ids(folder)
+    if template_file is None:
+        return found
+    try:
+        chat = load_chat_tokenizer(str(folder), template_file)
+    except Exception:  # of any type; rows of ids do without it, and text has been refused
+        return found
+    closing = None if chat is None else chat.closing_id()
+    return found if closing is None else sorted({*found, closing})
+
+
+def _end_of_text_ids(folder: str | Path) -> list[int]:
+    """From generation_config.json, else config.json, else the tokenizer's eos token and the special
+    token that closes an assistant turn in its chat template.
 
     An empty list if none of them names one (a folder of weights without a tokenizer that loads):
     responses then have their full length. Raises ValueError naming the file whose eos_token_id is

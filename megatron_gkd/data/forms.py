@@ -85,6 +85,15 @@ def json_value(value: Any, where: str) -> Any:
         raise RowError(f"{where} is text that is not JSON: {error}") from None
 
 
+def as_json(value: Any, where: str) -> str:
+    """The text of a value from JSON or a table. Raises RowError for one that has none."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{where} cannot be written as JSON: {error}") from None
+    return check_text(text, where)
+
+
 def _pair(held: dict[str, Any], place: str) -> list[Turn]:
     """Two turns out of {"human": ..., "assistant": ...}; none, if it is not that."""
     user = next((name for name in ("human", "user") if name in held), None)
@@ -118,8 +127,8 @@ def _turn(held: dict[str, Any], place: str) -> Turn:
         calls = read_calls(held.pop("tool_calls", []), f"{place}.tool_calls")
         if "function_call" in held:
             calls += read_calls(held.pop("function_call"), f"{place}.function_call")
-    elif role == "tool" and not isinstance(content, str) and not _is_parts(content):
-        content = json.dumps(content, ensure_ascii=False)
+    elif role == "tool" and isinstance(content, (dict, list)) and not _is_parts(content):
+        content = as_json(content, f"{place}.{content_name}")
     trained = _is_trained(held, role, place)
     passed_on = {name: held.pop(name) for name in _PASSED_ON if name in held}
     for name, text in passed_on.items():
@@ -186,6 +195,7 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
         read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         if isinstance(call.get("id"), str):
             read["id"] = call["id"]
+        as_json(read, place)
         calls.append(read)
     return calls
 
@@ -201,6 +211,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         raise RowError(
             f"tools must be a list of objects, or its JSON text, got {short_repr(value)}"
         )
+    as_json(given, "tools")
     return [
         tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
         for tool in given

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_gkd.data.conversation import Messages, RenderOptions, check_text
-from megatron_gkd.data.forms import json_value, read_tools
+from megatron_gkd.data.forms import as_json, json_value, read_tools
 from megatron_gkd.errors import RowError, short_repr, type_name
 
 # What `apply_chat_template` takes that is no variable of a template, or is set here.
@@ -64,13 +64,20 @@ def check_variables(value: Any, where: str) -> dict[str, Any]:
             )
         if not name.isidentifier():
             raise RowError(f"{where}: {short_repr(name)} is no name of a variable")
+    as_json(given, where)
     return given
 
 
 def read_options(
     row: Mapping[str, Any], defaults: RowDefaults
 ) -> tuple[RenderOptions, RenderOptions]:
-    """(the student's, the teacher's). Columns win over flags, name by name."""
+    """(the student's, the teacher's). Columns win over flags, name by name. Raises RowError for the
+    teacher's columns beside a view of ids, where they would say nothing.
+    """
+    of_ids = "teacher_input_ids" in row or ("input_ids" in row and "teacher_messages" not in row)
+    for column in ("teacher_system", "teacher_chat_template_kwargs"):
+        if of_ids and column in row:
+            raise RowError(f"`{column}` is for turns, and the teacher's view of this row is ids")
     own, teachers = (
         check_variables(row.get(column, {}), column)
         for column in ("chat_template_kwargs", "teacher_chat_template_kwargs")

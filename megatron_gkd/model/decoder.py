@@ -30,6 +30,8 @@ from megatron_gkd.model.transformer_config import transformer_config
 from megatron_gkd.parallel import Parallel
 from megatron_gkd.startup import transformer_engine_usable
 
+FASTEST = ("auto", "flash", "flash_attn", "flash_attention_2")  # of --attn_impl: what there is
+
 
 def core_attention(attn_impl: str, device: torch.device, context_parallel_size: int = 1) -> type:
     """The core attention module for `--attn_impl`. Raises ValueError if that cannot run.
@@ -49,16 +51,14 @@ def core_attention(attn_impl: str, device: torch.device, context_parallel_size: 
             "--attn_impl te needs Transformer Engine and a GPU; use --attn_impl sdpa, or install "
             "it: EXTRAS=test,gpu bash launch/setup_env.sh"
         )
-    if attn_impl == "te" or (attn_impl in ("auto", "flash", "flash_attention_2") and te_usable):
+    if attn_impl == "te" or (attn_impl in FASTEST and te_usable):
         from megatron_gkd.model.te_attention import PackedTEAttention
 
         return PackedTEAttention
     classes: dict[str, type] = {
         "eager": EagerAttention,
         "sdpa": SdpaAttention,
-        "auto": SdpaAttention,
-        "flash": SdpaAttention,
-        "flash_attention_2": SdpaAttention,
+        **dict.fromkeys(FASTEST, SdpaAttention),
     }
     if attn_impl not in classes:
         raise ValueError(f"--attn_impl {attn_impl!r} is not one of {sorted(classes) + ['te']}")

@@ -231,14 +231,16 @@ def make_rollout(
     budget: Budget,
     packing: Packing,
     seed: int,
+    chat_template: str | None = None,
 ) -> Rollout:
     """The rollout of a run. The backend is chosen here and nowhere else; today there is one.
 
     model: this rank's stage of the decoder, bare. data: the rows of the batches to come. budget,
-    packing: of the micro-batches that it makes. Raises ValueError for a damaged file of the model
+    packing: of the micro-batches that it makes. chat_template: a file in the place of the folder's
+    template. Raises ValueError for a damaged file of the model
     folder that names its stop tokens.
     """
-    stop_token_ids = read_stop_token_ids(model_folder)
+    stop_token_ids = read_stop_token_ids(model_folder, chat_template)
     if not stop_token_ids:
         log_rank_0(
             parallel,
