@@ -119,7 +119,7 @@ def test_media_of_the_forms(tmp_path):
                 tool_calls=[{"function": {"name": "aqi", "arguments": '{"city":"北京"}'}}],
             ),
             RESULT,
-            ANSWER | {"tool_calls": [], "name": None, "refusal": None},
+            ANSWER | {"tool_calls": "", "function_call": {}, "name": None, "refusal": None},
         ],
         [USER, {"role": "assistant", "function_call": CALL["function"]}, RESULT, ANSWER],
         # ms-swift

@@ -61,7 +61,8 @@ def read_turns(value: Any, where: str) -> list[Turn]:
                 f"{place} must be an object with role and content, got {type_name(turn)}"
             )
         held = {name: item for name, item in turn.items() if item is not None}
-        for read in _pair(held, place) or [_turn(held, place)]:
+        is_one = "role" in held or "from" in held
+        for read in [_turn(held, place)] if is_one else _pair(held, place):
             before = turns[-1] if turns else None
             if read.is_call and before is not None and before.role == "assistant":
                 if before.trained != read.trained:
@@ -95,11 +96,11 @@ def as_json(value: Any, where: str) -> str:
 
 
 def _pair(held: dict[str, Any], place: str) -> list[Turn]:
-    """Two turns out of {"human": ..., "assistant": ...}; none, if it is not that."""
+    """Two turns out of {"human": ..., "assistant": ...}; anything else is one without a role."""
     user = next((name for name in ("human", "user") if name in held), None)
     assistant = next((name for name in ("assistant", "gpt", "bot") if name in held), None)
-    if "role" in held or "from" in held or user is None or len(held) != 1 + (assistant is not None):
-        return []
+    if user is None or len(held) != 1 + (assistant is not None):
+        return [_turn(held, place)]
     turns = [Turn("user", held[user], place, f"{place}.{user}")]
     if assistant is not None:
         turns.append(Turn("assistant", held[assistant], place, f"{place}.{assistant}"))
@@ -124,9 +125,9 @@ def _turn(held: dict[str, Any], place: str) -> Turn:
         role, calls = "assistant", read_calls(content, f"{place}.{content_name}")
         content = ""
     elif role == "assistant":
-        calls = read_calls(held.pop("tool_calls", []), f"{place}.tool_calls")
-        if "function_call" in held:
-            calls += read_calls(held.pop("function_call"), f"{place}.function_call")
+        for name in ("tool_calls", "function_call"):
+            if given := held.pop(name, None):
+                calls += read_calls(given, f"{place}.{name}")
     elif role == "tool" and isinstance(content, (dict, list)) and not _is_parts(content):
         content = as_json(content, f"{place}.{content_name}")
     trained = _is_trained(held, role, place)

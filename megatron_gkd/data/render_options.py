@@ -79,7 +79,7 @@ def read_options(
         if of_ids and column in row:
             raise RowError(f"`{column}` is for turns, and the teacher's view of this row is ids")
     own, teachers = (
-        check_variables(row.get(column, {}), column)
+        check_variables(row[column], column) if column in row else {}
         for column in ("chat_template_kwargs", "teacher_chat_template_kwargs")
     )
     tools = read_tools(row.get("tools"))
