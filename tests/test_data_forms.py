@@ -192,6 +192,13 @@ def test_of_prompt_and_completion_the_completion_is_trained():
     assert row.messages == [USER, ANSWER, SECOND, LAST] and row.untrained == {1}
 
 
+def test_prompts_alone():
+    for raw in ({"query": "hi"}, {"prompt": "hi"}, {"prompt": [USER], "completion": []}):
+        assert check_row(raw, 10).messages == [USER]
+    calls = [USER, turn("tool_call", CALL["function"]), RESULT]
+    assert check_row({"conversations": calls}, 10).messages[-1] == RESULT
+
+
 def test_teacher_messages_in_other_names():
     turns = [{"from": "human", "value": "hint"}, {"from": "gpt", "value": "", "loss": False}]
     row = check_row({"query": "hi", "response": "ho", "teacher_messages": turns}, 10)

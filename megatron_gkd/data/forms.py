@@ -273,7 +273,7 @@ def _prompt(row: dict[str, Any]) -> list[Turn]:
         raise RowError("has completion and response: one of them must go, they are the same thing")
     column = given[0] if given else "completion"
     if isinstance(row.get(column), list):
-        return turns + read_turns(row[column], column)
+        return turns + (read_turns(row[column], column) if row[column] else [])
     return [*turns, *_response(row, column)]
 
 
