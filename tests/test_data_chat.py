@@ -9,6 +9,7 @@ import pytest
 
 from demo.tiny.tokenizer import train_tokenizer, write_tokenizer
 from megatron_gkd.data.chat import load_chat_tokenizer
+from megatron_gkd.data.chat_template import Conversation
 from megatron_gkd.errors import DataError, RowError
 from tests.tiny_tokenizer import (
     CHATML,
@@ -26,8 +27,16 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def encode(chat, messages, **options):
+    """(ids, [start, end] of each assistant turn)."""
+    (found,) = chat.encode([Conversation(messages, **options)])
+    if isinstance(found, RowError):
+        raise found
+    return found.ids, [turn[:2] for turn in found.turns]
+
+
 def spans_as_text(chat, messages):
-    ids, spans = chat.encode(messages)
+    ids, spans = encode(chat, messages)
     return [chat.tokenizer.decode(ids[start:end]) for start, end in spans]
 
 
@@ -50,7 +59,7 @@ CONVERSATION = [
 
 
 def test_ids_are_those_of_the_whole_conversation(chat):
-    ids, spans = chat.encode(CONVERSATION)
+    ids, spans = encode(chat, CONVERSATION)
     whole = template_ids(chat, CONVERSATION)
     assert ids == whole[:-1]  # without the newline after the last <|im_end|>
     assert chat.tokenizer.decode(whole[-1:]) == "\n"
@@ -94,27 +103,15 @@ def test_a_response_never_shares_a_token_with_its_prompt(chat):
     prompt stays as generation sees it.
     """
     messages = [user("a"), assistant("\n\nb")]
-    ids, [(start, end)] = chat.encode(messages)
+    ids, [(start, end)] = encode(chat, messages)
     assert ids[:start] == template_ids(chat, messages[:1], add_generation_prompt=True)
     assert chat.tokenizer.decode(ids[start:end]) == "\n\nb<|im_end|>"
 
 
-def test_thinking_template_alters_earlier_turns(tmp_path):
+def test_an_empty_thinking_block_belongs_to_the_prompt(tmp_path):
     chat = load_chat_tokenizer(write_bpe_folder(tmp_path, THINKING))
-    messages = [
-        user("q"),
-        assistant("<think>\nold\n</think>\n\none"),
-        user("r"),
-        assistant("<think>\nnew\n</think>\n\ntwo"),
-    ]
-    assert spans_as_text(chat, messages) == [
-        "one<|im_end|>",
-        "<think>\nnew\n</think>\n\ntwo<|im_end|>",
-    ]
-    # Without thinking of its own the turn gets an empty block from the template: part of the
-    # prompt.
-    messages[-1] = assistant("two")
-    ids, spans = chat.encode(messages)
+    messages = [user("q"), assistant("one"), user("r"), assistant("two")]
+    ids, spans = encode(chat, messages)
     assert spans_as_text(chat, messages) == ["one<|im_end|>", "two<|im_end|>"]
     assert chat.tokenizer.decode(ids[: spans[-1][0]]).endswith(
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -128,10 +125,10 @@ def test_the_tokenizer_of_the_tiny_model(tmp_path):
     write_tokenizer(train_tokenizer(1024), str(tmp_path))
     chat = load_chat_tokenizer(str(tmp_path))
     assert type(chat.tokenizer).__name__ == "Qwen2Tokenizer"
-    ids, spans = chat.encode(CONVERSATION)
+    ids, spans = encode(chat, CONVERSATION)
     assert ids == template_ids(chat, CONVERSATION)[:-1]
-    assert chat.encode_prompt(CONVERSATION) == ids[: spans[-1][0]]
-    assert chat.encode_prompt(CONVERSATION) == template_ids(
+    assert encode(chat, CONVERSATION, prompt_only=True)[0] == ids[: spans[-1][0]]
+    assert encode(chat, CONVERSATION, prompt_only=True)[0] == template_ids(
         chat, CONVERSATION[:-1], add_generation_prompt=True
     )
     assert spans_as_text(chat, CONVERSATION) == ["the sky is blue<|im_end|>", "你好 😀 !<|im_end|>"]
@@ -160,7 +157,7 @@ def test_the_tokenizer_of_the_tiny_model(tmp_path):
 def test_templates_that_break_the_rules_are_refused(tmp_path, template, reason):
     chat = load_chat_tokenizer(write_bpe_folder(tmp_path, template))
     with pytest.raises(RowError, match="chat template of") as error:
-        chat.encode([user("hi"), assistant("the sky")])
+        encode(chat, [user("hi"), assistant("the sky")])
     assert reason in str(error.value)
 
 
@@ -210,7 +207,7 @@ def test_sentencepiece_model_alone(tmp_path, config):
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({"model_type": "qwen3_omni_moe"}, file)
     chat = load_chat_tokenizer(folder)
-    ids, spans = chat.encode(CONVERSATION)
+    ids, spans = encode(chat, CONVERSATION)
     assert ids == template_ids(chat, CONVERSATION)[: len(ids)]
     assert (
         chat.tokenizer.decode(ids)
@@ -230,7 +227,7 @@ def test_sentencepiece_that_folds_whitespace(tmp_path):
         user("who is lazy"),
         assistant("dog"),
     ]
-    ids, spans = chat.encode(messages)
+    ids, spans = encode(chat, messages)
     assert [text.strip() for text in spans_as_text(chat, messages)] == [
         "the sky is blue<|im_end|>",
         "dog<|im_end|>",

@@ -202,7 +202,7 @@ def test_prompts_alone():
 def test_teacher_messages_in_other_names():
     turns = [{"from": "human", "value": "hint"}, {"from": "gpt", "value": "", "loss": False}]
     row = check_row({"query": "hi", "response": "ho", "teacher_messages": turns}, 10)
-    assert row.teacher_messages == [turn("user", "hint"), turn("assistant", "")]
+    assert row.teacher_messages == [turn("user", "hint"), turn("assistant", "ho")]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Rows -> samples: both views, the cut at max_length, and what does not fit."""
 
 import pytest
+import torch
 
+from megatron_gkd.data import Packing, collate
 from megatron_gkd.data.chat import load_chat_tokenizer
 from megatron_gkd.data.encoded import decode_sample, encode_row
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.errors import RowError
 from megatron_gkd.media.processor import MediaProcessor
-from tests.tiny_tokenizer import write_bpe_folder
+from tests.tiny_tokenizer import CHATML, write_bpe_folder
 
 VOCAB = 400
 TURNS = [
@@ -102,6 +104,98 @@ def test_teacher_messages_share_the_last_response(chat):
     assert (
         chat.tokenizer.decode(sample.student.input_ids).count("is blue") == 1
     )  # still read, no longer trained
+
+
+def spans_of(view):
+    """The trained ids of a view, and the positions that predict them."""
+    return [(at - 1, label) for at, label in enumerate(view.labels) if label != -100]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"teacher_prompt": "the sea below the sky"},
+        {"teacher_messages": [{"role": "system", "content": "be deep"}, *TURNS]},
+        {
+            "teacher_messages": [
+                TURNS[0],
+                {"role": "assistant", "content": None},
+                {"role": "user", "content": "the sea below"},
+                {"role": "assistant", "content": "anything"},
+            ]
+        },
+    ],
+    ids=["prompt", "system turn", "empty turns"],
+)
+def test_every_turn_that_both_views_have_is_trained(chat, columns):
+    sample = sample_of({"messages": TURNS, **columns}, chat)
+    student, teacher = sample.student, sample.teacher
+    assert sample.has_teacher_view
+    both = "is blue<|im_end|>is deep<|im_end|>"
+    assert trained_text(chat, student) == trained_text(chat, teacher) == both
+    alone = sample_of({"messages": TURNS}, chat).student
+    assert student == alone
+    # in each view the turn stands where that view has it
+    for view in (student, teacher):
+        text = chat.tokenizer.decode(view.input_ids)
+        turn, last = chat.tokenizer.encode("is blue<|im_end|>"), spans_of(view)[-1]
+        start = spans_of(view)[0][0] + 1
+        assert view.input_ids[start : start + len(turn)] == turn
+        assert chat.tokenizer.decode(view.input_ids[:start]).endswith("<|im_start|>assistant\n")
+        assert last[0] == len(view.input_ids) - 2 and "anything" not in text
+    assert "below" in str(columns) or spans_of(teacher) != spans_of(student)
+
+
+def test_turns_that_are_not_trained_stay_so(chat):
+    turns = [*TURNS[:1], {**TURNS[1], "loss": False}, *TURNS[2:]]
+    sample = sample_of({"messages": turns, "teacher_prompt": "the sea below"}, chat)
+    assert trained_text(chat, sample.student) == "is deep<|im_end|>"
+    assert trained_text(chat, sample.teacher) == "is deep<|im_end|>"
+
+
+def test_the_cut_and_a_new_response_with_several_turns(chat):
+    """The last response alone is cut, for the longer view; a rollout's response drops the training
+    of the turns before it.
+    """
+    row = {"messages": TURNS, "teacher_prompt": "the sea below the sky"}
+    whole = sample_of(row, chat)
+    cut = sample_of(row, chat, max_length=len(whole.teacher.input_ids) - 1)
+    assert trained_text(chat, cut.student) == "is blue<|im_end|>is deep"
+    assert cut.teacher.targets() == cut.student.targets() and cut.cut_tokens == 1
+    assert cut.teacher.labels == whole.teacher.labels[:-1]
+    new = whole.with_response([5, 6])
+    assert new.student.targets() == new.teacher.targets() == [5, 6]
+    batch = collate([whole, new, None], Packing(0, 4, 4))
+    assert torch.equal(batch.student.targets, batch.teacher.targets)
+    assert (
+        batch.student.num_targets
+        == batch.teacher.num_targets
+        == [
+            len(whole.student.targets()),
+            2,
+            0,
+        ]
+    )
+    for view in (batch.student, batch.teacher):
+        after = view.input_ids[0, view.response_rows + 1]
+        assert torch.equal(after, view.targets)
+
+
+def test_turns_of_other_ids_in_the_teachers_view_are_not_trained(tmp_path):
+    """A template that writes an earlier turn in another way for the teacher."""
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content | trim if messages[0].content == 'short' and not loop.last else m.content }}",
+    )
+    chat = load_chat_tokenizer(write_bpe_folder(tmp_path, template))
+    turns = [TURNS[0], {"role": "assistant", "content": "is blue "}, *TURNS[2:]]
+    teacher = [{"role": "system", "content": "short"}, *turns]
+    sample = sample_of({"messages": turns, "teacher_messages": teacher}, chat)
+    assert trained_text(chat, sample.student) == "is deep<|im_end|>"
+    assert trained_text(chat, sample.teacher) == "is deep<|im_end|>"
+    teacher[0] = {"role": "system", "content": "long"}
+    sample = sample_of({"messages": turns, "teacher_messages": teacher}, chat)
+    assert trained_text(chat, sample.teacher) == "is blue <|im_end|>is deep<|im_end|>"
 
 
 @pytest.mark.parametrize("placeholder", ["", None])

@@ -4,6 +4,7 @@ writes runs into reaches the caller; and nothing of it needs `datasets`.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from megatron_gkd.data import DataError
+from megatron_gkd.data import DataError, stored_rows
 from megatron_gkd.data.stored_rows import ROWS_AT_ONCE, StoredRows, write_rows
 from tests.train_runs import SMALL, arguments, make_rows
 from tests.train_runs import write_rows as write_jsonl
@@ -26,8 +27,12 @@ def make(index):
     return {"ids": list(range(index % 5)), "name": None if index % 3 == 0 else f"row {index}"}
 
 
+def in_parts(make_one):
+    return lambda indices: [make_one(index) for index in indices]
+
+
 def stored(folder, number, num_proc=1):
-    files = write_rows(make, number, SCHEMA, str(folder / f"{number}"), num_proc, "rows")
+    files = write_rows(in_parts(make), number, SCHEMA, str(folder / f"{number}"), num_proc, "rows")
     assert len(files) == min(num_proc, number)
     rows = StoredRows.open(SCHEMA, files)
     for file in files:
@@ -54,6 +59,20 @@ def test_rows_and_columns(tmp_path, num_proc):
     assert len(none) == 0 and none.columns("ids").num_rows == 0 and none.columns("ids").schema
 
 
+def test_progress_without_a_terminal(tmp_path, monkeypatch, capsys):
+    """Lines with rows, rate and time left on rank 0, none before some time has passed."""
+    stored(tmp_path, ROWS_AT_ONCE + 5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(stored_rows, "SECONDS_OF_A_LINE", 0.0)
+    stored(tmp_path, ROWS_AT_ONCE + 5)
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"rows: 100 of 105, \d+ rows/s, 0 s left", first)
+    assert re.fullmatch(r"rows: 105 of 105, \d+ rows/s", last)
+    monkeypatch.setenv("RANK", "1")
+    stored(tmp_path, ROWS_AT_ONCE + 5)
+    assert capsys.readouterr().err == ""
+
+
 class Peculiar(Exception):
     """Cannot be pickled and made again from its arguments."""
 
@@ -76,7 +95,7 @@ def test_an_error_of_a_process(tmp_path, error, expected, words):
 
     before = children(os.getpid())
     with pytest.raises(expected, match=words):
-        write_rows(fails, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
+        write_rows(in_parts(fails), 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
     assert children(os.getpid()) <= before  # none is left, alive or dead
 
 
@@ -88,7 +107,7 @@ def test_forks_end_with_their_parent(tmp_path):
     parent = os.fork()
     if not parent:
         try:
-            write_rows(slow, 100_000, SCHEMA, str(tmp_path / "rows"), 2, "rows")
+            write_rows(in_parts(slow), 100_000, SCHEMA, str(tmp_path / "rows"), 2, "rows")
         finally:
             os._exit(1)
     patience = time.monotonic() + 20
@@ -116,7 +135,7 @@ def test_a_process_that_is_killed(tmp_path):
         return make(index)
 
     with pytest.raises(DataError, match="one of 3 processes .* lower --dataset_num_proc"):
-        write_rows(killed, 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
+        write_rows(in_parts(killed), 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
 
 
 BLOCKED = """

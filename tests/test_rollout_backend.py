@@ -17,6 +17,7 @@ from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.data.chat import load_chat_tokenizer, read_stop_token_ids
+from megatron_gkd.data.chat_template import Conversation
 from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, as_student, as_teacher
@@ -414,9 +415,9 @@ def test_stop_ids_hold_what_closes_a_turn_in_the_data(tmp_path, byte_fallback):
     )
     folder = write(tmp_path)
     chat = load_chat_tokenizer(str(folder))
-    ids, _ = chat.encode(
-        [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}]
-    )
+    turns = [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "is blue"}]
+    (encoded,) = chat.encode([Conversation(turns)])
+    ids = encoded.ids
     found = read_stop_token_ids(folder)
     assert ids[-1] in found and set(found) - {ids[-1]} <= {chat.tokenizer.eos_token_id}
 

@@ -25,6 +25,36 @@ THINKING = (
     "{{ '\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Reasoning as the Thinking models' template has it: kept after the last user turn, if that is text.
+# A content of parts is no such turn. The options of `thinking_template` are what folders differ in.
+_REASONING = (
+    "{%- macro parts(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- else -%}"
+    "{{- '<|' + part.type + '|>' -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- set ns = namespace(searching=true, query=messages|length - 1) -%}"
+    "{%- for turn in messages[::-1] -%}"
+    "{%- if ns.searching and turn.role == 'user' and turn.content is string -%}"
+    "{%- set ns.searching = false -%}{%- set ns.query = messages|length - 1 - loop.index0 -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- for turn in messages -%}{%- set text = parts(turn.content) -%}{%- set thought = '' -%}"
+    "{%- if turn.role == 'assistant' and '</think>' in text -%}"
+    "{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') -%}"
+    "{%- set text = text.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}"
+    "{{- '<|im_start|>' + turn.role + '\n' -}}"
+    "{%- if turn.role == 'assistant' and loop.index0 > ns.query and (BLOCK) -%}"
+    "{{- '<think>\n' + thought + '\n</think>\n\n' -}}{%- endif -%}"
+    "{{- text + '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\nOPENED' -}}{%- endif -%}"
+)
+
+
+def thinking_template(*, block="thought", opened=""):
+    """block: when reasoning is written (`false`: never; `thought or loop.last`: an empty block as
+    well). opened: how the generation prompt begins a response.
+    """
+    return _REASONING.replace("BLOCK", block).replace("OPENED", opened)
+
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

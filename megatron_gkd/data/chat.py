@@ -2,17 +2,15 @@
 assistant turns.
 
 A span is the content of an assistant turn and the token that closes it (`<|im_end|>` in ChatML).
-Templates are programs, so the spans come from what a template does and not from what it is supposed
-to look like: each turn is rendered as a prompt (`add_generation_prompt`) and once more with a
-marker instead of its content. Both must agree with the text of the whole conversation, which
-is what the model sees; a template that does not keep to this is refused with the reason.
+How it is found: rendered_turns.py; how its text becomes ids: pieces.py.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import (
@@ -20,17 +18,25 @@ from transformers.models.auto.tokenization_auto import (
     tokenizer_class_from_name,
 )
 
-from megatron_gkd.data.conversation import Messages, RenderOptions
+from megatron_gkd.data.chat_template import ChatTemplate, Conversation
+from megatron_gkd.data.pieces import Cut, CutIds, Pieces
+from megatron_gkd.data.rendered_turns import RenderedTurns
+from megatron_gkd.data.turn_span import Rendered, TurnSpan
 from megatron_gkd.errors import DataError, RowError, short_repr
 from megatron_gkd.families import language_sections
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
-_NO_OPTIONS = RenderOptions()
-_MAY_BE_LEFT_OUT = ("tool_calls", "reasoning_content")
-_MARKER = "\ue000response\ue001"
 
-Span = tuple[int, int]
+
+class Chat(NamedTuple):
+    """A conversation up to the token that closes its last turn, or up to its last response."""
+
+    ids: list[int]
+    turns: list[TurnSpan]
+    """Its assistant turns, in tokens; a shortened one is empty, and so is a last one that was not
+    asked for
+    """
 
 
 class ChatTokenizer:
@@ -43,37 +49,31 @@ class ChatTokenizer:
         self.folder = folder
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(token for token in candidates if token is not None)
-        self._named_by_template: dict[tuple[str, bool], bool] = {}
-        self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.template = ChatTemplate(tokenizer, folder)
+        self._turns = RenderedTurns(self.template)
+        self._pieces = Pieces(tokenizer)
 
-    def encode(
-        self, messages: Messages, options: RenderOptions = _NO_OPTIONS
-    ) -> tuple[list[int], list[Span]]:
-        """Ids of a conversation that ends with an assistant turn, up to the token that closes it,
-        and each assistant turn's span in them.
+    def encode(self, conversations: Sequence[Conversation]) -> list[Chat | RowError]:
+        """The ids of conversations up to the token that closes their last assistant turn (a
+        `prompt_only` one: up to its content), and each assistant turn's span in them. One that ends
+        with another turn: its ids with the generation prompt, and no spans.
 
-        Raises RowError if the template refuses the conversation or does not render it turn by turn.
+        A RowError stands for a conversation that the template refuses or does not render turn by
+        turn, or whose response makes no token.
         """
-        ids, positions = self._tokenise(*self._cut(messages, options))
-        spans = list(zip(positions[::2], positions[1::2]))
-        contents = [turn["content"] for turn in messages if turn["role"] == "assistant"]
-        for (start, end), content in zip(spans, contents):
-            if end - start < 2:  # content and closing token
-                raise RowError(
-                    f"empty response: the tokenizer makes no token of {short_repr(content)}"
-                )
-        return ids, spans
-
-    def encode_prompt(self, messages: Messages, options: RenderOptions = _NO_OPTIONS) -> list[int]:
-        """The ids of `encode` before the last assistant turn's span."""
-        text, cuts = self._cut(messages, options)
-        return self._tokenise(text, cuts[:-1])[0]
-
-    def encode_request(self, messages: Messages, options: RenderOptions = _NO_OPTIONS) -> list[int]:
-        """The ids of turns that the assistant is to answer, the template's generation prompt
-        included.
-        """
-        return self._ids(self._render(messages, options, add_generation_prompt=True))
+        located = self._turns.locate(conversations)
+        cuts = [
+            _cut(conversation, rendered)
+            for conversation, rendered in zip(conversations, located)
+            if not isinstance(rendered, RowError)
+        ]
+        encoded = iter(self._pieces.encode(cuts))
+        return [
+            rendered
+            if isinstance(rendered, RowError)
+            else _chat(conversation, rendered, next(encoded))
+            for conversation, rendered in zip(conversations, located)
+        ]
 
     def closing_id(self) -> int | None:
         """The token that closes an assistant turn, if it is a special one or looks like one
@@ -81,128 +81,39 @@ class ChatTokenizer:
         the template refuses a short conversation.
         """
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-        try:
-            last = self.encode(turns)[0][-1]
-        except RowError:
+        (found,) = self.encode([Conversation(turns)])
+        if isinstance(found, RowError):
             return None
+        last = found.ids[-1]
         token = self.tokenizer.added_tokens_decoder.get(last)
         looks_special = token and (token.special or re.fullmatch(r"\W.*\w.*\W", token.content))
         return last if looks_special else None
 
-    def _cut(self, messages: Messages, options: RenderOptions) -> tuple[str, list[int]]:
-        """The whole conversation as text, and the characters at which each assistant turn's span
-        starts and ends.
-        """
-        text = self._render(messages, options)
-        assistants = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
-        spans = [self._locate(messages, options, index, text) for index in assistants]
-        return text, [cut for span in spans for cut in span]
 
-    def _render(
-        self, messages: Messages, options: RenderOptions, *, add_generation_prompt: bool = False
-    ) -> str:
-        self.check_renders(messages, options)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=options.tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **options.variables,
-            )
-        except Exception as error:  # a template is a program and may raise any error
-            raise RowError(
-                f"the chat template of {self.folder} refuses the conversation: {error}"
-            ) from error
+def _cut(conversation: Conversation, rendered: Rendered) -> Cut:
+    spans = [(turn.start, turn.end) for turn in rendered.turns if turn.change != "shortened"]
+    places = [place for span in spans for place in span]
+    if not places:  # a conversation without a response
+        places = [len(rendered.text)]
+    elif conversation.prompt_only:
+        places = places[:-1]
+    return Cut(rendered.text, places)
 
-    def check_renders(self, messages: Messages, options: RenderOptions) -> None:
-        """Raises RowError for a variable, for tools, their calls or reasoning that the template
-        does not even name: it would leave them out without a word.
-        """
-        of_turns = {name for turn in messages for name in _MAY_BE_LEFT_OUT if turn.get(name)}
-        tools = ["tools"] if options.tools else []
-        for name in [*options.variables, *tools, *sorted(of_turns)]:
-            key = (name, bool(tools))
-            if key not in self._named_by_template:
-                template = self.tokenizer.get_chat_template(tools=options.tools)
-                found = re.search(rf"\b{re.escape(name)}\b", template)
-                self._named_by_template[key] = found is not None
-            if not self._named_by_template[key]:
-                raise RowError(
-                    f"the chat template of {self.folder} never names `{name}` and would leave it "
-                    "out: do so, or give --chat_template FILE"
+
+def _chat(conversation: Conversation, rendered: Rendered, encoded: CutIds) -> Chat | RowError:
+    contents = [turn["content"] for turn in conversation.messages if turn["role"] == "assistant"]
+    positions, turns = iter(encoded.positions), []
+    for content, turn in zip(contents, rendered.turns):
+        start = end = 0
+        if turn.change != "shortened":
+            start = next(positions)
+            end = next(positions, start)
+            if end - start < 2 and not conversation.prompt_only:  # content and closing token
+                return RowError(
+                    f"empty response: the tokenizer makes no token of {short_repr(content)}"
                 )
-
-    def _locate(self, messages: Messages, options: RenderOptions, index: int, text: str) -> Span:
-        """Characters [start, end) that are trained for turn `index`, in `text`, the whole
-        conversation.
-        """
-        prompt = self._render(messages[:index], options, add_generation_prompt=True)
-        marked = list(messages)
-        marked[index] = {"role": "assistant", "content": _MARKER}
-        around = self._render(marked, options).split(_MARKER)
-        if len(around) != 2:
-            raise RowError(
-                f"the chat template of {self.folder} renders an assistant turn's content "
-                f"{len(around) - 1} times, not once"
-            )
-        before, after = around
-        if not (text.startswith(prompt) and before.startswith(prompt)):
-            raise RowError(
-                f"the chat template of {self.folder} does not begin assistant turn {index} with "
-                f"its own generation prompt {short_repr(prompt[-30:])}: prompt and response cannot "
-                "be told apart"
-            )
-        closing = self._closing(after)
-        if not closing:
-            raise RowError(
-                f"the chat template of {self.folder} does not close assistant turns: the model "
-                "could not learn to stop"
-            )
-        if not text.endswith(after):
-            raise RowError(
-                f"the chat template of {self.folder} renders what follows assistant turn {index} "
-                "depending on its content"
-            )
-        # What the template itself writes before the content (an empty thinking block) belongs to
-        # the prompt.
-        start = len(before) if text.startswith(before) else len(prompt)
-        return start, len(text) - len(after) + len(closing)
-
-    def _closing(self, after: str) -> str:
-        """The closing token and the space before it, out of the text after a turn's content; "" if
-        there is none.
-        """
-        bare = after.lstrip()
-        space = after[: len(after) - len(bare)]
-        for token in self._added_tokens:
-            if bare.startswith(token):
-                return space + token
-        return after.split("\n")[0].rstrip()
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
-        """Ids of text[:cuts[-1]] and the token position of each cut.
-
-        The ids are those of the whole text wherever a token ends at the cut. Where a token would
-        cross it (a newline of the prompt and one of the response are one token), the text is
-        tokenised in two parts: at generation time the prompt is tokenised alone, too.
-        """
-        done: list[int] = []
-        part: list[int] = []
-        part_start, last_cut, positions = 0, 0, []
-        for cut in cuts:
-            longer = self._ids(text[part_start:cut])
-            if longer[: len(part)] == part:
-                part = longer
-            else:
-                done += part
-                part_start, part = last_cut, self._ids(text[last_cut:cut])
-            positions.append(len(done) + len(part))
-            last_cut = cut
-        return done + part, positions
+        turns.append(TurnSpan(start, end, turn.change))
+    return Chat(encoded.ids, turns)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:

@@ -150,10 +150,15 @@ def _joined(parts: list[dict[str, str]]) -> str | list[dict[str, str]]:
 
 
 def check_turns(
-    turns: list[Turn], inline: InlineMedia, *, last_may_be_empty: bool = False
+    turns: list[Turn],
+    inline: InlineMedia,
+    *,
+    last_may_be_empty: bool = False,
+    may_be_empty: bool = False,
 ) -> Messages:
-    """The turns with checked contents. Assistant turns have text or calls, except the last one if
-    it `last_may_be_empty`. At least one turn; RowError names the turn that is wrong.
+    """The turns with checked contents. Assistant turns have text or calls, unless they
+    `may_be_empty`, or the last one `last_may_be_empty`. At least one turn; RowError names the turn
+    that is wrong.
     """
     messages = []
     for index, turn in enumerate(turns):
@@ -163,8 +168,9 @@ def check_turns(
         else:
             if turn.content is not None:
                 message["content"] = check_content(turn.content, turn.content_where, None)
-            may_be_empty = bool(turn.tool_calls) or (last_may_be_empty and index == len(turns) - 1)
-            if not message["content"].strip() and not may_be_empty:
+            is_last = index == len(turns) - 1
+            may_lack_text = may_be_empty or turn.tool_calls or (last_may_be_empty and is_last)
+            if not message["content"].strip() and not may_lack_text:
                 raise RowError(f"{turn.where}: empty response")
             if turn.tool_calls:
                 message["tool_calls"] = list(turn.tool_calls)
@@ -175,3 +181,23 @@ def check_turns(
             "prompt"
         )
     return messages
+
+
+def with_responses(view: Messages, messages: Messages | None) -> Messages:
+    """The teacher's turns with the row's responses in place of its own: all of them, if it has as
+    many as the row, else the last. Those of a tokenised row (no `messages`) are not known as text:
+    any text does, since nothing of it is read. Raises RowError for an earlier turn without text
+    that is not replaced.
+    """
+    turns = [index for index, turn in enumerate(view) if turn["role"] == "assistant"]
+    responses = [{"role": "assistant", "content": "response"}]
+    if messages is not None:
+        responses = [turn for turn in messages if turn["role"] == "assistant"]
+    if len(responses) != len(turns):
+        responses = [*(view[index] for index in turns[:-1]), responses[-1]]
+    view = list(view)
+    for index, response in zip(turns, responses):
+        if not response["content"].strip() and not response.get("tool_calls"):
+            raise RowError(f"teacher_messages[{index}]: empty response")
+        view[index] = response
+    return view

@@ -5,7 +5,7 @@ split off evaluation.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,17 +14,18 @@ import pyarrow
 
 from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
 from megatron_gkd.data.conversation import RenderOptions
-from megatron_gkd.data.encoded import Encoded, decode_sample, encode_row
+from megatron_gkd.data.encoded import Encoded, decode_sample, encode_rows
 from megatron_gkd.data.forms import with_columns_renamed
 from megatron_gkd.data.prepared_rows import PreparedRows, basis, default_folder
 from megatron_gkd.data.render_options import RowDefaults, check_variables
 from megatron_gkd.data.report import make_report, view_lengths
-from megatron_gkd.data.rows import check_row
+from megatron_gkd.data.rows import Row, check_row
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import Source, open_source
 from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
+from megatron_gkd.data.views import conversations_of
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
@@ -45,7 +46,10 @@ _SCHEMA = pyarrow.schema(
         "labels": _IDS,
         "response_start": pyarrow.int32(),
         "teacher_prompt": _IDS,  # null: no teacher view
+        "teacher_labels": _IDS,  # null: nothing in teacher_prompt is trained
         "cut_tokens": pyarrow.int32(),
+        "shortened_turns": pyarrow.int32(),
+        "trimmed_turns": pyarrow.int32(),
         "media": pyarrow.list_(_REFERENCE),
         "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
         "student_media": _IDS,
@@ -57,7 +61,7 @@ _SCHEMA = pyarrow.schema(
         "reason": pyarrow.string(),  # null: a good row
     }
 )
-_EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
+_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, [], [], [], False)  # stands for a bad row
 
 
 class DataSettings(Protocol):
@@ -174,7 +178,7 @@ def row_encoding(data: DataSettings, model_dir: str, vocab_size: int) -> RowEnco
         )
         if chat is not None:
             variables = {**defaults.variables, **defaults.teacher_variables}
-            chat.check_renders([], RenderOptions(None, variables))
+            chat.template.check_renders([], RenderOptions(None, variables))
     except RowError as error:
         raise DataError(str(error)) from None
     return RowEncoding(
@@ -199,31 +203,54 @@ def _text_or_file(value: str | None, flag: str) -> str | None:
         raise DataError(f"--{flag} {value}: {error}") from None
 
 
-def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict[str, Any]:
-    """Row `index` of a source -> columns of `_SCHEMA`."""
-    location, name, reason, encoded = source.locations[index], None, None, _EMPTY
+def encode_source_rows(
+    source: Source, encoding: RowEncoding, indices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Rows of a source -> columns of `_SCHEMA`. A row that cannot be used has a reason."""
+    rows: list[Row | RowError] = []
+    for index in indices:
+        try:
+            raw = with_columns_renamed(source.read(index), encoding.columns)
+            rows.append(check_row(raw, encoding.vocab_size, source.folder, encoding.defaults))
+        except RowError as error:
+            rows.append(error)
+    good = [(index, row) for index, row in zip(indices, rows) if isinstance(row, Row)]
 
     def get_chat() -> ChatTokenizer:
         if encoding.chat is None:
-            raise DataError(f"{location} is text: {encoding.chat_problem}")
+            first = next(index for index, row in good if conversations_of(row))
+            raise DataError(f"{source.locations[first]} is text: {encoding.chat_problem}")
         return encoding.chat
 
-    try:
-        raw = with_columns_renamed(source.read(index), encoding.columns)
-        checked = check_row(raw, encoding.vocab_size, source.folder, encoding.defaults)
-        encoded = encode_row(
-            checked,
+    encoded = iter(
+        encode_rows(
+            [row for _, row in good],
             get_chat,
             encoding.max_length,
             encoding.vocab_size,
             encoding.processor,
             read_media=encoding.read_media,
         )
-        name = source.name if checked.source is None else checked.source
-    except RowError as error:
+    )
+    return [
+        _columns(source, index, row, row if isinstance(row, RowError) else next(encoded))
+        for index, row in zip(indices, rows)
+    ]
+
+
+def _columns(
+    source: Source, index: int, row: Row | RowError, encoded: Encoded | RowError
+) -> dict[str, Any]:
+    """Of row `index`, a RowError of which becomes its reason."""
+    name = reason = None
+    if isinstance(encoded, RowError):
         # the message may quote lone surrogates
-        reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+        reason = str(encoded).encode("utf-8", "backslashreplace").decode("utf-8")
+        encoded = _EMPTY
+    elif isinstance(row, Row):
+        name = source.name if row.source is None else row.source
     kinds = [reference["kind"] for reference in encoded.media]
+    location = source.locations[index]
     columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
     return encoded._asdict() | columns | {"digest": encoded.digest()}
 
@@ -257,6 +284,9 @@ def load_datasets(
         )
     if not data.dataset:
         raise DataError("--dataset is empty: name at least one file or data set")
+    # no threads: --dataset_num_proc says how many cores the work may take, and tokenizers warns in
+    # every process that is forked after it has used threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoding = row_encoding(data, model_dir, vocab_size)
     chat, processor = encoding.chat, encoding.processor
 
@@ -332,12 +362,12 @@ def _prepare(
         return open_source(entry, seed, data.download_datasets)
 
     def reason_of(index: int) -> str | None:
-        return encode_source_row(open_entry(), encoding, index)["reason"]
+        return encode_source_rows(open_entry(), encoding, [index])[0]["reason"]
 
     def prepare() -> list[str]:
         source = open_entry()
         return write_rows(
-            partial(encode_source_row, source, encoding),
+            partial(encode_source_rows, source, encoding),
             len(source.locations),
             _SCHEMA,
             path,

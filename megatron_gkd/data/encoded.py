@@ -1,22 +1,20 @@
 """A checked row -> `Encoded`, its tokens as they are stored; and from there -> `Sample`, its media
 read.
-
-Without a teacher view every assistant turn of a row is trained; with one only the last response,
-which both views share. Of a prompt alone nothing is trained: its response is written in the run.
 """
 
 import hashlib
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from megatron_gkd.data.chat import ChatTokenizer
+from megatron_gkd.data.chat import Chat, ChatTokenizer
 from megatron_gkd.data.rows import Row, RowMedia
 from megatron_gkd.data.sample import MediumPositions, Sample, View
+from megatron_gkd.data.views import conversations_of, row_tokens
 from megatron_gkd.errors import RowError
 from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.media.medium import KINDS, Medium, Reference, Size
@@ -41,13 +39,23 @@ class Encoded(NamedTuple):
     labels: list[int]
     response_start: int
     teacher_prompt: list[int] | None
+    teacher_labels: list[int] | None
+    """Those of `teacher_prompt`; None if nothing in it is trained"""
     cut_tokens: int
+    shortened_turns: int
+    """Assistant turns that are not trained, since the chat template leaves out a part of them"""
+    trimmed_turns: int
+    """Of which it leaves out white space"""
     media: list[dict]
     """Of each medium the fields of its `Reference`, and num_tokens"""
     student_media: list[int]
     """Indices in `media`: audios, images, videos, each kind in the order of its placeholders"""
     teacher_media: list[int]
     use_audio_in_video: bool
+
+    def labels_of_teacher_prompt(self) -> list[int]:
+        """`teacher_labels`, written out."""
+        return self.teacher_labels or [IGNORED_LABEL] * len(self.teacher_prompt or [])
 
     def references(self) -> list[Reference]:
         """`media` as the row gave them."""
@@ -71,8 +79,7 @@ class _Prompt(NamedTuple):
     """A prompt with all tokens of each of its media."""
 
     ids: list[int]
-    origin: list[int]
-    """Index of each id in the prompt that was given"""
+    labels: list[int]
     media: RowMedia
 
 
@@ -85,23 +92,59 @@ def encode_row(
     *,
     read_media: bool = False,
 ) -> Encoded:
-    """Tokenise a checked row and cut its response so that both views have at most `max_length`
+    """As `encode_rows`, of one row. Raises its RowError. `get_chat` is called only if the row holds
+    text.
+    """
+    (found,) = encode_rows(
+        [row], get_chat, max_length, vocab_size, processor, read_media=read_media
+    )
+    if isinstance(found, RowError):
+        raise found
+    return found
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    get_chat: Callable[[], ChatTokenizer],
+    max_length: int,
+    vocab_size: int,
+    processor: MediaProcessor,
+    *,
+    read_media: bool = False,
+) -> list[Encoded | RowError]:
+    """Tokenise checked rows and cut their responses so that both views have at most `max_length`
     tokens.
 
-    `get_chat` is called only if the row holds text. Media are read only as far as their number of
-    tokens requires, unless `read_media`. Raises RowError for ids of the tokenizer that the model
-    does not have, media that cannot be used or do not match their placeholders, and for a prompt
-    that leaves no room for a response.
+    `get_chat` is called only if a row holds text. Media are read only as far as their number of
+    tokens requires, unless `read_media`. A RowError stands for a row with ids of the tokenizer that
+    the model does not have, media that cannot be used or do not match their placeholders, or a
+    prompt that leaves no room for a response.
     """
+    conversations = [each for row in rows for each in conversations_of(row)]
+    chats = iter(get_chat().encode(conversations) if conversations else ())
+    found: list[Encoded | RowError] = []
+    for row in rows:
+        of_row = [next(chats) for _ in conversations_of(row)]
+        try:
+            found.append(_encode(row, of_row, max_length, vocab_size, processor, read_media))
+        except RowError as error:
+            found.append(error)
+    return found
+
+
+def _encode(
+    row: Row,
+    chats: list[Chat | RowError],
+    max_length: int,
+    vocab_size: int,
+    processor: MediaProcessor,
+    read_media: bool,
+) -> Encoded:
     if row.has_media:
         processor.check_has_towers()
-    input_ids, labels, start = _student_tokens(row, get_chat)
-    teacher_ids = _teacher_prompt(row, get_chat)
-    if teacher_ids is None and row.teacher_media is not None:
-        teacher_ids = input_ids[:start]
-    if teacher_ids is not None:
-        labels[:start] = [IGNORED_LABEL] * start
-    for ids in (input_ids, teacher_ids or []):
+    tokens = row_tokens(row, chats)
+    (input_ids, labels, start), teacher_view = tokens.student, tokens.teacher
+    for ids in (input_ids, teacher_view.ids if teacher_view else []):
         if max(ids, default=0) >= vocab_size:
             raise RowError(
                 f"the tokenizer gives id {max(ids)}, out of the model's vocabulary "
@@ -111,15 +154,22 @@ def encode_row(
     sizes: dict[Reference, Size] = {}
     measure = _measuring(processor, sizes, read_media)
     student = _fill_prompt(
-        input_ids[:start], row.media, row, processor, measure, "the row has", as_given=True
+        input_ids[:start],
+        labels[:start],
+        row.media,
+        row,
+        processor,
+        measure,
+        "the row has",
+        as_given=True,
     )
-    input_ids = student.ids + input_ids[start:]
-    labels = [labels[index] for index in student.origin] + labels[start:]
+    input_ids, labels = student.ids + input_ids[start:], student.labels + labels[start:]
     start = len(student.ids)
     teacher = student
-    if teacher_ids is not None:
+    if teacher_view is not None:
         teacher = _fill_prompt(
-            teacher_ids,
+            teacher_view.ids,
+            teacher_view.labels,
             row.media if row.teacher_media is None else row.teacher_media,
             row,
             processor,
@@ -147,7 +197,12 @@ def encode_row(
         labels=labels,
         response_start=start,
         teacher_prompt=teacher.ids if has_teacher_view else None,
+        teacher_labels=teacher.labels
+        if has_teacher_view and _num_trained(teacher.labels)
+        else None,
         cut_tokens=num_trained - _num_trained(labels),
+        shortened_turns=tokens.shortened_turns,
+        trimmed_turns=tokens.trimmed_turns,
         media=[
             reference._asdict() | {"num_tokens": size.num_tokens}
             for reference, size in sizes.items()
@@ -156,42 +211,6 @@ def encode_row(
         teacher_media=[index_of[medium] for kind in KINDS for medium in teacher.media[kind]],
         use_audio_in_video=row.use_audio_in_video,
     )
-
-
-def _student_tokens(
-    row: Row, get_chat: Callable[[], ChatTokenizer]
-) -> tuple[list[int], list[int], int]:
-    """(input ids, labels, index of the (last) response's first token)."""
-    if not row.has_response:
-        prompt = row.input_ids or get_chat().encode_request(row.messages or [], row.options)
-        if not prompt:
-            raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
-        return prompt, [IGNORED_LABEL] * len(prompt), len(prompt)
-    if row.messages is None:
-        assert row.input_ids is not None and row.labels is not None
-        start = next(index for index, label in enumerate(row.labels) if label != IGNORED_LABEL)
-        return row.input_ids, list(row.labels), start
-    input_ids, spans = get_chat().encode(row.messages, row.options)
-    labels = [IGNORED_LABEL] * len(input_ids)
-    turns = [index for index, turn in enumerate(row.messages) if turn["role"] == "assistant"]
-    for index, (begin, end) in zip(turns, spans):
-        if index not in row.untrained:
-            labels[begin:end] = input_ids[begin:end]
-    start = spans[-1][0]
-    if start == 0:
-        raise RowError("empty prompt: the chat template and the tokenizer make no token of it")
-    return input_ids, labels, start
-
-
-def _teacher_prompt(row: Row, get_chat: Callable[[], ChatTokenizer]) -> list[int] | None:
-    """The teacher's tokens before the response; None if they are the student's."""
-    if row.teacher_messages is None:
-        return row.teacher_input_ids
-    if not row.has_response:
-        return get_chat().encode_request(row.teacher_messages, row.teacher_options)
-    # Any response will do, only what comes before it is kept.
-    response = row.messages[-1] if row.messages else {"role": "assistant", "content": "response"}
-    return get_chat().encode_prompt([*row.teacher_messages[:-1], response], row.teacher_options)
 
 
 def _num_trained(labels: list[int]) -> int:
@@ -223,6 +242,7 @@ def _check_size(medium: Medium, num_tokens: int, reference: Reference) -> None:
 
 def _fill_prompt(
     ids: list[int],
+    labels: list[int],
     media: RowMedia,
     row: Row,
     processor: MediaProcessor,
@@ -231,18 +251,18 @@ def _fill_prompt(
     *,
     as_given: bool,
 ) -> _Prompt:
-    """A prompt's ids with all tokens of its media (`as_given`: see `fill`). where: how the message
-    begins if placeholders and media differ in number.
+    """A prompt's ids and labels with all tokens of its media (`as_given`: see `fill`). where: how
+    the message begins if placeholders and media differ in number.
     """
     if not row.has_media:
-        return _Prompt(ids, list(range(len(ids))), media)
+        return _Prompt(ids, labels, media)
     tokens = processor.token_ids
     placeholders = find_placeholders(ids, tokens, row.use_audio_in_video)
     media = _with_tracks(media, placeholders)
     check_counts(placeholders, media, where)
     sizes = {kind: [measure(reference) for reference in media[kind]] for kind in KINDS}
     filled = fill(ids, placeholders, sizes, tokens, as_given=as_given)
-    return _Prompt(filled.ids, filled.origin, media)
+    return _Prompt(filled.ids, [labels[index] for index in filled.origin], media)
 
 
 def _with_tracks(media: RowMedia, placeholders: list[Placeholder]) -> RowMedia:
@@ -291,7 +311,7 @@ def decode_sample(encoded: Encoded, source: str, row: int, processor: MediaProce
     teacher = student
     if encoded.teacher_prompt is not None:
         prompt = encoded.teacher_prompt
-        labels = [IGNORED_LABEL] * len(prompt) + student.labels[start:]
+        labels = encoded.labels_of_teacher_prompt() + student.labels[start:]
         teacher = view(
             prompt + student.input_ids[start:], labels, len(prompt), encoded.teacher_media
         )

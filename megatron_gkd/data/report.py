@@ -1,16 +1,33 @@
 """Counts of the rows of a data set: for the console, and for what a run decides from its data."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow
 from pyarrow import compute
 
 from megatron_gkd.data.sample import media_pair
 from megatron_gkd.data.stored_rows import StoredRows
 from megatron_gkd.errors import BadRow
 from megatron_gkd.loss.rows import IGNORED_LABEL
+
+NUM_EXAMPLES = 3
+
+
+class ChangedTurns(NamedTuple):
+    """Assistant turns that the chat template does not write as they are."""
+
+    number: int = 0
+    rows: Sequence[str] = ()
+    """The first that have such turns, as FILE:LINE"""
+
+    def summary(self, what: str) -> str:
+        """A clause for the console; "" if there are none."""
+        more = ", ..." if self.number > len(self.rows) else ""
+        return f"; {what}: {self.number} ({', '.join(self.rows)}{more})" if self.number else ""
 
 
 @dataclass
@@ -33,6 +50,10 @@ class DataReport:
     num_media: dict[str, int] = field(default_factory=dict)
     """Media of each kind; a medium counts once in its row, even if both views show it."""
     skipped: list[BadRow] = field(default_factory=list)
+    shortened_turns: ChangedTurns = ChangedTurns()
+    """Assistant turns that are not trained, since the chat template leaves out a part of them"""
+    trimmed_turns: ChangedTurns = ChangedTurns()
+    """Trained turns of which it leaves out white space"""
 
     @property
     def has_teacher_view(self) -> bool:
@@ -56,6 +77,13 @@ class DataReport:
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
             f"{self.num_skipped} bad rows skipped"
+            + self.shortened_turns.summary(
+                "earlier assistant turns that are read and not trained, since the chat template "
+                "leaves out a part of them, such as reasoning"
+            )
+            + self.trimmed_turns.summary(
+                "assistant turns of which the chat template leaves out white space"
+            )
         )
 
 
@@ -83,9 +111,18 @@ def view_lengths(rows: StoredRows) -> Lengths:
 
 def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
     """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
-    table = rows.columns("cut_tokens", "labels", "teacher_prompt", "source")
+    table = rows.columns(
+        "cut_tokens",
+        "labels",
+        "teacher_prompt",
+        "source",
+        "shortened_turns",
+        "trimmed_turns",
+        "location",
+    )
     cuts = table["cut_tokens"].to_numpy()
     trained = compute.not_equal(compute.list_flatten(table["labels"]), IGNORED_LABEL)
+    media, num_media = _media_report(rows)
     return DataReport(
         num_rows=len(rows),
         num_teacher_views=len(rows) - table["teacher_prompt"].null_count,
@@ -95,18 +132,27 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
         num_response_tokens=compute.sum(trained).as_py(),
         sources=dict(Counter(table["source"].to_pylist())),
         num_prompts_alone=int((~lengths.has_response).sum()),
-        **_media_report(rows),
+        media=media,
+        num_media=num_media,
         skipped=skipped,
+        shortened_turns=_changed_turns(table["shortened_turns"], table["location"]),
+        trimmed_turns=_changed_turns(table["trimmed_turns"], table["location"]),
     )
 
 
-def _media_report(rows: StoredRows) -> dict[str, dict[str, int]]:
+def _changed_turns(counts: pyarrow.ChunkedArray, locations: pyarrow.ChunkedArray) -> ChangedTurns:
+    of_rows = counts.to_numpy()
+    first = np.flatnonzero(of_rows)[:NUM_EXAMPLES]
+    return ChangedTurns(int(of_rows.sum()), locations.take(first).to_pylist())
+
+
+def _media_report(rows: StoredRows) -> tuple[dict[str, int], dict[str, int]]:
     """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
     are not read.
     """
     table = rows.columns("kinds", "student_media", "teacher_media")
     if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
-        return {}
+        return {}, {}
     kinds = table["kinds"].to_pylist()
     views = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
     pairs = Counter(
@@ -114,4 +160,4 @@ def _media_report(rows: StoredRows) -> dict[str, dict[str, int]]:
         for row, student, teacher in views
     )
     num_media = Counter(kind for row in kinds for kind in row)
-    return {"media": dict(pairs), "num_media": dict(num_media)}
+    return dict(pairs), dict(num_media)

@@ -23,6 +23,7 @@ from megatron_gkd.data.conversation import (
     check_content,
     check_text,
     check_turns,
+    with_responses,
 )
 from megatron_gkd.data.forms import Form, form_of, read_turns
 from megatron_gkd.data.render_options import (
@@ -297,7 +298,7 @@ def _teacher(
         return None, token_ids(row["teacher_input_ids"], "teacher_input_ids", vocab_size)
     if present == ["teacher_messages"]:
         turns = read_turns(row["teacher_messages"], "teacher_messages")
-        view = check_turns(turns, inline, last_may_be_empty=True)
+        view = check_turns(turns, inline, last_may_be_empty=True, may_be_empty=has_response)
         if not has_response:
             view = view[:-1] if view[-1]["role"] == "assistant" else view
         elif view[-1]["role"] != "assistant":
@@ -306,6 +307,8 @@ def _teacher(
                 f"{view[-1]['role']} turn, the last one must be an assistant turn (the row's "
                 "response takes its place)"
             )
+        else:
+            view = with_responses(view, given)
         return with_teacher_system(view, row, defaults, own_turns=True), None
     if present == ["teacher_prompt"]:
         given = _with_prompt(row["teacher_prompt"], given, inline)

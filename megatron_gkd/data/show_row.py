@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megatron_gkd.data.dataset import (
     DataSettings,
     RowEncoding,
-    encode_source_row,
+    encode_source_rows,
     encoded_columns,
     row_encoding,
 )
@@ -30,7 +30,7 @@ def show_row(wanted: str, data: DataSettings, model_dir: str, vocab_size: int, s
     encoding = row_encoding(data, model_dir, vocab_size)
     source, index = _find(wanted, data, seed)
     location = source.locations[index]
-    row = encode_source_row(source, encoding, index)
+    (row,) = encode_source_rows(source, encoding, [index])
     if row["reason"] is not None:
         raise DataError(f"{location}: {row['reason']}")
     encoded = encoded_columns(row)
@@ -52,7 +52,7 @@ def show_row(wanted: str, data: DataSettings, model_dir: str, vocab_size: int, s
             *_view(
                 f"{location}, the teacher's view",
                 prompt + encoded.input_ids[start:],
-                [IGNORED_LABEL] * len(prompt) + encoded.labels[start:],
+                encoded.labels_of_teacher_prompt() + encoded.labels[start:],
                 len(prompt),
                 encoding,
             ),

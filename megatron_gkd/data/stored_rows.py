@@ -5,6 +5,7 @@ row or some columns at a time.
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from megatron_gkd.errors import DataError
 
 ROWS_AT_ONCE = 100  # held in memory while they are written: a row may hold its media
+SECONDS_OF_A_LINE = 30.0
 
 
 class StoredRows:
@@ -81,38 +83,56 @@ class StoredRows:
 
 
 def write_rows(
-    make_row: Callable[[int], dict[str, Any]],
+    make_rows: Callable[[range], list[dict[str, Any]]],
     num_rows: int,
     schema: pyarrow.Schema,
     path: str,
     num_proc: int,
     description: str,
 ) -> list[str]:
-    """`make_row(0)` to `make_row(num_rows - 1)` into files named after `path`, one for each of
-    `num_proc` forked processes; returns their names in the order of the rows. On a terminal rank 0
-    shows a progress bar. Raises what `make_row` raises, and DataError where a process dies.
+    """`make_rows` of all parts of range(num_rows) into files named after `path`, one for each of
+    `num_proc` forked processes; returns their names in the order of the rows. Rank 0 shows how far
+    it is: a bar on a terminal, elsewhere a line now and then. Raises what `make_rows` raises, and
+    DataError where a process dies.
     """
     num_proc = max(1, min(num_proc, num_rows))
     ends = [num_rows * part // num_proc for part in range(num_proc + 1)]
     files = [f"{path}.{part}" for part in range(num_proc)]
     works = [
-        _write(make_row, range(first, end), schema, file)
+        _write(make_rows, range(first, end), schema, file)
         for first, end, file in zip(ends, ends[1:], files)
     ]
-    show_bar = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
-    with tqdm(total=num_rows, desc=description, disable=not show_bar) as bar:
-        for number in works[0] if num_proc == 1 else _in_processes(works):
+    numbers = works[0] if num_proc == 1 else _in_processes(works)
+    is_first = os.environ.get("RANK", "0") == "0"
+    on_terminal = sys.stderr.isatty()
+    start = shown = time.monotonic()
+    done = 0
+    bar = tqdm(
+        total=num_rows, desc=description, unit=" rows", disable=not (is_first and on_terminal)
+    )
+    with bar:
+        for number in numbers:
+            done += number
             bar.update(number)
+            now = time.monotonic()
+            if is_first and not on_terminal and now - shown >= SECONDS_OF_A_LINE:
+                shown, rate = now, done / (now - start)
+                left = f", {(num_rows - done) / rate:.0f} s left" if done < num_rows else ""
+                line = f"{description}: {done} of {num_rows}, {rate:.0f} rows/s{left}"
+                print(line, file=sys.stderr, flush=True)
     return files
 
 
 def _write(
-    make_row: Callable[[int], dict[str, Any]], indices: range, schema: pyarrow.Schema, file: str
+    make_rows: Callable[[range], list[dict[str, Any]]],
+    indices: range,
+    schema: pyarrow.Schema,
+    file: str,
 ) -> Iterator[int]:
     """Write one file; yields the number of rows after each of its batches."""
     with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for first in range(0, len(indices), ROWS_AT_ONCE):
-            rows = [make_row(index) for index in indices[first : first + ROWS_AT_ONCE]]
+            rows = make_rows(indices[first : first + ROWS_AT_ONCE])
             writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
             yield len(rows)
 
