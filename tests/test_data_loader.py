@@ -238,6 +238,30 @@ def test_workers_give_the_same_batches():
             assert (sample.teacher is sample.student) == (not sample.has_teacher_view)
 
 
+def test_workers_read_the_rows_of_the_steps_to_come():
+    """Prompts alone in the steps that write: workers are ahead, and the kinds of steps differ."""
+    dataset, has_response = Rows(9), numpy.arange(9) % 3 > 0
+    settings = dict(global_batch_size=4, budget=Budget(20), dp_rank=0, dp_size=1, num_steps=8)
+
+    def rows(workers, start):
+        order = StepRows(has_response, lambda step: step in (1, 2, 6), 4, seed=3)
+        lengths = [dataset.lengths] * 8
+        steps = step_loader(
+            dataset,
+            order,
+            lengths.__getitem__,
+            start_step=start,
+            num_workers=workers,
+            **settings,
+        )
+        return [[row for rows in step for row in rows] for step in rows_of(steps)]
+
+    found = rows(0, 0)
+    assert rows(2, 0) == found and rows(2, 3) == found[3:]
+    assert all(has_response[found[step]].all() for step in (1, 2, 6))
+    assert not all(has_response[rows].all() for rows in found)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_random_state_is_untouched(workers):
     torch.manual_seed(3)

@@ -6,10 +6,12 @@ import shutil
 import wave
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 
 from megatron_gkd.data import dataset, load_datasets, prepared_rows
+from megatron_gkd.data.source import Source
 from tests import ranks
 from tests.test_data_dataset import MIXED, VOCAB, ids_row, samples, settings, write_jsonl
 from tests.tiny_tokenizer import CHATML, write_bpe_folder
@@ -127,6 +129,33 @@ def test_whatever_changes_they_are_prepared_anew(tmp_path, folder, what):
     found, reused, _ = load(data, folder)
     assert not reused and found == load(replace(data, prepared_rows="none"), folder)[0]
     assert load(data, folder)[1]
+
+
+def test_folders_and_names(tmp_path, folder, monkeypatch):
+    """Of a folder its tables count; of a name that is looked up elsewhere the rows that it has."""
+    rows, name = [ids_row(row) for row in range(5)], str(tmp_path / "saved")
+    data = settings(name, prepared_rows=str(tmp_path / "kept"))
+
+    def reused():
+        found, is_reused, _ = load(data, folder)
+        assert [sample.student.input_ids[0] for sample in found[0]] == [
+            row["input_ids"][0] for row in rows
+        ]
+        return is_reused
+
+    datasets.Dataset.from_list(rows).save_to_disk(name)
+    assert not reused() and reused()
+    rows[2] = ids_row(7)
+    datasets.Dataset.from_list(rows).save_to_disk(name)
+    assert not reused() and reused()
+    data.dataset = ["somebody/rows"]
+    locations = [f"somebody/rows row {row}" for row in range(5)]
+    monkeypatch.setattr(
+        dataset, "open_source", lambda entry, *_: Source(entry, locations, rows.__getitem__)
+    )
+    assert not reused() and reused()
+    rows[3] = ids_row(9)
+    assert not reused() and reused()
 
 
 def test_other_vocabularies_seeds_libraries_and_code(tmp_path, folder, monkeypatch):

@@ -140,6 +140,12 @@ def refused(load, available=CARD, layout=ONE):
     return str(error.value)
 
 
+def test_an_evaluation_that_writes_takes_the_memory_of_a_rollout(tiny_folder):
+    config = parse_config(arguments(model=tiny_folder(**SMALL), dataset="d", lmbda=0))
+    assert workload(config).completion_tokens == 0
+    assert workload(config, writes=True).completion_tokens == 512
+
+
 def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     """The flags that are named do: alone or together."""
     args, rollouts = REAL_SHAPE.model_args(), dict(completion_tokens=512, prefill_tokens=8192)
@@ -179,7 +185,7 @@ def test_towers_count_and_a_refusal_names_the_card(tiny_folder, tmp_path, monkey
     monkeypatch.setattr(build, "tower_parameters", lambda *which: 2**28 * sum(which[2:]))
 
     def check(available, audio, visual):
-        data = dict(micro_batch_tokens=4096, prompt_tokens=100)
+        data = dict(micro_batch_tokens=4096, prompt_tokens=100, writes=True)
         build.check_fits(config, args, None, available, **data, audio=audio, visual=visual)
 
     check(2**40, audio=True, visual=False)

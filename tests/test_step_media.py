@@ -2,8 +2,12 @@
 process of transformers.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 
+from tests import train_runs
 from tests.media_rows import write_rows
 from tests.reference_step import reference_step, write_adapter
 from tests.train_runs import arguments, layout_flags, read_lines, run_training, stable
@@ -56,9 +60,8 @@ def flags(run, output, *, dp=1, accumulation=1, **more):
         max_tokens_per_micro_batch=None if accumulation == 1 else 400 // accumulation,
     )
     given = {name: run[name] for name in ("model", "adapter", "dataset")}
-    return arguments(
-        output_dir=output, sft_alpha=0.3, **given, **(dict(max_steps=1) | sizes | more)
-    )
+    defaults = dict(output_dir=output, sft_alpha=0.3, max_steps=1)
+    return arguments(**given, **(defaults | sizes | more))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,32 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
             assert mine["num_tokens"] == its["num_tokens"]
             for name in ("jsd", "kl_forward", "entropy_student"):
                 assert its[name] == pytest.approx(mine[name], rel=2e-3), name
+
+
+def test_prompts_alone(run, tmp_path):
+    """Rows that end with the question train as with an answer that nothing reads. In evaluation
+    their answers are the same at another layout, where 8 rows are 3 at a time on each rank.
+    """
+    rows = [json.loads(line) for line in Path(run["dataset"]).read_text().splitlines()]
+    alone = Path(run["dataset"]).with_name("alone.jsonl")  # beside the media
+    train_runs.write_rows(alone, [row | {"messages": row["messages"][:-1]} for row in rows])
+    more = dict(lmbda=1, max_completion_length=5, max_steps=1, sft_alpha=0, learning_rate=1e-3)
+    layout = dict(layout_flags(2, 1, 4), per_device_train_batch_size=3)
+    run_training(1, flags(run, tmp_path / "answered", val_dataset=alone, **more))
+    run_training(1, flags(run | {"dataset": alone}, tmp_path / "alone", **more))
+    run_training(4, flags(run, tmp_path / "parts", val_dataset=alone, **more | layout))
+    answered, its = (
+        stable(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("answered", "alone")
+    )
+    assert answered == its
+    for mine, its in zip(
+        *(read_lines(tmp_path / name / "eval.jsonl")[:1] for name in ("answered", "parts")),
+        strict=True,
+    ):
+        assert mine["num_tokens"] == its["num_tokens"] != run["expected"]["num_tokens"]
+        assert mine["by_media"].keys() == run["expected"]["by"]["by_media"].keys()
+        for name in ("jsd", "kl_forward", "entropy_student"):
+            assert its[name] == pytest.approx(mine[name], rel=1e-4), name
 
 
 def test_resuming_gives_the_same_bits(run, tmp_path):

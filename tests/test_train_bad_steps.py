@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.ranks import run_ranks
 from tests.test_train import METRICS, error_of_run, flags_of_run, write_data
-from tests.train_runs import layout_flags, read_lines, run_training, stable
+from tests.train_runs import layout_flags, read_lines, run_training, stable, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,13 @@ def test_bad_steps_are_skipped(data, tmp_path, where):
 
 @pytest.mark.parametrize("lmbda", [0, 1])
 def test_too_many_bad_steps(data, tmp_path, lmbda):
-    """An adapter that overflows, in training or while it writes: every step is bad, and the run
-    ends with what to try.
+    """An adapter that overflows, in training or while it writes: every step is bad, an evaluation
+    has no numbers, and the run ends with what to try.
     """
+    questions = [
+        {name: row[name][:2] for name in ("input_ids", "teacher_input_ids")}
+        for row in data["evaluation"]
+    ]
     adapter = tmp_path / "adapter"
     shutil.copytree(data["adapter"], adapter)
     path = adapter / "adapter_model.safetensors"
@@ -119,6 +123,7 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
             max_bad_steps=3,
             max_steps=20,
             lmbda=lmbda,
+            val_dataset=write_rows(tmp_path / "questions.jsonl", questions),
             **layout_flags(tp=2),
         ),
     )
@@ -131,6 +136,8 @@ def test_too_many_bad_steps(data, tmp_path, lmbda):
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3] and lines[0]["loss"] is None
     assert not list(tmp_path.glob("checkpoint-*"))
+    (evaluation,) = read_lines(tmp_path / "eval.jsonl")
+    assert evaluation["jsd"] is None and evaluation["num_tokens"] == 0
 
 
 def test_bad_steps_push_no_checkpoint_out(data, tmp_path):

@@ -129,15 +129,20 @@ class _Digest:
         self._hash.update(repr(values).encode("utf-8", "backslashreplace"))
 
     def add_file(self, path: str, large: int | None = None) -> None:
-        """The content; of a file of more than `large` bytes size and time of change."""
-        status = os.stat(path)
-        if large is not None and status.st_size > large:
-            self.add(status.st_size, status.st_mtime_ns)
-            return
-        self.add(status.st_size)
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                self._hash.update(block)
+        """The content; of a file of more than `large` bytes size and time of change. What cannot be
+        read is read by nobody.
+        """
+        try:
+            status = os.stat(path)
+            if large is not None and status.st_size > large:
+                self.add(status.st_size, status.st_mtime_ns)
+                return
+            self.add(status.st_size)
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    self._hash.update(block)
+        except OSError as error:
+            self.add("unreadable", error.errno)
 
     def hex(self) -> str:
         return self._hash.hexdigest()
@@ -147,7 +152,8 @@ def _files(folder: str) -> Iterator[str]:
     """The files under `folder` in order, without what is hidden (a repository's .git)."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(root, name) for name in sorted(files) if name[0] != ".")
+        paths = (os.path.join(root, name) for name in sorted(files) if name[0] != ".")
+        yield from filter(os.path.isfile, paths)  # no pipe, which has no end
 
 
 class _State(NamedTuple):
@@ -203,10 +209,7 @@ class PreparedRows:
         Raises what these do.
         """
         started = time.time()
-        try:
-            digest = _entry_digest(entry, self.basis, seed, open_entry)
-        except OSError:  # whoever opens it says what is wrong
-            return prepare()
+        digest = _entry_digest(entry, self.basis, seed, open_entry)
         if files := self._take(digest, entry, path, reason_of):
             return files
         files = prepare()
