@@ -27,6 +27,7 @@ FOREIGN_FLAGS = {
     "gradient_checkpointing",
     "use_vllm",
     "adapters",
+    "log_completions",
     "help",
     "nproc_per_node",
     "check",
@@ -56,6 +57,8 @@ FOREIGN_FLAGS = {
     "extras",
     "only",
     "from",
+    # of earlier versions
+    "tensorboard",
 }
 
 
