@@ -43,6 +43,8 @@ DEPENDENCIES = [
     "av>=17.1,<20",
     # --config files.
     "pyyaml>=6,<7",
+    # The page of python -m megatron_gkd.report. torch asks for it too.
+    "jinja2>=3.1.6,<4",
     # Metrics files for TensorBoard, the progress bar, the demo's curves.
     "tensorboard>=2.21,<2.22",
     "tqdm>=4.70,<5",
@@ -72,6 +74,9 @@ EXTRAS = {
     # What benchmarks/loss.py is compared with on CUDA, besides TRL (extra `test`). It calls two
     # autograd Functions by the order of their arguments, which is 0.8's; no test here has run it.
     "benchmarks": ["liger-kernel>=0.8,<0.9"],
+    # --report_to wandb and --report_to swanlab.
+    "wandb": ["wandb>=0.31,<0.32"],
+    "swanlab": ["swanlab>=0.10.3,<0.11"],
     "test": [
         "datasets>=5.2,<5.3",
         "pytest>=9,<10",
@@ -81,6 +86,9 @@ EXTRAS = {
         # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring
         # their own triton.
         "triton>=3.6,<3.10",
+        # Trackers, tested without a network.
+        "wandb>=0.31,<0.32",
+        "swanlab>=0.10.3,<0.11",
         # The reference for the divergence. 1.14 is the last one for Python 3.10.
         "trl>=1.14,<1.17",
     ],
@@ -108,7 +116,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["megatron_gkd*", "checkpoint_tools*", "demo*"]),
-    package_data={"demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"]},
+    package_data={
+        "megatron_gkd": ["report/*.jinja", "report/*.css", "report/*.js"],
+        "demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

@@ -136,8 +136,8 @@ def measure(way: str, device: str, folder: str, root: Path) -> dict[str, Any] | 
     flags += [
         "--per_device_train_batch_size",
         str(NUM_ROWS),
-        "--tensorboard",
-        "false",
+        "--report_to",
+        "none",
         "--learning_rate",
         "1e-3",
     ]

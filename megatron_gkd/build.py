@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,12 +15,12 @@ from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teache
 from megatron_gkd.config import Config, layout_line, workload
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
-from megatron_gkd.device_memory import DeviceMemory
+from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
-from megatron_gkd.media.towers import build_towers, tower_parameters
+from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
 from megatron_gkd.memory import check_memory
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs, read_model_args
@@ -31,6 +32,7 @@ from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import data_state, note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
+from megatron_gkd.rollout_log import RolloutLog, num_logged_rollouts, text_decoder
 from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
 from megatron_gkd.run_folder import (
     MetricsWriter,
@@ -38,6 +40,7 @@ from megatron_gkd.run_folder import (
     package_versions,
     write_run_json,
 )
+from megatron_gkd.trackers import check_installed, open_trackers
 from megatron_gkd.zero_signal import check_responses, check_trainable
 
 
@@ -68,7 +71,9 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     towers = dict(audio=audio, visual=visual)
     prompts = eval_data.report.num_prompts_alone if eval_data else 0
     writes = config.distill.writes_responses or prompts > 0
-    written_data = [train_data] + ([eval_data] if eval_data and prompts else [])
+    num_logged = num_logged_rollouts(config.run.log_rollouts, writes)
+    writes = writes or (num_logged > 0 and eval_data is not None)
+    written_data = [train_data] + ([eval_data] if eval_data and (prompts or num_logged) else [])
     if parallel.device.type == "cuda":
         check_fits(
             config,
@@ -93,18 +98,23 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     progress = resume(
         config, model, model_args, optimizer, parallel, adapter, resume_folder, data_now
     )
+    trackers = []
+    if parallel.rank == 0:
+        trackers = open_trackers(
+            config.run.report_to, config.run.output_dir, progress.step, config.to_dict()
+        )
     writer = MetricsWriter(
         config.run.output_dir,
         config.train.max_steps,
         progress.step,
         enabled=parallel.rank == 0,
-        tensorboard=config.run.tensorboard,
+        trackers=trackers,
     )
     note_start(config, parallel, resume_folder)
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
-    rollout = eval_rollout = None
+    rollout = eval_rollout = rollout_log = None
     if writes:
         rollout = make_rollout(
             config.rollout,
@@ -118,11 +128,23 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             seed=config.train.seed,
             chat_template=config.data.chat_template,
         )
-    if rollout and eval_data and prompts:
+    if rollout and eval_data:
         eval_rollout = rollout.for_evaluation(eval_data, eval_budget(config, model_args))
+    if rollout and num_logged:
+        rollout_log = RolloutLog(
+            number=num_logged,
+            decode=text_decoder(config.model.model) if parallel.rank == 0 else None,
+            rollout=eval_rollout or rollout,
+            train_data=train_data,
+            eval_data=eval_data,
+            towers=cast(Towers | None, model.towers),
+            parallel=parallel,
+            seed=config.train.seed,
+        )
+    if prompts:
         log_rank_0(
             parallel,
-            f"Evaluation: {prompts} of {len(eval_data)} rows have no response; before each "
+            f"Evaluation: {prompts} of {len(eval_data or [])} rows have no response; before each "
             "measurement the student writes it, greedily",
         )
     return Run(
@@ -139,6 +161,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         eval_data=eval_data,
         rollout=rollout,
         eval_rollout=eval_rollout,
+        rollout_log=rollout_log,
         writer=writer,
         progress=progress,
         clock=Clock(parallel.device),
@@ -163,6 +186,7 @@ def read_data(
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
         check_writable(config.run.output_dir)
+        check_installed(config.run.report_to)
     train_data, eval_data = load_data(config, model_args, parallel)
     return model_args, train_data, eval_data
 
@@ -311,7 +335,7 @@ def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
 
 
 def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:
-    """run.json: the settings, versions, parameters and layout of this run."""
+    """run.json: the settings, versions, parameters, layout and device of this run."""
     layout = {
         "world_size": parallel.world_size,
         "tp": parallel.tp_size,
@@ -321,7 +345,12 @@ def write_description(config: Config, num_parameters: dict[str, int], parallel: 
         "cp": parallel.cp_size,
     }
     write_run_json(
-        config.run.output_dir, config.to_dict(), package_versions(), num_parameters, layout
+        config.run.output_dir,
+        config.to_dict(),
+        package_versions(),
+        num_parameters,
+        layout,
+        {"device": device_name(parallel.device)},
     )
 
 

@@ -34,6 +34,7 @@ from megatron_gkd.memory import LINEARS, Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.swift_flags import SWIFT_FLAGS, answer
+from megatron_gkd.trackers import TrackerName
 
 
 @dataclass
@@ -194,11 +195,26 @@ class RunConfig:
     resume_from_checkpoint: str | None = setting(
         None, "A checkpoint folder, or latest: the newest one in --output_dir."
     )
-    tensorboard: bool = setting(True, "Write TensorBoard files to OUTPUT/tensorboard.")
+    report_to: list[TrackerName] = setting(
+        ["tensorboard"],
+        "Where the metrics go besides OUTPUT's own files: tensorboard (files in OUTPUT), wandb, "
+        "swanlab (optional packages; they send to their servers unless WANDB_MODE or SWANLAB_MODE "
+        "is offline), none.",
+    )
+    log_rollouts: int | None = setting(
+        None,
+        "Responses that OUTPUT/rollouts.jsonl keeps of each logged step that writes them, and rows "
+        "of the evaluation data that student and teacher answer, greedily, at each evaluation; 0: "
+        "none. Default: 4 where the run writes responses, else 0.",
+    )
 
     def __post_init__(self):
         require_at_least(self, 1, "eval_steps", "save_steps", "save_total_limit", "logging_steps")
         require(bool(self.output_dir), "output_dir", repr(self.output_dir), "a folder")
+        alone = "none" not in self.report_to or len(self.report_to) == 1
+        require(alone, "report_to", " ".join(self.report_to), "none alone, or trackers")
+        if self.log_rollouts is not None:
+            require_at_least(self, 0, "log_rollouts")
 
 
 @dataclass
@@ -287,7 +303,8 @@ def workload(
     written.
     """
     train, distill = config.train, config.distill
-    writes = distill.writes_responses if writes is None else writes
+    if writes is None:
+        writes = distill.writes_responses or bool(config.run.log_rollouts)
     targets = config.lora.lora_target_modules
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,

@@ -78,3 +78,16 @@ def _resident(field: str) -> int:
         return _kib(_PROCESS / "status", field)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: `NVIDIA H100 80GB HBM3`; of a CPU the model's name where Linux
+    tells it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "CPU"

@@ -28,6 +28,7 @@ OTHER_NAMES = {
     "ep": "expert_model_parallel_size",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
+    "tensorboard": "report_to",
 }
 FLAG = r"--\S+|-[^-\d.\s]\S*"  # not a negative number, a text, or `--` alone
 NEAR = 0.6  # difflib's measure of likeness; what is less like a name is no misspelling of it
@@ -130,7 +131,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
     """The flag of the dataclass field `of`. `kind` is its type: bool, one that argparse can call
-    with the text, a list of such a type, a Literal of texts; `X | None` is as X.
+    with the text, a Literal of texts, a list of either; `X | None` is as X.
     """
     if NoneType in get_args(kind):
         (kind,) = set(get_args(kind)) - {NoneType}
@@ -144,7 +145,10 @@ def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
     if get_origin(kind) is Literal:
         options |= {"type": str, "choices": get_args(kind)}
     elif get_origin(kind) is list:
-        options |= {"type": get_args(kind)[0], "nargs": "+"}
+        (element,) = get_args(kind)
+        options |= {"type": element, "nargs": "+"}
+        if get_origin(element) is Literal:
+            options |= {"type": str, "choices": get_args(element)}
     elif kind is bool:
         options |= {"type": boolean, "nargs": "?", "const": True}
     spellings = dict.fromkeys([f"--{of.name}", f"--{of.name.replace('_', '-')}"])

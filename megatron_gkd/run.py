@@ -25,6 +25,7 @@ from megatron_gkd.parallel import Parallel, log_rank_0, seed_step
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.rollout.backend import Author
 from megatron_gkd.rollout.rollout import Rollout
+from megatron_gkd.rollout_log import RolloutLog
 from megatron_gkd.run_folder import MetricsWriter
 
 
@@ -88,7 +89,9 @@ class Run:
     clock: Clock
     memory: DeviceMemory
     eval_rollout: Rollout | None = None
-    """Where the evaluation data has prompts alone"""
+    """For the evaluation data, greedily: where that has prompts alone or --log_rollouts asks"""
+    rollout_log: RolloutLog | None = None
+    """With --log_rollouts"""
     recomputation: Recomputation | None = None
     """With --recompute auto"""
     saved_step: int = 0
@@ -262,6 +265,14 @@ class Run:
     def count(self, result: StepResult) -> None:
         """The step is over: `progress.step` is its number, from 1."""
         self.progress.count(result.update, result.on_policy)
+
+    def log_step(self, result: StepResult, counts: StepCounts) -> None:
+        """Write down the step that was just counted, and some of the responses that it wrote."""
+        self.writer.log_train(self.step_metrics(result, counts))
+        if self.rollout_log is not None:
+            author = self.author(result.on_policy)
+            lines = self.rollout_log.of_step(result.batches, self.progress.step, author)
+            self.writer.log_rollouts(lines)
 
     def step_metrics(self, result: StepResult, counts: StepCounts) -> dict[str, Any]:
         """The line of metrics.jsonl for the step that was just counted: nats, tokens of both views

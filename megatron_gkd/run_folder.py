@@ -1,5 +1,5 @@
-"""What a run leaves to be read: metrics.jsonl, eval.jsonl, run.json, TensorBoard files, and the
-progress on the screen.
+"""What a run leaves to be read: metrics.jsonl, eval.jsonl, rollouts.jsonl, run.json, and the
+progress on the screen; trackers get the same numbers.
 
 Each logged step is one JSON object, flushed as it is written. A resumed run first drops the lines
 after its checkpoint, so that the files read as if the run had never stopped; a run that starts at
@@ -12,13 +12,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_gkd.trackers import Tracker
+
+FILES = ("metrics", "eval", "rollouts")  # NAME.jsonl, a line at a time
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -55,27 +59,20 @@ class MetricsWriter:
         total_steps: int,
         start_step: int = 0,
         enabled: bool = True,
-        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
     ):
         self.total_steps, self.start_step, self.enabled = total_steps, start_step, enabled
         self._start_time = time.monotonic()
-        self._files, self._board, self._bar = {}, None, None
+        self._files, self._trackers, self._bar = {}, trackers, None
         if not enabled:
             return
         os.makedirs(output_dir, exist_ok=True)
-        paths = {name: Path(output_dir, f"{name}.jsonl") for name in ("metrics", "eval")}
+        paths = {name: Path(output_dir, f"{name}.jsonl") for name in FILES}
         if start_step == 0:
             _set_aside([path for path in paths.values() if path.exists()])
         for name, path in paths.items():
             _keep_lines_until(path, start_step)
-            self._files[name] = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge_step = start_step + 1 if start_step else 0
-            self._board = SummaryWriter(
-                os.path.join(output_dir, "tensorboard"), purge_step=purge_step
-            )
+            self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
         if sys.stdout.isatty():
             self._bar = tqdm(
                 total=total_steps,
@@ -118,24 +115,38 @@ class MetricsWriter:
         else:
             print(line, flush=True)
 
+    def log_rollouts(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Lines of rollouts.jsonl, which are all of one step (rollout/samples.py)."""
+        if self.enabled and lines:
+            self._append("rollouts", lines)
+
     def close(self) -> None:
         """Close the files; the writer is not used afterwards."""
         for file in self._files.values():
             file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._bar is not None:
             self._bar.close()
 
     def _write(self, name: str, group: str, values: dict[str, Any]) -> None:
         finite = _finite(values)
-        self._files[name].write(json.dumps(finite, allow_nan=False) + "\n")
+        self._append(name, [finite])
+        numbers = {
+            f"{group}/{key}": value
+            for key, value in _flat(finite)
+            if key != "step" and _is_number(value)
+        }
+        for tracker in self._trackers:
+            tracker.log(numbers, values["step"])
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        """As one write, so that a reader meanwhile finds whole lines. Text is left as it is, but
+        for half surrogates, which the file spells as JSON does.
+        """
+        texts = [json.dumps(_finite(one), allow_nan=False, ensure_ascii=False) for one in lines]
+        self._files[name].write("".join(text + "\n" for text in texts))
         self._files[name].flush()
-        if self._board is not None:
-            for key, value in _flat(finite):
-                if key != "step" and _is_number(value):
-                    self._board.add_scalar(f"{group}/{key}", value, values["step"])
-            self._board.flush()
 
     def _time_left(self, step: int) -> str:
         seconds_per_step = (time.monotonic() - self._start_time) / max(step - self.start_step, 1)
@@ -182,7 +193,7 @@ def _set_aside(paths: list[Path]) -> None:
         number += 1
     moved = [path.rename(path.with_suffix(f".{number}.jsonl")) for path in paths]
     print(
-        f"An earlier run wrote here; its metrics are now {' and '.join(map(str, moved))}",
+        f"An earlier run wrote here; its lines are now in {', '.join(map(str, moved))}",
         flush=True,
     )
 
@@ -191,7 +202,9 @@ def _keep_lines_until(path: Path, step: int) -> None:
     """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # a text may hold what splitlines() takes for the end of a line
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = lines if lines != [""] else []
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -223,12 +236,20 @@ def write_run_json(
     versions: dict[str, str],
     parameters: dict[str, int],
     layout: dict[str, int],
+    hardware: dict[str, str],
 ) -> None:
     """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts,
-    parallel sizes.
+    parallel sizes, the name of the device, and when: now, with the offset of the time zone.
     """
     os.makedirs(output_dir, exist_ok=True)
-    contents = {"config": config, "versions": versions, "parameters": parameters, "layout": layout}
+    contents = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config": config,
+        "versions": versions,
+        "parameters": parameters,
+        "layout": layout,
+        "hardware": hardware,
+    }
     write_atomically(
         Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     )

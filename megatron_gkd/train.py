@@ -48,7 +48,7 @@ def train(config: Config, parallel: Parallel) -> None:
     run = build_run(config, parallel)
     with closing(run):
         if run.progress.step == 0 and run.eval_data:
-            run.writer.log_eval(evaluate(run))
+            log_evaluation(run)
         with closing(run.batches()) as steps, stop_requests() as requests:
             for batches in steps:
                 result = train_step(run, batches)
@@ -62,10 +62,10 @@ def train(config: Config, parallel: Parallel) -> None:
                 )
                 stop = counts.stop
                 if run.is_logging_step(result, stop):
-                    run.writer.log_train(run.step_metrics(result, counts))
+                    run.log_step(result, counts)
                 check_health(run)
                 if run.is_eval_step:
-                    run.writer.log_eval(evaluate(run))
+                    log_evaluation(run)
                     # SIGTERM may have come during the evaluation: ask the ranks again
                     stop = any_rank(bool(requests), parallel.device)
                 save_if_due(run, result.update, ends=stop or run.is_complete)
@@ -114,6 +114,15 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
         means=means,
         update=update,
     )
+
+
+def log_evaluation(run: Run) -> None:
+    """Evaluate and write it down, with answers of student and teacher where --log_rollouts asks for
+    them. Every rank calls it.
+    """
+    run.writer.log_eval(evaluate(run))
+    if run.rollout_log is not None:
+        run.writer.log_rollouts(run.rollout_log.of_evaluation(run.progress.step))
 
 
 def evaluate(run: Run) -> dict[str, Any]:

@@ -37,7 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MEASURED = ("tokens_per_second", "peak_memory_gib")
 STATE = "trainer_state.json"  # of a checkpoint: compared setting by setting
 SETTINGS = "settings: "  # what the names of comparisons in which there may be new values begin with
-ELSEWHERE = (".config.run.output_dir", ".config.run.resume_from_checkpoint")  # of run.json
+# Of run.json: what no two runs share.
+ELSEWHERE = (".started", ".config.run.output_dir", ".config.run.resume_from_checkpoint")
 TOOLS = ("hf_to_megatron", "megatron_to_hf", "merge_lora", "lower_rank", "verify")
 COMMON = (
     "--device cpu --max_completion_length 6 --logging_steps 1 "

@@ -122,8 +122,9 @@ def test_booleans_lists_aliases_and_equals_signs():
             "b#5",
             "--seq_kd",
             "--save_only_model=true",
-            "--tensorboard",
-            "false",
+            "--report_to",
+            "tensorboard",
+            "wandb",
         ]
         + [
             "--target_modules",
@@ -136,7 +137,8 @@ def test_booleans_lists_aliases_and_equals_signs():
         ]
     )
     assert config.data.dataset == ["a.jsonl", "b#5"] and config.data.skip_bad_rows
-    assert config.distill.seq_kd and config.run.save_only_model and not config.run.tensorboard
+    assert config.distill.seq_kd and config.run.save_only_model
+    assert config.run.report_to == ["tensorboard", "wandb"]
     assert (
         config.lora.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
         and config.lora.lora_rank == 4

@@ -18,7 +18,7 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 FOLDERS = ("megatron_gkd", "checkpoint_tools", "demo", "launch", "benchmarks")  # of docs/tour.md
-SOURCES = {".py", ".sh", ".txt", ".jinja", ".json"}
+SOURCES = {".py", ".sh", ".txt", ".jinja", ".json", ".css", ".js"}
 MOST_TOUR_LINES = 40
 # Flags that the documents name and that are not settings of a run.
 FOREIGN_FLAGS = {
@@ -27,6 +27,7 @@ FOREIGN_FLAGS = {
     "gradient_checkpointing",
     "use_vllm",
     "adapters",
+    "log_completions",
     "help",
     "nproc_per_node",
     "check",
@@ -56,6 +57,8 @@ FOREIGN_FLAGS = {
     "extras",
     "only",
     "from",
+    # of earlier versions
+    "tensorboard",
 }
 
 
@@ -124,10 +127,17 @@ def test_paths_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_modules_exist(document):
-    """Modules that are run by name; CHANGELOG.md also has the names of earlier versions."""
+    """Modules and packages that are run by name; CHANGELOG.md also has the names of earlier
+    versions.
+    """
     modules = re.findall(r"python -m ([\w.]+)", document.read_text(encoding="utf-8"))
     ours = {module for module in modules if module.split(".")[0] in FOLDERS}
-    missing = [name for name in ours if not (REPOSITORY / f"{name.replace('.', '/')}.py").exists()]
+    endings = (".py", "/__main__.py")
+    missing = [
+        name
+        for name in ours
+        if not any((REPOSITORY / f"{name.replace('.', '/')}{end}").exists() for end in endings)
+    ]
     assert missing == []
 
 

@@ -6,10 +6,10 @@ import io
 import json
 import math
 import os
+from datetime import datetime
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gkd import run_folder
 from megatron_gkd.run_folder import (
@@ -41,7 +41,7 @@ def run(folder, steps, start_step=0, **options):
 
 
 def test_lines_round_trip_and_are_flushed_at_once(tmp_path):
-    writer = MetricsWriter(str(tmp_path), total_steps=3, tensorboard=False)
+    writer = MetricsWriter(str(tmp_path), total_steps=3)
     values = {
         "step": 1,
         "loss": 0.1 + 0.2,
@@ -70,6 +70,22 @@ def test_resumed_files_are_those_of_a_run_that_never_stopped(tmp_path):
     assert not [name for name in os.listdir(stopped) if name.endswith(".tmp")]
 
 
+def test_texts_are_kept_as_they_are(tmp_path):
+    """Readable, one object a line, also with what other programs take for the end of a line."""
+    lines = [
+        {"step": step, "response": "莱茵河\u2028\x85\n|\x00", "location": "half \udc80"}
+        for step in (1, 2, 3)
+    ]
+    for start_step in (0, 2):
+        writer = MetricsWriter(str(tmp_path), total_steps=3, start_step=start_step)
+        writer.log_rollouts(lines[start_step:2] or lines[2:])
+        writer.log_rollouts([])
+        writer.close()
+    text = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.split("\n")[:-1]] == lines
+    assert text.count("莱茵河") == 3
+
+
 def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path, capsys):
     for last in (5, 4, 3):
         run(tmp_path, range(1, last))
@@ -82,7 +98,8 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path, capsys):
     ]
     assert len(said) == 2
     assert said[0].endswith(
-        f"its metrics are now {tmp_path / 'metrics.1.jsonl'} and {tmp_path / 'eval.1.jsonl'}"
+        "its lines are now in "
+        + ", ".join(str(tmp_path / f"{name}.1.jsonl") for name in ("metrics", "eval", "rollouts"))
     )
 
 
@@ -98,23 +115,10 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists() and capsys.readouterr().out == ""
 
 
-def test_tensorboard_scalars_without_the_steps_that_were_undone(tmp_path):
-    run(tmp_path, range(1, 8))
-    run(tmp_path, range(5, 7), start_step=4)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    losses = board.Scalars("train/loss")
-    assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in losses] == pytest.approx(
-        [1 / (3 * step) for step in range(1, 7)]
-    )
-    assert [event.step for event in board.Scalars("eval/jsd")] == [2, 4, 6]
-
-
 def test_one_line_a_logged_step_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 20.0])
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: next(clock))
-    writer = MetricsWriter(str(tmp_path), total_steps=50, start_step=10, tensorboard=False)
+    writer = MetricsWriter(str(tmp_path), total_steps=50, start_step=10)
     writer.log_train(
         {
             "step": 20,
@@ -138,7 +142,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr(run_folder.sys, "stdout", Terminal())
-    writer = MetricsWriter(str(tmp_path), total_steps=4, start_step=1, tensorboard=False)
+    writer = MetricsWriter(str(tmp_path), total_steps=4, start_step=1)
     writer.log_train({"step": 4, "loss": 0.5, "tokens_per_second": 10.0, "peak_memory_gib": 1.0})
     writer.close()
     shown = run_folder.sys.stdout.getvalue()
@@ -151,9 +155,12 @@ def test_run_json(tmp_path):
         "versions": package_versions(),
         "parameters": {"trainable": 150_994_944},
         "layout": {"world_size": 8},
+        "hardware": {"device": "GPU"},
     }
     write_run_json(str(tmp_path / "out"), *parts.values())
-    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8")) == parts
+    written = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert datetime.fromisoformat(written.pop("started")).tzinfo is not None
+    assert written == parts
     assert parts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 

@@ -101,9 +101,9 @@ def test_step_parity(run, tmp_path, world_size, tp, pp, ep, cp, accumulation, mo
 
 def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
     """Two on-policy steps whose students hear and see, and evaluation after each; the same text, so
-    the same numbers.
+    the same numbers. The samples before the first step are the same too.
     """
-    lines = {}
+    lines, samples = {}, {}
     for world_size, tp, pp, ep, cp in ((1, 1, 1, 1, 1), (4, 2, 2, 2, 1), (2, 1, 1, 2, 2)):
         more = dict(
             lmbda=1, max_completion_length=6, max_steps=2, eval_steps=1, val_dataset=run["dataset"]
@@ -122,6 +122,15 @@ def test_evaluation_and_sampling_do_not_depend_on_the_layout(run, tmp_path):
                 assert evaluations[0][name] == pytest.approx(run["expected"][name], rel=1e-4), name
         assert evaluations[0]["by_source"].keys() == run["expected"]["by"]["by_source"].keys()
         lines[world_size, tp, pp, cp] = read_lines(output / "metrics.jsonl") + evaluations
+        samples[world_size, tp, pp, cp] = [
+            line for line in read_lines(output / "rollouts.jsonl") if line["step"] == 0
+        ]
+    kept = [
+        [(line["author"], line["row"], line["prompt"], line["response"]) for line in of_layout]
+        for of_layout in samples.values()
+    ]
+    assert len(kept[0]) == 8 and kept[0] == kept[1] == kept[2]
+    assert any("|>×" in prompt for _, _, prompt, _ in kept[0])  # placeholders, counted
     first, *others = lines.values()
     assert (
         all(line["on_policy"] for line in first[:2])

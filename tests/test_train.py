@@ -1,6 +1,7 @@
 """Runs of the command line: what they write, evaluation, and what they refuse."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_run_folder(data, tmp_path):
         eval_steps=3,
         logging_steps=2,
         save_steps=100,
-        tensorboard=True,
+        report_to="tensorboard",
     )
     flags |= dict(
         max_steps=None,
@@ -136,7 +137,8 @@ def test_run_folder(data, tmp_path):
         "kl_reverse",
     } <= set(evaluations[0])
     run = json.loads((tmp_path / "run.json").read_text())
-    assert set(run) == {"config", "versions", "parameters", "layout"}
+    assert set(run) == {"started", "config", "versions", "parameters", "layout", "hardware"}
+    assert datetime.fromisoformat(run["started"]).tzinfo and run["hardware"]["device"]
     assert run["layout"] == {"world_size": 2, "tp": 1, "pp": 1, "dp": 2, "ep": 1, "cp": 1}
     saved = load_file(tmp_path / "checkpoint-7" / "adapter_model.safetensors")
     thinker = load_model(data["model"]).model

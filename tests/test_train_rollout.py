@@ -70,14 +70,16 @@ def test_on_policy_steps(data, tmp_path):
                 )
 
 
-def written_rows(data, teacher_writes: bool) -> list[dict]:
-    """The training rows with greedy responses of the reference model."""
+def written_rows(data, teacher_writes: bool, rows_of: str = "rows") -> list[dict]:
+    """The training rows (or those of another entry of `data`) with greedy responses of the
+    reference model.
+    """
     model, (adapter, scale) = load_model(data["model"]), read_adapter(data["adapter"])
     stops = json.loads(Path(data["model"], "generation_config.json").read_text())["eos_token_id"]
     rows = []
     with torch.no_grad():
         weights = None if teacher_writes else model.with_lora(adapter, scale)
-        for row in data["rows"]:
+        for row in data[rows_of]:
             prompt = row["input_ids"][
                 : next(i for i, label in enumerate(row["labels"]) if label != -100)
             ]

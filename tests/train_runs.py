@@ -61,7 +61,7 @@ def arguments(**flags) -> list[str]:
         lora_dropout=0,
         lmbda=0,
         logging_steps=1,
-        tensorboard=False,
+        report_to="none",
     )
     return [
         word

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy
 
 # Purposes of permutations. Each has its own random stream, independent of the others.
-SUBSET, SPLIT, EPOCH, EPOCH_OF_RESPONSES = 1, 2, 3, 4
+SUBSET, SPLIT, EPOCH, EPOCH_OF_RESPONSES, SAMPLED = 1, 2, 3, 4, 5
 
 
 def permutation(num_rows: int, seed: int, *stream: int) -> numpy.ndarray:

@@ -157,20 +157,19 @@ class Rollout:
         )
 
     def num_truncated(self, batches: Sequence[Batch]) -> int:
-        """Of the responses that were written, those of `max_new_tokens` tokens whose last id is no
-        stop id.
-        """
-        written = [
-            sample.student
+        """Of the responses that were written, those that are truncated."""
+        return sum(
+            self.is_truncated(sample)
             for batch in batches
             for sample in batch.samples
             if sample is not None and sample.is_written
-        ]
-        return sum(
-            len(view.input_ids) - view.response_start >= self.max_new_tokens
-            and view.input_ids[-1] not in self.stop_token_ids
-            for view in written
         )
+
+    def is_truncated(self, sample: Sample) -> bool:
+        """Whether a written response has `max_new_tokens` tokens and no stop id at its end."""
+        view = sample.student
+        is_full = len(view.input_ids) - view.response_start >= self.max_new_tokens
+        return is_full and view.input_ids[-1] not in self.stop_token_ids
 
     def close(self) -> None:
         """Stop the backend."""
