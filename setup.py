@@ -108,7 +108,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["megatron_gkd*", "checkpoint_tools*", "demo*"]),
-    package_data={"demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"]},
+    package_data={
+        "megatron_gkd": ["recipes/*.yaml"],
+        "demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
