@@ -117,7 +117,12 @@ setup(
     ],
     packages=find_packages(include=["megatron_gkd*", "checkpoint_tools*", "demo*"]),
     package_data={
-        "megatron_gkd": ["report/*.jinja", "report/*.css", "report/*.js"],
+        "megatron_gkd": [
+            "recipes/*.yaml",
+            "report/*.jinja",
+            "report/*.css",
+            "report/*.js",
+        ],
         "demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"],
     },
     python_requires=">=3.10,<3.13",

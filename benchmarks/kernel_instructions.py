@@ -91,19 +91,23 @@ def instructions_per_logit(kernel: Any) -> float:
 
 
 def count_all(
-    dtype: str, metrics: bool = False, beta: float = 0.5, capability: int = 90
+    dtype: str,
+    metrics: bool = False,
+    beta: float = 0.5,
+    capability: int = 90,
+    top_k: int | None = None,
 ) -> dict[str, float]:
     """{divergence: instructions per logit} over all passes: statistics of both sides, compare,
     write_gradient.
     """
     block = {"BLOCK": kernels.BLOCK}
-    flags = {"METRICS": metrics, "LABELS": metrics, "UNIT": False}
+    flags = {"METRICS": metrics, "LABELS": metrics, "UNIT": False, "REST": top_k is not None}
     statistics = instructions_per_logit(
         compile_kernel(kernels._statistics_kernel, dtype, block | flags, capability)
     )
     totals = {}
     for kind in KINDS:
-        divergence = Divergence(kind, beta)
+        divergence = Divergence(kind, beta, top_k=top_k)
         constants = block | kernels.rule_constants(divergence)
         totals[kind] = 2 * statistics + sum(
             instructions_per_logit(compile_kernel(function, dtype, constants | more, capability))

@@ -17,7 +17,6 @@ from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
-from megatron_gkd.forward import LossSettings
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
@@ -40,8 +39,9 @@ from megatron_gkd.run_folder import (
     package_versions,
     write_run_json,
 )
+from megatron_gkd.token_loss import LossSettings
 from megatron_gkd.trackers import check_installed, open_trackers
-from megatron_gkd.zero_signal import check_responses, check_trainable
+from megatron_gkd.zero_signal import check_responses, check_skipped_tokens, check_trainable
 
 
 def build_run(config: Config, parallel: Parallel) -> Run:
@@ -56,6 +56,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     check_trainable(config, train_data.report)
     if mixed:
         log_rank_0(parallel, mixed)
+    check_skipped_tokens(config, train_data)
     kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
     audio, visual = "audio" in kinds, bool(kinds - {"audio"})
     more_linears = bool(config.lora.lora_target_modules)  # before `resolve` fills the flag in
@@ -65,7 +66,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     teacher = open_teacher(config, model_args, parallel, has_media=audio or visual)
     log_rank_0(parallel, config.describe())
     budget = step_budget(config, model_args)
-    packed = packing(train_data.pad_token_id, parallel)
+    packed = packing(train_data.pad_token_id, parallel, config.distill.skip_first_tokens)
     most_tokens = largest_micro_batch(config, train_data, budget, packed, parallel.dp_size)
     memory = DeviceMemory(parallel.device)
     towers = dict(audio=audio, visual=visual)
@@ -114,6 +115,14 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
+    changed = config.rollout.changed_sampling()
+    if changed and config.distill.may_be_on_policy:
+        log_rank_0(
+            parallel,
+            f"Note: {', '.join(changed)}: on-policy responses are not drawn from the student's own "
+            "distribution, as the papers draw them (--rollout_temperature 1 --top_p 1 --top_k 0 "
+            "--repetition_penalty 1; docs/recipes.md)",
+        )
     rollout = eval_rollout = rollout_log = None
     if writes:
         rollout = make_rollout(
@@ -331,7 +340,13 @@ def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
 def loss_settings(config: Config, model_args: ModelArgs) -> LossSettings:
     """The loss of the whole run."""
     distill = config.distill
-    return LossSettings(distill.loss_divergence, distill.sft_alpha, model_args.vocab_size)
+    return LossSettings(
+        distill.loss_divergence,
+        distill.sft_alpha,
+        model_args.vocab_size,
+        distill.token_weight,
+        distill.importance_clip,
+    )
 
 
 def write_description(config: Config, num_parameters: dict[str, int], parallel: Parallel) -> None:

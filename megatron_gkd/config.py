@@ -26,12 +26,12 @@ from megatron_gkd.flags import (
     require_at_least,
     require_in,
     setting,
-    with_config_file,
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
 from megatron_gkd.lora_settings import LoraConfig
 from megatron_gkd.memory import LINEARS, Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.recipe import recipe_names, with_recipe
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.swift_flags import SWIFT_FLAGS, answer
 from megatron_gkd.trackers import TrackerName
@@ -178,6 +178,11 @@ class TrainConfig:
 class RunConfig:
     _argument_group_name = "run folder"
 
+    recipe: str | None = setting(
+        None,
+        f"Defaults that a paper used: {', '.join(recipe_names())}; --config and flags win "
+        "(docs/recipes.md).",
+    )
     output_dir: str = setting("output", "Metrics, checkpoints and run.json go here.")
     eval_steps: int = setting(50, "Evaluate after every so many steps.")
     save_steps: int = setting(
@@ -234,6 +239,11 @@ class Config:
         size = self.parallel.context_parallel_size
         fits = size == 1 or self.model.attn_impl != "te"
         require(fits, "context_parallel_size", size, "1 with --attn_impl te", "use sdpa")
+        skipped, length = self.distill.skip_first_tokens, self.rollout.max_completion_length
+        writes = self.distill.writes_responses
+        allowed = f"below --max_completion_length {length}"
+        way_out = "no token of a written response would carry a loss"
+        require(not writes or skipped < length, "skip_first_tokens", skipped, allowed, way_out)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """JSON-able: group name -> setting -> value."""
@@ -249,12 +259,13 @@ class Config:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Settings from `argv` (without the program's name) and the YAML file that --config names; the
-    flags win.
+    """Settings from `argv` (without the program's name), the YAML file that --config names and
+    --recipe; the flags win, then the file.
 
     Raises ValueError for unknown flags (with the nearest valid names) and those of ms-swift that
     have another name here, all at once, a line each; of one line for an unknown key of the file, a
-    missing flag, a bad value. Rank 0 prints a line for each of ms-swift's flags without effect.
+    missing flag, a bad value. Rank 0 prints a line for each of ms-swift's flags without effect, and
+    where settings came from if there is a recipe.
     """
     groups: list[Any] = [group.type for group in fields(Config)]
     parser = Parser(groups, prog="torchrun -m megatron_gkd.train")
@@ -263,7 +274,7 @@ def parse_config(argv: list[str]) -> Config:
         metavar="FILE.yaml",
         help="Settings as `flag: value` lines; flags on the command line win.",
     )
-    answered = answer(with_config_file(argv, parser, SWIFT_FLAGS))
+    answered = answer(with_recipe(argv, parser, SWIFT_FLAGS))
     refuse_unknown(answered.words, parser, answered.refused)
     settings, _ = parser.parse(answered.words)
     if answered.notes and os.environ.get("RANK", "0") == "0":

@@ -5,8 +5,9 @@ writes. Imports nothing slow.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_gkd.flags import POSITIVE, SHARE, require, require_in, setting
+from megatron_gkd.flags import POSITIVE, SHARE, require, require_at_least, require_in, setting
 from megatron_gkd.loss.divergence import KINDS, Divergence, Name
+from megatron_gkd.loss.token_weights import WeightName
 
 
 @dataclass
@@ -38,6 +39,24 @@ class DistillConfig:
         "Most that one vocabulary entry of one token adds to the divergence, in nats; beyond it "
         "gives no gradient. Default: no limit.",
     )
+    loss_top_k: int | None = setting(
+        None,
+        "Compare both sides on the teacher's K most probable tokens and one outcome for all "
+        "others. Default: on the whole vocabulary.",
+    )
+    skip_first_tokens: int = setting(
+        0, "The first N trained tokens of each response (of each assistant turn) carry no loss."
+    )
+    token_weight: WeightName = setting(
+        "none",
+        "What a token counts in the loss's mean. entropy: the student's entropy; position: the "
+        "first third of a response less.",
+    )
+    importance_clip: float | None = setting(
+        None,
+        "The loss of each token that the student wrote times its probability in the training pass "
+        "over that of its writing, at most this. Default: not done.",
+    )
     teacher_adapter: str | None = setting(
         None,
         "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any "
@@ -58,6 +77,11 @@ class DistillConfig:
         require_in(self, SHARE, "sft_alpha")
         if self.divergence_clip is not None:
             require_in(self, POSITIVE, "divergence_clip", way_out="leave it out for no limit")
+        if self.loss_top_k is not None:
+            require_at_least(self, 1, "loss_top_k")
+        require_at_least(self, 0, "skip_first_tokens")
+        if self.importance_clip is not None:
+            require_in(self, POSITIVE, "importance_clip", way_out="2 is usual")
         if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
             require_in(self, SHARE, "beta")
         else:
@@ -102,7 +126,7 @@ class DistillConfig:
             name = limits[int(self.beta)]
         elif limits:
             beta = 1 - self.beta
-        return Divergence(name, beta, self.temperature, self.divergence_clip)
+        return Divergence(name, beta, self.temperature, self.divergence_clip, self.loss_top_k)
 
     def loss_line(self) -> str:
         """One line for the start of a run: what the loss is, in numbers."""
@@ -121,7 +145,22 @@ class DistillConfig:
         sft = (
             f", plus {self.sft_alpha:g} cross-entropy on data-set batches" if self.sft_alpha else ""
         )
-        return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft} ({used})"
+        options = [
+            text
+            for is_set, text in (
+                (self.loss_top_k, f"on the teacher's {self.loss_top_k} best tokens and the rest"),
+                (self.skip_first_tokens, f"without each response's first {self.skip_first_tokens}"),
+                (self.token_weight != "none", f"tokens weighted by {self.token_weight}"),
+                (
+                    self.importance_clip,
+                    f"of the student's own responses times importance, at most "
+                    f"{self.importance_clip}",
+                ),
+            )
+            if is_set
+        ]
+        more = "".join(f", {text}" for text in options)
+        return f"{formula}, in nats at temperature {self.temperature:g}{clip}{sft}{more} ({used})"
 
 
 def parse_schedule(text: str) -> list[tuple[int, float]]:

@@ -207,29 +207,32 @@ def with_config_file(
 
 
 def yaml_flags(
-    path: str, parser: argparse.ArgumentParser, others: Container[str] = ()
+    path: str,
+    parser: argparse.ArgumentParser,
+    others: Container[str] = (),
+    flag: str = "--config",
 ) -> list[str]:
     """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or
     `null` ones are unset.
 
-    Raises ValueError naming the file and, for an unknown or nested key, that key.
+    Raises ValueError naming the file, as `flag` does, and, for an unknown or nested key, that key.
     """
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: cannot be read: {error}") from None
+        raise ValueError(f"{flag} {path}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(
-            f"--config {path}: must hold `flag: value` lines, is a {type(settings).__name__}"
+            f"{flag} {path}: must hold `flag: value` lines, is a {type(settings).__name__}"
         )
     flags = []
     for name, value in settings.items():
         known = f"--{name}" in parser._option_string_actions or name in others
-        if name == "config" or not known:
-            raise unknown_flag(name, f"--config {path}: {name}", parser)
+        if name in ("config", flag[2:]) or not known:
+            raise unknown_flag(name, f"{flag} {path}: {name}", parser)
         if isinstance(value, dict):
             raise ValueError(
-                f"--config {path}: {name} must be a value or a list of values, not a mapping"
+                f"{flag} {path}: {name} must be a value or a list of values, not a mapping"
             )
         if isinstance(value, list):
             flags += [f"--{name}", *value] if value else []

@@ -3,7 +3,7 @@ schedules.
 
 The teacher's hidden states of the response rows (not its logits) wait between the two passes, on
 the last pipeline stage. Both views are compacted to their response rows before the lm_head, which
-`linear_divergence` applies. Shapes: B rows, T positions of the packed sequence, H hidden size, N
+token_loss.py applies. Shapes: B rows, T positions of the packed sequence, H hidden size, N
 response rows, C context-parallel ranks.
 
 With C > 1 each of these ranks reads its part of every row, and each takes N / C of the response
@@ -13,7 +13,7 @@ ranks in each.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -23,23 +23,14 @@ from torch import Tensor, nn
 
 from megatron_gkd.data.batch import Batch, BatchView
 from megatron_gkd.lora import as_student, as_teacher
-from megatron_gkd.lora.modules import has_head_lora, lm_head
-from megatron_gkd.loss import Divergence, linear_divergence, logits_divergence
+from megatron_gkd.lora.modules import lm_head
 from megatron_gkd.media.features import MediaFeatures, media_arguments
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import NO_GROUPS, Groups, TokenSums
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.packed_rows import PackedRows
 from megatron_gkd.parallel import Parallel
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The loss of the whole run: (1 - sft_alpha) divergence + sft_alpha cross-entropy."""
-
-    divergence: Divergence
-    sft_alpha: float
-    vocab_size: int  # without padding
+from megatron_gkd.token_loss import LossSettings, micro_batch_loss, response_share
 
 
 @contextmanager
@@ -62,12 +53,6 @@ def packed_rows(view: BatchView, parallel: Parallel, *, cut: bool = True) -> Pac
         part=parallel.cp_rank if is_cut else 0,
         device=view.input_ids.device,
     )
-
-
-def response_share(view: BatchView, parallel: Parallel) -> slice:
-    """The response rows of N whose loss this context-parallel rank computes."""
-    number, part, parts = len(view.targets), parallel.cp_rank, parallel.cp_size
-    return slice(number * part // parts, number * (part + 1) // parts)
 
 
 def response_hidden(
@@ -218,51 +203,14 @@ def _loss_function(
 ) -> Callable[[int, Tensor, PackedRows], tuple]:
     """What the schedule calls on the last stage: (sum of the loss, response tokens, nothing to
     report) of a micro-batch; adds to `sums`.
-
-    The lm_head is applied chunk by chunk in `linear_divergence`; where it carries LoRA both sides'
-    logits [N, V/TP] are made, in fp32.
     """
 
     def loss(index: int, hidden: Tensor, rows: PackedRows) -> tuple[Tensor, Tensor, dict]:
-        batch, decoder = batches[index], model.module
+        batch = batches[index]
         student = response_hidden(hidden, batch.student, rows, parallel)
         teacher = teacher_hidden[index]
-        share = response_share(batch.student, parallel)
-        labels = batch.student.targets[share]
-        sft_alpha = 0.0 if batch.is_written else settings.sft_alpha
-        group = parallel.groups.tp if parallel.tp_size > 1 else None
-        if not has_head_lora(decoder):
-            output = linear_divergence(
-                student,
-                teacher,
-                decoder.output_layer.weight,
-                settings.divergence,
-                labels=labels,
-                sft_alpha=sft_alpha,
-                group=group,
-                vocab_size=settings.vocab_size,
-                reduce_hidden_grad=False,  # response_hidden's backward sums it over the ranks
-            )
-        else:
-            with torch.no_grad(), as_teacher(decoder):
-                teacher_logits = lm_head(decoder, teacher)
-            output = logits_divergence(
-                lm_head(decoder, student),
-                teacher_logits,
-                settings.divergence,
-                labels=labels,
-                sft_alpha=sft_alpha,
-                group=group,
-                vocab_size=settings.vocab_size,
-            )
-        num_tokens = len(output.loss)
-        if num_tokens:
-            sums.add(output, batch, share)
-        return (
-            output.loss.sum(),
-            torch.full((), num_tokens, dtype=torch.int, device=hidden.device),
-            {},
-        )
+        found = micro_batch_loss(model.module, batch, student, teacher, settings, parallel, sums)
+        return *found, {}
 
     return loss
 
@@ -276,8 +224,8 @@ def student_forward_backward(
     media: StepMedia | None = None,
     groups: Groups = NO_GROUPS,
 ) -> TokenSums:
-    """Adds the gradient of (sum of the loss over all response tokens of the global batch) / (their
-    number) to the LoRA parameters.
+    """Adds the gradient of the loss's mean over all response tokens of the global batch, weighted
+    by --token_weight, to the LoRA parameters.
 
     `model` is wrapped in megatron-core's DistributedDataParallel, its gradient buffers zero.
     Returns this rank's sums (zero on other stages than the last). Collectives: the pipeline's, and
@@ -285,7 +233,13 @@ def student_forward_backward(
     """
     sums = TokenSums.zero(parallel.device, groups)
     loss = _loss_function(model, batches, teacher_hidden, settings, parallel, sums)
-    model.module.config.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(models: list, num_tokens: Tensor | None, **options: Any) -> None:
+        """megatron-core divides by what it is given, summed over the data-parallel ranks."""
+        divisor = num_tokens if settings.token_weight == "none" else sums.weight.clone()
+        finalize_model_grads(models, divisor, **options)
+
+    model.module.config.finalize_model_grads_func = finalize
     with as_student(model):
         _run_schedule(
             model, [batch.student for batch in batches], loss, parallel, media, forward_only=False

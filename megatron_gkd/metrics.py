@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ SUMMED = (
 MEAN_NAMES = {"token_correct": "token_accuracy"}  # means that have another name than the sum
 MEANS = tuple(MEAN_NAMES.get(name, name) for name in SUMMED)
 # Columns of the sums behind SUMMED: |the rollout's log-probability - the student forward's|, the
-# tokens that have one, all tokens.
-GAP, NUM_WRITTEN, NUM_TOKENS = range(len(SUMMED), len(SUMMED) + 3)
+# tokens that have one, all tokens; their weights, which the mean of the loss is divided by; with
+# --importance_clip the ratios of written tokens, and how many were above it.
+GAP, NUM_WRITTEN, NUM_TOKENS, WEIGHT, RATIO, NUM_CLIPPED = range(len(SUMMED), len(SUMMED) + 6)
 # The means that are also kept for each source and pair of views.
 GROUPED = ("jsd", "sft_loss", "top1_agreement", "token_accuracy", "num_tokens")
 
@@ -65,9 +66,18 @@ class Groups:
 NO_GROUPS = Groups()
 
 
+class Importance(NamedTuple):
+    """Of written tokens, fp32 [N] each."""
+
+    ratio: Tensor
+    """The probability that the loss sees, over that with which the rollout drew the token"""
+    factor: Tensor
+    """The same, at most --importance_clip: of the token's loss"""
+
+
 @dataclass
 class TokenSums:
-    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 3]: of all and of each
+    """Sums over response tokens of one pass, float64 [1 + G, len(SUMMED) + 6]: of all and of each
     of the G groups.
     """
 
@@ -77,7 +87,7 @@ class TokenSums:
     @classmethod
     def zero(cls, device: torch.device, groups: Groups = NO_GROUPS) -> "TokenSums":
         return cls(
-            torch.zeros(1 + len(groups), NUM_TOKENS + 1, dtype=torch.float64, device=device),
+            torch.zeros(1 + len(groups), NUM_CLIPPED + 1, dtype=torch.float64, device=device),
             groups,
         )
 
@@ -92,19 +102,37 @@ class TokenSums:
         """Tokens that should be in the sums have no values: all means become NaN."""
         self.values[:, :GAP] = math.nan
 
-    def add(self, output: LinearJsdOutput, batch: Batch, share: slice = slice(None)) -> None:
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the tokens' weights on this rank, float64: what the loss is divided by."""
+        return self.values[0, WEIGHT]
+
+    def add(
+        self,
+        output: LinearJsdOutput,
+        batch: Batch,
+        share: slice = slice(None),
+        weight: Tensor | None = None,
+        importance: Importance | None = None,
+    ) -> None:
         """The tokens of a micro-batch. share: those of its student's response rows, in their order,
-        that `output` is about.
+        that `output` is about, its loss times their weight [N] (None: 1) and their importance.
         """
         summed = [getattr(output, name).detach().double() for name in SUMMED]
         ones = torch.ones_like(summed[0])
         gap, is_written = torch.zeros_like(ones), torch.zeros_like(ones)
+        ratio = is_clipped = gap
+        weight = ones if weight is None else weight.double()
+        if importance is not None:
+            ratio = importance.ratio.double()
+            is_clipped = (importance.ratio > importance.factor).double()
         if batch.log_probabilities is not None:
             # cross-entropy at temperature 1: minus the log-probability that the loss saw
             assert output.sft_loss is not None, "the batch has labels"
             drawn = batch.log_probabilities[share]
             gap, is_written = (drawn + output.sft_loss.detach()).abs(), ones
-        values = torch.stack([*summed, gap.double(), is_written, ones])
+        counted = (gap.double(), is_written, ones, weight, ratio, is_clipped)
+        values = torch.stack([*summed, *counted])
         self.values[0] += values.sum(dim=1)
         if len(self.groups):
             of_rows = enumerate(batch.student.num_targets)
@@ -127,8 +155,10 @@ class TokenSums:
                     )
 
     def means(self, parallel: Parallel) -> dict[str, Any]:
-        """Means over the global batch and `num_tokens`, `rollout_logprob_gap` where tokens were
-        written; of groups a few under `by_source` and `by_media` (those that have tokens).
+        """Means over the global batch (of `loss` the weighted one) and `num_tokens`; where tokens
+        were written `rollout_logprob_gap`, with --importance_clip `importance_ratio` and
+        `importance_clipped`; of groups a few under `by_source` and `by_media` (those that have
+        tokens).
         Collectives: a sum over data- and context-parallel ranks, a broadcast from the last stage.
         """
         sums = self.values.clone()
@@ -141,8 +171,12 @@ class TokenSums:
             | {"num_tokens": int(row[NUM_TOKENS])}
             for row in rows
         )
+        every["loss"] = rows[0][SUMMED.index("loss")] / (rows[0][WEIGHT] or 1)
         if rows[0][NUM_WRITTEN]:
             every["rollout_logprob_gap"] = rows[0][GAP] / rows[0][NUM_WRITTEN]
+        if rows[0][RATIO]:
+            every["importance_ratio"] = rows[0][RATIO] / rows[0][NUM_WRITTEN]
+            every["importance_clipped"] = rows[0][NUM_CLIPPED] / rows[0][NUM_WRITTEN]
         short = [{name: means[name] for name in GROUPED} for means in parts]
         split = {
             "by_source": dict(zip(self.groups.sources, short)),

@@ -46,3 +46,11 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
         require_in(self, POSITIVE, "repetition_penalty", way_out="1 switches it off")
+
+    def changed_sampling(self) -> list[str]:
+        """The flags, with their values, by which responses are drawn from another distribution than
+        the policy's own.
+        """
+        off = {"rollout_temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
+        values = {name: getattr(self, name) for name in off}
+        return [f"--{name} {value:g}" for name, value in values.items() if value != off[name]]

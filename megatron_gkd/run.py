@@ -16,7 +16,6 @@ from megatron_gkd.data.loader import Numbered
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, most_tokens
 from megatron_gkd.data.order import StepRows
 from megatron_gkd.device_memory import DeviceMemory
-from megatron_gkd.forward import LossSettings
 from megatron_gkd.media.towers import StepMedia, Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
@@ -27,6 +26,7 @@ from megatron_gkd.rollout.backend import Author
 from megatron_gkd.rollout.rollout import Rollout
 from megatron_gkd.rollout_log import RolloutLog
 from megatron_gkd.run_folder import MetricsWriter
+from megatron_gkd.token_loss import LossSettings
 
 
 @dataclass
@@ -314,9 +314,10 @@ def draw(seed: int, step: int) -> float:
     ).item()
 
 
-def packing(pad_token_id: int, parallel: Parallel) -> Packing:
+def packing(pad_token_id: int, parallel: Parallel, skip_first_tokens: int = 0) -> Packing:
     """How rows become one sequence in this layout."""
-    return Packing(pad_token_id, parallel.sequence_multiple, parallel.row_multiple)
+    multiples = parallel.sequence_multiple, parallel.row_multiple
+    return Packing(pad_token_id, *multiples, skip_first_tokens)
 
 
 def step_budget(config: Config, model_args: ModelArgs) -> Budget:

@@ -45,6 +45,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ("task_type", ("causal_lm",), "language models alone are trained"),
     ("model_revision teacher_model_revision load mcore_model", (), "--model DIR"),
     ("teacher_model_server", (), "leave it out: the teacher is the model itself, LoRA off"),
+    ("gkd_logits_topk", (), "--loss_top_k, with one outcome for all other tokens"),
     (
         "quant_method quant_bits bnb_4bit_compute_dtype bnb_4bit_quant_type "
         "bnb_4bit_use_double_quant bnb_4bit_quant_storage hqq_axis",

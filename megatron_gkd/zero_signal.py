@@ -65,6 +65,22 @@ def check_responses(config: Config, data: SampleDataset) -> str | None:
     return None
 
 
+def check_skipped_tokens(config: Config, data: SampleDataset) -> None:
+    """Raise ValueError when --skip_first_tokens leaves no token of any response of the data, and a
+    step may learn from those.
+    """
+    skipped, distill = config.distill.skip_first_tokens, config.distill
+    if not skipped or not distill.may_use_data_responses(config.train.max_steps):
+        return
+    longest = data.longest_response()
+    if skipped >= longest:
+        raise ValueError(
+            f"--skip_first_tokens {skipped}: no response of the data has more than {longest} "
+            "tokens, so none would carry a loss; skip fewer, or let the run write its responses "
+            "(--lmbda 1, --seq_kd)"
+        )
+
+
 def check_other_adapter(teacher: str, student: str | Path | None) -> None:
     """Raise ValueError where the student starts from the very folder that the teacher has."""
     if student is not None and os.path.realpath(teacher) == os.path.realpath(student):

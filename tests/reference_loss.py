@@ -8,12 +8,26 @@ import torch
 import torch.nn.functional as F
 
 
-def reference_divergences(student_logits, teacher_logits, beta=0.5, temperature=1.0):
-    """Name -> entries of the sum over the vocabulary, float64 [N, V], of logits [N, V]. beta: the
-    student's weight.
+def top_k_and_rest(log_prob, teacher_logits, top_k):
+    """Log-probabilities [N, V] -> [N, K + 1]: of the teacher's K best columns, of equal ones the
+    lowest, and of all others together, where there are any.
+    """
+    order = teacher_logits.sort(dim=-1, descending=True, stable=True).indices
+    sorted_by_teacher = log_prob.gather(-1, order)
+    parts = [sorted_by_teacher[:, :top_k]]
+    if top_k < log_prob.shape[1]:
+        parts.append(sorted_by_teacher[:, top_k:].logsumexp(-1, keepdim=True))
+    return torch.cat(parts, -1)
+
+
+def reference_divergences(student_logits, teacher_logits, beta=0.5, temperature=1.0, top_k=None):
+    """Name -> entries of the sum over the vocabulary, float64 [N, V], of logits [N, V]; with top_k
+    over [N, K + 1]. beta: the student's weight.
     """
     log_q = F.log_softmax(student_logits.double() / temperature, -1)
     log_p = F.log_softmax(teacher_logits.double() / temperature, -1)
+    if top_k is not None:
+        log_q, log_p = (top_k_and_rest(side, teacher_logits, top_k) for side in (log_q, log_p))
     q, p = log_q.exp(), log_p.exp()
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
     return {
@@ -32,12 +46,13 @@ def reference_results(
     temperature=1.0,
     divergence="jsd",
     clip=None,
+    top_k=None,
 ):
     """LinearJsdOutput's fields as a dict, float64 [N] each; `loss` keeps its graph. labels [N] or
     None, -100 masks.
     """
     student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
-    values = reference_divergences(student_logits, teacher_logits, beta, temperature)
+    values = reference_divergences(student_logits, teacher_logits, beta, temperature, top_k)
     results = {
         "kl_forward": values["forward_kl"].sum(-1),
         "kl_reverse": values["reverse_kl"].sum(-1),

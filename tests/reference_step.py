@@ -174,11 +174,25 @@ def divergence(
     kind: str,
     beta: float,
     clip: float = math.inf,
+    top_k: int | None = None,
 ) -> Tensor:
     """Per token [N] in nats; GUIDE.md section 4, `beta` is the weight of the student. An entry of
-    the sum counts as `clip` at most.
+    the sum counts as `clip` at most. top_k: of the teacher's best entries and the rest.
     """
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    if top_k is not None:
+        best = log_p.topk(top_k).indices
+        is_best = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, best, True)
+        log_q, log_p = (
+            torch.cat(
+                [
+                    side.gather(1, best),
+                    side.masked_fill(is_best, -math.inf).logsumexp(1, keepdim=True),
+                ],
+                1,
+            )
+            for side in (log_q, log_p)
+        )
     q, p = log_q.exp(), log_p.exp()
     if kind == "forward_kl":
         return (p * (log_p - log_q)).clamp(max=clip).sum(-1)
@@ -186,6 +200,22 @@ def divergence(
         return (q * (log_q - log_p)).clamp(max=clip).sum(-1)
     log_m = (beta * q + (1 - beta) * p).log()
     return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).clamp(max=clip).sum(-1)
+
+
+def counted_tokens(labels: list[int], skip: int) -> tuple[list[bool], list[float]]:
+    """Of each trained token of a row whether it carries a loss, being none of the first `skip` of
+    its run; and of those that do, which part of their run has been when they come.
+    """
+    counts, places, at = [], [], 1
+    while at < len(labels):
+        end = at
+        while end < len(labels) and labels[end] != -100:
+            end += 1
+        length = end - at
+        counts += [number >= skip for number in range(length)]
+        places += [(number + 1) / (length - skip) for number in range(length - skip)]
+        at = end + 1
+    return counts, places
 
 
 def step_loss(
@@ -200,10 +230,15 @@ def step_loss(
     beta: float = 0.5,
     sft_alpha: float = 0.0,
     clip: float = math.inf,
+    top_k: int | None = None,
+    skip: int = 0,
+    weight: str = "none",
+    importance_clip: float | None = None,
 ) -> dict[str, Tensor]:
     """`loss` (differentiable), `jsd`, `sft_loss`: means over all response tokens of the rows;
     `num_tokens`; and the other means of metrics.jsonl. teacher: folder of an adapter that the
-    teacher has; otherwise it is the base.
+    teacher has; otherwise it is the base. `drawn` of a row: log-probabilities of its tokens when
+    they were written.
     """
     sums = dict.fromkeys(
         (
@@ -219,6 +254,7 @@ def step_loss(
         0.0,
     )
     num_tokens, changed = 0, model.with_lora(adapter, scale)
+    loss, weights, ratios = 0.0, 0.0, []
     with torch.no_grad():
         of_teacher = model.with_lora(*read_adapter(teacher)) if teacher else None
     for row in rows:
@@ -230,20 +266,23 @@ def step_loss(
         student, targets = response_logits(
             model.logits(student_ids, changed, row.get("media")), student_labels
         )
+        counts, places = counted_tokens(student_labels, skip)
+        student, teacher, targets = student[counts], teacher[counts], targets[counts]
         log_q, log_p = (
             (student / temperature).log_softmax(-1),
             (teacher / temperature).log_softmax(-1),
         )
         values = {
             "jsd": divergence(
-                student, teacher, temperature=temperature, kind=kind, beta=beta, clip=clip
+                *(student, teacher),
+                **dict(temperature=temperature, kind=kind, beta=beta, clip=clip, top_k=top_k),
             ),
             "sft_loss": -student.log_softmax(-1).gather(1, targets[:, None])[:, 0],
             "kl_forward": divergence(
-                student, teacher, temperature=temperature, kind="forward_kl", beta=beta
+                student, teacher, temperature=temperature, kind="forward_kl", beta=beta, top_k=top_k
             ),
             "kl_reverse": divergence(
-                student, teacher, temperature=temperature, kind="reverse_kl", beta=beta
+                student, teacher, temperature=temperature, kind="reverse_kl", beta=beta, top_k=top_k
             ),
             "entropy_student": -(log_q.exp() * log_q).sum(-1),
             "entropy_teacher": -(log_p.exp() * log_p).sum(-1),
@@ -253,8 +292,25 @@ def step_loss(
         for name, value in values.items():
             sums[name] = sums[name] + value.sum()
         num_tokens += len(targets)
+        place = torch.tensor(places, dtype=torch.float64)
+        weight_of = {
+            "none": torch.ones_like(place),
+            "entropy": values["entropy_student"].detach(),
+            "position": 0.25 + 0.75 / (1 + (-(place - 0.3) / 0.1).exp()),
+        }[weight]
+        factor = weight_of
+        if importance_clip is not None:
+            drawn = torch.tensor(row["drawn"], dtype=torch.float64)[counts]
+            ratios.append((-values["sft_loss"].detach() - drawn).exp())
+            factor = factor * ratios[-1].clamp(max=importance_clip)
+        per_token = (1 - sft_alpha) * values["jsd"] + sft_alpha * values["sft_loss"]
+        loss, weights = loss + (factor * per_token).sum(), weights + weight_of.sum()
     means = {name: value / num_tokens for name, value in sums.items()}
-    means["loss"] = (1 - sft_alpha) * means["jsd"] + sft_alpha * means["sft_loss"]
+    means["loss"] = loss / weights
+    if ratios:
+        every = torch.cat(ratios)
+        means["importance_ratio"] = every.mean()
+        means["importance_clipped"] = (every > importance_clip).double().mean()
     return means | {"num_tokens": torch.tensor(num_tokens)}
 
 

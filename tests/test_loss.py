@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from trl.experimental.gkd import GKDTrainer
+from trl.experimental.sdft.loss_utils import add_tail_bucket, compute_divergence
 
 from megatron_gkd.loss import linear_jsd, logits_jsd, vocab_parallel_jsd
 from megatron_gkd.loss.divergence import KINDS
@@ -91,6 +92,58 @@ def test_clip_equals_reference(kind):
             )
             < 5e-6
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 1e-2])
+def test_top_k_equals_reference(kind, dtype, clip):
+    """A kept between the passes and computed again, with a rest of much and of little mass."""
+    for temperature, top_k, sft_alpha in [(0.5, 3, 0.25), (2.0, 40, 0.0)]:
+        student, teacher = logit_pair(7, 1003, 1.5, dtype=dtype)
+        labels = labels_for(7, 1003)
+        settings = dict(beta=0.3, temperature=temperature, divergence=kind, sft_alpha=sft_alpha)
+        settings |= dict(top_k=top_k, clip=clip)
+        exact_student = student.double().requires_grad_()
+        expected = reference_results(exact_student, teacher, labels, **settings)
+        student.requires_grad_()
+        output = logits_jsd(student, teacher, labels=labels, **settings)
+        for name, value in output._asdict().items():
+            assert relative_error(value, expected[name]) < 5e-6, name
+        rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        gradient = student_gradient(output.loss, student)
+        expected_gradient = student_gradient(expected["loss"], exact_student)
+        assert relative_error(gradient, expected_gradient) < 5e-6 + rounding
+
+
+def test_top_k_of_all_entries_is_the_whole_divergence():
+    student, teacher = logit_pair(5, 401, 1.0)
+    student.requires_grad_()
+    whole = logits_jsd(student, teacher, beta=0.3)
+    gradient = student_gradient(whole.loss, student)
+    for top_k in (401, 500):
+        output = logits_jsd(student, teacher, beta=0.3, top_k=top_k)
+        assert torch.equal(output.loss, whole.loss)
+        assert torch.equal(student_gradient(output.loss, student), gradient)
+    # merging outcomes only loses what tells the sides apart
+    fewer = logits_jsd(student, teacher, beta=0.3, top_k=20)
+    assert (fewer.jsd < whole.jsd).all() and (fewer.kl_reverse < whole.kl_reverse).all()
+
+
+@pytest.mark.parametrize("kind, alpha", [("jsd", 0.7), ("forward_kl", 0.0), ("reverse_kl", 1.0)])
+def test_top_k_equals_trl(kind, alpha):
+    """TRL's self-distillation with a bucket for the tail; its alpha is the weight of the side that
+    it is given second.
+    """
+    student, teacher = logit_pair(5, 401, 1.0)
+    chosen = teacher.topk(12).indices
+    sides = [
+        add_tail_bucket(side.double().log_softmax(-1).gather(-1, chosen))
+        for side in (student, teacher)
+    ]
+    expected = compute_divergence(*sides, alpha)
+    output = logits_jsd(student, teacher, divergence=kind, beta=1 - alpha or 0.5, top_k=12)
+    assert relative_error(output.loss, expected) < 2e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

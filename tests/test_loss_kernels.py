@@ -44,10 +44,22 @@ LOGIT_CASES = {
     "equal": (3, 1003, 0, 512, torch.float32, 0.0, dict(temperature=2.0)),
     "shifted": (3, 1003, 0, 512, torch.float32, None, dict(temperature=0.7)),
     "clipped": (3, 401, 5, 4096, torch.float32, 1.5, dict(temperature=2.0, beta=0.3, clip=1e-4)),
+    "top 20": (4, 1003, 21, 256, torch.float32, 1.0, dict(temperature=2.0, beta=0.3, top_k=20)),
+    "top 1": (3, 401, 0, 4096, torch.float32, 3.0, dict(top_k=1, sft_alpha=0.25)),
+    # the rest is more than the clip allows, and some of the best are
+    "top 3, clipped": (3, 401, 5, 4096, torch.float32, 1.5, dict(top_k=3, clip=1e-2)),
+    "top 30, bfloat16": (4, 1271, 9, 512, torch.bfloat16, 1.0, dict(temperature=2.0, top_k=30)),
+    "top more than all": (2, 40, 8, 16, torch.float32, 1.0, dict(top_k=50)),
+    "top 5, sharp": (3, 401, 0, 128, torch.float32, 10.0, dict(top_k=5, beta=0.3)),
+    "top 20, equal": (3, 1003, 0, 512, torch.float32, 0.0, dict(temperature=2.0, top_k=20)),
+    "top 20, shifted": (3, 1003, 0, 512, torch.float32, None, dict(temperature=0.7, top_k=20)),
     "teacher's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.1)),
     "student's weight 0.9": (3, 401, 0, 256, torch.float32, 2.0, dict(beta=0.9)),
 }
-EQUAL_SOFTMAXES = ("one column", "one column, T 0.7", "equal", "shifted")
+EQUAL_SOFTMAXES = (
+    *("one column", "one column, T 0.7", "equal", "shifted"),
+    *("top 20, equal", "top 20, shifted"),
+)
 # name: rows, hidden size, vocabulary, largest block, dtype, settings
 LINEAR_CASES = {
     f"{num_rows} x {hidden_size} x {vocab_size} {dtype}": (
@@ -128,8 +140,10 @@ def run_linear_case(kernels, kind, case):
     }, gradient_on_cpu(output.loss, student)
 
 
-def run_pass(passes, rank, num_columns, device):
-    """The three passes of one module on a rank's own columns, the last of which are padding."""
+def run_pass(passes, rank, num_columns, device, top_k=None):
+    """The three passes of one module on a rank's own columns, the last of which are padding; with
+    top_k after the statistics of the rest, of which other ranks have a part.
+    """
     from megatron_gkd.loss import Divergence
     from megatron_gkd.loss.rows import GradientFactors, row_scalars
 
@@ -147,10 +161,23 @@ def run_pass(passes, rank, num_columns, device):
         side._replace(sum_exp=side.sum_exp + 2.0, unit_sum_exp=side.unit_sum_exp + 3.0)
         for side in sides
     ]  # of other ranks
+    clip = None if top_k is None else 1e-3
     rows, divergence = (
         row_scalars(*whole, temperature),
-        Divergence(beta=0.3, temperature=temperature),
+        Divergence(beta=0.3, temperature=temperature, clip=clip, top_k=top_k),
     )
+    rest = []
+    if top_k is not None:
+        lowest = teacher[:, :top_k].amin(1, keepdim=True)  # a tie at least, in the last column
+        last = torch.linspace(-1, 401, 6, device=device).round()[:, None]
+        rows = rows._replace(lowest=lowest, last_column=last)
+        arguments = dict(labels=None, metrics=False, rest_of=(teacher, rows))
+        rest = [
+            passes.statistics(logits, num_columns, temperature, first_column, **arguments)
+            for logits in (student, teacher)
+        ]
+        shift = torch.linspace(-2, 2, 6, device=device)[:, None]
+        rows = rows._replace(rest_shift=shift, rest_mass=shift.abs() / 3)
     kept_a = torch.empty_like(student) if torch.float32 in passes.DTYPES_THAT_KEEP_A else None
     sums = passes.compare(student, teacher, num_columns, rows, divergence, True, a_out=kept_a)
     factor = torch.linspace(-1.0, 2.0, 6, device=device).unsqueeze(1)
@@ -158,7 +185,10 @@ def run_pass(passes, rank, num_columns, device):
     gradient = torch.full_like(student, 50.0)
     second = teacher if kept_a is None else kept_a
     passes.write_gradient(gradient, student, second, num_columns, rows, divergence, factors)
-    return [tensor.cpu() for tensor in (*sides[0], *sides[1], *sums, gradient)]
+    sides += rest
+    return [
+        tensor.cpu() for tensor in (*(field for side in sides for field in side), *sums, gradient)
+    ]
 
 
 def run_far_rows():
@@ -202,7 +232,9 @@ def run_cases():
         results[name, kind] = run_linear_case(kernels, kind, LINEAR_CASES[name])
     device = "cuda" if CUDA else "cpu"
     for rank, num_columns in PASS_CASES:
-        results["passes", rank, num_columns] = run_pass(kernels, rank, num_columns, device)
+        for top_k in (None, 9):
+            found = run_pass(kernels, rank, num_columns, device, top_k)
+            results["passes", rank, num_columns, top_k] = found
     results["far"] = run_far_rows()
     return results
 
@@ -289,13 +321,15 @@ def test_linear_jsd_with_kernels(computed, name, kind):
     assert gradient.dtype == dtype and relative_error(gradient, expected_gradient) < 5e-6 + rounding
 
 
+@pytest.mark.parametrize("top_k", [None, 9])
 @pytest.mark.parametrize("rank, num_columns", PASS_CASES)
-def test_kernels_equal_the_torch_passes_on_a_rank(computed, rank, num_columns):
+def test_kernels_equal_the_torch_passes_on_a_rank(computed, rank, num_columns, top_k):
     """Columns that start at first_column, ranks that own some columns or none, labels that are not
     contiguous.
     """
+    expected_fields = run_pass(torch_kernels, rank, num_columns, "cpu", top_k)
     for found, expected in zip(
-        computed["passes", rank, num_columns], run_pass(torch_kernels, rank, num_columns, "cpu")
+        computed["passes", rank, num_columns, top_k], expected_fields, strict=True
     ):
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert relative_error(found, expected) < 2e-6
@@ -310,10 +344,10 @@ def test_offsets_have_64_bits(computed):
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_compile_for_a_gpu_that_is_not_here(dtype):
+@pytest.mark.parametrize("dtype, top_k", [("fp32", None), ("bf16", None), ("fp16", 20)])
+def test_kernels_compile_for_a_gpu_that_is_not_here(dtype, top_k):
     """The interpreter accepts programs that Triton's compiler does not."""
-    counts = kernel_instructions.count_all(dtype, metrics=True)
+    counts = kernel_instructions.count_all(dtype, metrics=True, top_k=top_k)
     assert set(counts) == set(KINDS) and all(20 < count < 300 for count in counts.values())
 
 

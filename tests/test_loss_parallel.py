@@ -27,6 +27,11 @@ LOGIT_CASES = [
     (7, 1003, 0.01, dict(divergence="jsd", beta=0.7, temperature=0.5, sft_alpha=0.0)),
     (5, 1271, 1.0, dict(divergence="forward_kl", temperature=4.0, sft_alpha=0.5)),
     (5, 1271, 3.0, dict(divergence="reverse_kl", temperature=2.0, sft_alpha=0.0)),
+    (6, 1003, 1.0, dict(divergence="jsd", beta=0.3, temperature=2.0, sft_alpha=0.25, top_k=20)),
+    (5, 1003, 2.0, dict(divergence="reverse_kl", temperature=1.0, top_k=1)),
+    (5, 1003, 2.0, dict(divergence="forward_kl", temperature=1.5, top_k=7, clip=2e-2)),
+    (3, 9, 1.0, dict(divergence="jsd", temperature=1.0, top_k=4)),
+    (3, 9, 1.0, dict(divergence="jsd", temperature=1.0, top_k=12)),
     (1, 151936, 0.5, dict(divergence="jsd", beta=0.5, temperature=2.0, sft_alpha=0.1)),
     (
         3,
@@ -39,6 +44,8 @@ LINEAR_CASES = [
     (7, 1003, torch.float32, dict(divergence="jsd", beta=0.3, temperature=2.0, sft_alpha=0.25)),
     (6, 401, torch.float32, dict(divergence="reverse_kl", temperature=1.0, sft_alpha=0.0)),
     (6, 401, torch.bfloat16, dict(divergence="forward_kl", temperature=4.0, sft_alpha=0.5)),
+    (6, 1003, torch.float32, dict(divergence="jsd", beta=0.3, temperature=2.0, top_k=20)),
+    (6, 401, torch.bfloat16, dict(divergence="reverse_kl", sft_alpha=0.5, top_k=5)),
     (4, 9, torch.float32, dict(divergence="jsd", beta=0.5, temperature=1.0, sft_alpha=0.5)),
 ]
 HIDDEN_SIZE, CHUNK_ROWS = 16, 4
@@ -116,7 +123,8 @@ def test_logits_jsd_on_ranks(world_size):
         )
         expected_gradient = student_gradient(expected["loss"], exact_student)
         outputs, gradients, forward, backward = zip(*(cases[number] for cases, _ in ranks))
-        assert set(map(str, forward)) == {"{'all_gather': 1, 'all_reduce': 1}"}
+        gathers = 2 if "top_k" in settings else 1
+        assert set(map(str, forward)) == {f"{{'all_gather': {gathers}, 'all_reduce': 1}}"}
         assert set(map(str, backward)) == {"{}"}
         for name, fields in zip(["loss", "jsd", *FIELDS_AFTER_JSD], zip(*outputs)):
             assert all(torch.equal(field, fields[0]) for field in fields), name
@@ -186,7 +194,8 @@ def test_linear_jsd_on_ranks(world_size, reduce_hidden_grad):
         )
         outputs, gradients, forward, backward = zip(*(cases[number] for cases, _ in ranks))
         chunks = -(-num_rows // CHUNK_ROWS)
-        assert set(map(str, forward)) == {f"{{'all_gather': {chunks}, 'all_reduce': {chunks}}}"}
+        gathers = chunks * (2 if "top_k" in settings else 1)
+        assert set(map(str, forward)) == {f"{{'all_gather': {gathers}, 'all_reduce': {chunks}}}"}
         assert set(map(str, backward)) == {"{'all_reduce': 1}" if reduce_hidden_grad else "{}"}
         for name, fields in zip(["loss", "jsd", *FIELDS_AFTER_JSD], zip(*outputs)):
             assert all(torch.equal(field, fields[0]) for field in fields), name
@@ -219,6 +228,34 @@ def tie_rank(rank, world_size):
 def test_ties_across_ranks_go_to_the_lowest_column():
     for agreement, correct in run_ranks(tie_rank, 4):
         assert agreement.tolist() == [1.0, 1.0] and correct.tolist() == [1.0, 1.0]
+
+
+def tied_logits():
+    """Both sides' logits [40, 48] of few values: the top K is cut among equal ones, in columns of
+    one rank, of several, and of all.
+    """
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(40, 48, generator=generator)
+    return student, torch.randint(0, 3, (40, 48), generator=generator).float()
+
+
+def top_k_tie_rank(rank, world_size):
+    student, teacher = (side.chunk(world_size, 1)[rank].clone() for side in tied_logits())
+    student.requires_grad_()
+    output = logits_jsd(student, teacher, top_k=7, group=dist.group.WORLD)
+    return output.jsd, student_gradient(output.loss, student)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_top_k_takes_the_lowest_of_equal_columns_at_every_layout(world_size):
+    student, teacher = tied_logits()
+    exact = student.double().requires_grad_()
+    expected = reference_results(exact, teacher, top_k=7)
+    ranks = run_ranks(top_k_tie_rank, world_size)
+    for divergence, _ in ranks:
+        torch.testing.assert_close(divergence.double(), expected["jsd"], rtol=1e-5, atol=1e-7)
+    gradient = torch.cat([gradient for _, gradient in ranks], 1)
+    assert relative_error(gradient, student_gradient(expected["loss"], exact)) < 2e-6
 
 
 def equal_rank(rank, world_size):

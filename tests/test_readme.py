@@ -25,6 +25,7 @@ FOREIGN_FLAGS = {
     # other programs
     "rlhf_type",
     "gradient_checkpointing",
+    "gkd_logits_topk",
     "use_vllm",
     "adapters",
     "log_completions",

@@ -239,7 +239,22 @@ def test_one_rank_all_cases(folders, tmp_path):
             ["recompute", "paper 1", "eager", "plain", "other recompute", "text"],
             marks=pytest.mark.extended,
         ),
-        (4, 2, 2, 2, 2, ["guide", "forward", "recompute", "lm_head", "a teacher with lm_head"]),
+        (
+            4,
+            2,
+            2,
+            2,
+            2,
+            [
+                "guide",
+                "forward",
+                "recompute",
+                "lm_head",
+                "a teacher with lm_head",
+                "top k",
+                "entropy",
+            ],
+        ),
         pytest.param(4, 4, 1, 4, 1, ["guide", "paper", "other"], marks=pytest.mark.extended),
         pytest.param(4, 2, 1, 4, 2, ["guide", "other recompute"], marks=pytest.mark.extended),
     ],
@@ -263,7 +278,12 @@ def test_layouts(folders, tmp_path, world_size, tp, pp, ep, accumulation, names)
         ),
         (4, 4, 1, 1, 1, 1, ["guide", "recompute"]),
         pytest.param(4, 2, 2, 1, 1, 2, ["guide", "recompute", "lm_head"], marks=pytest.mark.smoke),
-        (8, 2, 1, 2, 2, 2, ["guide", "other recompute"]),
+        (8, 2, 1, 2, 2, 2, ["guide", "other recompute", "position"]),
+        pytest.param(
+            *(4, 2, 2, 1, 1, 2),
+            ["top k", "top k, lm_head", "entropy", "position"],
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_context_parallel_layouts(
@@ -275,7 +295,10 @@ def test_context_parallel_layouts(
 @pytest.mark.parametrize(
     "tp, pp, ep, accumulation, names",
     [
-        pytest.param(8, 1, 8, 2, ["guide", "other recompute"], marks=pytest.mark.smoke),
+        pytest.param(8, 1, 8, 2, ["guide", "other recompute", "top k"], marks=pytest.mark.smoke),
+        pytest.param(
+            *(8, 1, 8, 2), ["top k, lm_head", "entropy", "position"], marks=pytest.mark.extended
+        ),
         pytest.param(8, 1, 8, 2, ["paper", "recompute", "other"], marks=pytest.mark.extended),
         pytest.param(2, 2, 4, 2, ["recompute", "other"], marks=pytest.mark.smoke),
         pytest.param(2, 2, 4, 2, ["guide", "forward"], marks=pytest.mark.extended),

@@ -44,8 +44,8 @@ def _poisoned(rank, world_size, argv, where, steps):
                 p for n, p in model.named_parameters() if p.requires_grad and name in n
             ).main_grad.view(-1)[0] = math.inf
 
-    def add_nan(sums, output, batch, share):
-        add(sums, output, batch, share)
+    def add_nan(sums, *args):
+        add(sums, *args)
         if where == "loss" and number[0] in steps and rank >= world_size - 2:
             sums.values[0, 0] = math.nan
 

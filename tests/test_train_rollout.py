@@ -38,13 +38,15 @@ def test_on_policy_steps(data, tmp_path):
         per_device_train_batch_size=2,
         lora_dropout=0.1,
     ) | layout_flags(tp=2, ep=2)
-    run_training(
+    said = run_training(
         2,
         *[
             flags_of_run(data, tmp_path / name, lmbda=lmbda, **flags)
             for name, lmbda in cases.items()
         ],
     )
+    note = "not drawn from the student's own distribution"
+    assert said.count(note) == 3  # once a run, and not where nothing is written
     drawn = [draw(42, step) < 0.5 for step in range(8)]
     assert len(set(drawn)) == 2
     expected = {
@@ -163,13 +165,16 @@ def test_samples_of_a_prompt_are_rows_of_the_step(data, tmp_path):
 
 
 def test_log_probabilities_of_the_rollout_are_those_of_the_training_pass(data, tmp_path):
-    """While the weights move, and only in on-policy steps; with dropout they are not."""
+    """While the weights move, and only in on-policy steps; with dropout they are not. So is what
+    --importance_clip makes of them.
+    """
     flags = dict(
         max_steps=5,
         lmbda="0:1,2:0,3:1",
         learning_rate=0.02,
         lr_scheduler_type="constant",
         max_completion_length=20,
+        importance_clip=1.02,
     )
     for world_size, tp, pp, ep in [(1, 1, 1, 1), (2, 2, 1, 2), (4, 1, 2, 2)]:
         dp = world_size // tp // pp
@@ -192,3 +197,14 @@ def test_log_probabilities_of_the_rollout_are_those_of_the_training_pass(data, t
         assert max(without) < 1e-4
         assert with_dropout[0] < 1e-4  # W_up is zero
         assert min(with_dropout[1:]) > 100 * max(without)
+        for dropout, folder in folders.items():
+            for line in read_lines(folder / "metrics.jsonl"):
+                assert ("importance_ratio" in line) == line["on_policy"]
+                if not line["on_policy"]:
+                    assert line["loss"] == pytest.approx(line["jsd"], rel=1e-6)
+                elif dropout and line["step"] > 1:
+                    assert 0 < line["importance_clipped"] < 1 and line["loss"] < line["jsd"]
+                else:
+                    assert line["importance_ratio"] == pytest.approx(1, abs=1e-4)
+                    assert line["importance_clipped"] == 0
+                    assert line["loss"] == pytest.approx(line["jsd"], rel=1e-4)

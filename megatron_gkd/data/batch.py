@@ -123,6 +123,10 @@ class Packing:
     """T is a multiple of this, so that ranks have equal shards (`Parallel.sequence_multiple`)"""
     row_multiple: int = 1
     """So is each row of this (`Parallel.row_multiple`)"""
+    skip_first_tokens: int = 0
+    """So many trained tokens at the start of each response are left out: of every unbroken run of
+    them, in a row of several turns of each turn
+    """
 
 
 def pack_views(
@@ -154,6 +158,8 @@ def pack_views(
         )
         # the position before a trained token predicts it; nothing predicts the first one
         trained = [at for at in range(1, end - start) if view.labels[at] != IGNORED_LABEL]
+        if packing.skip_first_tokens:
+            trained = _without_first(trained, packing.skip_first_tokens)
         response_rows += [start + at - 1 for at in trained]
         targets += [view.labels[at] for at in trained]
         num_targets.append(len(trained))
@@ -174,6 +180,16 @@ def pack_views(
         media_rows=torch.tensor(media_rows, dtype=torch.int64),
         media_tokens=torch.tensor(media_tokens, dtype=torch.int64),
     )
+
+
+def _without_first(positions: list[int], number: int) -> list[int]:
+    """The positions without the first `number` of each run of neighbours."""
+    kept, in_run = [], 0
+    for index, at in enumerate(positions):
+        in_run = in_run + 1 if index and at == positions[index - 1] + 1 else 1
+        if in_run > number:
+            kept.append(at)
+    return kept
 
 
 def _up_to_multiple(number: int, multiple: int) -> int:
@@ -204,16 +220,16 @@ def collate(
         samples,
         [-1 if sample is None else number for sample, number in zip(samples, ids)],
         media,
-        _log_probabilities(samples),
+        _log_probabilities(samples, packing.skip_first_tokens),
     )
 
 
-def _log_probabilities(samples: Sequence[Sample | None]) -> Tensor | None:
-    """Of all rows' responses; None unless each has them."""
+def _log_probabilities(samples: Sequence[Sample | None], skip: int) -> Tensor | None:
+    """Of all rows' responses without their first `skip` tokens; None unless each has them."""
     rows = [sample.log_probabilities for sample in samples if sample is not None]
     if not rows or None in rows:
         return None
-    return torch.tensor([value for row in rows if row is not None for value in row])
+    return torch.tensor([value for row in rows if row is not None for value in row[skip:]])
 
 
 def _collect_media(samples: Sequence[Sample | None]) -> tuple[Media | None, list[dict[int, int]]]:

@@ -18,7 +18,7 @@ from megatron_gkd.data.encoded import Encoded, decode_sample, encode_rows
 from megatron_gkd.data.forms import with_columns_renamed
 from megatron_gkd.data.prepared_rows import PreparedRows, basis, default_folder
 from megatron_gkd.data.render_options import RowDefaults, check_variables
-from megatron_gkd.data.report import make_report, view_lengths
+from megatron_gkd.data.report import longest_response, make_report, view_lengths
 from megatron_gkd.data.rows import Row, check_row
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
@@ -138,6 +138,10 @@ class SampleDataset:
         for digest in self._rows.columns("digest")["digest"].to_pylist():
             found.update(digest)
         return found.hexdigest()
+
+    def longest_response(self) -> int:
+        """Most trained tokens of any response, of several turns each for itself."""
+        return longest_response(self._rows)
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""

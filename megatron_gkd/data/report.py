@@ -109,6 +109,17 @@ def view_lengths(rows: StoredRows) -> Lengths:
     return Lengths(prompts + student - start, prompts)
 
 
+def longest_response(rows: StoredRows) -> int:
+    """Most trained tokens in a row, of any response of encoded rows: of any turn."""
+    labels = rows.columns("labels")["labels"]
+    ends = compute.list_value_length(labels).to_numpy().cumsum()
+    is_trained = compute.not_equal(compute.list_flatten(labels), IGNORED_LABEL)
+    trained = np.flatnonzero(is_trained.to_numpy(zero_copy_only=False))
+    first_of_row = np.isin(trained, np.concatenate([[0], ends[:-1]]))
+    begins = np.flatnonzero((np.diff(trained, prepend=-2) != 1) | first_of_row)
+    return int(np.diff(begins, append=len(trained)).max(initial=0))
+
+
 def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
     """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
     table = rows.columns(

@@ -22,6 +22,15 @@ With a clip c an entry of the divergence's sum that is above c counts as c and g
 there A is 0 (jsd), Q (forward_kl) or -Q (reverse_kl), and the rest stays as it is: adding a
 multiple of Q to A changes nothing.
 
+With a top_k K both sides have K + 1 outcomes: the teacher's K best entries (of equal ones the
+lowest columns) and the rest as one. Over the whole vocabulary that is the divergence of Q and a P
+whose rest is the student's, scaled to the teacher's mass: P = r Q there, r = P(rest) / Q(rest). All
+entries of the rest then have one d = log r, and as every rule is homogeneous in (Q, P) their sum is
+the entry of the two masses and their A add up to its A; so is the gradient, the rest's spread over
+its columns as Q is. A column is of the K if (logit, -column) is not below the K-th such pair: four
+scalars a row say it all, and no index is kept. A clip is for the rest as a whole: of one of its
+columns c Q / Q(rest). Both KLs are of the K + 1 outcomes too, entropies of whole distributions.
+
 Three passes over the logits: `statistics` of each side, `compare`, `write_gradient`. They exist
 twice, in torch_kernels.py for any device and in triton_kernels.py; passes.py chooses. Between the
 last two either A is kept (a module's DTYPES_THAT_KEEP_A) or the teacher's logits are.
@@ -190,6 +199,7 @@ class Divergence:
     beta: float = 0.5  # the student's weight in the mixture; not used by the KLs
     temperature: float = 1.0  # divides both sides' logits
     clip: float | None = None  # most that one entry of one row counts, in nats; None: no limit
+    top_k: int | None = None  # teacher's entries that stand for themselves; None: all of them
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -204,3 +214,5 @@ class Divergence:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"clip must be positive, or None for no limit, got {self.clip}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all, got {self.top_k}")

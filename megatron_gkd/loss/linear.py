@@ -246,7 +246,7 @@ def linear_divergence(
         weight: [V/TP, H], this rank's rows of the lm_head, frozen. Logits, their gradient and all
             GEMMs' sums are float32 whatever the dtype of weight and hidden states; only on CUDA a
             bfloat16 head rounds the logits' gradient to bfloat16 for the last GEMM.
-        divergence: which one, the student's weight in its mixture, temperature and clip.
+        divergence: which one, the student's weight in its mixture, temperature, clip, top K.
         labels: int64 [N] global ids, -100 masks the row; needed by the SFT term and the label
             metrics.
         sft_alpha: in [0, 1]; loss = (1 - sft_alpha) divergence + sft_alpha cross_entropy, the
@@ -259,9 +259,9 @@ def linear_divergence(
             (sequence parallelism).
     Without gradient mode, or if student_hidden needs no gradient, the gradient is not computed.
     Raises ValueError for shapes, labels or sizes that do not fit each other.
-    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk;
-    backward one all-reduce [N, H] of float32 with reduce_hidden_grad, otherwise none. None at all
-    if N = 0.
+    Collectives: forward one all-gather [12, C] and one all-reduce [4, C] of float64 a chunk, with a
+    top K two all-gathers, [12 + K, C] and [12, C]; backward one all-reduce [N, H] of float32 with
+    reduce_hidden_grad, otherwise none. None at all if N = 0.
     """
     if student_hidden.dim() != 2 or student_hidden.shape != teacher_hidden.shape:
         raise ValueError(
@@ -323,17 +323,18 @@ def linear_jsd(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     clip: float | None = None,
+    top_k: int | None = None,
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
 ) -> LinearJsdOutput:
-    """`linear_divergence`, its divergence given by the settings: beta, temperature, divergence and
-    clip as in `vocab_parallel_jsd`.
+    """`linear_divergence`, its divergence given by the settings: beta, temperature, divergence,
+    clip and top_k as in `vocab_parallel_jsd`.
     """
     return linear_divergence(
         student_hidden,
         teacher_hidden,
         weight,
-        Divergence(divergence, beta, temperature, clip),
+        Divergence(divergence, beta, temperature, clip, top_k),
         labels=labels,
         sft_alpha=sft_alpha,
         group=group,

@@ -137,7 +137,7 @@ def logits_divergence(
             vocabulary; gets the gradient. A banned token is a large negative number (-1e4), not
             -inf: that makes the row NaN.
         teacher_logits: [N, V/TP], finite, no gradient.
-        divergence: which one, the student's weight in its mixture, temperature and clip.
+        divergence: which one, the student's weight in its mixture, temperature, clip, top K.
         labels: int64 [N] global ids, -100 masks the row (whose logits may be anything).
         sft_alpha: weight of the cross-entropy on unscaled logits, in [0, 1].
         group: the tensor-parallel group; rank r of it owns columns r V/TP .. (r + 1) V/TP - 1.
@@ -145,8 +145,8 @@ def logits_divergence(
         vocab_size: columns from this one on are padding, without probability mass and with zero
             gradient.
     Raises ValueError for shapes, labels or sizes that do not fit each other.
-    Collectives: one all-gather [12, N] and one all-reduce [4, N] of float64 in forward (none if N =
-    0), none in backward.
+    Collectives: one all-gather [12, N] and one all-reduce [4, N] of float64 in forward, with a top
+    K two all-gathers, [12 + K, N] and [12, N] (none if N = 0); none in backward.
     """
     loss, metrics = _apply(
         student_logits, teacher_logits, divergence, labels, sft_alpha, group, vocab_size, True
@@ -166,14 +166,15 @@ def logits_jsd(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     clip: float | None = None,
+    top_k: int | None = None,
 ) -> LinearJsdOutput:
-    """`logits_divergence`, its divergence given by the settings: beta, temperature, divergence and
-    clip as in `vocab_parallel_jsd`.
+    """`logits_divergence`, its divergence given by the settings: beta, temperature, divergence,
+    clip and top_k as in `vocab_parallel_jsd`.
     """
     return logits_divergence(
         student_logits,
         teacher_logits,
-        Divergence(divergence, beta, temperature, clip),
+        Divergence(divergence, beta, temperature, clip, top_k),
         labels=labels,
         sft_alpha=sft_alpha,
         group=group,
@@ -191,6 +192,7 @@ def vocab_parallel_jsd(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     clip: float | None = None,
+    top_k: int | None = None,
 ) -> torch.Tensor:
     """Per-token divergence of student and teacher in nats, float32 [N], the same on all ranks of
     `group`; no metrics.
@@ -201,9 +203,11 @@ def vocab_parallel_jsd(
         divergence: "jsd", "forward_kl" (teacher || student) or "reverse_kl".
         clip: entries of the divergence's sum over the vocabulary above it count as `clip` and give
             no gradient.
+        top_k: both sides are the teacher's top_k best entries and one for all others; see
+            divergence.py.
     The other arguments and the collectives are those of `logits_divergence`.
     """
-    settings = Divergence(divergence, beta, temperature, clip)
+    settings = Divergence(divergence, beta, temperature, clip, top_k)
     return _apply(
         student_logits, teacher_logits, settings, None, 0.0, group, vocab_size, metrics=False
     )[0]

@@ -3,7 +3,8 @@ between them, over the tensor-parallel ranks.
 
 An all-gather of both sides' statistics (12 numbers a row and rank) and one sum of the divergence's
 parts (4 numbers a row). Neither needs a counterpart in backward: each rank's gradient of its own
-columns follows from the row's scalars.
+columns follows from the row's scalars. With a top K the first carries K numbers more, and a third
+one, between them, gathers the statistics of the rest.
 """
 
 from types import ModuleType
@@ -23,6 +24,7 @@ from megatron_gkd.loss.rows import (
     merge,
     row_scalars,
 )
+from megatron_gkd.loss.top_k import best_logits, chosen_columns, with_rest
 
 
 class VocabularySlice(NamedTuple):
@@ -96,19 +98,24 @@ def gather_statistics(
     teacher: SideStatistics,
     temperature: float,
     group: dist.ProcessGroup | None,
-) -> tuple[SideStatistics, SideStatistics]:
-    """Both sides' statistics over the whole vocabulary from this rank's. Collectives: one
-    all-gather (none without a group).
+    more: torch.Tensor | None = None,
+) -> tuple[SideStatistics, SideStatistics, torch.Tensor]:
+    """Both sides' statistics over the whole vocabulary from this rank's, and all ranks' `more` [K,
+    N], [G, K, N] in rank order. Collectives: one all-gather (none without a group).
     """
     packed = torch.stack([*student, *teacher])
+    if more is not None:
+        packed = torch.cat([packed, more])
     parts = packed.unsqueeze(0)
     if group_size(group) > 1:
         parts = packed.new_empty(group_size(group), *packed.shape)
         dist.all_gather(list(parts), packed, group=group)
     fields = parts.unbind(1)
     num_fields = len(SideStatistics._fields)
-    return merge(SideStatistics(*fields[:num_fields]), temperature), merge(
-        SideStatistics(*fields[num_fields:]), temperature
+    return (
+        merge(SideStatistics(*fields[:num_fields]), temperature),
+        merge(SideStatistics(*fields[num_fields : 2 * num_fields]), temperature),
+        parts[:, 2 * num_fields :],
     )
 
 
@@ -130,6 +137,39 @@ def keeps_a(logits: torch.Tensor, call: LossCall) -> bool:
     return call.gradient and logits.dtype in select_kernels(logits.device).DTYPES_THAT_KEEP_A
 
 
+def _with_top_k(
+    scalars: RowScalars,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_statistics: SideStatistics,
+    own_best: torch.Tensor,
+    every_best: torch.Tensor,
+    call: LossCall,
+) -> RowScalars:
+    """`scalars` with what they say of a top K, from this rank's logits [N, W] of both sides.
+
+    own_best: this rank's `best_logits`; every_best: those of all ranks, [G, K, N].
+    Collectives: one all-gather. Waits for the device.
+    """
+    (first_column, num_columns), temperature = call.columns, call.divergence.temperature
+    rank = 0 if call.group is None else dist.get_rank(call.group)
+    lowest, last = chosen_columns(teacher, num_columns, own_best, every_best, rank)
+    scalars = scalars._replace(lowest=lowest, last_column=last)
+    own_student, own_teacher = (
+        select_kernels(logits.device).statistics(
+            *(logits, num_columns, temperature, first_column),
+            labels=None,
+            metrics=False,
+            rest_of=(teacher, scalars),
+        )
+        for logits in (student, teacher)
+    )
+    student_rest, teacher_rest, _ = gather_statistics(
+        own_student, own_teacher, temperature, call.group
+    )
+    return with_rest(scalars, student_statistics, student_rest, teacher_rest, temperature)
+
+
 def compare_sides(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -140,7 +180,7 @@ def compare_sides(
     """The first two passes over this rank's logits [N, W] of both sides.
 
     a_out: float32 [N, W] for A, which may be one of the logits, or None.
-    Collectives: one all-gather and one all-reduce.
+    Collectives: one all-gather and one all-reduce; with a top K two all-gathers.
     """
     kernels = select_kernels(student.device)
     (first_column, num_columns), divergence = call.columns, call.divergence
@@ -150,10 +190,21 @@ def compare_sides(
         )
         for logits in (student, teacher)
     )
-    student_statistics, teacher_statistics = gather_statistics(
-        own_student, own_teacher, divergence.temperature, call.group
+    top_k, own_best = divergence.top_k, None
+    if top_k is not None:
+        own_best = best_logits(teacher, num_columns, top_k + 1)
+    student_statistics, teacher_statistics, every_best = gather_statistics(
+        own_student,
+        own_teacher,
+        divergence.temperature,
+        call.group,
+        None if own_best is None else own_best[:top_k],
     )
     scalars = row_scalars(student_statistics, teacher_statistics, divergence.temperature)
+    if own_best is not None:
+        scalars = _with_top_k(
+            scalars, student, teacher, student_statistics, own_best, every_best, call
+        )
     sums = kernels.compare(
         student, teacher, num_columns, scalars, divergence, call.metrics, a_out=a_out
     )

@@ -5,7 +5,7 @@ of `compare`. Everything here is local to a rank; the collectives that merge the
 in passes.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +64,24 @@ class RowScalars(NamedTuple):
     # d = (z_teacher - z_student - shift) / T: of equal softmaxes exactly 0, also where the sides'
     # logits differ by a number and products are fused with sums
     shift: torch.Tensor
+    # With a top K, otherwise None. The first two say which of this rank's columns are of the K: a
+    # teacher's logit above `lowest`, or equal to it in a column up to `last_column`.
+    lowest: torch.Tensor | None = None
+    last_column: torch.Tensor | None = None  # of this rank, -1: none that is equal
+    rest_shift: torch.Tensor | None = None  # d of the rest is (rest_shift - shift) / T
+    rest_mass: torch.Tensor | None = None  # the student's probability of the rest
+
+    def of_rows(self, rows: slice) -> "RowScalars":
+        """The scalars of some rows."""
+        found: Any = (None if scalar is None else scalar[rows] for scalar in self)
+        return RowScalars(*found)
+
+    def is_rest(self, teacher: torch.Tensor) -> torch.Tensor:
+        """Which of the teacher's logits [N, V] of this rank's columns are not of the top K."""
+        assert self.lowest is not None and self.last_column is not None, "there is no top K"
+        columns = torch.arange(teacher.shape[1], dtype=torch.float32, device=teacher.device)
+        ties = (teacher == self.lowest).logical_and_(columns <= self.last_column)
+        return (teacher > self.lowest).logical_or_(ties).logical_not_()
 
 
 class Sums(NamedTuple):

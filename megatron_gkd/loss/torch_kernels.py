@@ -85,11 +85,14 @@ def statistics(
     first_column: int,
     labels: torch.Tensor | None,
     metrics: bool,
+    rest_of: tuple[torch.Tensor, RowScalars] | None = None,
 ) -> SideStatistics:
     """Statistics of one side, of the first `num_columns` columns of logits [N, W] of any floating
     dtype.
 
     first_column: global number of this rank's first column; labels: [N] global columns, or None.
+    rest_of: the teacher's logits and the scalars of a top K, outside of which the columns are that
+    count. Where there are none, `top` is the lowest number and sum_exp means nothing.
     Without `metrics` top_column and moment are zeros, without `labels` unit_sum_exp and label_logit
     are.
     """
@@ -101,6 +104,9 @@ def statistics(
     scratch, blocks = _blocks(num_rows, num_columns, logits.device)
     for block in blocks:
         z = scratch.float32("z", logits[block, :num_columns])
+        if rest_of is not None:
+            is_rest = rest_of[1].of_rows(block).is_rest(rest_of[0][block, :num_columns])
+            z = torch.where(is_rest, z, torch.finfo(torch.float32).min)
         if metrics:
             top, column = _top_and_column(z)
             result.top_column[block] = column.double() + first_column
@@ -149,7 +155,12 @@ class _Block:
         temperature: float,
         scratch: _Scratch,
     ):
-        self.scratch, num_rows = scratch, len(student)
+        self.scratch, self.scalars, num_rows = scratch, scalars, len(student)
+        rest_shift = scalars.rest_shift
+        self.is_rest = None if rest_shift is None else scalars.is_rest(teacher)
+        if self.is_rest is not None and rest_shift is not None:
+            of_rest = torch.add(student, rest_shift, out=scratch.get("of_rest", num_rows))
+            teacher = torch.where(self.is_rest, of_rest, teacher, out=of_rest)
         self.q = _probabilities(
             student,
             scalars.student_top,
@@ -165,6 +176,8 @@ class _Block:
             scratch.get("p", num_rows),
         )
         self.d = torch.sub(teacher, student, out=scratch.get("d", num_rows))
+        if self.is_rest is not None and rest_shift is not None:  # not rounded by the sum above
+            torch.where(self.is_rest, rest_shift, self.d, out=self.d)
         self.d.sub_(scalars.shift)
         if temperature != 1.0:
             self.d.mul_(1.0 / temperature)
@@ -192,6 +205,14 @@ class _Block:
         log_m_over_p = torch.sub(common, d.clamp_max_(0.0), out=d)
         return log_m_over_q, log_m_over_p
 
+    def limit(self, clip: float) -> float | torch.Tensor:
+        """Most that an entry counts: of one of the rest its share of the rest's."""
+        if self.is_rest is None or self.scalars.rest_mass is None:
+            return clip
+        tiny = torch.finfo(torch.float32).tiny
+        of_rest = self.q * (clip / self.scalars.rest_mass.clamp_min(tiny))
+        return torch.where(self.is_rest, of_rest, clip)
+
     def kl_forward_sum(self) -> torch.Tensor:
         """KL(P||Q) over these columns, float32 [R]."""
         term = torch.mul(self.p, self.d, out=self.scratch.get("term", len(self.q)))
@@ -204,14 +225,15 @@ class _Block:
 
 
 def _clip(
-    a: torch.Tensor, summands: torch.Tensor, q: torch.Tensor, clip: float, a_beyond_clip: float
+    block: _Block, a: torch.Tensor, summands: torch.Tensor, clip: float, a_beyond_clip: float
 ) -> torch.Tensor:
     """What the divergence's `summands` are above `clip`, [R, V]; there A in `a` is
     overwritten as divergence.py says.
     """
-    above = summands > clip
-    excess = torch.where(above, summands - clip, 0.0)
-    a.copy_(torch.where(above, q * a_beyond_clip, a))
+    limit = block.limit(clip)
+    above = summands > limit
+    excess = torch.where(above, summands - limit, 0.0)
+    a.copy_(torch.where(above, block.q * a_beyond_clip, a))
     return excess
 
 
@@ -242,7 +264,7 @@ def compare(
         block = _Block(
             scratch.float32("z_student", student[rows, :num_columns]),
             scratch.float32("z_teacher", teacher[rows, :num_columns]),
-            RowScalars(*(scalar[rows] for scalar in scalars)),
+            scalars.of_rows(rows),
             divergence.temperature,
             scratch,
         )
@@ -254,7 +276,7 @@ def compare(
         if needed.entries:
             sums.divergence[rows] = summands.sum(-1).double()
         if divergence.clip is not None:
-            excess = _clip(a, summands, block.q, divergence.clip, kind.a_beyond_clip)
+            excess = _clip(block, a, summands, divergence.clip, kind.a_beyond_clip)
             sums.divergence[rows] -= excess.sum(-1).double()
         sums.gradient_sum[rows] = a.sum(-1).double()
         if a_out is not None:
@@ -267,7 +289,7 @@ def _recompute_a(block: _Block, divergence: Divergence) -> tuple[torch.Tensor, t
     kind = KINDS[divergence.kind]
     a, summands = kind.torch_rule(block, divergence.beta)
     if divergence.clip is not None:
-        _clip(a, summands, block.q, divergence.clip, kind.a_beyond_clip)
+        _clip(block, a, summands, divergence.clip, kind.a_beyond_clip)
     return a, block.q
 
 
@@ -291,7 +313,7 @@ def write_gradient(
     temperature, (cross_entropy, label_columns) = divergence.temperature, factors[2:]
     scratch, blocks = _blocks(len(student), num_columns, student.device)
     for rows in blocks:
-        own = RowScalars(*(scalar[rows] for scalar in scalars))
+        own = scalars.of_rows(rows)
         z = scratch.float32("z_student", student[rows, :num_columns])
         second = teacher_or_a[rows, :num_columns]
         if student.dtype in DTYPES_THAT_KEEP_A:

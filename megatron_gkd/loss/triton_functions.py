@@ -78,12 +78,21 @@ def log1p(y: tl.tensor):
 
 
 @triton.jit
+def is_outside(z_teacher: tl.tensor, columns: tl.tensor, scalars: tl.tensor, num_rows: tl.tensor):
+    """Which columns are not of the top K: RowScalars.is_rest. scalars: [10, N], at this row."""
+    lowest = tl.load(scalars + 6 * num_rows)
+    last_column = tl.load(scalars + 7 * num_rows)
+    is_tie = (z_teacher == lowest) & (columns.to(tl.float32) <= last_column)
+    return (z_teacher <= lowest) & (is_tie == 0)
+
+
+@triton.jit
 def a_and_summands(
     student: tl.tensor,
     teacher: tl.tensor,
     columns: tl.tensor,
     valid: tl.tensor,
-    scalars: tl.tensor,  # [6, N], at this row
+    scalars: tl.tensor,  # [6, N], with a top K [10, N], at this row
     num_rows: tl.tensor,
     scale: tl.tensor,
     beta: tl.tensor,
@@ -92,6 +101,7 @@ def a_and_summands(
     A_BEYOND_CLIP: tl.constexpr,
     HALF: tl.constexpr,
     CLIP: tl.constexpr,
+    TOP_K: tl.constexpr,
 ):
     """z_student, Q, P, d, P - Q, A, the divergence's entries, and what they are above the clip (0
     without one). student, teacher and scalars point to the row.
@@ -103,6 +113,7 @@ def a_and_summands(
         A, entry            RULE: what it does not use is not computed
 
     RULE and A_BEYOND_CLIP are those of a divergence.Kind, HALF: beta is 0.5, CLIP: there is one.
+    TOP_K: there is one; P and d of the rest are as divergence.py says, its clip is shared out.
     """
     z_student = tl.load(student + columns, mask=valid, other=-float("inf")).to(tl.float32)
     z_teacher = tl.load(teacher + columns, mask=valid, other=-float("inf")).to(tl.float32)
@@ -111,9 +122,15 @@ def a_and_summands(
     teacher_top = tl.load(scalars + 3 * num_rows)
     teacher_log_sum_exp = tl.load(scalars + 4 * num_rows)
     shift = tl.load(scalars + 5 * num_rows)
+    difference = z_teacher - z_student
+    if TOP_K:
+        is_rest = is_outside(z_teacher, columns, scalars, num_rows)
+        rest_shift = tl.load(scalars + 8 * num_rows)
+        difference = tl.where(is_rest, rest_shift, difference)
+        z_teacher = tl.where(is_rest, z_student + rest_shift, z_teacher)
     q = exp2((z_student - student_top) * scale - student_log_sum_exp)
     p = exp2((z_teacher - teacher_top) * scale - teacher_log_sum_exp)
-    log2_p_over_q = tl.where(valid, (z_teacher - z_student - shift) * scale, 0.0)
+    log2_p_over_q = tl.where(valid, (difference - shift) * scale, 0.0)
     d = log2_p_over_q * LN_2
     e = exp2m1(-tl.abs(log2_p_over_q))
     larger_e = tl.maximum(p, q) * e
@@ -127,7 +144,11 @@ def a_and_summands(
     a, summands = RULE(q, p, d, p_minus_q, log_m_over_q, log_m_over_p, beta)
     excess = 0.0
     if CLIP:
-        above = summands > clip
-        excess = tl.where(above, summands - clip, 0.0)
+        limit = clip
+        if TOP_K:
+            rest_mass = tl.maximum(tl.load(scalars + 9 * num_rows), 1.1754944e-38)
+            limit = tl.where(is_rest, q * (clip / rest_mass), clip)
+        above = summands > limit
+        excess = tl.where(above, summands - limit, 0.0)
         a = tl.where(above, A_BEYOND_CLIP * q, a)
     return z_student, q, p, d, p_minus_q, a, summands, excess

@@ -41,12 +41,20 @@ from megatron_gkd.loss.rows import (
     add_kl,
     empty_statistics,
 )
-from megatron_gkd.loss.triton_functions import LN_2, LOG2_E, ON_DEVICE, a_and_summands, exp2
+from megatron_gkd.loss.triton_functions import (
+    LN_2,
+    LOG2_E,
+    ON_DEVICE,
+    a_and_summands,
+    exp2,
+    is_outside,
+)
 
 BLOCK = 4096  # columns of a row that a program handles at a time, at most
 NUM_WARPS = 8
 # Triton 3.10 no longer fuses multiplications and additions by itself.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 DTYPES_THAT_KEEP_A = ()  # none: A is cheaper computed twice than written and read
 # The interpreter calls plain functions, and refuses to wrap one of a file without triton.language.
 RULES = {
@@ -64,13 +72,19 @@ def _statistics_kernel(
     scale: tl.tensor,
     out: tl.tensor,
     num_rows: tl.tensor,
+    teacher: tl.tensor,
+    teacher_stride: tl.tensor,
+    scalars: tl.tensor,
     METRICS: tl.constexpr,
     LABELS: tl.constexpr,
     UNIT: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
+    teacher += row * teacher_stride
+    scalars += row
     lanes = tl.arange(0, BLOCK)
     top = tl.full([], -float("inf"), tl.float32)
     top_column = 0
@@ -81,6 +95,10 @@ def _statistics_kernel(
         columns = start + lanes
         valid = columns < num_columns
         z = tl.load(logits + columns, mask=valid, other=-float("inf")).to(tl.float32)
+        if REST:
+            z_teacher = tl.load(teacher + columns, mask=valid, other=0.0).to(tl.float32)
+            is_rest = is_outside(z_teacher, columns, scalars, num_rows)
+            z = tl.where(valid & (is_rest == 0), LOWEST, z)
         block_top = tl.max(z, 0)
         new_top = tl.maximum(top, block_top)
         if METRICS:
@@ -131,6 +149,7 @@ def _compare_kernel(
     A_BEYOND_CLIP: tl.constexpr,
     HALF: tl.constexpr,
     CLIP: tl.constexpr,
+    TOP_K: tl.constexpr,
     SUM_VALUES: tl.constexpr,
     KL_FORWARD: tl.constexpr,
     KL_REVERSE: tl.constexpr,
@@ -150,7 +169,7 @@ def _compare_kernel(
         valid = columns < num_columns
         _, q, p, d, p_minus_q, a, summands, excess = a_and_summands(
             student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
-            RULE, A_BEYOND_CLIP, HALF, CLIP,
+            RULE, A_BEYOND_CLIP, HALF, CLIP, TOP_K,
         )  # fmt: skip
         if SUM_VALUES:
             divergence += summands
@@ -194,6 +213,7 @@ def _gradient_kernel(
     A_BEYOND_CLIP: tl.constexpr,
     HALF: tl.constexpr,
     CLIP: tl.constexpr,
+    TOP_K: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -205,7 +225,7 @@ def _gradient_kernel(
     scalars += row
     z_student, q, _, _, _, a, _, _ = a_and_summands(
         student, teacher, columns, valid, scalars, num_rows, scale, beta, clip,
-        RULE, A_BEYOND_CLIP, HALF, CLIP,
+        RULE, A_BEYOND_CLIP, HALF, CLIP, TOP_K,
     )  # fmt: skip
     gradient = (a - q * tl.load(gradient_sum + row)) * tl.load(divergence_factor + row)
     if CROSS_ENTROPY:
@@ -225,6 +245,7 @@ def rule_constants(divergence: Divergence) -> dict[str, Any]:
         A_BEYOND_CLIP=KINDS[divergence.kind].a_beyond_clip,
         HALF=divergence.beta == 0.5,
         CLIP=divergence.clip is not None,
+        TOP_K=divergence.top_k is not None,
     )
 
 
@@ -250,14 +271,15 @@ def _check_rows(*matrices: torch.Tensor) -> None:
 
 
 def _in_base_2(scalars: RowScalars) -> torch.Tensor:
-    """[6, N] in RowScalars' order, the log-sum-exps divided by ln 2."""
+    """[6, N] in RowScalars' order, with a top K [10, N], the log-sum-exps divided by ln 2."""
     logarithms = (
         "student_log_sum_exp",
         "student_unit_log_sum_exp",
         "teacher_log_sum_exp",
     )
     scaled = {name: getattr(scalars, name) * LOG2_E.value for name in logarithms}
-    return torch.cat(scalars._replace(**scaled), 1).t().contiguous()
+    columns = [column for column in scalars._replace(**scaled) if column is not None]
+    return torch.cat(columns, 1).t().contiguous()
 
 
 def statistics(
@@ -267,9 +289,12 @@ def statistics(
     first_column: int,
     labels: torch.Tensor | None,
     metrics: bool,
+    rest_of: tuple[torch.Tensor, RowScalars] | None = None,
 ) -> SideStatistics:
     """As torch_kernels.statistics."""
-    _check_rows(logits)
+    # without a top K its arguments are not read
+    teacher, scalars = (logits, logits) if rest_of is None else (rest_of[0], _in_base_2(rest_of[1]))
+    _check_rows(logits, teacher)
     num_rows = len(logits)
     if num_columns == 0:
         return empty_statistics(num_rows, logits.device)
@@ -285,9 +310,13 @@ def statistics(
         LOG2_E.value / temperature,
         out,
         num_rows,
+        teacher,
+        teacher.stride(0),
+        scalars,
         METRICS=metrics,
         LABELS=labels is not None,
         UNIT=labels is not None and temperature != 1.0,
+        REST=rest_of is not None,
         BLOCK=_block(num_columns),
         **OPTIONS,
     )
