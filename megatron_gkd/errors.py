@@ -6,6 +6,7 @@ import reprlib
 from typing import Any, NamedTuple
 
 MAX_LISTED = 20
+MAX_QUOTED = 300  # characters of another library's message
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _TYPE_NAMES = {
@@ -36,6 +37,16 @@ class BadRow(NamedTuple):
     reason: str
 
 
+class BrokenCell:
+    """Stands for a value of a table that cannot be read: an error only for rows that use it."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return "(unreadable)"
+
+
 def short_repr(value: Any) -> str:
     """A short `repr` for error messages, however large or deep the value."""
     return _SHORT.repr(value)
@@ -43,6 +54,8 @@ def short_repr(value: Any) -> str:
 
 def type_name(value: Any) -> str:
     """The type of a value from JSON or a table, as JSON calls it."""
+    if isinstance(value, BrokenCell):
+        return f"a cell that cannot be read ({value.reason})"
     name = type(value).__name__
     return _TYPE_NAMES.get(name, name)
 
@@ -59,5 +72,15 @@ def bad_rows_error(bad_rows: list[BadRow], num_rows: int) -> DataError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, at most MAX_QUOTED characters; its type where it has
+    none.
+    """
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0], MAX_QUOTED)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, its middle left out if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    head = most // 3
+    return f"{text[:head]}...{text[len(text) - (most - head - 3) :]}"

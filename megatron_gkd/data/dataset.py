@@ -37,6 +37,7 @@ _REFERENCE = pyarrow.struct(
         "data": pyarrow.large_binary(),
         "is_track": pyarrow.bool_(),
         "num_tokens": pyarrow.int32(),
+        "note": pyarrow.string(),
     }
 )
 _SCHEMA = pyarrow.schema(
@@ -48,6 +49,7 @@ _SCHEMA = pyarrow.schema(
         "cut_tokens": pyarrow.int32(),
         "media": pyarrow.list_(_REFERENCE),
         "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
+        "notes": pyarrow.list_(pyarrow.string()),  # likewise
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": pyarrow.bool_(),
@@ -210,7 +212,7 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
 
     try:
         raw = with_columns_renamed(source.read(index), encoding.columns)
-        checked = check_row(raw, encoding.vocab_size, source.folder, encoding.defaults)
+        checked = check_row(raw, encoding.vocab_size, source.folder_of(index), encoding.defaults)
         encoded = encode_row(
             checked,
             get_chat,
@@ -224,7 +226,14 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
         # the message may quote lone surrogates
         reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
     kinds = [reference["kind"] for reference in encoded.media]
-    columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
+    notes = [reference["note"] for reference in encoded.media]
+    columns = {
+        "kinds": kinds,
+        "notes": notes,
+        "source": name,
+        "location": location,
+        "reason": reason,
+    }
     return encoded._asdict() | columns | {"digest": encoded.digest()}
 
 

@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
     teacher_prompt: list[int] | None
     cut_tokens: int
     media: list[dict]
-    """Of each medium the fields of its `Reference`, and num_tokens"""
+    """Of each medium the fields of its `Reference`, num_tokens and `Size.note`"""
     student_media: list[int]
     """Indices in `media`: audios, images, videos, each kind in the order of its placeholders"""
     teacher_media: list[int]
@@ -149,7 +149,7 @@ def encode_row(
         teacher_prompt=teacher.ids if has_teacher_view else None,
         cut_tokens=num_trained - _num_trained(labels),
         media=[
-            reference._asdict() | {"num_tokens": size.num_tokens}
+            reference._asdict() | {"num_tokens": size.num_tokens, "note": size.note}
             for reference, size in sizes.items()
         ],
         student_media=[index_of[medium] for kind in KINDS for medium in student.media[kind]],

@@ -32,6 +32,10 @@ class DataReport:
     """
     num_media: dict[str, int] = field(default_factory=dict)
     """Media of each kind; a medium counts once in its row, even if both views show it."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to media that one may want to know, such as `image composited on white`, and to
+    how many; counted like `num_media`, by the headers of their files.
+    """
     skipped: list[BadRow] = field(default_factory=list)
 
     @property
@@ -49,7 +53,14 @@ class DataReport:
         )
         pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
         alone = f"{self.num_prompts_alone} without a response; " * bool(self.num_prompts_alone)
-        media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
+        notes = "".join(
+            f"{number} {kind}{'s' * (number > 1)} {rest}; "
+            for note, number in self.notes.items()
+            for kind, rest in [note.split(" ", 1)]
+        )
+        media = (
+            f"{kinds} (rows by what student > teacher perceive: {pairs}); {notes}" if kinds else ""
+        )
         return (
             f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {alone}"
             f"{media}"
@@ -101,10 +112,10 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
 
 
 def _media_report(rows: StoredRows) -> dict[str, dict[str, int]]:
-    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
-    are not read.
+    """DataReport's `media`, `num_media` and `notes`; all empty for a data set of text. The media
+    themselves are not read.
     """
-    table = rows.columns("kinds", "student_media", "teacher_media")
+    table = rows.columns("kinds", "notes", "student_media", "teacher_media")
     if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
         return {}
     kinds = table["kinds"].to_pylist()
@@ -114,4 +125,10 @@ def _media_report(rows: StoredRows) -> dict[str, dict[str, int]]:
         for row, student, teacher in views
     )
     num_media = Counter(kind for row in kinds for kind in row)
-    return {"media": dict(pairs), "num_media": dict(num_media)}
+    notes = Counter(
+        f"{kind} {note}"
+        for row, found in zip(kinds, table["notes"].to_pylist())
+        for kind, note in zip(row, found)
+        if note
+    )
+    return {"media": dict(pairs), "num_media": dict(num_media), "notes": dict(notes)}
