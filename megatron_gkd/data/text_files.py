@@ -19,7 +19,8 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 from megatron_gkd.data.raw_rows import RawRows, in_folder
@@ -28,8 +29,11 @@ from megatron_gkd.errors import DataError, RowError, first_line, short_repr, sho
 _GZIP = b"\x1f\x8b"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _ARRAY = re.compile(rb"\s*\[\s*[\[{\]]")
-# A string, or what gives a JSON text its structure. Strings have no line ends in JSON.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},\n]', re.DOTALL)
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+# Between the elements of an array: a string, or what gives a JSON text its structure.
+_TOKEN = re.compile(_STRING + rb"|[\[\]{},\n]", re.DOTALL)
+# Inside of an element: all up to the next bracket, strings skipped.
+_TO_BRACKET = re.compile(rb'[^"\[\]{}]*(?:' + _STRING + rb'[^"\[\]{}]*)*[\[\]{}]', re.DOTALL)
 _SPACE = re.compile(rb"\s*")
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -70,38 +74,54 @@ def open_text(path: str, suffix: str) -> RawRows:
 
 
 class _File(NamedTuple):
-    """A file by its name, so that a folder of thousands needs as many open ones; or one without a
-    name, which stays open and may be read by forked processes.
+    """A file by its name, so that a folder of thousands does not need as many open ones; or one
+    without a name, which stays open. Forked processes may read either.
     """
 
     path: str
+    state: tuple[int, ...]
+    """By which a file is told that has changed"""
     unpacked: BinaryIO | None
 
     def read(self, start: int, end: int) -> bytes:
-        if self.unpacked is not None:
-            return os.pread(self.unpacked.fileno(), end - start, start)
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
+        file = self.unpacked or _held(self.path, self.state)
+        return os.pread(file.fileno(), end - start, start)
 
     def lines(self, start: int) -> Iterator[bytes]:
         """From `start` to the end."""
-        with open(self.path, "rb") if self.unpacked is None else nullcontext(self.unpacked) as file:
+        with self._opened() as file:
             file.seek(start)
             yield from file
 
     @contextmanager
     def mapped(self) -> Iterator[mmap.mmap]:
-        with open(self.path, "rb") if self.unpacked is None else nullcontext(self.unpacked) as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
+        with self._opened() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+    def _opened(self) -> AbstractContextManager[BinaryIO]:
+        return open(self.path, "rb") if self.unpacked is None else nullcontext(self.unpacked)
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _held(path: str, state: tuple[int, ...]) -> BinaryIO:
+    """The file, open for the next rows too: on network file systems opening takes long."""
+    file = open(path, "rb")
+    if _state(file) != state:
+        file.close()
+        raise RowError("its file has changed since its rows were counted")
+    return file
 
 
 def _open(path: str) -> _File:
     """The file, or what gzip packed in it."""
     with open(path, "rb") as file:
         if file.read(2) != _GZIP:
-            return _File(path, None)
+            return _File(path, _state(file), None)
         file.seek(0)
         whole = tempfile.TemporaryFile()
         try:
@@ -115,7 +135,7 @@ def _open(path: str) -> _File:
                 f"{path} cannot be unpacked to {tempfile.gettempdir()} (TMPDIR): "
                 f"{first_line(error)}"
             ) from None
-    return _File(path, whole)
+    return _File(path, (), whole)
 
 
 class _Spans:
@@ -173,30 +193,26 @@ def _elements(path: str, file: _File, start: int) -> _Spans:
     """
     spans = _Spans("row")
     with file.mapped() as data:
-        depth, line, begin, begin_line = 0, 1, 0, 0
-
-        def add(end: int) -> None:
-            first = _SPACE.match(data, begin)
-            if first is not None and first.end() < end:
-                spans.add(first.end(), end, begin_line or line)
-
-        for token in _TOKEN.finditer(data, start):
-            place = token.start()
-            byte = data[place : place + 1]
-            if byte == b"\n":
+        depth, line, place = 0, 1, start
+        begin, begin_line = start, 0  # of the element; line 0: nothing of it was found yet
+        while token := (_TO_BRACKET.match if depth > 1 else _TOKEN.search)(data, place):
+            before, place = place, token.end()
+            byte = data[place - 1 : place]
+            if depth > 1:
+                line += data[before:place].count(b"\n")
+            elif byte == b"\n":
                 line += 1
                 continue
-            if depth == 1 and byte in b",]":
-                add(place)
-                if byte == b",":
-                    begin, begin_line = place + 1, 0
-                    continue
-            elif depth == 1 and not begin_line:
-                begin_line = line
+            elif depth and byte in b",]":
+                first = _SPACE.match(data, begin)
+                if first is not None and first.end() < place - 1:
+                    spans.add(first.end(), place - 1, begin_line or line)
+                begin, begin_line = place, 0
+            elif depth:
+                begin_line = begin_line or line
             if byte in b"[{":
                 depth += 1
-                if depth == 1:
-                    begin = place + 1
+                begin = begin if depth > 1 else place
             elif byte in b"]}":
                 depth -= 1
                 if not depth:
@@ -204,10 +220,9 @@ def _elements(path: str, file: _File, start: int) -> _Spans:
         if depth:
             last = f"element {len(spans.lines)} begins in line {begin_line or line}"
             raise DataError(
-                f"{path}: its array is not closed, {last} and the file ends in line {line}: is it "
-                "cut short, or a bracket missing?"
+                f"{path}: its array is not closed, {last}: is it cut short, or a bracket missing?"
             )
-        rest = _SPACE.match(data, place + 1)
+        rest = _SPACE.match(data, place)
         if rest is not None and rest.end() < len(data):
             raise DataError(
                 f"{path}: its array ends in line {line}, and more follows: a file holds one array, "
