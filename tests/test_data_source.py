@@ -195,6 +195,21 @@ def test_files_that_are_refused_by_name(tmp_path, name, content, reason):
     assert "\n" not in str(error.value)
 
 
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="rows.jsonl is a pipe or a device: write the rows to a fi"):
+        read(tmp_path / "rows.jsonl")
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES)
+    source = open_source(str(path), 0)
+    path.write_bytes(LINES * 2)
+    with pytest.raises(RowError, match="its file has changed since its rows were counted"):
+        source.read(0)
+
+
 def test_memory_holds_no_file(tmp_path):
     """Neither a plain file nor what was packed: 20 MB of rows."""
     content = lines([{"text": "x" * 10_000}] * 2_000)

@@ -3,6 +3,8 @@ refused. The references are computed with numpy from the pixels that were writte
 """
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -140,6 +142,33 @@ CMYK = np.dstack([COLOURS, ALPHA])
 def test_what_has_a_plain_meaning_is_converted(data, expected, slack):
     said, pixels = seen(data)
     assert not said and np.abs(pixels - expected).max() <= slack
+
+
+def png_of_16_bits(transparent):
+    """An RGB picture with one transparent colour, which PIL cannot write."""
+
+    def chunk(name, data):
+        whole = name + data
+        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", 60, 40, 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.dstack([DEEP] * 3).astype(">u2"))
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">HHH", *transparent))]
+    chunks += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"<svg/>", "PIL knows no such format: save it as PNG or JPEG"),
+        (stored(Image.fromarray(COLOURS), "EPS"), "EPS is drawn by another program: save it as P"),
+        (png_of_16_bits((40_000, 3, 500)), "its transparent colour has 16 bits a channel: save it"),
+    ],
+)
+def test_pictures_that_are_refused(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        seen(data)
 
 
 def test_pictures_are_upright():

@@ -78,6 +78,8 @@ def _open(name: str, download: bool) -> RawRows:
         return _open_file(name)
     if os.path.isdir(name):
         return tables.open_saved(name) if _is_saved(name, os.listdir(name)) else _open_folder(name)
+    if os.path.exists(name):
+        raise DataError(f"{name} is a pipe or a device: write the rows to a file")
     looks_like_a_path = _kind(name) is not None or name.startswith(("/", "./", "../", "~"))
     if looks_like_a_path or not download:
         on_the_hub = "; for a data set of that name on the hub add --download_datasets true"

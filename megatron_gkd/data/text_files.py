@@ -85,6 +85,8 @@ class _File(NamedTuple):
 
     def read(self, start: int, end: int) -> bytes:
         file = self.unpacked or _held(self.path, self.state)
+        if self.unpacked is None and _state(file) != self.state:
+            raise RowError("its file has changed since its rows were counted")
         return os.pread(file.fileno(), end - start, start)
 
     def lines(self, start: int) -> Iterator[bytes]:
@@ -109,12 +111,10 @@ def _state(file: BinaryIO) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def _held(path: str, state: tuple[int, ...]) -> BinaryIO:
-    """The file, open for the next rows too: on network file systems opening takes long."""
-    file = open(path, "rb")
-    if _state(file) != state:
-        file.close()
-        raise RowError("its file has changed since its rows were counted")
-    return file
+    """The file, open for the next rows too: on network file systems opening takes long. `state`
+    keeps a file apart from another that took its name.
+    """
+    return open(path, "rb")
 
 
 def _open(path: str) -> _File:

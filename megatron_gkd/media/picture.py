@@ -17,16 +17,22 @@ COMPOSITED = "composited on white"
 SCALED = "scaled from 16-bit grey"
 _ORIENTATION = 0x0112  # EXIF's tag
 _SIXTEEN_BITS = 65535
+_PROGRAMS = ("EPS", "WMF")  # for which PIL starts Ghostscript or asks Windows
 
 
 def open_image(file: io.BytesIO | str) -> "Image":
-    """A file or its bytes, of which only the header is read yet."""
+    """A file or its bytes, of which only the header is read yet. Raises ValueError for what is no
+    picture.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(file)
+        image = Image.open(file)
     except UnidentifiedImageError:  # its message would quote the path, or an address in memory
-        raise ValueError("PIL knows no image format with these bytes") from None
+        raise ValueError("PIL knows no such format: save it as PNG or JPEG") from None
+    if image.format in _PROGRAMS:
+        raise ValueError(f"{image.format} is drawn by another program: save it as PNG")
+    return image
 
 
 def upright_size(image: "Image") -> tuple[int, int]:
@@ -58,6 +64,9 @@ def to_rgb(image: "Image") -> "Image":
         )
     if not image.has_transparency_data:
         return image.convert("RGB")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:
+        raise ValueError("its transparent colour has 16 bits a channel: save it with 8")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
