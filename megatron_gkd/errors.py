@@ -31,7 +31,9 @@ class RowError(ValueError):
 
 
 class BadRow(NamedTuple):
-    """`location` is FILE:LINE (jsonl, counted from 1) or NAME row N (tables, counted from 0)."""
+    """`location` is FILE:LINE (text, counted from 1), FILE[N] (elements that share lines) or
+    NAME row N (tables); N counts from 0.
+    """
 
     location: str
     reason: str

@@ -45,8 +45,8 @@ def lines(rows, end="\n"):
 LINES = lines(ROWS)
 PRETTY = json.dumps(ROWS, indent=1).encode()
 BY_LINE = [":1", ":2", ":3"]
-ON_LINE_1 = ["[0] (line 1)", "[1] (line 1)", "[2] (line 1)"]
-OVER_LINES = ["[0] (line 2)", "[1] (line 11)", "[2] (line 15)"]
+ON_LINE_1 = ["[0]", "[1]", "[2]"]
+OVER_LINES = [":2", ":11", ":15"]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,11 @@ OVER_LINES = ["[0] (line 2)", "[1] (line 11)", "[2] (line 15)"]
         ("a.jsonl", LINES, BY_LINE),
         ("a.json", LINES.removesuffix(b"\n"), BY_LINE),
         ("mark.jsonl", b"\xef\xbb\xbf" + lines(ROWS, "\r\n\r\n"), [":1", ":3", ":5"]),
+        ("two.jsonl", b"".join(b"\xef\xbb\xbf" + lines([row]) for row in ROWS), BY_LINE),
         ("array.json", PRETTY, OVER_LINES),
         ("array.jsonl", json.dumps(ROWS).encode(), ON_LINE_1),
         ("mark.json", b"\xef\xbb\xbf" + PRETTY.replace(b"\n", b"\r\n"), OVER_LINES),
-        ("spaced.json", b" \n " + PRETTY, ["[0] (line 3)", "[1] (line 12)", "[2] (line 16)"]),
+        ("spaced.json", b" \n " + PRETTY, [":3", ":12", ":16"]),
         ("a.jsonl.gz", gzip.compress(LINES), BY_LINE),
         ("parts.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]), BY_LINE),
         ("a.JSON.GZ", gzip.compress(PRETTY), OVER_LINES),
@@ -156,9 +157,9 @@ def test_what_is_broken_is_one_row(tmp_path):
         return found
 
     assert reasons("bad.json") == [
-        "/bad.json[0] (line 1): not JSON: Expecting value at column 7",
+        "/bad.json[0]: not JSON: Expecting value at column 7",
         "x",
-        "/bad.json[2] (line 2): not JSON: Expecting ',' delimiter at line 2 of the row, column 4",
+        "/bad.json[2]: not JSON: Expecting ',' delimiter at line 2 of the row, column 4",
         {"c": 3},
     ]
     one, two, three, four, five = reasons("bad.csv")
@@ -259,7 +260,7 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
     expected = [0, 1, "another type", "2", 4, 5, 6, 7]
     assert [row["n"] for row in read(folder)] == expected and source.name == str(folder)
     assert places(folder) == [
-        *("/a.json[0] (line 1)", "/b.jsonl:1", "/b.jsonl:2", "/c.csv:2", "/d.jsonl.gz:1"),
+        *("/a.json:1", "/b.jsonl:1", "/b.jsonl:2", "/c.csv:2", "/d.jsonl.gz:1"),
         *("/e.parquet row 0", "/e.parquet row 1", "/sub/z.jsonl:1"),
     ]
     # media lie beside the file that names them

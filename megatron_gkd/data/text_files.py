@@ -41,8 +41,8 @@ SUFFIXES = (".jsonl", ".json", *_DELIMITERS)
 
 
 def open_text(path: str, suffix: str) -> RawRows:
-    """A file of one of SUFFIXES, apart from a `.gz` behind it. Locations are FILE:LINE, and
-    FILE[INDEX] with the line for the elements of an array. Raises DataError.
+    """A file of one of SUFFIXES, apart from a `.gz` behind it. Locations are FILE:LINE, or
+    FILE[INDEX] for an array with several elements on a line. Raises DataError.
     """
     file = _open(path)
     head = file.read(0, 4)
@@ -63,11 +63,13 @@ def open_text(path: str, suffix: str) -> RawRows:
         return _open_table(path, file, start, _DELIMITERS[suffix])
     if is_array:
         spans = _elements(path, file, start)
-        locations = [f"{path}[{index}] (line {line})" for index, line in enumerate(spans.lines)]
     else:
         spans = _lines(file, start)
         _check_object_per_line(path, file, spans)
+    if len(set(spans.lines)) == len(spans.lines):
         locations = [f"{path}:{line}" for line in spans.lines]
+    else:
+        locations = [f"{path}[{index}]" for index in range(len(spans.lines))]
     return in_folder(
         os.path.dirname(path), locations, lambda index: _parse(spans.text(file, index))
     )
@@ -233,7 +235,7 @@ def _elements(path: str, file: _File, start: int) -> _Spans:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))  # of files put one behind the other
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
         raise RowError(f"not JSON: {error.msg} at {line}column {error.colno}") from None
