@@ -55,7 +55,7 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    # Parquet files, folders of save_to_disk and data sets of the hub. Rows as jsonl do without.
+    # Data sets by name (--download_datasets). Files and folders of rows do without.
     "datasets": ["datasets>=5.2,<5.3"],
     # Attention and grouped linears on GPU. The range is megatron-core 0.16.1's own; 2.11.0 was
     # compiled and imported with torch 2.13.0+cu130, and has not run on a GPU here yet. It is

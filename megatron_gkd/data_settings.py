@@ -14,7 +14,8 @@ class DataConfig:
 
     dataset: list[str] = field(
         metadata={
-            "help": "Files (.jsonl, .parquet) or `datasets` names; NAME#N takes N samples, seeded."
+            "help": "Files (.jsonl, .json, .csv, each also as .gz, .parquet), folders of files, or "
+            "`datasets` names; NAME#N takes N samples, seeded."
         }
     )
     val_dataset: list[str] = setting([], "Evaluation data, in the same forms.")

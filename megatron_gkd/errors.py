@@ -6,6 +6,7 @@ import reprlib
 from typing import Any, NamedTuple
 
 MAX_LISTED = 20
+MAX_QUOTED = 300  # characters of another library's message
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _TYPE_NAMES = {
@@ -30,10 +31,22 @@ class RowError(ValueError):
 
 
 class BadRow(NamedTuple):
-    """`location` is FILE:LINE (jsonl, counted from 1) or NAME row N (tables, counted from 0)."""
+    """`location` is FILE:LINE (text, counted from 1), FILE[N] (elements that share lines) or
+    NAME row N (tables); N counts from 0.
+    """
 
     location: str
     reason: str
+
+
+class BrokenCell:
+    """Stands for a value of a table that cannot be read: an error only for rows that use it."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return "(unreadable)"
 
 
 def short_repr(value: Any) -> str:
@@ -43,6 +56,8 @@ def short_repr(value: Any) -> str:
 
 def type_name(value: Any) -> str:
     """The type of a value from JSON or a table, as JSON calls it."""
+    if isinstance(value, BrokenCell):
+        return f"a cell that cannot be read ({value.reason})"
     name = type(value).__name__
     return _TYPE_NAMES.get(name, name)
 
@@ -59,5 +74,15 @@ def bad_rows_error(bad_rows: list[BadRow], num_rows: int) -> DataError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, at most MAX_QUOTED characters; its type where it has
+    none.
+    """
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0], MAX_QUOTED)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, its middle left out if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    head = most // 3
+    return f"{text[:head]}...{text[len(text) - (most - head - 3) :]}"

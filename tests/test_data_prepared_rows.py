@@ -150,9 +150,8 @@ def test_folders_and_names(tmp_path, folder, monkeypatch):
     assert not reused() and reused()
     data.dataset = ["somebody/rows"]
     locations = [f"somebody/rows row {row}" for row in range(5)]
-    monkeypatch.setattr(
-        dataset, "open_source", lambda entry, *_: Source(entry, locations, rows.__getitem__)
-    )
+    source = Source("somebody/rows", locations, rows.__getitem__, lambda row: "")
+    monkeypatch.setattr(dataset, "open_source", lambda *_: source)
     assert not reused() and reused()
     rows[3] = ids_row(9)
     assert not reused() and reused()

@@ -219,12 +219,12 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ),
         ({"output": "y"}, "empty prompt"),
         (
-            {"messages": [USER, ANSWER], "image": "a.png"},
-            "column `image` is not supported: name it `images`, a list",
+            {"messages": [USER, ANSWER], "image": "a.png", "images": ["a.png"]},
+            "has `image` and `images`: one of them must go",
         ),
         (
             {"messages": [USER, ANSWER], "images": [3]},
-            "images[0] must be a path, bytes or an array, got 3",
+            "images[0] must be a path, bytes, base64 or an array, got 3",
         ),
         (
             {"messages": [USER, ANSWER], "images": [[[[300, 0, 0]]]]},

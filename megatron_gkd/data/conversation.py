@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from megatron_gkd.data.media_parts import read_part
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.media.medium import KINDS
 
@@ -92,39 +93,15 @@ def check_content(value: Any, where: str, inline: InlineMedia | None) -> Any:
                 f"{place} must be an object such as {{'type': 'text', 'text': ...}}, "
                 f"got {type_name(part)}"
             )
-        held = {name: item for name, item in part.items() if item is not None}
-        kind = held.pop("type", None) or next((kind for kind in KINDS if kind in held), "text")
+        kind, value = read_part(part, place)
         if kind == "text":
-            text = held.pop("text", None)
-            if held:
-                raise RowError(
-                    f"{place} is text and holds {', '.join(sorted(held))}: one part, one thing"
-                )
-            parts.append({"type": "text", "text": check_text(text, f"{place}.text")})
-        elif kind in KINDS:
-            if inline is None:
-                raise RowError(
-                    f"{place} is of type {kind}: media stand in user and system turns only"
-                )
-            inline.values[kind].append(_medium_of_part(held, kind, part, place))
-            parts.append({"type": kind})
+            parts.append({"type": "text", "text": check_text(value, f"{place}.text")})
+        elif inline is None:
+            raise RowError(f"{place} is of type {kind}: media stand in user and system turns only")
         else:
-            raise RowError(
-                f"{place} is of type {short_repr(kind)}: text, {', '.join(KINDS)} are the types"
-            )
+            inline.values[kind].append(value)
+            parts.append({"type": kind})
     return _joined(parts)
-
-
-def _medium_of_part(held: dict[str, Any], kind: str, part: dict[str, Any], where: str) -> Any:
-    """The medium of a part whose entries other than `type` and null are `held`; None for none."""
-    names = (kind, f"{kind}_url", "path", "url")
-    values = [held[name] for name in names if name in held]
-    if len(values) > 1 or not held.keys() <= set(names):
-        raise RowError(
-            f"{where} is of type {kind} and holds more than `{kind}`: {', '.join(sorted(part))}"
-        )
-    value = values[0] if values else None
-    return value.get("url") if isinstance(value, dict) and "url" in value else value
 
 
 def _split_at_tags(text: str, inline: InlineMedia | None) -> list[dict[str, str]]:

@@ -3,87 +3,30 @@ split off evaluation.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, cached_property, partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
-import pyarrow
-
-from megatron_gkd.data.chat import VOCABULARY_FILES, ChatTokenizer, load_chat_tokenizer
-from megatron_gkd.data.conversation import RenderOptions
-from megatron_gkd.data.encoded import Encoded, decode_sample, encode_rows
-from megatron_gkd.data.forms import with_columns_renamed
+from megatron_gkd.data.encoded import decode_sample
 from megatron_gkd.data.prepared_rows import PreparedRows, basis, default_folder
-from megatron_gkd.data.render_options import RowDefaults, check_variables
 from megatron_gkd.data.report import longest_response, make_report, view_lengths
-from megatron_gkd.data.rows import Row, check_row
+from megatron_gkd.data.row_encoding import (
+    SCHEMA,
+    RowEncoding,
+    encode_source_rows,
+    encoded_columns,
+    row_encoding,
+)
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import Source, open_source
 from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
-from megatron_gkd.data.views import conversations_of
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
-
-_IDS = pyarrow.list_(pyarrow.int32())
-_REFERENCE = pyarrow.struct(
-    {
-        "kind": pyarrow.string(),
-        "path": pyarrow.string(),
-        "data": pyarrow.large_binary(),
-        "is_track": pyarrow.bool_(),
-        "num_tokens": pyarrow.int32(),
-    }
-)
-_SCHEMA = pyarrow.schema(
-    {
-        "input_ids": _IDS,
-        "labels": _IDS,
-        "response_start": pyarrow.int32(),
-        "teacher_prompt": _IDS,  # null: no teacher view
-        "teacher_labels": _IDS,  # null: nothing in teacher_prompt is trained
-        "cut_tokens": pyarrow.int32(),
-        "shortened_turns": pyarrow.int32(),
-        "trimmed_turns": pyarrow.int32(),
-        "media": pyarrow.list_(_REFERENCE),
-        "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
-        "student_media": _IDS,
-        "teacher_media": _IDS,
-        "use_audio_in_video": pyarrow.bool_(),
-        "digest": pyarrow.binary(16),  # of all of the above
-        "source": pyarrow.string(),
-        "location": pyarrow.string(),
-        "reason": pyarrow.string(),  # null: a good row
-    }
-)
-_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, [], [], [], False)  # stands for a bad row
-
-
-class DataSettings(Protocol):
-    """What `load_datasets` reads of the run's data settings."""
-
-    dataset: list[str]
-    val_dataset: list[str]
-    split_dataset_ratio: float
-    download_datasets: bool
-    max_length: int
-    dataset_num_proc: int
-    skip_bad_rows: bool
-    check_data: bool
-    media_cache: str | None
-    columns: str | None
-    system: str | None
-    teacher_system: str | None
-    chat_template_kwargs: str | None
-    teacher_chat_template_kwargs: str | None
-    chat_template: str | None
-    prepared_rows: str | None
-    prepared_rows_gib: float
 
 
 class SampleDataset:
@@ -148,119 +91,8 @@ class SampleDataset:
         return self._rows[index]["location"]
 
 
-def encoded_columns(row: dict[str, Any]) -> Encoded:
-    """The columns of a row that are its tokens and media."""
-    return Encoded(*(row[name] for name in Encoded._fields))
-
-
-class RowEncoding(NamedTuple):
-    """What every row of every source is encoded with."""
-
-    chat: ChatTokenizer | None
-    chat_problem: str
-    max_length: int
-    vocab_size: int
-    processor: MediaProcessor
-    read_media: bool
-    defaults: RowDefaults
-    columns: dict[str, str]
-
-
-def row_encoding(data: DataSettings, model_dir: str, vocab_size: int) -> RowEncoding:
-    """The tokenizer, processor and defaults of these settings. Raises DataError for flags that
-    cannot be used; a tokenizer that does not load is said by the first row of text.
-    """
-    chat, chat_problem = _try_tokenizer(model_dir, data.chat_template)
-    try:
-        defaults = RowDefaults(
-            _text_or_file(data.system, "system"),
-            _text_or_file(data.teacher_system, "teacher_system"),
-            check_variables(data.chat_template_kwargs or "{}", "--chat_template_kwargs"),
-            check_variables(
-                data.teacher_chat_template_kwargs or "{}", "--teacher_chat_template_kwargs"
-            ),
-        )
-        if chat is not None:
-            variables = {**defaults.variables, **defaults.teacher_variables}
-            chat.template.check_renders([], RenderOptions(None, variables))
-    except RowError as error:
-        raise DataError(str(error)) from None
-    return RowEncoding(
-        chat,
-        chat_problem,
-        data.max_length,
-        vocab_size,
-        MediaProcessor(model_dir, data.media_cache),
-        data.check_data,
-        defaults,
-        json.loads(data.columns or "{}"),
-    )
-
-
-def _text_or_file(value: str | None, flag: str) -> str | None:
-    """The text, or that of the .txt file that the value names."""
-    if value is None or not value.endswith(".txt") or "\n" in value:
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--{flag} {value}: {error}") from None
-
-
-def encode_source_rows(
-    source: Source, encoding: RowEncoding, indices: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Rows of a source -> columns of `_SCHEMA`. A row that cannot be used has a reason."""
-    rows: list[Row | RowError] = []
-    for index in indices:
-        try:
-            raw = with_columns_renamed(source.read(index), encoding.columns)
-            rows.append(check_row(raw, encoding.vocab_size, source.folder, encoding.defaults))
-        except RowError as error:
-            rows.append(error)
-    good = [(index, row) for index, row in zip(indices, rows) if isinstance(row, Row)]
-
-    def get_chat() -> ChatTokenizer:
-        if encoding.chat is None:
-            first = next(index for index, row in good if conversations_of(row))
-            raise DataError(f"{source.locations[first]} is text: {encoding.chat_problem}")
-        return encoding.chat
-
-    encoded = iter(
-        encode_rows(
-            [row for _, row in good],
-            get_chat,
-            encoding.max_length,
-            encoding.vocab_size,
-            encoding.processor,
-            read_media=encoding.read_media,
-        )
-    )
-    return [
-        _columns(source, index, row, row if isinstance(row, RowError) else next(encoded))
-        for index, row in zip(indices, rows)
-    ]
-
-
-def _columns(
-    source: Source, index: int, row: Row | RowError, encoded: Encoded | RowError
-) -> dict[str, Any]:
-    """Of row `index`, a RowError of which becomes its reason."""
-    name = reason = None
-    if isinstance(encoded, RowError):
-        # the message may quote lone surrogates
-        reason = str(encoded).encode("utf-8", "backslashreplace").decode("utf-8")
-        encoded = _EMPTY
-    elif isinstance(row, Row):
-        name = source.name if row.source is None else row.source
-    kinds = [reference["kind"] for reference in encoded.media]
-    location = source.locations[index]
-    columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
-    return encoded._asdict() | columns | {"digest": encoded.digest()}
-
-
 def load_datasets(
-    data: DataSettings,
+    data: DataConfig,
     model_dir: str,
     vocab_size: int,
     seed: int,
@@ -306,7 +138,7 @@ def load_datasets(
         return {"files": files, "notes": kept.notes if kept else []}
 
     def read(made: dict[str, Any]) -> tuple[list[StoredRows], list[str]]:
-        return [StoredRows.open(_SCHEMA, files) for files in made["files"]], made["notes"]
+        return [StoredRows.open(SCHEMA, files) for files in made["files"]], made["notes"]
 
     parts, notes = made_once(make, read, gather)
     for note in notes:
@@ -337,7 +169,7 @@ def load_datasets(
     return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
 
 
-def _kept(data: DataSettings, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
+def _kept(data: DataConfig, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
     """The folder of prepared rows. None with --check_data, which is to read everything."""
     if data.prepared_rows == "none" or data.check_data:
         return None
@@ -346,7 +178,7 @@ def _kept(data: DataSettings, encoding: RowEncoding, model_dir: str) -> Prepared
     return PreparedRows(
         data.prepared_rows or default_folder(),
         int(data.prepared_rows_gib * 2**30),
-        _SCHEMA,
+        SCHEMA,
         basis(data, values, model_dir),
     )
 
@@ -355,7 +187,7 @@ def _prepare(
     entry: str,
     path: str,
     encoding: RowEncoding,
-    data: DataSettings,
+    data: DataConfig,
     seed: int,
     kept: PreparedRows | None,
 ) -> list[str]:
@@ -373,7 +205,7 @@ def _prepare(
         return write_rows(
             partial(encode_source_rows, source, encoding),
             len(source.locations),
-            _SCHEMA,
+            SCHEMA,
             path,
             data.dataset_num_proc,
             f"Rows of {source.name}",
@@ -383,22 +215,4 @@ def _prepare(
         return prepare()
     return kept.files(
         entry, path, seed=seed, open_entry=open_entry, reason_of=reason_of, prepare=prepare
-    )
-
-
-def _try_tokenizer(model_dir: str, template_file: str | None) -> tuple[ChatTokenizer | None, str]:
-    """The tokenizer or None, and the reason that there is none: rows of ids do not need it, the
-    first row of text raises the reason.
-    """
-    try:
-        chat = load_chat_tokenizer(model_dir, template_file)
-    except DataError as error:
-        return None, str(error)
-    except Exception as error:  # the files are anyone's, and so are the errors
-        return None, f"the tokenizer of {model_dir} does not load: {type(error).__name__}: {error}"
-    names = ", ".join(VOCABULARY_FILES)
-    return (
-        chat,
-        f"{model_dir} has no tokenizer files ({names}); add them, or give rows with input_ids and "
-        "labels",
     )

@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
     trimmed_turns: int
     """Of which it leaves out white space"""
     media: list[dict]
-    """Of each medium the fields of its `Reference`, and num_tokens"""
+    """Of each medium the fields of its `Reference`, num_tokens and `Size.note`"""
     student_media: list[int]
     """Indices in `media`: audios, images, videos, each kind in the order of its placeholders"""
     teacher_media: list[int]
@@ -204,7 +204,7 @@ def _encode(
         shortened_turns=tokens.shortened_turns,
         trimmed_turns=tokens.trimmed_turns,
         media=[
-            reference._asdict() | {"num_tokens": size.num_tokens}
+            reference._asdict() | {"num_tokens": size.num_tokens, "note": size.note}
             for reference, size in sizes.items()
         ],
         student_media=[index_of[medium] for kind in KINDS for medium in student.media[kind]],

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megatron_gkd.data.conversation import Turn, check_text
-from megatron_gkd.errors import RowError, short_repr, type_name
+from megatron_gkd.errors import RowError, short_repr, shortened, type_name
 
 _CALL = "tool_call"
 # The names in use -> the role. A `tool_call` belongs to the assistant turn before it, or is one.
@@ -332,7 +332,11 @@ def form_of(row: dict[str, Any]) -> Form | None:
         instead = next((_NO_FORM[name] for name in row if name in _NO_FORM), "")
         raise RowError(
             f"has none of {known}, `input_ids` + `labels`"
-            + (f" (its columns: {', '.join(list(row)[:8])})" if row else " (every column is empty)")
+            + (
+                f" (its columns: {', '.join(shortened(name, 40) for name in list(row)[:8])})"
+                if row
+                else " (every column is empty)"
+            )
             + (f": {instead}" if instead else "; --columns gives columns other names")
         )
     if len(names) > 1:

@@ -49,6 +49,10 @@ class DataReport:
     """
     num_media: dict[str, int] = field(default_factory=dict)
     """Media of each kind; a medium counts once in its row, even if both views show it."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to media that one may want to know, such as `image composited on white`, and to
+    how many; counted like `num_media`, by the headers of their files.
+    """
     skipped: list[BadRow] = field(default_factory=list)
     shortened_turns: ChangedTurns = ChangedTurns()
     """Assistant turns that are not trained, since the chat template leaves out a part of them"""
@@ -70,7 +74,14 @@ class DataReport:
         )
         pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
         alone = f"{self.num_prompts_alone} without a response; " * bool(self.num_prompts_alone)
-        media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
+        notes = "".join(
+            f"{number} {kind}{'s' * (number > 1)} {rest}; "
+            for note, number in self.notes.items()
+            for kind, rest in [note.split(" ", 1)]
+        )
+        media = (
+            f"{kinds} (rows by what student > teacher perceive: {pairs}); {notes}" if kinds else ""
+        )
         return (
             f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {alone}"
             f"{media}"
@@ -133,7 +144,7 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
     )
     cuts = table["cut_tokens"].to_numpy()
     trained = compute.not_equal(compute.list_flatten(table["labels"]), IGNORED_LABEL)
-    media, num_media = _media_report(rows)
+    media, num_media, notes = _media_report(rows)
     return DataReport(
         num_rows=len(rows),
         num_teacher_views=len(rows) - table["teacher_prompt"].null_count,
@@ -145,6 +156,7 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
         num_prompts_alone=int((~lengths.has_response).sum()),
         media=media,
         num_media=num_media,
+        notes=notes,
         skipped=skipped,
         shortened_turns=_changed_turns(table["shortened_turns"], table["location"]),
         trimmed_turns=_changed_turns(table["trimmed_turns"], table["location"]),
@@ -157,13 +169,13 @@ def _changed_turns(counts: pyarrow.ChunkedArray, locations: pyarrow.ChunkedArray
     return ChangedTurns(int(of_rows.sum()), locations.take(first).to_pylist())
 
 
-def _media_report(rows: StoredRows) -> tuple[dict[str, int], dict[str, int]]:
-    """DataReport's `media` and `num_media`; both empty for a data set of text. The media themselves
-    are not read.
+def _media_report(rows: StoredRows) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """DataReport's `media`, `num_media` and `notes`; all empty for a data set of text. The media
+    themselves are not read.
     """
-    table = rows.columns("kinds", "student_media", "teacher_media")
+    table = rows.columns("kinds", "notes", "student_media", "teacher_media")
     if not compute.sum(compute.list_value_length(table["kinds"])).as_py():
-        return {}, {}
+        return {}, {}, {}
     kinds = table["kinds"].to_pylist()
     views = zip(kinds, table["student_media"].to_pylist(), table["teacher_media"].to_pylist())
     pairs = Counter(
@@ -171,4 +183,10 @@ def _media_report(rows: StoredRows) -> tuple[dict[str, int], dict[str, int]]:
         for row, student, teacher in views
     )
     num_media = Counter(kind for row in kinds for kind in row)
-    return dict(pairs), dict(num_media)
+    notes = Counter(
+        f"{kind} {note}"
+        for row, found in zip(kinds, table["notes"].to_pylist())
+        for kind, note in zip(row, found)
+        if note
+    )
+    return dict(pairs), dict(num_media), dict(notes)

@@ -26,6 +26,14 @@ from megatron_gkd.data.conversation import (
     with_responses,
 )
 from megatron_gkd.data.forms import Form, form_of, read_turns
+from megatron_gkd.data.media_columns import (
+    MEDIA_COLUMNS,
+    RowMedia,
+    inline_media,
+    media_of,
+    teacher_media_of,
+    with_plurals,
+)
 from megatron_gkd.data.render_options import (
     RowDefaults,
     read_options,
@@ -34,15 +42,9 @@ from megatron_gkd.data.render_options import (
 )
 from megatron_gkd.data.tokenised import token_ids, tokenised
 from megatron_gkd.errors import RowError, short_repr, type_name
-from megatron_gkd.media.medium import KINDS, Reference, read_reference
+from megatron_gkd.media.medium import KINDS
 
-MEDIA_COLUMNS = tuple(f"{prefix}{kind}s" for prefix in ("", "teacher_") for kind in KINDS)
 REFUSED_COLUMNS = {
-    **{
-        f"{prefix}{kind}": f"name it `{prefix}{kind}s`, a list"
-        for prefix in ("", "teacher_")
-        for kind in KINDS
-    },
     **dict.fromkeys(
         ("teacher_conversations", "teacher_conversation"),
         "name it `teacher_messages`; turns of from/value are read there too",
@@ -64,9 +66,6 @@ _TEACHER_METADATA = tuple(
 )
 
 _NO_DEFAULTS = RowDefaults()
-
-RowMedia = dict[str, list[Reference]]
-"""Kind -> a view's media of that kind, in the order of their placeholders."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def check_row(
     """
     if not isinstance(raw, dict):
         raise RowError(f"a row is a JSON object, this is {type_name(raw)}")
-    row = {name: value for name, value in raw.items() if value is not None}
+    row = with_plurals({name: value for name, value in raw.items() if value is not None})
     _refuse_columns(row)
     source = row.get("source")
     if source is not None:
@@ -123,7 +122,7 @@ def check_row(
 
     messages = given = input_ids = labels = None
     untrained: frozenset[int] = frozenset()
-    inline = _inline_media(row, "", {})
+    inline = inline_media(row, "", {})
     if form is None:
         has_teacher = any(column in row for column in TEACHER_COLUMNS)
         input_ids, labels = tokenised(row, vocab_size, has_teacher=has_teacher)
@@ -131,9 +130,9 @@ def check_row(
         given, untrained = _conversation(row, form, inline)
         messages = with_system(given, row, defaults)
         untrained = frozenset(index + len(messages) - len(given) for index in untrained)
-    media = _media(row, "", inline, folder)
+    media = media_of(row, "", inline, folder)
     options, teacher_options = read_options(row, defaults)
-    teacher_inline = _inline_media(row, "teacher_", media)
+    teacher_inline = inline_media(row, "teacher_", media)
     has_response = labels is not None if given is None else given[-1]["role"] == "assistant"
     teacher_messages, teacher_input_ids = _teacher(
         row, given, has_response, vocab_size, teacher_inline, defaults
@@ -141,8 +140,12 @@ def check_row(
     is_same = teacher_messages == messages and teacher_options == options
     if is_same and not any(column in row for column in TEACHER_COLUMNS):
         teacher_messages = None
-    teacher_media = _teacher_media(row, media, inline, teacher_inline, teacher_messages, folder)
+    teacher_media = teacher_media_of(row, media, inline, teacher_inline, teacher_messages, folder)
     use_audio_in_video = row.get("use_audio_in_video", False)
+    if isinstance(use_audio_in_video, str):  # a table's text
+        use_audio_in_video = {"true": True, "false": False}.get(
+            use_audio_in_video.lower(), use_audio_in_video
+        )
     if not isinstance(use_audio_in_video, bool):
         raise RowError(
             f"use_audio_in_video must be true or false, got {short_repr(use_audio_in_video)}"
@@ -203,66 +206,6 @@ def _conversation(
 
 def _is_trained(turn: Turn) -> bool:
     return turn.role == "assistant" and turn.trained
-
-
-def _inline_media(row: dict[str, Any], prefix: str, inherited: RowMedia) -> InlineMedia:
-    """Nothing collected yet. A tag such as `<image>` counts if the view has media of that kind,
-    in its own column or inherited from the student's view.
-    """
-    return InlineMedia({kind for kind in KINDS if row.get(f"{prefix}{kind}s", inherited.get(kind))})
-
-
-def _media(row: dict[str, Any], prefix: str, inline: InlineMedia, folder: str) -> RowMedia:
-    """The media of a view: of each kind those in its turns, else those in its column."""
-    found: RowMedia = {}
-    for kind in KINDS:
-        column, values = f"{prefix}{kind}s", inline.values[kind]
-        given, where = row.get(column, []), f"{prefix}messages"
-        if not isinstance(given, list):
-            given = [given]
-        if any(value is not None for value in values):
-            if given or any(value is None for value in values):
-                raise RowError(
-                    f"{where} hold {kind}s in some parts and not in others or in `{column}`: "
-                    "use one of them"
-                )
-            given, where = values, f"{where}: {kind}"
-        else:
-            where = column
-        found[kind] = [
-            read_reference(value, kind, folder, f"{where}[{index}]")
-            for index, value in enumerate(given)
-        ]
-    return found
-
-
-def _teacher_media(
-    row: dict[str, Any],
-    media: RowMedia,
-    student: InlineMedia,
-    teacher: InlineMedia,
-    messages: Messages | None,
-    folder: str,
-) -> RowMedia | None:
-    """The teacher's media if they differ from `media`, the student's; else None.
-
-    Of each kind they are those of its column or of its turns, else the student's. None of a kind,
-    if the student's turns (not its column) hold that kind and the teacher has turns (`messages`)
-    without a placeholder of it.
-    """
-    own, merged = _media(row, "teacher_", teacher, folder), {}
-    for kind in KINDS:
-        in_turns = any(value is not None for value in student.values[kind])
-        left_out = messages is not None and in_turns and not _num_parts(messages, kind)
-        merged[kind] = (
-            own[kind] if f"teacher_{kind}s" in row or own[kind] or left_out else media[kind]
-        )
-    return None if merged == media else merged
-
-
-def _num_parts(messages: Messages, kind: str) -> int:
-    contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-    return sum(part["type"] == kind for content in contents for part in content)
 
 
 def _refuse_columns(row: dict[str, Any]) -> None:

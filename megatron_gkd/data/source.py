@@ -1,30 +1,34 @@
-"""`--dataset` entries -> raw rows with their locations: jsonl and parquet files, folders written by
+"""`--dataset` entries -> raw rows with their locations: files, folders of files, folders written by
 save_to_disk, and `datasets` names.
 
-jsonl is read line by line and not by arrow, so that a broken line has a number, and rows may differ
-in columns and types. Everything else is read by `datasets`, which jsonl does not need.
+Text files are read row by row and not by arrow, so that a broken line has a number, and rows may
+differ in columns and types. Of a folder each file is read as it would be by itself. `datasets` is
+needed for names alone.
 """
 
-import copy
-import json
 import os
 import re
-from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-import pyarrow
-
+from megatron_gkd.data import tables, text_files
 from megatron_gkd.data.order import SUBSET, permutation
-from megatron_gkd.data.rows import MEDIA_COLUMNS
-from megatron_gkd.errors import DataError, RowError, first_line
+from megatron_gkd.data.raw_rows import RawRows, chosen, joined
+from megatron_gkd.errors import DataError, first_line
 
-if TYPE_CHECKING:
-    import datasets
-
-# Nothing is cached under it; without one `datasets` would hash the whole table.
-_FINGERPRINT = "megatron-gkd"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Kinds of files that hold rows, packed or in a format that is not read here: leaving them out of a
+# folder would lose rows.
+_UNREAD = re.compile(
+    r"\.(jsonl?|csv|tsv|parquet|arrow)\.(zst|bz2|xz|lz4|zip|br)$|\.parquet\.gz$|\.(ndjson|xlsx?)$"
+)
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json")
+# How the names of files tell a split; the words are those of `datasets`.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 class Source(NamedTuple):
@@ -35,8 +39,8 @@ class Source(NamedTuple):
     name: str
     locations: list[str]
     read: Callable[[int], Any]
-    folder: str = ""
-    """Paths of media are relative to it"""
+    folder_of: Callable[[int], str]
+    """Index of a row -> the folder to which paths of its media are relative"""
 
 
 def open_source(entry: str, seed: int, download: bool = False) -> Source:
@@ -44,22 +48,21 @@ def open_source(entry: str, seed: int, download: bool = False) -> Source:
     `datasets`, which may use the network, opens names that are no file or folder. Raises DataError.
     """
     name, num_rows = split_suffix(entry)
-    source = _open(name, download)
-    available = len(source.locations)
+    try:
+        rows = _open(name, download)
+    except OSError as error:
+        raise DataError(f"{name} cannot be opened: {first_line(error)}") from error
+    available = len(rows.locations)
     if not available:
         raise DataError(f"{name} has no rows")
-    if num_rows is None:
-        return source
-    if not 0 < num_rows <= available:
-        raise DataError(
-            f"{entry} asks for {num_rows} rows and {name} has {available}: choose between 1 and "
-            f"{available}, or leave out the #"
-        )
-    chosen = permutation(available, seed, SUBSET)[:num_rows].tolist()
-    return source._replace(
-        locations=[source.locations[index] for index in chosen],
-        read=lambda index: source.read(chosen[index]),
-    )
+    if num_rows is not None:
+        if not 0 < num_rows <= available:
+            raise DataError(
+                f"{entry} asks for {num_rows} rows and {name} has {available}: choose between 1 "
+                f"and {available}, or leave out the #"
+            )
+        rows = chosen(rows, permutation(available, seed, SUBSET)[:num_rows].tolist())
+    return Source(name, *rows)
 
 
 def split_suffix(entry: str) -> tuple[str, int | None]:
@@ -70,46 +73,140 @@ def split_suffix(entry: str) -> tuple[str, int | None]:
     return match.group(1), int(match.group(2))
 
 
-def _open(name: str, download: bool) -> Source:
-    suffix = os.path.splitext(name)[1].lower()
+def _open(name: str, download: bool) -> RawRows:
     if os.path.isfile(name):
-        if suffix in (".jsonl", ".json"):
-            return _open_jsonl(name)
-        if suffix == ".parquet":
-            datasets = _import_datasets(name)
-            import pyarrow.parquet
-
-            try:
-                table = pyarrow.parquet.read_table(name)
-                return _table_source(name, datasets.Dataset(table, fingerprint=_FINGERPRINT))
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise DataError(
-                    f"{name} is not a readable parquet file: {first_line(error)}"
-                ) from None
-        raise DataError(
-            f"{name}: unknown file type {suffix or '(no suffix)'}; .jsonl, .json (one object per "
-            "line) and .parquet are read"
-        )
-    looks_like_a_path = suffix in (".jsonl", ".json", ".parquet") or name.startswith(
-        ("/", "./", "../", "~")
-    )
-    if not os.path.isdir(name) and (looks_like_a_path or not download):
+        return _open_file(name)
+    if os.path.isdir(name):
+        return tables.open_saved(name) if _is_saved(name, os.listdir(name)) else _open_folder(name)
+    if os.path.exists(name):
+        raise DataError(f"{name} is a pipe or a device: write the rows to a file")
+    looks_like_a_path = _kind(name) is not None or name.startswith(("/", "./", "../", "~"))
+    if looks_like_a_path or not download:
         on_the_hub = "; for a data set of that name on the hub add --download_datasets true"
         raise DataError(f"{name} does not exist{'' if looks_like_a_path else on_the_hub}")
-    datasets = _import_datasets(name)
+    return _open_name(name)
+
+
+# Files and folders
+# --------------------------------------------------------------------------------------------------
+
+
+def _kind(path: str) -> str | None:
+    """The suffix of a kind of file that is read, None for others."""
+    name = path.lower()
+    packed = name.endswith(".gz")
+    suffix = os.path.splitext(name.removesuffix(".gz"))[1]
+    if suffix in text_files.SUFFIXES or (suffix in tables.SUFFIXES and not packed):
+        return suffix
+    return None
+
+
+def _open_file(path: str) -> RawRows:
+    suffix = _kind(path)
+    if suffix is None:
+        own = os.path.splitext(path)[1]
+        unpack = "; unpack it first" if _UNREAD.search(path.lower()) else ""
+        raise DataError(
+            f"{path}: unknown file type {own or '(no suffix)'}{unpack}; .jsonl, .json (an object "
+            "per line, or one array), .csv, .tsv, each with or without .gz, .parquet and .arrow "
+            "are read"
+        )
+    if suffix in text_files.SUFFIXES:
+        return text_files.open_text(path, suffix)
+    return tables.open_parquet(path) if suffix == ".parquet" else tables.open_arrow(path)
+
+
+def _is_saved(folder: str, names: list[str]) -> bool:
+    """Whether save_to_disk wrote the folder, in which `names` are."""
+    return any(marker in names for marker in tables.SAVED_MARKERS)
+
+
+def _open_folder(folder: str) -> RawRows:
+    """Every file of rows in it and its subfolders, in the order of their names; without those of
+    other splits than `train`, which a line names.
+    """
+    found = sorted(_files_of_rows(folder))
+    if not found:
+        there = sorted(os.listdir(folder))
+        more = ", ..." if len(there) > 8 else ""
+        raise DataError(
+            f"{folder} has no file of rows (.jsonl, .json, .csv, .tsv, with or without .gz, "
+            f".parquet, .arrow): "
+            + (f"it holds {', '.join(there[:8])}{more}" if there else "it is empty")
+        )
+    splits = [_split(os.path.relpath(path, folder)) for path in found]
+    held_out = [path for path, split in zip(found, splits) if split in ("validation", "test")]
+    if len(held_out) == len(found) and len(set(splits)) > 1:
+        raise DataError(
+            f"{folder} has files of the splits validation and test alone "
+            f"({', '.join(os.path.relpath(path, folder) for path in found[:8])}): give the files "
+            "that are to be trained"
+        )
+    if len(held_out) < len(found):
+        found = [path for path in found if path not in held_out]
+        if held_out:
+            print(
+                f"{folder}: files of other splits are left out (--val_dataset takes them): "
+                + ", ".join(os.path.relpath(path, folder) for path in held_out[:8])
+                + (f" and {len(held_out) - 8} more" if len(held_out) > 8 else ""),
+                file=sys.stderr,
+                flush=True,
+            )
+    return joined(
+        [tables.open_saved(path) if os.path.isdir(path) else _open_file(path) for path in found]
+    )
+
+
+def _files_of_rows(folder: str) -> Iterator[str]:
+    """Files that hold rows, and folders of save_to_disk; hidden ones, documents and media are no
+    such files. Raises DataError for rows that cannot be read.
+    """
+    for path, folders, names in os.walk(folder):
+        if _is_saved(path, names):
+            folders.clear()
+            yield path
+            continue
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        for name in names:
+            whole = os.path.join(path, name)
+            if name.startswith((".", "_")) or name in _NO_ROWS:
+                continue
+            if _UNREAD.search(name.lower()):
+                raise DataError(
+                    f"{whole} is of a type that is not read: unpack or convert it to .jsonl, or "
+                    "take it out of the folder"
+                )
+            if _kind(name) is not None and os.path.isfile(whole):
+                yield whole
+
+
+def _split(path: str) -> str | None:
+    """The split that the name of a file tells, as `datasets` has it: between signs, spaces and
+    digits.
+    """
+    words = set(re.split(r"[-._ 0-9/]+", path.lower()))
+    return next((split for split, names in _SPLITS.items() if words & set(names)), None)
+
+
+# Names
+# --------------------------------------------------------------------------------------------------
+
+
+def _open_name(name: str) -> RawRows:
+    """What `datasets` loads, from the network where it must."""
     try:
-        if os.path.isdir(name) and any(
-            os.path.isfile(os.path.join(name, marker))
-            for marker in ("state.json", "dataset_dict.json")
-        ):
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name)
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{name} is read by `datasets`, which cannot be imported ({first_line(error)}): "
+            "pip install 'datasets>=5.2,<5.3', or give the rows as files"
+        ) from None
+    try:
+        loaded = datasets.load_dataset(name)
     except Exception as error:  # a loader's own errors are of any type
         raise DataError(
-            f"`datasets` could not load {name} ({type(error).__name__}: {first_line(error)}); "
-            "a data set that is neither here nor on the hub must be downloaded first: give its "
-            "file or folder"
+            f"`datasets` could not load {name} ({_causes(error)}); a data set that is neither here "
+            "nor on the hub must be downloaded first: give its file or folder"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
@@ -118,74 +215,15 @@ def _open(name: str, download: bool) -> Source:
                 "and give its folder"
             )
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return _table_source(name, loaded)
+    table = loaded.with_format("arrow")[:]
+    return tables.batch_rows(name, table.to_batches(), "")
 
 
-def _import_datasets(name: str) -> ModuleType:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name} is read by `datasets`, which cannot be imported ({first_line(error)}): "
-            "pip install 'datasets>=5.2,<5.3', or give the rows as .jsonl, which does not need it"
-        ) from None
-    return datasets
-
-
-def _open_jsonl(path: str) -> Source:
-    with open(path, "rb") as file:
-        lines = file.read().removeprefix(_BYTE_ORDER_MARK).split(b"\n")
-    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    if (
-        numbers
-        and lines[numbers[0] - 1].lstrip().startswith(b"[")
-        and path.lower().endswith(".json")
-    ):
-        raise DataError(
-            f"{path}:{numbers[0]} begins a JSON array: write one object per line (jsonl)"
-        )
-    # one block of memory that forked processes share, since nobody counts references in it
-    rows = pyarrow.array([lines[number - 1] for number in numbers], type=pyarrow.large_binary())
-    return Source(
-        path,
-        [f"{path}:{number}" for number in numbers],
-        lambda index: _parse_line(rows[index].as_py()),
-        os.path.dirname(path),
-    )
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"not UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
-        ) from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"not JSON that can be read: {first_line(error)}") from None
-
-
-def _table_source(name: str, rows: "datasets.Dataset") -> Source:
-    rows = rows.with_format(None)
-    for column in set(MEDIA_COLUMNS) & set(rows.column_names):
-        rows = _undecoded(rows, column)
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-    locations = [f"{name} row {index}" for index in range(len(rows))]
-    return Source(name, locations, lambda index: dict(rows[index]), folder)
-
-
-def _undecoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
-    """Media as they are stored, bytes and path; `datasets` would decode them otherwise."""
-    import datasets
-
-    feature = rows.features[column]
-    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
-    if not hasattr(inner, "decode"):
-        return rows  # paths, or plain structures
-    raw = copy.copy(inner)
-    raw.decode = False
-    return rows.cast_column(column, raw if inner is feature else type(feature)(raw))
+def _causes(error: BaseException) -> str:
+    """An error and what it says that it comes from."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(said) < 5:
+        said.append(f"{type(cause).__name__}: {first_line(cause)}")
+        cause = cause.__cause__
+    return ", caused by ".join(dict.fromkeys(said))

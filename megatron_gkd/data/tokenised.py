@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from megatron_gkd.data.forms import json_value
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.loss.rows import IGNORED_LABEL
 
 
 def token_ids(value: Any, where: str, vocab_size: int, *, labels: bool = False) -> list[int]:
     """A non-empty list of ids in [0, vocab_size); with `labels`, -100 too."""
+    value = json_value(value, where)
     if not isinstance(value, list):
         raise RowError(f"{where} must be a list of integers, got {type_name(value)}")
     if not value:
@@ -32,6 +34,8 @@ def tokenised(
     trained token sees it. Without `labels`: the prompt, and None. has_teacher: whether the teacher
     has a view of its own. Raises RowError.
     """
+    names = ("input_ids", "labels", "attention_mask")
+    row = {name: json_value(row[name], name) for name in names if name in row}
     if "input_ids" not in row:
         raise RowError("`input_ids` is missing: labels stand beside input_ids")
     input_ids = token_ids(row["input_ids"], "input_ids", vocab_size)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_gkd.media.medium import Medium, Reference
 
-_VERSION = 1
+_VERSION = 2  # changes where the same file gives other features
 
 
 def cache_path(folder: str, reference: Reference, processor_digest: str) -> Path:

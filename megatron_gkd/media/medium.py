@@ -2,19 +2,17 @@
 them; and all media of a batch.
 """
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.errors import RowError, short_repr
+from megatron_gkd.errors import shortened
 
 KINDS = ("audio", "image", "video")
+MAX_PATH = 200  # characters of a path in messages
 
 
 class Reference(NamedTuple):
@@ -28,12 +26,10 @@ class Reference(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return (
-            f"{self.kind} {self.path}"
-            if self.path
-            else f"{self.kind} ({len(self.data or b'')} bytes)"
-        )
+        """For messages: never a long path whole."""
+        if not self.path:
+            return f"{self.kind} ({len(self.data or b'')} bytes)"
+        return f"{self.kind} {shortened(self.path, MAX_PATH)}"
 
 
 class PromptReferences(NamedTuple):
@@ -45,71 +41,6 @@ class PromptReferences(NamedTuple):
     """Whether the videos' own sound is among the audios (`is_track`), interleaved in the prompt"""
 
 
-def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
-    """A value of a row -> a Reference.
-
-    value: a path (relative to `folder`, that of the data file), bytes, or what `datasets` stores:
-    an object with bytes and path, or with array and sampling_rate, or an image's pixels as a nested
-    list. Arrays become bytes, losslessly. Raises RowError naming `where`.
-    """
-    if isinstance(value, dict):
-        if value.get("array") is not None:
-            return Reference(kind, None, _wav_bytes(value, where))
-        data, path = value.get("bytes"), value.get("path") or value.get("url")
-        value = data if data else path
-    if isinstance(value, (bytes, bytearray)):
-        return Reference(kind, None, bytes(value))
-    if isinstance(value, str) and value.strip():
-        if value.startswith(("http://", "https://", "data:")):
-            raise RowError(
-                f"{where} is {short_repr(value)}: media are files here, nothing is fetched; "
-                "download it first"
-            )
-        return Reference(
-            kind, os.path.normpath(os.path.join(folder, value.removeprefix("file://"))), None
-        )
-    if isinstance(value, list) and value and kind == "image":
-        return Reference(kind, None, _png_bytes(value, where))
-    raise RowError(f"{where} must be a path, bytes or an array, got {short_repr(value)}")
-
-
-def _wav_bytes(value: dict, where: str) -> bytes:
-    import soundfile
-
-    rate = value.get("sampling_rate")
-    try:
-        samples = np.asarray(value["array"], dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{where}.array is not an array of numbers: {error}") from None
-    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
-        samples = samples.T  # torch's decoders give [channels, samples]
-    if not isinstance(rate, int) or rate < 1 or samples.ndim not in (1, 2):
-        raise RowError(
-            f"{where} must have an array of samples and a sampling_rate in Hz, "
-            f"got a rate of {short_repr(rate)}"
-        )
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def _png_bytes(value: list, where: str) -> bytes:
-    from PIL import Image
-
-    try:
-        pixels = np.asarray(value)
-        if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-            raise ValueError("pixels are whole numbers from 0 to 255")
-        image = Image.fromarray(pixels.astype(np.uint8))
-    except (TypeError, ValueError) as error:
-        raise RowError(
-            f"{where} is not the pixels [height][width][3] of an image: {error}"
-        ) from None
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 class Size(NamedTuple):
     """How many tokens a medium has; of a video also its grid and the seconds between two patches in
     time.
@@ -118,6 +49,10 @@ class Size(NamedTuple):
     num_tokens: int
     grid_thw: tuple[int, int, int] | None = None
     seconds_per_grid: float = 0.0
+    note: str = ""
+    """What was done to it that its user may want to know, for the data report: `composited on
+    white`
+    """
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from megatron_gkd.errors import DataError, RowError, first_line
+from megatron_gkd.errors import DataError, RowError, first_line, shortened
 from megatron_gkd.families import families
+from megatron_gkd.media import picture
 from megatron_gkd.media.cache import cache_path, read_cached, write_cached
-from megatron_gkd.media.medium import Medium, Reference, Size
+from megatron_gkd.media.medium import MAX_PATH, Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.video_file import read_frames, read_sound, scan
 from megatron_gkd.media.video_frames import VideoSettings, plan_frames, to_patches
@@ -63,12 +64,12 @@ class MediaProcessor:
                 self.audio_tokens(self._num_frames(self._audio_length(reference), reference))
             )
         if reference.kind == "image":
-            width, height = self._image_size(reference)
+            width, height, note = self._image_size(reference)
             processor = self._image_processor
             num_patches = self._refusing(
                 reference, lambda: int(processor.get_number_of_image_patches(height, width))
             )
-            return Size(num_patches // processor.merge_size**2)
+            return Size(num_patches // processor.merge_size**2, note=note)
         found = self._read_cached(reference)[1]  # spares reading the whole file
         if found is not None:
             return Size(found.num_tokens, found.grid_thw, found.seconds_per_grid)
@@ -125,13 +126,7 @@ class MediaProcessor:
 
     def _audio_length(self, reference: Reference) -> int:
         """Number of samples at the processor's rate."""
-        import soundfile
-
-        info = (
-            None
-            if reference.is_track
-            else self._refusing(reference, lambda: soundfile.info(_file(reference)))
-        )
+        info = None if reference.is_track else self._refusing(reference, lambda: _header(reference))
         if info is None or info.format in _INEXACT_HEADERS:
             samples, rate = self._decode_audio(reference)
             num_samples = len(samples)
@@ -151,16 +146,7 @@ class MediaProcessor:
 
     def _decode_audio(self, reference: Reference) -> tuple[np.ndarray, int]:
         """(samples of all channels averaged, their rate in Hz)."""
-        import soundfile
-
-        def read_track() -> tuple[np.ndarray, int]:
-            with _opened(reference) as file:
-                return read_sound(file)
-
-        def read_file() -> tuple[np.ndarray, int]:
-            return soundfile.read(_file(reference), dtype="float32", always_2d=True)
-
-        samples, rate = self._refusing(reference, read_track if reference.is_track else read_file)
+        samples, rate = self._refusing(reference, lambda: _read_sound(reference))
         if not np.isfinite(samples).all():
             raise RowError(f"{reference.name}: a sample is not a finite number")
         return samples.mean(axis=1), rate
@@ -193,32 +179,26 @@ class MediaProcessor:
     # Images
     # ----------------------------------------------------------------------------------------------
 
-    def _image_size(self, reference: Reference) -> tuple[int, int]:
-        """(width, height) of the upright image."""
-        from PIL import Image
+    def _image_size(self, reference: Reference) -> tuple[int, int, str]:
+        """(width, height of the upright image, `Size.note`)."""
 
-        def read() -> tuple[int, int]:
-            with Image.open(_file(reference)) as image:
-                # orientations 5 to 8 are rotated by 90 degrees
-                return image.size[::-1] if _orientation(image) >= 5 else image.size
+        def read() -> tuple[int, int, str]:
+            with picture.open_image(_file(reference)) as image:
+                return *picture.upright_size(image), picture.note(image)
 
-        width, height = self._refusing(reference, read)
+        width, height, note = self._refusing(reference, read)
         if min(width, height) < 2:
             raise RowError(
                 f"{reference.name}: {width} x {height} pixels, an image needs at least 2 x 2"
             )
-        return width, height
+        return width, height, note
 
     def _load_image(self, reference: Reference) -> Medium:
-        from PIL import Image, ImageOps
-
         self._image_size(reference)
 
-        def read():
-            with Image.open(_file(reference)) as image:
-                return (
-                    ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
-                ).convert("RGB")
+        def read() -> "PilImage":
+            with picture.open_image(_file(reference)) as image:
+                return picture.to_rgb(image)
 
         image = self._refusing(reference, read)
         inputs = self._refusing(
@@ -289,6 +269,11 @@ class MediaProcessor:
             raise
         except FileNotFoundError:
             raise RowError(f"{reference.name}: there is no such file") from None
+        except ImportError as error:
+            raise RowError(
+                f"{reference.name}: cannot be read without PyAV ({first_line(error)}): "
+                "pip install 'av>=17.1,<20'"
+            ) from None
         except Exception as error:  # decoders and processors raise errors of any type
             if reference.path and not os.path.exists(reference.path):
                 raise RowError(f"{reference.name}: there is no such file") from None
@@ -302,13 +287,43 @@ class MediaProcessor:
         return digest.hexdigest()
 
 
-def _orientation(image: "PilImage") -> int:
-    """EXIF's orientation, 1 is upright. For a PNG only the header counts: for more, PIL would
-    decode it.
+def _header(reference: Reference) -> Any:
+    """soundfile's, None for a format that libsndfile does not know."""
+    import soundfile
+
+    try:
+        return soundfile.info(_file(reference))
+    except soundfile.LibsndfileError:
+        return None
+
+
+def _read_sound(reference: Reference) -> tuple[np.ndarray, int]:
+    """(samples [samples, channels], their rate in Hz): libsndfile's, or FFmpeg's for a video's
+    track and for formats that libsndfile does not know, such as m4a, aac, wma, webm. Raises
+    RowError for a file that neither can read.
     """
-    return (
-        1 if image.format == "PNG" and "exif" not in image.info else image.getexif().get(0x0112, 1)
-    )
+    import soundfile
+
+    if reference.is_track:
+        with _opened(reference) as file:
+            return read_sound(file)
+    if _header(reference) is not None:
+        return soundfile.read(_file(reference), dtype="float32", always_2d=True)
+    try:
+        with _opened(reference) as file:
+            return read_sound(file)
+    except ImportError as error:
+        name = shortened(reference.path or "FILE", MAX_PATH)
+        raise RowError(
+            f"{reference.name}: not one of libsndfile's formats (wav, flac, mp3 ...), and others "
+            f"need PyAV ({first_line(error)}): pip install 'av>=17.1,<20', or convert it: "
+            f"ffmpeg -i {name} NEW_FILE.flac"
+        ) from None
+    except ValueError as error:
+        raise RowError(
+            f"{reference.name}: cannot be read (not one of libsndfile's formats; FFmpeg: "
+            f"{first_line(error)})"
+        ) from error
 
 
 def _file(reference: Reference) -> io.BytesIO | str:

@@ -57,7 +57,8 @@ def scan(file: BinaryIO) -> Scan:
         if length <= 0:
             raise ValueError("its frames have no duration")
         fps = len(times) / length
-        _check_whole(container, seconds, fps)
+        if container.duration is not None:
+            _check_whole(container, container.duration / 1e6, seconds, slack=2 / fps)
         height, width = first.height, first.width
         if _quarter_turns(first) % 2:
             height, width = width, height
@@ -96,13 +97,17 @@ def read_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
         stream = _best(container, "audio", "sound")
         resampler = av.AudioResampler(format="fltp")  # the format alone: rate and channels stay
         frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
-        parts: list[np.ndarray] = []
+        parts: list[Any] = []
         for frame in chain(frames, [None]):
             if frame is not None or parts:
-                parts += [part.to_ndarray() for part in resampler.resample(frame)]
+                parts += resampler.resample(frame)
         if not parts:
             raise ValueError("its sound is empty")
-        return np.concatenate(parts, axis=1).T, stream.rate
+        rate = parts[0].sample_rate  # of HE-AAC twice what the header says
+        samples = np.concatenate([part.to_ndarray() for part in parts], axis=1).T
+        if stream.duration is not None:
+            _check_whole(container, float(stream.duration * stream.time_base), len(samples) / rate)
+        return samples, rate
 
 
 @contextmanager
@@ -148,12 +153,11 @@ def _seconds(stream: Any, time: int) -> str:
     return f"{float(time * stream.time_base):.2f}"
 
 
-def _check_whole(container: Any, seconds: float, fps: float) -> None:
-    """seconds: the end of the last packet of all streams."""
-    if container.format.name not in _HEADERS_WITH_LENGTH or container.duration is None:
+def _check_whole(container: Any, stated: float, seconds: float, slack: float = 0.0) -> None:
+    """stated: the length in seconds that the header gives; seconds: where the last packet ends."""
+    if container.format.name not in _HEADERS_WITH_LENGTH:
         return
-    stated = container.duration / 1e6  # given in microseconds
-    if stated - seconds > max(_CUT_SECONDS, 2 / fps):
+    if stated - seconds > max(_CUT_SECONDS, slack):
         raise ValueError(
             f"it ends at {seconds:.2f} s where its header says {stated:.2f} s: is it cut short?"
         )
