@@ -17,6 +17,7 @@ from megatron_gkd.data.micro_batches import Budget, attention_tokens, most_token
 from megatron_gkd.data.order import StepRows
 from megatron_gkd.device_memory import DeviceMemory
 from megatron_gkd.forward import LossSettings
+from megatron_gkd.lora.average import follow
 from megatron_gkd.media.towers import StepMedia, Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
@@ -254,6 +255,17 @@ class Run:
             warmup_ratio=train.warmup_ratio,
             kind=train.lr_scheduler_type,
         )
+
+    def update(self, learning_rate: float, loss: float) -> Update:
+        """The student's update, which a teacher that follows the student then moves after; a step
+        that is skipped moves neither. Collectives: those of `Optimizer.step`.
+        """
+        update = self.optimizer.step(learning_rate, loss)
+        num_updates = self.progress.step - self.progress.skipped_steps + update.applied
+        rate = self.config.distill.teacher_rate(num_updates)
+        if update.applied and rate:
+            follow(self.model, rate)
+        return update
 
     def student_pass(self, batches: list[Batch]) -> AbstractContextManager[None]:
         """Around the student's forward and backward; see `Recomputation.student_pass`."""

@@ -17,6 +17,15 @@ def check_trainable(config: Config, report: DataReport) -> None:
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
     if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
+        if distill.teacher_follows:
+            raise ValueError(
+                f"nothing to learn: the teacher is the {distill.teacher_line()} and sees the same "
+                "input, so where they start alike the divergence stays 0, and elsewhere it only "
+                "holds the student back. Give the teacher more to see (teacher_messages or "
+                "teacher_prompt in the data rows), or set --sft_alpha above 0 (it counts on the "
+                "data set's own responses: --lmbda below 1, no --seq_kd); --allow_zero_signal runs "
+                "it all the same"
+            )
         if distill.teacher_adapter:
             checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
             check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
