@@ -303,7 +303,7 @@ def workload(
         completion_tokens=config.rollout.max_completion_length if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
-        num_laid_out=distill.may_be_on_policy + (distill.seq_kd and has_teacher_adapter),
+        num_laid_out=max(1, distill.may_be_on_policy + (distill.seq_kd and has_teacher_adapter)),
         tower_bytes=tower_bytes,
     )
 

@@ -280,6 +280,9 @@ class Run:
         per second, seconds, GiB.
         """
         step, step_time = self.progress.step, self.clock.step_time
+        of_template = {}
+        if self.config.data.teacher_template:
+            of_template = {"failed_teacher_views": counts.failed_teacher_views}
         return {
             "step": step,
             "epoch": step * self.global_batch_size / len(self.train_data),
@@ -291,6 +294,7 @@ class Run:
             / (self.global_batch_size * result.num_samples),
             "cut_tokens": counts.cut_tokens,
             "truncated_responses": counts.truncated_responses,
+            **of_template,
             "on_policy_share": self.progress.on_policy_steps / step,
             "skipped_steps": self.progress.skipped_steps,
             "micro_batches": counts.num_micro_batches,
@@ -348,6 +352,8 @@ def largest_micro_batch(
     if distill.writes_responses:
         written = lengths.prompts.max() + config.rollout.max_completion_length
         longest = max(longest, int(written))
+        if config.data.teacher_template:  # whose views are as long as what the student writes
+            longest = max(longest, config.data.max_length + config.rollout.max_completion_length)
     num_rows = config.train.global_batch_size(dp_size) * config.rollout.num_generations
     most = most_tokens(longest, num_rows, budget, packing.row_multiple)
     return -(-most // packing.sequence_multiple) * packing.sequence_multiple

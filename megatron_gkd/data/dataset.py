@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import pyarrow
 
@@ -25,6 +26,8 @@ from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import Source, open_source
 from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
+from megatron_gkd.data.teacher_template import TeacherTemplate, TeacherViews
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.processor import MediaProcessor
@@ -55,31 +58,10 @@ _SCHEMA = pyarrow.schema(
         "source": pyarrow.string(),
         "location": pyarrow.string(),
         "reason": pyarrow.string(),  # null: a good row
+        "template_row": pyarrow.string(),  # null: no --teacher_template
     }
 )
 _EMPTY = Encoded([], [], 0, None, 0, [], [], [], False)  # stands for a bad row
-
-
-class DataSettings(Protocol):
-    """What `load_datasets` reads of the run's data settings."""
-
-    dataset: list[str]
-    val_dataset: list[str]
-    split_dataset_ratio: float
-    download_datasets: bool
-    max_length: int
-    dataset_num_proc: int
-    skip_bad_rows: bool
-    check_data: bool
-    media_cache: str | None
-    columns: str | None
-    system: str | None
-    teacher_system: str | None
-    chat_template_kwargs: str | None
-    teacher_chat_template_kwargs: str | None
-    chat_template: str | None
-    prepared_rows: str | None
-    prepared_rows_gib: float
 
 
 class SampleDataset:
@@ -87,7 +69,8 @@ class SampleDataset:
     counts. The rows are memory-mapped from a file that is already deleted: forked processes share
     them, but a SampleDataset cannot be pickled.
 
-    skip_bad_rows: whether a loader leaves out a row whose media cannot be read, or raises.
+    skip_bad_rows: whether a loader leaves out a row whose media cannot be read, or raises. views:
+    with --teacher_template.
     """
 
     def __init__(
@@ -97,13 +80,16 @@ class SampleDataset:
         processor: MediaProcessor,
         skipped: list[BadRow] | None = None,
         skip_bad_rows: bool = False,
+        views: TeacherViews | None = None,
     ):
         self._rows = rows
         self._processor = processor
         self.pad_token_id = pad_token_id
         self.skip_bad_rows = skip_bad_rows
         self.lengths = view_lengths(rows)
-        self.report = make_report(rows, self.lengths, skipped or [])
+        self._views = views
+        made = views is not None
+        self.report = make_report(rows, self.lengths, skipped or [], views_are_made=made)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -131,9 +117,24 @@ class SampleDataset:
     def digest(self) -> str:
         """Stands for the rows and their order, whatever files they come from."""
         found = hashlib.blake2b(digest_size=16)
-        for digest in self._rows.columns("digest")["digest"].to_pylist():
-            found.update(digest)
+        table = self._rows.columns("digest", "template_row")
+        for digest, row in zip(*(table[name].to_pylist() for name in table.column_names)):
+            found.update(digest + (row or "").encode())
         return found.hexdigest()
+
+    def with_written_view(self, sample: Sample) -> Sample:
+        """With --teacher_template: `sample`, to which the student wrote a response, with the
+        teacher's view that this response makes; without: the sample. Where none can be made the
+        teacher reads what the student reads, and `view_problem` says why.
+        """
+        if self._views is None:
+            return sample
+        row = self._rows[sample.row]
+        encoded, processor = encoded_columns(row), self._processor
+        found = self._views.of_written(sample, row["template_row"], encoded, processor)
+        if found.view_problem:
+            return replace(found, view_problem=f"{row['location']}: {found.view_problem}")
+        return found
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
@@ -156,9 +157,10 @@ class RowEncoding(NamedTuple):
     read_media: bool
     defaults: RowDefaults
     columns: dict[str, str]
+    template: TeacherTemplate | None
 
 
-def row_encoding(data: DataSettings, model_dir: str, vocab_size: int) -> RowEncoding:
+def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncoding:
     """The tokenizer, processor and defaults of these settings. Raises DataError for flags that
     cannot be used; a tokenizer that does not load is said by the first row of text.
     """
@@ -186,6 +188,7 @@ def row_encoding(data: DataSettings, model_dir: str, vocab_size: int) -> RowEnco
         data.check_data,
         defaults,
         json.loads(data.columns or "{}"),
+        TeacherTemplate(data.teacher_template) if data.teacher_template else None,
     )
 
 
@@ -202,6 +205,7 @@ def _text_or_file(value: str | None, flag: str) -> str | None:
 def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict[str, Any]:
     """Row `index` of a source -> columns of `_SCHEMA`."""
     location, name, reason, encoded = source.locations[index], None, None, _EMPTY
+    template_row = None
 
     def get_chat() -> ChatTokenizer:
         if encoding.chat is None:
@@ -209,8 +213,14 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
         return encoding.chat
 
     try:
-        raw = with_columns_renamed(source.read(index), encoding.columns)
-        checked = check_row(raw, encoding.vocab_size, source.folder, encoding.defaults)
+        raw, template = (
+            with_columns_renamed(source.read(index), encoding.columns),
+            encoding.template,
+        )
+        own = template.without_view(raw) if template else raw
+        checked = check_row(own, encoding.vocab_size, source.folder, encoding.defaults)
+        if template:
+            checked, template_row = template.with_view(checked, raw)
         encoded = encode_row(
             checked,
             get_chat,
@@ -225,11 +235,12 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
         reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
     kinds = [reference["kind"] for reference in encoded.media]
     columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
-    return encoded._asdict() | columns | {"digest": encoded.digest()}
+    columns |= {"template_row": template_row, "digest": encoded.digest()}
+    return encoded._asdict() | columns
 
 
 def load_datasets(
-    data: DataSettings,
+    data: DataConfig,
     model_dir: str,
     vocab_size: int,
     seed: int,
@@ -297,18 +308,23 @@ def load_datasets(
     if data.split_dataset_ratio:
         train_rows, eval_rows = split(train_rows, data.split_dataset_ratio, seed)
     pad_token_id = chat.pad_token_id if chat is not None else 0
-    train = SampleDataset(train_rows, pad_token_id, processor, train_bad, data.skip_bad_rows)
-    if eval_rows is None:
-        return train, None
-    return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
+    views = None
+    if encoding.template and chat:
+        views = TeacherViews(encoding.template, chat, data.max_length, vocab_size)
+
+    def dataset(rows: StoredRows, bad: list[BadRow]) -> SampleDataset:
+        return SampleDataset(rows, pad_token_id, processor, bad, data.skip_bad_rows, views)
+
+    train = dataset(train_rows, train_bad)
+    return train, None if eval_rows is None else dataset(eval_rows, eval_bad)
 
 
-def _kept(data: DataSettings, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
+def _kept(data: DataConfig, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
     """The folder of prepared rows. None with --check_data, which is to read everything."""
     if data.prepared_rows == "none" or data.check_data:
         return None
-    # chat and processor are what the model folder and the settings make them
-    values = encoding._asdict() | {"chat": None, "processor": None}
+    # these three are what the model folder, the settings and their files make them
+    values = encoding._asdict() | dict.fromkeys(("chat", "processor", "template"))
     return PreparedRows(
         data.prepared_rows or default_folder(),
         int(data.prepared_rows_gib * 2**30),
@@ -321,7 +337,7 @@ def _prepare(
     entry: str,
     path: str,
     encoding: RowEncoding,
-    data: DataSettings,
+    data: DataConfig,
     seed: int,
     kept: PreparedRows | None,
 ) -> list[str]:

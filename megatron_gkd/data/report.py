@@ -33,6 +33,8 @@ class DataReport:
     num_media: dict[str, int] = field(default_factory=dict)
     """Media of each kind; a medium counts once in its row, even if both views show it."""
     skipped: list[BadRow] = field(default_factory=list)
+    views_are_made: bool = False
+    """Whether --teacher_template makes the views, anew for each response that the student writes"""
 
     @property
     def has_teacher_view(self) -> bool:
@@ -50,8 +52,10 @@ class DataReport:
         pairs = ", ".join(f"{pair}: {number}" for pair, number in self.media.items())
         alone = f"{self.num_prompts_alone} without a response; " * bool(self.num_prompts_alone)
         media = f"{kinds} (rows by what student > teacher perceive: {pairs}); " if kinds else ""
+        made = ", made anew of what the student writes" * self.views_are_made
         return (
-            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {alone}"
+            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view{made}; "
+            f"{alone}"
             f"{media}"
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
@@ -81,7 +85,9 @@ def view_lengths(rows: StoredRows) -> Lengths:
     return Lengths(prompts + student - start, prompts)
 
 
-def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
+def make_report(
+    rows: StoredRows, lengths: Lengths, skipped: list[BadRow], *, views_are_made: bool
+) -> DataReport:
     """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
     table = rows.columns("cut_tokens", "labels", "teacher_prompt", "source")
     cuts = table["cut_tokens"].to_numpy()
@@ -97,6 +103,7 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
         num_prompts_alone=int((~lengths.has_response).sum()),
         **_media_report(rows),
         skipped=skipped,
+        views_are_made=views_are_made,
     )
 
 
