@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gkd.config import parse_config, workload
+from megatron_gkd.data import load_datasets
 from megatron_gkd.lora.grouped import LoraGrouped
 from megatron_gkd.lora.slots import STUDENT, TEACHER, lora_modules
 from megatron_gkd.memory import estimate
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.zero_signal import check_trainable
 from tests.adapters import ALL, load_peft, load_thinker, random_adapter, write_adapter
 from tests.ranks import run_ranks
 from tests.train_runs import (
@@ -85,8 +87,8 @@ def equal(first, second) -> bool:
 
 
 LAYOUTS = [
-    pytest.param(1, 1, 1, 1, id="one rank"),
     pytest.param(4, 2, 2, 2, id="TP2 PP2 EP2"),
+    pytest.param(1, 1, 1, 1, id="one rank", marks=pytest.mark.extended),
     pytest.param(2, 1, 1, 2, id="DP2 EP2", marks=pytest.mark.extended),
     pytest.param(4, 4, 1, 2, id="TP4 EP2", marks=pytest.mark.extended),
     pytest.param(8, 8, 1, 8, id="TP8 EP8", marks=pytest.mark.extended),
@@ -148,7 +150,24 @@ def test_values_are_those_of_the_recurrence(
     assert abs(before["entropy_teacher"] - moving["entropy_teacher"]) > 1e-4
 
 
-def test_a_resumed_run_is_bit_identical(folder, data, adapter, tmp_path):
+@pytest.mark.parametrize(
+    "world_size, tp, pp, ep, cp, teacher",
+    [
+        pytest.param(2, 2, 1, 2, 1, dict(teacher_ema=0.3), id="TP2 EP2"),
+        pytest.param(
+            4, 2, 2, 1, 1, dict(teacher_sync_steps=3), id="TP2 PP2", marks=pytest.mark.extended
+        ),
+        pytest.param(
+            4, 2, 1, 4, 2, dict(teacher_ema=0.3), id="TP2 CP2 EP4", marks=pytest.mark.extended
+        ),
+        pytest.param(
+            4, 1, 1, 4, 1, dict(teacher_sync_steps=3), id="DP4 EP4", marks=pytest.mark.extended
+        ),
+    ],
+)
+def test_a_resumed_run_is_bit_identical(
+    folder, data, adapter, tmp_path, world_size, tp, pp, ep, cp, teacher
+):
     """At dropout, with on-policy steps and evaluation; at another layout it is the same to
     rounding, and the teacher that it goes on from is the saved one, bit for bit.
     """
@@ -160,17 +179,18 @@ def test_a_resumed_run_is_bit_identical(folder, data, adapter, tmp_path):
         max_steps=4,
         val_dataset=data["plain"],
         eval_steps=2,
-        teacher_ema=0.3,
+        **teacher,
     )
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
-    two = flags | layout_flags(tp=2, ep=2)
-    run_training(2, flags_of_run(folder, data, whole, **two))
+    size = 8 * tp * pp * cp // world_size
+    own = flags | layout_flags(tp, pp, ep, cp) | dict(per_device_train_batch_size=size)
+    run_training(world_size, flags_of_run(folder, data, whole, **own))
     for copy in (cut, other):
         shutil.copytree(whole, copy)
         for step in (3, 4):
             shutil.rmtree(copy / f"checkpoint-{step}")
     resume = dict(resume_from_checkpoint=cut / "checkpoint-2")
-    said = run_training(2, flags_of_run(folder, data, cut, **two, **resume))
+    said = run_training(world_size, flags_of_run(folder, data, cut, **own, **resume))
     assert "at step 2 of 4" in said and "Note: teacher" not in said
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert stable(read_lines(whole / name)) == stable(read_lines(cut / name))
@@ -181,10 +201,11 @@ def test_a_resumed_run_is_bit_identical(folder, data, adapter, tmp_path):
     # nothing updates: the teacher moves towards the student of step 2 alone
     slow = flags | dict(resume_from_checkpoint=other / "checkpoint-2", learning_rate=0, max_steps=3)
     run_training(1, flags_of_run(folder, data, other, **slow))
-    student, teacher = student_of(whole, 2), teacher_of(whole, 2)
+    student, before = student_of(whole, 2), teacher_of(whole, 2)
     assert equal(student_of(other, 3), student)
+    rate = teacher.get("teacher_ema", 1.0)  # or a copy, after the third update
     for name, value in teacher_of(other, 3).items():
-        assert torch.equal(value, torch.lerp(teacher[name], student[name], 0.3)), name
+        assert torch.equal(value, torch.lerp(before[name], student[name], rate)), name
 
 
 def test_a_new_stage_takes_the_teacher_along(folder, data, adapter, tmp_path):
@@ -193,21 +214,25 @@ def test_a_new_stage_takes_the_teacher_along(folder, data, adapter, tmp_path):
     """
     one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
     flags = dict(val_dataset=data["dataset"], max_steps=1, teacher_ema=0.5)
-    run_training(1, flags_of_run(folder, data, one, **flags, adapter=adapter))
     second = flags | dict(lora_rank=6, resume_from_checkpoint=one / "checkpoint-1")
-    said = run_training(1, flags_of_run(folder, data, two, **second))
-    assert "New stage from" in said and "LoRA rank 3 -> 6" in said and "Note:" not in said
+    plain = flags | dict(teacher_ema=None, lora_rank=2)
+    again = flags | dict(resume_from_checkpoint=three / "checkpoint-1", max_steps=2)
+    said = run_training(
+        1,
+        flags_of_run(folder, data, one, **flags, adapter=adapter),
+        flags_of_run(folder, data, two, **second),
+        flags_of_run(folder, data, three, **plain),
+        flags_of_run(folder, data, three, **again),
+    )
+    assert "New stage from" in said and "LoRA rank 3 -> 6" in said
     before, after = read_lines(one / "eval.jsonl")[-1], read_lines(two / "eval.jsonl")[0]
     for key in ("jsd", "entropy_student", "entropy_teacher"):
         assert after[key] == pytest.approx(before[key], rel=1e-5), key
     assert {v.shape[0] for k, v in teacher_of(two, 1).items() if ".lora_A." in k} == {6}
 
-    plain = flags | dict(teacher_ema=None, output_dir=three)
-    run_training(1, flags_of_run(folder, data, three, **(plain | dict(lora_rank=2))))
-    assert not (three / "checkpoint-1" / "teacher").exists()
-    flags |= dict(resume_from_checkpoint=three / "checkpoint-1", max_steps=2)
-    said = run_training(1, flags_of_run(folder, data, three, **flags))
-    assert "has no teacher/" in said and "this one's starts from the student" in said
+    assert not (three / "checkpoint-1" / "teacher").exists() and said.count("has no teacher/") == 1
+    assert f"Note: {three}/checkpoint-1 has no teacher/" in said
+    assert "this one's starts from the student" in said
     assert "Note: teacher_ema was None and is 0.5" in said
 
 
@@ -230,16 +255,13 @@ def test_peft_loads_the_teacher(folder, data, adapter, tmp_path):
         for name in ("", "teacher")
     ]
     assert configs[0] == configs[1]
-    (full / "checkpoint-1" / "teacher" / NAME).unlink()
     resume = flags | dict(adapter=None, resume_from_checkpoint=full / "checkpoint-1")
-    with pytest.raises(RuntimeError, match=f"teacher: no {NAME}"):
-        run_training(1, flags_of_run(folder, data, full, **resume))
     shutil.rmtree(full / "checkpoint-1" / "teacher")
     with pytest.raises(RuntimeError, match=f"teacher/{NAME} is missing; the checkpoint is not"):
         run_training(1, flags_of_run(folder, data, full, **resume))
 
 
-def _with_a_bad_step(rank, world_size, argv):
+def _with_a_bad_step(rank, world_size, *argument_lists):
     from megatron_gkd import optimizer, parallel, train
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
@@ -250,18 +272,18 @@ def _with_a_bad_step(rank, world_size, argv):
         return update(own, learning_rate, math.nan if number[0] == 2 else loss)
 
     optimizer.Optimizer.step = step
-    train.main(argv)
+    for argv in argument_lists:
+        number[0] = 0
+        train.main(argv)
 
 
 def test_a_skipped_step_moves_nothing(folder, data, tmp_path):
     """Nor does it count among --teacher_sync_steps."""
-    for name, flags in {"ema": dict(teacher_ema=0.5), "sync": dict(teacher_sync_steps=2)}.items():
+    teachers = {"ema": dict(teacher_ema=0.5), "sync": dict(teacher_sync_steps=2)}
+    runs = [flags_of_run(folder, data, tmp_path / name, **teachers[name]) for name in teachers]
+    run_ranks(_with_a_bad_step, 1, *runs)
+    for name in teachers:
         output = tmp_path / name
-        run_ranks(
-            _with_a_bad_step,
-            2,
-            flags_of_run(folder, data, output, **flags, max_steps=3, **layout_flags(tp=2)),
-        )
         skipped = [line["skipped_steps"] for line in read_lines(output / "metrics.jsonl")]
         assert skipped == [0, 1, 1] and not (output / "checkpoint-2").exists()
         before, after = teacher_of(output, 1), teacher_of(output, 3)
@@ -304,11 +326,15 @@ def test_the_teacher_writes_with_its_newest_values(folder, data, adapter, tmp_pa
     assert abs(start["entropy_teacher"] - second["entropy_teacher"]) > 1e-3
 
 
-def _memory(rank, world_size, argv):
+def _memory(rank, world_size, *argument_lists):
+    return [_memory_of(argv, again=bool(n)) for n, argv in enumerate(argument_lists)]
+
+
+def _memory_of(argv, again):
     """Of a built model and optimizer: bytes of its tensors, LoRA numbers of each slot, numbers of
     the experts' columns of one adapter, what the run's estimate says.
     """
-    parts, config = build_parts(argv), parse_config(argv)
+    parts, config = build_parts(argv, again=again), parse_config(argv)
     modules = lora_modules(parts.model)
     grouped = [module for module in modules if isinstance(module, LoraGrouped)]
     downs = [layout.down for module in grouped for layout in module._layouts.values()]
@@ -336,9 +362,9 @@ def _memory(rank, world_size, argv):
 def test_it_takes_one_more_slot_of_memory(folder, data, tmp_path):
     """4 bytes a number and the experts' columns, and nothing else; the estimate says the same."""
     flags = flags_of_run(folder, data, tmp_path, **layout_flags(tp=2, ep=2))
-    ((less, slots, columns, _, fewer),) = run_ranks(_memory, 2, flags)[:1]
+    without, more = run_ranks(_memory, 2, flags, [*flags, "--teacher_ema", "0.05"])[0]
+    less, slots, columns, _, fewer = without
     assert slots[TEACHER] == 0
-    more = run_ranks(_memory, 2, [*flags, "--teacher_ema", "0.05"])[0]
     assert more[1] == {STUDENT: slots[STUDENT], TEACHER: slots[STUDENT]} and more[2:4] == (
         columns,
         True,
@@ -355,17 +381,19 @@ def test_what_could_learn_nothing_is_refused(folder, data, tmp_path):
         (dict(teacher_ema=0.05), "average of the student's LoRA (--teacher_ema 0.05)"),
         (dict(teacher_sync_steps=10), "copy of the student's LoRA (--teacher_sync_steps 10)"),
     ]:
-        with pytest.raises(RuntimeError, match="SystemExit: 2") as error:
-            run_training(1, flags_of_run(folder, data, tmp_path / "no", **plain, **flags))
-        assert f"nothing to learn: the teacher is the {what}" in str(error.value)
-    allowed = plain | dict(teacher_ema=0.05, allow_zero_signal=True)
-    said = run_training(1, flags_of_run(folder, data, tmp_path / "zero", **allowed))
+        config = parse_config(flags_of_run(folder, data, tmp_path, **plain, **flags))
+        with pytest.raises(ValueError, match="nothing to learn: the teacher is the") as error:
+            check_trainable(config, load_datasets(config.data, folder, 503, 0)[0].report)
+        assert what in str(error.value)
+    ema = plain | dict(teacher_ema=0.05)
+    said = run_training(
+        1,
+        flags_of_run(folder, data, tmp_path / "zero", **ema, allow_zero_signal=True),
+        flags_of_run(folder, data, tmp_path / "sft", **ema, sft_alpha=0.1),
+    )
     assert "  - Teacher model: base_model + average of the student's LoRA (--teacher_ema" in said
     for line in read_lines(tmp_path / "zero" / "metrics.jsonl"):
         assert line["jsd"] == 0 and line["grad_norm"] == 0
-    run_training(
-        1, flags_of_run(folder, data, tmp_path / "sft", **plain, teacher_ema=0.05, sft_alpha=0.1)
-    )
     lines = read_lines(tmp_path / "sft" / "metrics.jsonl")
     assert lines[0]["jsd"] == 0 and lines[1]["jsd"] > 0
 
@@ -385,3 +413,27 @@ def test_flags_that_do_not_go_together(flags, problem):
     with pytest.raises(ValueError) as error:
         parse_config(arguments(model="x", dataset="y", **flags))
     assert problem in str(error.value)
+
+
+@pytest.mark.extended
+def test_the_towers_lora_follows_too(tiny_folder, tmp_path):
+    from tests.media_rows import write_rows as write_media_rows
+    from tests.test_step_media import SIZES
+
+    model = tiny_folder(**SIZES)
+    dataset, _ = write_media_rows(tmp_path, model)
+    flags = dict(dataset=dataset, lora_towers=True, teacher_ema=0.3, max_steps=2, lora_rank=2)
+    run_training(
+        2, flags_of_run(model, {"dataset": dataset}, tmp_path, **(flags | layout_flags(2)))
+    )
+    before, after, student = (
+        teacher_of(tmp_path, 1),
+        teacher_of(tmp_path, 2),
+        student_of(tmp_path, 2),
+    )
+    towers = [name for name in after if "_tower." in name or ".visual." in name]
+    assert len(towers) > 40
+    for name, value in after.items():
+        expected = 0.7 * before[name].double() + 0.3 * student[name].double()
+        assert (value - expected).abs().max() < 1e-6, name
+    assert any((after[name] - before[name]).abs().max() > 1e-4 for name in towers)

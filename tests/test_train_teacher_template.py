@@ -79,8 +79,8 @@ def reference(tokenizer, index, response):
 @pytest.mark.parametrize(
     "world_size, tp, pp, cp",
     [
-        pytest.param(1, 1, 1, 1, id="one rank"),
         pytest.param(4, 2, 1, 2, id="TP2 CP2"),
+        pytest.param(1, 1, 1, 1, id="one rank", marks=pytest.mark.extended),
         pytest.param(4, 2, 2, 1, id="TP2 PP2", marks=pytest.mark.extended),
         pytest.param(4, 2, 1, 1, id="TP2 DP2", marks=pytest.mark.extended),
     ],
