@@ -251,6 +251,26 @@ def test_the_example_of_the_docs(tmp_path):
     )
 
 
+def test_kept_rows_know_the_template(model, media, tmp_path):
+    """Another text in the file, or another value that only later views read, and nothing is taken
+    for what it was.
+    """
+    template = "{% if response == 'no' %}{{ hint }}{% endif %}"
+    digests = []
+    for text, hint in [
+        (template, "x"),
+        (template, "x"),
+        (template + "{# #}", "x"),
+        (template, "y"),
+    ]:
+        rows = [dict(messages=[USER, assistant("it")], hint=hint)]
+        data = load(model, media, text, rows, prepared_rows=str(tmp_path))
+        assert written(data, 0, "no")[0].has_teacher_view and not data[0].has_teacher_view
+        digests.append(data.digest)
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+    assert len(list(tmp_path.iterdir())) == 3  # the second took what the first had kept
+
+
 def test_columns_and_what_is_stored(tmp_path):
     """Only what the template names is kept; a column of another view may be one of them."""
     path = tmp_path / "template.jinja"

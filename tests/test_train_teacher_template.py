@@ -23,7 +23,15 @@ def data(tiny_folder, tmp_path_factory):
         for i, prompt in enumerate(PROMPTS)
     ]
     dataset = write_rows(root / "rows.jsonl", rows)
-    return dict(model=tiny_folder(**SIZES), dataset=dataset, template=root / "feedback.jinja")
+    for one in rows:
+        del one["messages"][-1]
+    prompts = write_rows(root / "prompts.jsonl", rows)
+    return dict(
+        model=tiny_folder(**SIZES),
+        dataset=dataset,
+        prompts=prompts,
+        template=root / "feedback.jinja",
+    )
 
 
 def flags_of_run(data, output, **flags):
@@ -159,3 +167,23 @@ def test_other_steps_and_evaluation_take_the_rows_own_response(data, tmp_path):
             for line, expected in zip(one, other):
                 for key in ("loss", "jsd", "entropy_teacher", "num_tokens"):
                     assert line[key] == pytest.approx(expected[key], rel=1e-6), (name, key)
+
+
+def test_prompts_alone(data, tmp_path):
+    """What the student writes to them is the response, in evaluation too."""
+    kinds = {"alone": data["prompts"], "with": data["dataset"]}
+    run_training(
+        1,
+        *(
+            flags_of_run(data, tmp_path / kind, dataset=path, val_dataset=data["prompts"])
+            for kind, path in kinds.items()
+        ),
+    )
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        alone, other = (read_lines(tmp_path / kind / file) for kind in kinds)
+        for line, expected in zip(alone, other, strict=True):
+            assert line["jsd"] == pytest.approx(expected["jsd"], rel=1e-6) and line["jsd"] > 1e-5
+    # before the first step the evaluation is on what that step is trained on, all greedy
+    first = read_lines(tmp_path / "alone" / "eval.jsonl")[0]
+    (step,) = read_lines(tmp_path / "alone" / "metrics.jsonl")
+    assert first["jsd"] == pytest.approx(step["jsd"], rel=1e-5)

@@ -235,8 +235,8 @@ def encode_source_row(source: Source, encoding: RowEncoding, index: int) -> dict
         reason = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
     kinds = [reference["kind"] for reference in encoded.media]
     columns = {"kinds": kinds, "source": name, "location": location, "reason": reason}
-    columns |= {"template_row": template_row, "digest": encoded.digest()}
-    return encoded._asdict() | columns
+    more = {"template_row": template_row, "digest": encoded.digest()}
+    return encoded._asdict() | columns | more
 
 
 def load_datasets(

@@ -7,13 +7,13 @@ from itertools import groupby
 from typing import NamedTuple
 
 from megatron_gkd.data.dataset import (
-    DataSettings,
     RowEncoding,
     encode_source_row,
     encoded_columns,
     row_encoding,
 )
 from megatron_gkd.data.source import Source, open_source
+from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import DataError
 from megatron_gkd.loss.rows import IGNORED_LABEL
 
@@ -22,7 +22,7 @@ _BETWEEN = "|"
 _REPEATED = 4  # tokens of a medium, and whatever else comes so often in a row
 
 
-def show_row(wanted: str, data: DataSettings, model_dir: str, vocab_size: int, seed: int) -> str:
+def show_row(wanted: str, data: DataConfig, model_dir: str, vocab_size: int, seed: int) -> str:
     """The text of `--show_row WANTED`: a number counts the rows of `dataset` from 0, anything else
     is the place of a row as messages name it (FILE:LINE). Raises DataError for a place where no row
     is, and for a row that cannot be used.
@@ -60,7 +60,7 @@ def show_row(wanted: str, data: DataSettings, model_dir: str, vocab_size: int, s
     return "\n".join(lines)
 
 
-def _find(wanted: str, data: DataSettings, seed: int) -> tuple[Source, int]:
+def _find(wanted: str, data: DataConfig, seed: int) -> tuple[Source, int]:
     """The source and the row's index in it."""
     number = int(wanted) if wanted.lstrip("-").isdigit() else None
     before, last = 0, ""
