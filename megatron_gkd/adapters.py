@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.checkpoint import find_checkpoint
+from megatron_gkd.checkpoint import TEACHER_FOLDER, find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
 from megatron_gkd.lora.apply import (
@@ -18,8 +18,10 @@ from megatron_gkd.lora.apply import (
     count_parameters,
     num_teacher_parameters,
 )
+from megatron_gkd.lora.average import add_average
 from megatron_gkd.lora.load import load_adapter, load_teacher
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, log_rank_0
 
@@ -175,16 +177,33 @@ def add_lora(
 
 def add_teacher(
     model: torch.nn.Module,
+    config: Config,
     model_args: ModelArgs,
     parallel: Parallel,
     adapter: PeftAdapter | None,
+    resume_folder: Path | None,
 ) -> None:
-    """The frozen adapter of the teacher beside the student's, if there is one. Raises ValueError
-    naming the flag where it does not fit.
+    """The teacher's LoRA beside the student's, if it has any: `adapter`, frozen, or one that
+    follows the student's, from --teacher_start or the checkpoint that is resumed. Raises ValueError
+    where it does not fit.
     """
     if adapter:
         with named_by_flag("teacher_adapter"):
             load_teacher(model, model_args, parallel, adapter)
+    if not config.distill.teacher_follows:
+        return
+    start = config.distill.teacher_start
+    add_average(model, model_args, parallel, from_base=start == "base")
+    saved = resume_folder / TEACHER_FOLDER if resume_folder else None
+    if saved and saved.is_dir():
+        # over the student's values: what the checkpoint's rank lacks starts alike in both
+        load_adapter(model, model_args, parallel, PeftAdapter(saved, model_args), slot=TEACHER)
+    elif saved:
+        log_rank_0(
+            parallel,
+            f"Note: {resume_folder} has no {TEACHER_FOLDER}/, the run that wrote it had no teacher "
+            f"that follows the student: this one's starts from the {start}",
+        )
 
 
 def adapter_notes(adapter: PeftAdapter) -> list[str]:
@@ -206,15 +225,15 @@ def adapter_notes(adapter: PeftAdapter) -> list[str]:
 
 
 def count_lora(
-    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_folder: str | None
+    model: torch.nn.Module, model_args: ModelArgs, parallel: Parallel, teacher_lora: str | None
 ) -> dict[str, int]:
-    """Trainable and all parameters of the whole model, and those of a teacher's adapter, for
-    run.json; rank 0 prints them.
+    """Trainable and all parameters of the whole model, and those of the teacher's LoRA, for
+    run.json; rank 0 prints them. teacher_lora: what it is, if there is any.
     """
     rank, _, targets = applied(model)
     trainable, total = count_parameters(model_args, rank, targets, model)
     num_parameters = {"trainable": trainable, "total": total}
-    if teacher_folder:
+    if teacher_lora:
         num_parameters["teacher_adapter"] = num_teacher_parameters(model_args, model)
-    log_rank_0(parallel, banner(**num_parameters, teacher_folder=teacher_folder))
+    log_rank_0(parallel, banner(**num_parameters, teacher_lora=teacher_lora))
     return num_parameters

@@ -88,8 +88,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         )
     model = build_base(config, model_args, parallel, teacher=teacher, **towers)
     add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
-    add_teacher(model, model_args, parallel, teacher)
-    num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_adapter)
+    add_teacher(model, config, model_args, parallel, teacher, resume_folder)
+    num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_line())
     log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
@@ -271,16 +271,17 @@ def build_base(
     teacher: PeftAdapter | None = None,
 ) -> torch.nn.Module:
     """This rank's stage of the decoder with the weights of --model, room behind the experts' for
-    the run's adapters (the student's and `teacher`), and as `model.towers` the towers that the run
-    needs. Raises ValueError or FileNotFoundError.
+    the run's adapters (the student's and the teacher's), and as `model.towers` the towers that the
+    run needs. Raises ValueError or FileNotFoundError.
 
     audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is
-    not built.
+    not built. teacher: the adapter of --teacher_adapter.
     """
     lora = config.lora
     dtype = DTYPES[config.model.torch_dtype]
     adapters = [(lora.rank, lora.lora_target_modules)]
     adapters += [(teacher.rank, teacher.targets)] if teacher else []
+    adapters *= 2 if config.distill.teacher_follows else 1
     attention = core_attention(config.model.attn_impl, parallel.device, parallel.cp_size)
     experts = expert_kernels(parallel.device)
     log_rank_0(

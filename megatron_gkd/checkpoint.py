@@ -3,6 +3,7 @@ another name and renamed, independent of the layout.
 
 OUTPUT/checkpoint-STEP/
     adapter_{config.json,model.safetensors}    what `peft` loads
+    teacher/                      the same two of a teacher that follows the student (lora/average)
     optimizer.safetensors         AdamW's moments, under the adapter's tensor names
     trainer_state.json            step and counters; random state is a function of (seed, step)
 OUTPUT/latest_checkpoint          name of the last run's newest, empty before its first
@@ -32,6 +33,7 @@ from megatron_gkd.lora.adapter import (
 )
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
 from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
+from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
@@ -41,6 +43,7 @@ from megatron_gkd.run_folder import write_atomically
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
+TEACHER_FOLDER = "teacher"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -126,8 +129,10 @@ def save_checkpoint(
     base_model: str,
     optimizer: Optimizer | None,
     state: dict[str, Any],
+    teacher: bool = False,
 ) -> Path:
-    """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone.
+    """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone; teacher: the
+    teacher's adapter too, which is as large as the student's.
 
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
@@ -140,7 +145,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     try:
-        _write_slices(partial, model, model_args, parallel, optimizer)
+        _write_slices(partial, model, model_args, parallel, optimizer, teacher=teacher)
         if parallel.rank == 0:
             _join_files(
                 partial,
@@ -152,6 +157,7 @@ def save_checkpoint(
                 alpha=alpha,
                 dropout=dropout,
                 base_model=base_model,
+                teacher=teacher,
             )
             _replace(partial, final)
             note_latest(output_dir, final)
@@ -181,6 +187,8 @@ def _write_slices(
     model_args: ModelArgs,
     parallel: Parallel,
     optimizer: Optimizer | None,
+    *,
+    teacher: bool,
 ) -> None:
     """This rank's slices into its own file. What goes wrong on one rank is raised on all: else the
     first to speak would be one that misses its files.
@@ -193,6 +201,9 @@ def _write_slices(
         for kind in kinds:
             values = part.view if kind == "weight" else moments[part.parameter][kind][part.where]
             slices[_slice_key(kind, part.stored)] = values.detach().cpu().contiguous()
+    for part in adapter_slices(model, model_args, parallel, TEACHER) if teacher else ():
+        if part.owned:
+            slices[_slice_key(TEACHER, part.stored)] = part.view.detach().cpu().contiguous()
     error = ""
     try:
         save_file(slices, partial / f"rank-{parallel.rank}.safetensors")
@@ -214,18 +225,23 @@ def _join_files(
     alpha: float,
     dropout: float,
     base_model: str,
+    teacher: bool,
 ) -> None:
     """The ranks' slices as the files of a checkpoint."""
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
-    weights = _join(partial, "weight", shapes, parallel.world_size)
-    saved = weights | zero_tensors(model_args, rank, targets)
-    save_tensors(saved, partial, model_args.family, rank=rank, alpha=alpha, targets=targets)
-    sync(partial / TENSORS)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
     config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
-    _save_json(config, partial / CONFIG)
+    folders = {"weight": partial} | ({TEACHER: partial / TEACHER_FOLDER} if teacher else {})
+    for kind, folder in folders.items():
+        folder.mkdir(exist_ok=True)
+        weights = _join(partial, kind, shapes, parallel.world_size)
+        saved = weights | zero_tensors(model_args, rank, targets)
+        save_tensors(saved, folder, model_args.family, rank=rank, alpha=alpha, targets=targets)
+        sync(folder / TENSORS)
+        _save_json(config, folder / CONFIG)
+        sync(folder)
     if optimizer is not None:
         joined = {
             f"{name}.{kind}": t
@@ -237,6 +253,7 @@ def _join_files(
         full_state = state | {
             "num_updates": optimizer.num_updates,
             "loss_scale": optimizer.scaler_state(),
+            "teacher": teacher,
         }
         _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
     for path in partial.glob("rank-*.safetensors"):
@@ -250,14 +267,19 @@ def load_checkpoint(
     model_args: ModelArgs,
     parallel: Parallel,
     optimizer: Optimizer,
+    teacher: bool = False,
 ) -> None:
-    """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly.
-    Any parallel layout. No collectives.
+    """Set LoRA weights, moments, update count and loss scale to those of the checkpoint, exactly;
+    teacher: the teacher's LoRA too, where the checkpoint has it. Any parallel layout. No
+    collectives.
 
     Raises FileNotFoundError or ValueError naming the file when it is not complete.
     """
     state, moments = read_state(folder), optimizer.moments()
-    for name in (TENSORS, OPTIMIZER):
+    teacher_path = folder / TEACHER_FOLDER / TENSORS
+    names = [TENSORS, OPTIMIZER]
+    names += [f"{TEACHER_FOLDER}/{TENSORS}"] if teacher and state.get("teacher") else []
+    for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing; the checkpoint is not complete, resume from another "
@@ -271,6 +293,10 @@ def load_checkpoint(
                 moments[part.parameter][kind][part.where].copy_(
                     states.get_slice(f"{name}.{kind}")[index]
                 )
+    if teacher and teacher_path.is_file():
+        with _opened(teacher_path) as weights:
+            for part in adapter_slices(model, model_args, parallel, TEACHER):
+                part.view.copy_(weights.get_slice(part.stored.name)[part.stored.index])
     optimizer.num_updates = state["num_updates"]
     optimizer.load_scaler_state(state["loss_scale"])
 

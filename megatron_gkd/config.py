@@ -316,12 +316,13 @@ def workload(
     train, distill = config.train, config.distill
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
+    has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
     targets = config.lora.lora_target_modules
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
         targets=LINEARS if targets in ([], ["ALL"]) else targets,
-        has_teacher_adapter=bool(distill.teacher_adapter),
+        has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
         micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
         batch_size=train.per_device_train_batch_size,
@@ -330,6 +331,7 @@ def workload(
         completion_tokens=config.rollout.max_completion_length if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
+        num_laid_out=max(1, distill.may_be_on_policy + (distill.seq_kd and has_teacher_adapter)),
         tower_bytes=tower_bytes,
     )
 

@@ -34,6 +34,11 @@ class DataConfig:
         "is written in the run has up to --max_completion_length tokens after the prompt, "
         "whatever this says.",
     )
+    teacher_template: str | None = setting(
+        None,
+        "A Jinja file that makes the teacher's last user turn of the row's columns and of "
+        "`response`: what the student has just written, in other steps the row's own.",
+    )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
     skip_bad_rows: bool = setting(

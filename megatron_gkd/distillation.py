@@ -62,6 +62,21 @@ class DistillConfig:
         "The teacher is the base with this PEFT adapter, frozen, instead of the base alone; any "
         "rank, any linears.",
     )
+    teacher_ema: float | None = setting(
+        None,
+        "The teacher is an average of the student: after each update its LoRA becomes (1 - E) its "
+        "own + E the student's. 0.05 is SDFT's.",
+    )
+    teacher_sync_steps: int | None = setting(
+        None,
+        "The teacher is the student as it was: after every so many updates its LoRA becomes a "
+        "copy of the student's.",
+    )
+    teacher_start: Literal["student", "base"] = setting(
+        "student",
+        "What a teacher of --teacher_ema or --teacher_sync_steps starts from: the student's LoRA "
+        "(fresh, that is the base; else --adapter), or the base.",
+    )
     seq_kd: bool = setting(False, "Sequence-level KD: the teacher writes the responses.")
     sft_alpha: float = setting(
         0.0, "Loss = (1 - a) divergence + a cross-entropy; on data-set batches only."
@@ -75,6 +90,7 @@ class DistillConfig:
         parse_schedule(self.lmbda)
         require_in(self, POSITIVE, "temperature", way_out="1 to 4 is usual")
         require_in(self, SHARE, "sft_alpha")
+        self._check_teacher()
         if self.divergence_clip is not None:
             require_in(self, POSITIVE, "divergence_clip", way_out="leave it out for no limit")
         if self.loss_top_k is not None:
@@ -91,6 +107,54 @@ class DistillConfig:
             )
             allowed = "in (0, 1) in the guide's convention"
             require(0 < self.beta < 1, "beta", self.beta, allowed, way_out)
+
+    def _check_teacher(self) -> None:
+        """The flags of a teacher that follows the student, and what does not go with them."""
+        ema, sync = self.teacher_ema, self.teacher_sync_steps
+        if ema is not None:
+            require(0 < ema <= 1, "teacher_ema", ema, "in (0, 1]", "0.05 is usual")
+            allowed = "left out with --teacher_sync_steps"
+            require(sync is None, "teacher_ema", ema, allowed, "the teacher averages or copies")
+        if sync is not None:
+            require_at_least(self, 1, "teacher_sync_steps")
+        if self.teacher_follows:
+            allowed = "left out with --teacher_ema and --teacher_sync_steps"
+            way_out = (
+                "matrices of two adapters that have not grown from one have no average: start both "
+                "with --adapter"
+            )
+            given = self.teacher_adapter
+            require(given is None, "teacher_adapter", given, allowed, way_out)
+        else:
+            allowed = "for --teacher_ema and --teacher_sync_steps"
+            way_out = "without them the base alone is the teacher: leave it out"
+            start = self.teacher_start
+            require(start == "student", "teacher_start", start, allowed, way_out)
+
+    @property
+    def teacher_follows(self) -> bool:
+        """Whether the teacher has LoRA of its own that follows the student's."""
+        return self.teacher_ema is not None or self.teacher_sync_steps is not None
+
+    def teacher_rate(self, num_updates: int) -> float:
+        """E of teacher + E (student - teacher) after so many updates of the student; 1 is a copy, 0
+        leaves the teacher alone.
+        """
+        if self.teacher_sync_steps is not None:
+            return float(num_updates % self.teacher_sync_steps == 0)
+        return self.teacher_ema or 0.0
+
+    def teacher_line(self) -> str | None:
+        """What the teacher's LoRA is, for the start of a run; None: the teacher is the base
+        alone.
+        """
+        if self.teacher_adapter:
+            return f"frozen adapter {self.teacher_adapter}"
+        if self.teacher_ema is not None:
+            return f"average of the student's LoRA (--teacher_ema {self.teacher_ema:g})"
+        if self.teacher_sync_steps is not None:
+            return f"copy of the student's LoRA (--teacher_sync_steps {self.teacher_sync_steps})"
+        return None
 
     def lmbda_at(self, step: int) -> float:
         """Probability that the step with this number (the first is 0) is on-policy."""

@@ -55,6 +55,8 @@ class Workload:
     """0: no step writes its responses"""
     num_generations: int = 1
     prefill_tokens: int = 0
+    num_laid_out: int = 1
+    """Adapters that write: the student's, and the teacher's with --seq_kd"""
     tower_bytes: int = 0
 
     @property
@@ -209,7 +211,8 @@ def estimate(args: ModelArgs, layout: ParallelConfig, load: Workload) -> Estimat
         "towers": load.tower_bytes,
     }
     if load.completion_tokens:
-        always["LoRA laid out"] = laid_out_parameters(args, layout, load) * load.number_bytes
+        laid_out = laid_out_parameters(args, layout, load) * load.number_bytes
+        always["LoRA laid out"] = load.num_laid_out * laid_out
     rollout = rollout_parts(args, layout, load)
     return Estimate(always, training_parts(args, layout, load), rollout)
 

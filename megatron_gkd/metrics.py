@@ -230,6 +230,7 @@ class StepCounts:
     """Of one data-parallel rank"""
     cut_tokens: int
     truncated_responses: int
+    failed_teacher_views: int
     peak_memory_bytes: float
     stop: bool
 
@@ -248,7 +249,7 @@ class StepCounts:
         parallel: Parallel,
     ) -> "StepCounts":
         """From this rank's micro-batches, truncated responses, SIGTERM and most memory.
-        Collectives: a sum of four numbers over data-parallel ranks, a maximum of two over the
+        Collectives: a sum of five numbers over data-parallel ranks, a maximum of two over the
         world.
         """
         views = [view for batch in batches for view in (batch.student, batch.teacher)]
@@ -265,6 +266,7 @@ class StepCounts:
                 sum(view.size for view in views),
                 sum(batch.cut_tokens for batch in batches),
                 num_truncated,
+                sum(batch.num_failed_views for batch in batches),
             ],
             dtype=torch.float64,
             device=parallel.device,
@@ -277,13 +279,14 @@ class StepCounts:
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         *counts, stop, peak = torch.cat((sums, most)).tolist()  # the one wait for the device
-        num_tokens, num_places, cut_tokens, truncated_responses = map(int, counts)
+        num_tokens, num_places, cut_tokens, num_truncated, num_failed = map(int, counts)
         return cls(
             num_tokens,
             num_places,
             len(batches),
             cut_tokens,
-            truncated_responses,
+            num_truncated,
+            num_failed,
             peak_memory_bytes=peak,
             stop=bool(stop),
         )

@@ -63,7 +63,12 @@ def resume(
         return Progress()
     state = read_state(folder, "settings", *Progress.__dataclass_fields__)
     load_checkpoint(
-        folder, model=model, model_args=model_args, parallel=parallel, optimizer=optimizer
+        folder,
+        model=model,
+        model_args=model_args,
+        parallel=parallel,
+        optimizer=optimizer,
+        teacher=config.distill.teacher_follows,
     )
     for name, value in run_settings(config, parallel).items():
         if state["settings"].get(name) != value:
@@ -214,6 +219,7 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
             "settings": run_settings(run.config, run.parallel),
             "data": data_state(run.train_data, run.eval_data),
         },
+        teacher=run.config.distill.teacher_follows,
     )
     run.saved_step, run.save_owed = step, False
     log_rank_0(run.parallel, f"saved {folder}")

@@ -16,6 +16,7 @@ from megatron_gkd.data.loader import Numbered
 from megatron_gkd.data.micro_batches import Budget, attention_tokens, most_tokens
 from megatron_gkd.data.order import StepRows
 from megatron_gkd.device_memory import DeviceMemory
+from megatron_gkd.lora.average import follow
 from megatron_gkd.media.towers import StepMedia, Towers
 from megatron_gkd.metrics import Clock, Groups, StepCounts
 from megatron_gkd.model.args import ModelArgs
@@ -258,6 +259,17 @@ class Run:
             kind=train.lr_scheduler_type,
         )
 
+    def update(self, learning_rate: float, loss: float) -> Update:
+        """The student's update, which a teacher that follows the student then moves after; a step
+        that is skipped moves neither. Collectives: those of `Optimizer.step`.
+        """
+        update = self.optimizer.step(learning_rate, loss)
+        num_updates = self.progress.step - self.progress.skipped_steps + update.applied
+        rate = self.config.distill.teacher_rate(num_updates)
+        if update.applied and rate:
+            follow(self.model, rate)
+        return update
+
     def student_pass(self, batches: list[Batch]) -> AbstractContextManager[None]:
         """Around the student's forward and backward; see `Recomputation.student_pass`."""
         return self.recomputation.student_pass(batches) if self.recomputation else nullcontext()
@@ -279,6 +291,9 @@ class Run:
         per second, seconds, GiB.
         """
         step, step_time = self.progress.step, self.clock.step_time
+        of_template = {}
+        if self.config.data.teacher_template:
+            of_template = {"failed_teacher_views": counts.failed_teacher_views}
         return {
             "step": step,
             "epoch": step * self.global_batch_size / len(self.train_data),
@@ -290,6 +305,7 @@ class Run:
             / (self.global_batch_size * result.num_samples),
             "cut_tokens": counts.cut_tokens,
             "truncated_responses": counts.truncated_responses,
+            **of_template,
             "on_policy_share": self.progress.on_policy_steps / step,
             "skipped_steps": self.progress.skipped_steps,
             "micro_batches": counts.num_micro_batches,
@@ -348,6 +364,8 @@ def largest_micro_batch(
     if distill.writes_responses:
         written = lengths.prompts.max() + config.rollout.max_completion_length
         longest = max(longest, int(written))
+        if config.data.teacher_template:  # whose views are as long as what the student writes
+            longest = max(longest, config.data.max_length + config.rollout.max_completion_length)
     num_rows = config.train.global_batch_size(dp_size) * config.rollout.num_generations
     most = most_tokens(longest, num_rows, budget, packing.row_multiple)
     return -(-most // packing.sequence_multiple) * packing.sequence_multiple

@@ -10,13 +10,26 @@ from megatron_gkd.config import Config
 from megatron_gkd.data.dataset import SampleDataset
 from megatron_gkd.data.report import DataReport
 
+MORE_TO_SEE = "teacher_messages or teacher_prompt in the data rows, --teacher_template"
+
 
 def check_trainable(config: Config, report: DataReport) -> None:
     """Raise ValueError when none of the steps could learn anything."""
     distill = config.distill
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
-    if not (report.has_teacher_view or has_sft or distill.allow_zero_signal):
+    # a template may give the row's own response no text, and what the student writes some
+    has_view = report.has_teacher_view
+    has_view |= config.data.teacher_template is not None and distill.may_be_on_policy
+    if not (has_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
+        if distill.teacher_follows:
+            raise ValueError(
+                f"nothing to learn: the teacher is the {distill.teacher_line()} and sees the same "
+                "input, so where they start alike the divergence stays 0, and elsewhere it only "
+                f"holds the student back. Give the teacher more to see ({MORE_TO_SEE}), or set "
+                "--sft_alpha above 0 (it counts on the data set's own responses: --lmbda below 1, "
+                "no --seq_kd); --allow_zero_signal runs it all the same"
+            )
         if distill.teacher_adapter:
             checkpoint = find_checkpoint(resumes, config.run.output_dir) if resumes else None
             check_other_adapter(distill.teacher_adapter, checkpoint or config.lora.adapter)
@@ -30,8 +43,8 @@ def check_trainable(config: Config, report: DataReport) -> None:
         )
         raise ValueError(
             "nothing to learn: the teacher is the student with LoRA off and sees the same input, "
-            f"so {why}. Give the teacher more to see (teacher_messages or teacher_prompt in the "
-            "data rows) or an adapter of its own (--teacher_adapter), or set --sft_alpha above 0 "
+            f"so {why}. Give the teacher more to see ({MORE_TO_SEE}) or an adapter of its own "
+            "(--teacher_adapter), or set --sft_alpha above 0 "
             "(it counts on the data set's own responses: --lmbda below 1, no --seq_kd); "
             "--allow_zero_signal runs it all the same"
         )
@@ -87,7 +100,6 @@ def check_other_adapter(teacher: str, student: str | Path | None) -> None:
         raise ValueError(
             f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
             "from, and the teacher sees the same input, so the divergence is 0. Start from another "
-            "--adapter or from fresh LoRA, give the teacher more to see (teacher_messages or "
-            "teacher_prompt in the data rows), or set --sft_alpha above 0; --allow_zero_signal "
-            "runs it all the same"
+            f"--adapter or from fresh LoRA, give the teacher more to see ({MORE_TO_SEE}), or set "
+            "--sft_alpha above 0; --allow_zero_signal runs it all the same"
         )

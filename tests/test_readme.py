@@ -169,7 +169,7 @@ def test_data_examples_are_valid_rows():
         >= 3
     )
     assert sum(row.input_ids is not None for row in rows) >= 2
-    alone, speech, thumbnail, reference = examples("docs/data.md")
+    alone, speech, thumbnail, reference, _ = examples("docs/data.md")
     assert alone.teacher_messages and not alone.has_response
     assert speech.media["audio"] and not any(speech.teacher_media.values())
     assert (

@@ -150,6 +150,7 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
     config, adapter, _ = adapters.resolve(config, model_args, parallel, has_media=audio or visual)
     model = build.build_base(config, model_args, parallel, audio=audio, visual=visual)
     adapters.add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    adapters.add_teacher(model, config, model_args, parallel, None, None)
     ddp = in_gradient_reducer(model)
     return SimpleNamespace(
         parallel=parallel,

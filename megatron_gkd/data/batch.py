@@ -99,6 +99,11 @@ class Batch:
         """Trained tokens that did not fit into max_length, of all rows"""
         return sum(0 if sample is None else sample.cut_tokens for sample in self.samples)
 
+    @property
+    def num_failed_views(self) -> int:
+        """Rows for which --teacher_template made no view of the response, against its will"""
+        return sum(sample is not None and bool(sample.view_problem) for sample in self.samples)
+
     def to(self, device: str | torch.device) -> "Batch":
         """The batch with its tensors on `device`. Samples and media stay where they are: towers
         fetch what they encode.

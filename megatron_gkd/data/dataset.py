@@ -5,6 +5,7 @@ split off evaluation.
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from megatron_gkd.data.shared_folder import alone, made_once
 from megatron_gkd.data.source import Source, open_source
 from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
+from megatron_gkd.data.teacher_template import TeacherViews
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
@@ -34,7 +36,8 @@ class SampleDataset:
     counts. The rows are memory-mapped from a file that is already deleted: forked processes share
     them, but a SampleDataset cannot be pickled.
 
-    skip_bad_rows: whether a loader leaves out a row whose media cannot be read, or raises.
+    skip_bad_rows: whether a loader leaves out a row whose media cannot be read, or raises. views:
+    with --teacher_template.
     """
 
     def __init__(
@@ -44,13 +47,16 @@ class SampleDataset:
         processor: MediaProcessor,
         skipped: list[BadRow] | None = None,
         skip_bad_rows: bool = False,
+        views: TeacherViews | None = None,
     ):
         self._rows = rows
         self._processor = processor
         self.pad_token_id = pad_token_id
         self.skip_bad_rows = skip_bad_rows
         self.lengths = view_lengths(rows)
-        self.report = make_report(rows, self.lengths, skipped or [])
+        self._views = views
+        made = views is not None
+        self.report = make_report(rows, self.lengths, skipped or [], views_are_made=made)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -78,13 +84,28 @@ class SampleDataset:
     def digest(self) -> str:
         """Stands for the rows and their order, whatever files they come from."""
         found = hashlib.blake2b(digest_size=16)
-        for digest in self._rows.columns("digest")["digest"].to_pylist():
-            found.update(digest)
+        table = self._rows.columns("digest", "template_row")
+        for digest, row in zip(*(table[name].to_pylist() for name in table.column_names)):
+            found.update(digest + (row or "").encode())
         return found.hexdigest()
 
     def longest_response(self) -> int:
         """Most trained tokens of any response, of several turns each for itself."""
         return longest_response(self._rows)
+
+    def with_written_view(self, sample: Sample) -> Sample:
+        """With --teacher_template: `sample`, to which the student wrote a response, with the
+        teacher's view that this response makes; without: the sample. Where none can be made the
+        teacher reads what the student reads, and `view_problem` says why.
+        """
+        if self._views is None:
+            return sample
+        row = self._rows[sample.row]
+        encoded, processor = encoded_columns(row), self._processor
+        found = self._views.of_written(sample, row["template_row"], encoded, processor)
+        if found.view_problem:
+            return replace(found, view_problem=f"{row['location']}: {found.view_problem}")
+        return found
 
     def location(self, index: int) -> str:
         """Where row `index` came from: FILE:LINE, or NAME row N."""
@@ -163,18 +184,23 @@ def load_datasets(
     if data.split_dataset_ratio:
         train_rows, eval_rows = split(train_rows, data.split_dataset_ratio, seed)
     pad_token_id = chat.pad_token_id if chat is not None else 0
-    train = SampleDataset(train_rows, pad_token_id, processor, train_bad, data.skip_bad_rows)
-    if eval_rows is None:
-        return train, None
-    return train, SampleDataset(eval_rows, pad_token_id, processor, eval_bad, data.skip_bad_rows)
+    views = None
+    if encoding.template and chat:
+        views = TeacherViews(encoding.template, chat, data.max_length, vocab_size)
+
+    def dataset(rows: StoredRows, bad: list[BadRow]) -> SampleDataset:
+        return SampleDataset(rows, pad_token_id, processor, bad, data.skip_bad_rows, views)
+
+    train = dataset(train_rows, train_bad)
+    return train, None if eval_rows is None else dataset(eval_rows, eval_bad)
 
 
 def _kept(data: DataConfig, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
     """The folder of prepared rows. None with --check_data, which is to read everything."""
     if data.prepared_rows == "none" or data.check_data:
         return None
-    # chat and processor are what the model folder and the settings make them
-    values = encoding._asdict() | {"chat": None, "processor": None}
+    # these three are what the model folder, the settings and their files make them
+    values = encoding._asdict() | dict.fromkeys(("chat", "processor", "template"))
     return PreparedRows(
         data.prepared_rows or default_folder(),
         int(data.prepared_rows_gib * 2**30),

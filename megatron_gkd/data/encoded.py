@@ -358,3 +358,34 @@ def _view_with_media(
             for index, found in zip(of_kind[kind], positions[kind])
         ),
     )
+
+
+def written_teacher_view(
+    prompt: list[int], encoded: Encoded, sample: Sample, max_length: int, processor: MediaProcessor
+) -> View:
+    """The view of a teacher that reads `prompt`, one placeholder token a medium, before the
+    response of `sample`, which was written to the row `encoded`. Raises RowError where the prompt
+    has `max_length` tokens or more, or other placeholders than there are media for the teacher.
+    """
+    media = list(sample.media)
+    if media:
+        tokens = processor.token_ids
+        placeholders = find_placeholders(prompt, tokens, encoded.use_audio_in_video)
+        sizes: dict[str, list[Size]] = {kind: [] for kind in KINDS}
+        for index in encoded.teacher_media:
+            medium = media[index]
+            size = Size(medium.num_tokens, medium.grid_thw, medium.seconds_per_grid)
+            sizes[medium.kind].append(size)
+        check_counts(placeholders, sizes, "the teacher's view has")
+        prompt = fill(prompt, placeholders, sizes, tokens, as_given=True).ids
+    if len(prompt) >= max_length:
+        raise RowError(
+            f"the teacher's prompt has {len(prompt)} tokens of --max_length {max_length}"
+        )
+    response = sample.student.input_ids[sample.student.response_start :]
+    view = View(prompt + response, [IGNORED_LABEL] * len(prompt) + response, len(prompt))
+    if not encoded.teacher_media:
+        return view
+    return _view_with_media(
+        view, encoded.teacher_media, media, encoded.use_audio_in_video, processor.token_ids
+    )

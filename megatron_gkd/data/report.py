@@ -58,6 +58,8 @@ class DataReport:
     """Assistant turns that are not trained, since the chat template leaves out a part of them"""
     trimmed_turns: ChangedTurns = ChangedTurns()
     """Trained turns of which it leaves out white space"""
+    views_are_made: bool = False
+    """Whether --teacher_template makes the views, anew for each response that the student writes"""
 
     @property
     def has_teacher_view(self) -> bool:
@@ -82,8 +84,10 @@ class DataReport:
         media = (
             f"{kinds} (rows by what student > teacher perceive: {pairs}); {notes}" if kinds else ""
         )
+        made = ", made anew of what the student writes" * self.views_are_made
         return (
-            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view; {alone}"
+            f"{self.num_rows} rows, {self.num_teacher_views} of them with a teacher view{made}; "
+            f"{alone}"
             f"{media}"
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
@@ -131,7 +135,9 @@ def longest_response(rows: StoredRows) -> int:
     return int(np.diff(begins, append=len(trained)).max(initial=0))
 
 
-def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> DataReport:
+def make_report(
+    rows: StoredRows, lengths: Lengths, skipped: list[BadRow], *, views_are_made: bool
+) -> DataReport:
     """Counts encoded rows (columns: the fields of `Encoded` and `kinds`, `source`)."""
     table = rows.columns(
         "cut_tokens",
@@ -160,6 +166,7 @@ def make_report(rows: StoredRows, lengths: Lengths, skipped: list[BadRow]) -> Da
         skipped=skipped,
         shortened_turns=_changed_turns(table["shortened_turns"], table["location"]),
         trimmed_turns=_changed_turns(table["trimmed_turns"], table["location"]),
+        views_are_made=views_are_made,
     )
 
 

@@ -16,6 +16,7 @@ from megatron_gkd.data.forms import with_columns_renamed
 from megatron_gkd.data.render_options import RowDefaults, check_variables
 from megatron_gkd.data.rows import Row, check_row
 from megatron_gkd.data.source import Source
+from megatron_gkd.data.teacher_template import TeacherTemplate
 from megatron_gkd.data.views import conversations_of
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import DataError, RowError
@@ -52,6 +53,7 @@ SCHEMA = pyarrow.schema(
         "source": pyarrow.string(),
         "location": pyarrow.string(),
         "reason": pyarrow.string(),  # null: a good row
+        "template_row": pyarrow.string(),  # null: no --teacher_template
     }
 )
 _EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, [], [], [], False)  # stands for a bad row
@@ -73,6 +75,7 @@ class RowEncoding(NamedTuple):
     read_media: bool
     defaults: RowDefaults
     columns: dict[str, str]
+    template: TeacherTemplate | None
 
 
 def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncoding:
@@ -103,6 +106,7 @@ def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncodi
         data.check_data,
         defaults,
         json.loads(data.columns or "{}"),
+        TeacherTemplate(data.teacher_template) if data.teacher_template else None,
     )
 
 
@@ -121,12 +125,12 @@ def encode_source_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a source -> columns of `SCHEMA`. A row that cannot be used has a reason."""
     rows: list[Row | RowError] = []
+    of_template: dict[int, str] = {}
     for index in indices:
         try:
-            raw = with_columns_renamed(source.read(index), encoding.columns)
-            rows.append(
-                check_row(raw, encoding.vocab_size, source.folder_of(index), encoding.defaults)
-            )
+            row, stored = _checked(source, encoding, index)
+            rows.append(row)
+            of_template |= {index: stored} if stored else {}
         except RowError as error:
             rows.append(error)
     good = [(index, row) for index, row in zip(indices, rows) if isinstance(row, Row)]
@@ -149,8 +153,19 @@ def encode_source_rows(
     )
     return [
         _columns(source, index, row, row if isinstance(row, RowError) else next(encoded))
+        | {"template_row": of_template.get(index)}
         for index, row in zip(indices, rows)
     ]
+
+
+def _checked(source: Source, encoding: RowEncoding, index: int) -> tuple[Row, str | None]:
+    """Row `index` of a source and, with --teacher_template, what later views are made of."""
+    raw = with_columns_renamed(source.read(index), encoding.columns)
+    template, vocab_size, folder = encoding.template, encoding.vocab_size, source.folder_of(index)
+    if template is None:
+        return check_row(raw, vocab_size, folder, encoding.defaults), None
+    checked = check_row(template.without_view(raw), vocab_size, folder, encoding.defaults)
+    return template.with_view(checked, raw)
 
 
 def _columns(

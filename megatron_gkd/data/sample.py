@@ -76,6 +76,8 @@ class Sample:
     """Whether a rollout wrote the response"""
     log_probabilities: list[float] | None = None
     """In nats, of the response's tokens as the student drew them; None where it did not"""
+    view_problem: str = ""
+    """Why the teacher reads what the student reads, and not a view made of the response"""
 
     @property
     def has_response(self) -> bool:
@@ -109,6 +111,7 @@ class Sample:
             cut_tokens=0,
             is_written=True,
             log_probabilities=log_probabilities,
+            view_problem="",
         )
 
     @property

@@ -207,15 +207,15 @@ def count_parameters(
 
 
 def banner(
-    trainable: int, total: int, teacher_adapter: int = 0, teacher_folder: str | None = None
+    trainable: int, total: int, teacher_adapter: int = 0, teacher_lora: str | None = None
 ) -> str:
     """What the user looks for at the start: one model in memory, what the student and the teacher
-    make of it, and how little is trained. teacher_adapter: parameters of the adapter that the
-    teacher has from `teacher_folder`.
+    make of it, and how little is trained. teacher_lora: what LoRA the teacher has, if any, of
+    `teacher_adapter` parameters.
     """
     teacher = "base_model with LoRA disabled (frozen)"
-    if teacher_folder:
-        teacher = f"base_model + frozen adapter {teacher_folder} ({teacher_adapter:,} parameters)"
+    if teacher_lora:
+        teacher = f"base_model + {teacher_lora} ({teacher_adapter:,} parameters)"
     return (
         "Using shared base model architecture:\n"
         "  - Student model: base_model + LoRA (trainable)\n"

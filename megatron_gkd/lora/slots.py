@@ -1,10 +1,10 @@
 """The adapters on a linear, by name, and the toggle between them.
 
 Every LoRA module holds one slot per adapter: the `student`'s, which is trained, and where the
-teacher is more than the base alone the `teacher`'s, which is frozen. A pass activates one name in
-all modules; a module without a slot of that name computes its frozen base alone. So the teacher
-without an adapter of its own needs nothing in memory, and the two may differ in linears, rank and
-alpha. Another adapter (an average of the student's weights, say) is one more name.
+teacher is more than the base alone the `teacher`'s, which takes no gradients. A pass activates one
+name in all modules; a module without a slot of that name computes its frozen base alone. So the
+teacher without an adapter of its own needs nothing in memory, and the two may differ in linears,
+rank and alpha. The slot of a teacher that follows the student is moved by average.py.
 """
 
 from abc import ABC, abstractmethod
@@ -127,9 +127,7 @@ def as_student(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def as_teacher(model: nn.Module) -> AbstractContextManager[None]:
-    """The model is the teacher for a while: the base alone, or with the frozen adapter that was
-    loaded for it.
-    """
+    """The model is the teacher for a while: the base alone, or with the LoRA of its own."""
     return activate(model, TEACHER)
 
 

@@ -45,6 +45,8 @@ class Rollout:
     packing: Packing
     num_samples: int = 1
     """Responses to each prompt; each is a row of the step"""
+    with_written_view: Callable[[Sample], Sample] | None = None
+    """A row with the student's response -> the same with the teacher's view that this makes"""
     greedy: bool = False
     """Whether the most probable token is taken in place of a draw"""
 
@@ -52,8 +54,14 @@ class Rollout:
         """The same backend for the prompts of other data: one response to each, greedy, in
         micro-batches within `budget`.
         """
-        references = data.media_references
-        return replace(self, references=references, budget=budget, num_samples=1, greedy=True)
+        return replace(
+            self,
+            references=data.media_references,
+            with_written_view=data.with_written_view,
+            budget=budget,
+            num_samples=1,
+            greedy=True,
+        )
 
     def respond_or_skip(
         self, batches: Sequence[Batch], step: int, author: Author, media: StepMedia | None = None
@@ -118,11 +126,26 @@ class Rollout:
             )
         rows = [sample for batch in batches for sample in batch.samples if sample is not None]
         of_rows = iter(responses)
-        return [
-            (number, _answered(row, next(of_rows), author))
+        answered = [
+            (number, self._answered(row, next(of_rows), author))
             for row, number in zip(rows, prompts.sample_ids)
             for _ in range(self.num_samples)
         ]
+        problems = [sample.view_problem for _, sample in answered if sample.view_problem]
+        if problems:
+            log_rank_0(
+                self.parallel,
+                f"Step {step + 1}: the teacher reads {len(problems)} of {len(answered)} rows of "
+                f"rank 0 as the student does, without a view of its own: {problems[0]}",
+            )
+        return answered
+
+    def _answered(self, sample: Sample, response: Response, author: Author) -> Sample:
+        if author == "teacher":
+            return sample.with_response(list(response.token_ids))
+        drawn = response.log_probabilities
+        answered = sample.with_response(list(response.token_ids), drawn)
+        return self.with_written_view(answered) if self.with_written_view else answered
 
     def prompts(
         self, batches: Sequence[Batch], author: Author, media: StepMedia | None = None
@@ -174,11 +197,6 @@ class Rollout:
     def close(self) -> None:
         """Stop the backend."""
         self.backend.close()
-
-
-def _answered(sample: Sample, response: Response, author: Author) -> Sample:
-    drawn = response.log_probabilities if author == "student" else None
-    return sample.with_response(list(response.token_ids), drawn)
 
 
 def prompt_media(
@@ -265,6 +283,7 @@ def make_rollout(
         model=model,
         parallel=parallel,
         references=data.media_references,
+        with_written_view=data.with_written_view,
         max_new_tokens=settings.max_completion_length,
         stop_token_ids=stop_token_ids,
         budget=budget,
