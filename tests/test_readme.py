@@ -28,7 +28,6 @@ FOREIGN_FLAGS = {
     "gkd_logits_topk",
     "use_vllm",
     "adapters",
-    "log_completions",
     "help",
     "nproc_per_node",
     "check",

@@ -134,6 +134,11 @@ def test_names_and_what_changed_between_runs(tmp_path):
     assert ("lora_rank", [16, None]) in differing_settings(records[:1])
 
 
+def test_a_recipe_is_part_of_the_configuration(tmp_path):
+    record = read_run(write_run(tmp_path / "run", recipe="opsd"))
+    assert entries([record])[0].configuration[0] == "Qwen3-Omni-30B-A3B-Instruct, recipe opsd"
+
+
 def test_remarks_of_a_person(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "remarks.txt").write_text("warm-up too short\n")

@@ -68,6 +68,8 @@ GROUPS = (
             ),
             Metric("cut_tokens", "Data tokens beyond the limit", "tokens a step"),
             Metric("rollout_logprob_gap", "Rollout’s log-probability against training’s", "nats"),
+            Metric("importance_ratio", "Importance ratio of written tokens"),
+            Metric("importance_clipped", "Written tokens beyond --importance_clip", "%", 100.0),
         ),
     ),
     Group(

@@ -235,6 +235,8 @@ def _configuration(record: RunRecord) -> list[str]:
     if size := _global_batch_size(record):
         batch += f", batch {size:,}"
     model = PurePath(str(settings.get("model", "–"))).name
+    if settings.get("recipe"):
+        model += f", recipe {show(settings['recipe'])}"
     return [model, f"LoRA r {rank}, α {alpha}", loss, batch]
 
 
