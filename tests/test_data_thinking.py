@@ -94,26 +94,28 @@ def test_the_last_response_is_trained_whole(chat_of, name, content):
     [REASONED, "A tuning fork.", "<think>\n\n\nA  tone\n</think>A fork. ", " <think>a</think>b"],
 )
 def test_text_and_media_train_the_same(chat_of, name, response):
-    """The same ids, and the same text between the turn's beginning and them: an empty block that a
-    template puts before a response without reasoning belongs to the prompt of both.
-    """
     chat = chat_of(name)
-    found = []
+    trained, gaps = [], []
     for content in (TEXT, MEDIA):
         try:
             before, texts, changes = encode(chat, user(content), assistant(response))
         except RowError as error:
             assert name == "never, opened" and "</think>" not in response
             assert "its own generation prompt" in str(error)
-            found.append(None)
+            trained.append(None)
         else:
             prompt = generation_prompt(chat, user(content))
             assert before.startswith(prompt)
-            found.append((before[len(prompt) :], texts, changes))
-    assert found[0] == found[1]
-    if response == "A tuning fork." and found[0]:
-        block = {"block": "<think>\n\n</think>\n\n", "opened": "\n</think>\n\n"}.get(name, "")
-        assert found[0] == (block, ["A tuning fork." + END], [""])
+            trained.append((texts, changes))
+            gaps.append(before[len(prompt) :])
+    assert trained[0] == trained[1]
+    if response == "A tuning fork." and gaps:
+        # a block that the template puts before a response without reasoning, or closes, is prompt
+        assert gaps == {
+            "block": ["<think>\n\n</think>\n\n", ""],
+            "opened": ["\n</think>\n\n"] * 2,
+        }.get(name, ["", ""])
+        assert trained[0] == (["A tuning fork." + END], [""])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

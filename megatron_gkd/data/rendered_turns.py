@@ -8,9 +8,9 @@ that does not keep to this is refused with the reason.
 
 Templates also leave parts of a response out: reasoning where no user turn of text stands before it
 (a user turn with media), or in all turns but the last. The last response is what the model writes
-after the generation prompt, so all of it is trained there, and it is the same whether the turns
-before are text or hold media. An earlier turn that lacks a part is what the model reads later on
-and never what it writes: it is not trained.
+after the generation prompt, so all of it is trained there, in the form that the template gives it
+after turns of text. An earlier turn that lacks a part is what the model reads later on and never
+what it writes: it is not trained.
 """
 
 import json
@@ -104,12 +104,10 @@ class RenderedTurns:
         given = self._texts.locate(messages, options, options_key, whole, prompt)
         if given is None:
             given = self._one_by_one(messages, options, whole, prompt)
+        if given.turns[-1].change != "shortened":
+            return given
         found = self._after_text(messages, options, options_key, prompt)
-        if found is None:
-            if given.turns[-1].change != "shortened":
-                return given
-            found = self._own_text(messages, options, prompt)
-        text, response = found
+        text, response = found or self._own_text(messages, options, prompt)
         turns = [
             turn if text.startswith(given.text[: turn.end]) else TurnSpan(0, 0, "shortened")
             for turn in given.turns[:-1]
