@@ -122,6 +122,7 @@ def save_checkpoint(
     model_args: ModelArgs,
     parallel: Parallel,
     alpha: float,
+    use_rslora: bool = False,
     dropout: float,
     base_model: str,
     optimizer: Optimizer | None,
@@ -150,6 +151,7 @@ def save_checkpoint(
                 optimizer,
                 state | {"step": step},
                 alpha=alpha,
+                use_rslora=use_rslora,
                 dropout=dropout,
                 base_model=base_model,
             )
@@ -212,6 +214,7 @@ def _join_files(
     state: dict[str, Any],
     *,
     alpha: float,
+    use_rslora: bool,
     dropout: float,
     base_model: str,
 ) -> None:
@@ -221,10 +224,17 @@ def _join_files(
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     weights = _join(partial, "weight", shapes, parallel.world_size)
     saved = weights | zero_tensors(model_args, rank, targets)
-    save_tensors(saved, partial, model_args.family, rank=rank, alpha=alpha, targets=targets)
+    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
+    lora["use_rslora"] = use_rslora
+    save_tensors(saved, partial, model_args.family, **lora)
     sync(partial / TENSORS)
-    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-    config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
+    lora["dropout"] = dropout
+    config = peft_config(
+        model_args.family,
+        **lora,
+        base_model=base_model,
+        towers=towers,
+    )
     _save_json(config, partial / CONFIG)
     if optimizer is not None:
         joined = {
