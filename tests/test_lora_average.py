@@ -355,7 +355,7 @@ def _memory_of(argv, again):
         for base in [module.base.weight]
     ]
     has_room = all(module.base.rows.shape[2] - module.base.num_columns < 8 for module in grouped)
-    always = estimate(parts.model_args, config.parallel, workload(config)).always
+    always = estimate(parts.model_args, config.parallel, workload(config, parts.model_args)).always
     return sum(storages.values()), slots, sum(of_columns), has_room, sum(always.values())
 
 
@@ -372,7 +372,7 @@ def test_it_takes_one_more_slot_of_memory(folder, data, tmp_path):
     assert more[0] - less == 4 * slots[STUDENT] + 4 * columns
     assert more[4] - fewer == pytest.approx(more[0] - less, rel=0.002)
     both = [*flags, "--teacher_ema", "0.05", "--seq_kd", "true", "--lmbda", "0.5"]
-    assert workload(parse_config(both)).num_laid_out == 2
+    assert workload(parse_config(both), read_model_args(folder)).num_laid_out == 2
 
 
 def test_what_could_learn_nothing_is_refused(folder, data, tmp_path):
