@@ -209,6 +209,13 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     path.write_bytes(LINES * 2)
     with pytest.raises(RowError, match="its file has changed since its rows were counted"):
         source.read(0)
+    source = open_source(str(path), 0)
+    path.unlink()
+    for number in range(9):  # more than stay open
+        (tmp_path / f"{number}.jsonl").write_bytes(b"{}")
+        read(tmp_path / f"{number}.jsonl")
+    with pytest.raises(RowError, match="its file cannot be read any more: .*No such file"):
+        source.read(0)
 
 
 def test_memory_holds_no_file(tmp_path):
