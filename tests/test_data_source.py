@@ -138,7 +138,7 @@ def test_a_list_in_a_cell_is_json():
     assert row == check_row(lists | {"use_audio_in_video": True}, 10, "/data")
     assert row.media["video"][0].path == "/data/b.mp4" and row.use_audio_in_video
     assert check_row({"input_ids": "[1, 2]", "labels": " [-100, 2]"}, 10).input_ids == [1, 2]
-    with pytest.raises(RowError, match="messages is text that is not JSON: "):
+    with pytest.raises(RowError, match="messages is text that is not JSON .*json.dumps writes it"):
         check_row({"messages": str(turns)}, 10)
 
 
