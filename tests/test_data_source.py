@@ -138,7 +138,7 @@ def test_a_list_in_a_cell_is_json():
     assert row == check_row(lists | {"use_audio_in_video": True}, 10, "/data")
     assert row.media["video"][0].path == "/data/b.mp4" and row.use_audio_in_video
     assert check_row({"input_ids": "[1, 2]", "labels": " [-100, 2]"}, 10).input_ids == [1, 2]
-    with pytest.raises(RowError, match="messages is text that is not JSON: "):
+    with pytest.raises(RowError, match="messages is text that is not JSON .*json.dumps writes it"):
         check_row({"messages": str(turns)}, 10)
 
 
@@ -208,6 +208,13 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     source = open_source(str(path), 0)
     path.write_bytes(LINES * 2)
     with pytest.raises(RowError, match="its file has changed since its rows were counted"):
+        source.read(0)
+    source = open_source(str(path), 0)
+    path.unlink()
+    for number in range(9):  # more than stay open
+        (tmp_path / f"{number}.jsonl").write_bytes(b"{}")
+        read(tmp_path / f"{number}.jsonl")
+    with pytest.raises(RowError, match="its file cannot be read any more: .*No such file"):
         source.read(0)
 
 

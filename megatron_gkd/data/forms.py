@@ -83,7 +83,9 @@ def json_value(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{where} is text that is not JSON: {error}") from None
+        raise RowError(
+            f"{where} is text that is not JSON ({error}); json.dumps writes it, str() does not"
+        ) from None
 
 
 def as_json(value: Any, where: str) -> str:

@@ -86,10 +86,13 @@ class _File(NamedTuple):
     unpacked: BinaryIO | None
 
     def read(self, start: int, end: int) -> bytes:
-        file = self.unpacked or _held(self.path, self.state)
-        if self.unpacked is None and _state(file) != self.state:
-            raise RowError("its file has changed since its rows were counted")
-        return os.pread(file.fileno(), end - start, start)
+        try:
+            file = self.unpacked or _held(self.path, self.state)
+            if self.unpacked is None and _state(file) != self.state:
+                raise RowError("its file has changed since its rows were counted")
+            return os.pread(file.fileno(), end - start, start)
+        except OSError as error:
+            raise RowError(f"its file cannot be read any more: {first_line(error)}") from None
 
     def lines(self, start: int) -> Iterator[bytes]:
         """From `start` to the end."""
