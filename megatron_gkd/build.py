@@ -119,8 +119,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         log_rank_0(
             parallel,
             f"Note: {', '.join(changed)}: on-policy responses are not drawn from the student's own "
-            "distribution, as the papers draw them (--rollout_temperature 1 --top_p 1 --top_k 0 "
-            "--repetition_penalty 1; docs/recipes.md)",
+            "distribution (docs/recipes.md; off: --rollout_temperature 1 --top_p 1 --top_k 0 "
+            "--repetition_penalty 1)",
         )
     rollout = eval_rollout = rollout_log = None
     if writes:

@@ -49,7 +49,7 @@ def test_a_file_wins_over_a_recipe_and_flags_over_both(tmp_path, capsys, monkeyp
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 3e-5\nlora_rank: 16\ndataset: [a, b]\ntop_p: 0.8\n")
     argv = ["--recipe=opsd", "--config", str(path), "--lora-rank", "4", "--model", "/m"]
-    config = parse_config([*argv, "--no_tensorboard"])
+    config = parse_config([*argv, "--no_rollout_cuda_graphs"])
     assert (config.lora.lora_rank, config.lora.lora_alpha) == (4, 128)
     assert (config.train.learning_rate, config.distill.temperature) == (3e-5, 1.1)
     assert config.data.dataset == ["a", "b"] and config.run.recipe == "opsd"
@@ -59,7 +59,7 @@ def test_a_file_wins_over_a_recipe_and_flags_over_both(tmp_path, capsys, monkeyp
     )
     assert "learning_rate" not in of_recipe and "top_k=20" in of_recipe
     assert of_file == "Settings from --config: learning_rate=3e-5 dataset=a,b top_p=0.8"
-    flags = f"recipe=opsd config={path} lora_rank=4 model=/m tensorboard=false"
+    flags = f"recipe=opsd config={path} lora_rank=4 model=/m rollout_cuda_graphs=false"
     assert of_flags == f"Settings from flags: {flags}"
     expected = "learning_rate=2e-4 lora_rank=64 top_p=0.95"
     assert vain == f"Not from --recipe opsd, given elsewhere: {expected}"
