@@ -327,6 +327,7 @@ def workload(
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
+    teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
@@ -340,7 +341,7 @@ def workload(
         completion_tokens=config.rollout.max_completion_length if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
-        num_laid_out=max(1, distill.may_be_on_policy + (distill.seq_kd and has_teacher_adapter)),
+        num_laid_out=1 + (has_teacher_adapter and teacher_writes),
         tower_bytes=tower_bytes,
     )
 

@@ -56,7 +56,7 @@ class Workload:
     num_generations: int = 1
     prefill_tokens: int = 0
     num_laid_out: int = 1
-    """Adapters that write: the student's, and the teacher's with --seq_kd"""
+    """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
     tower_bytes: int = 0
 
     @property

@@ -371,8 +371,10 @@ def test_it_takes_one_more_slot_of_memory(folder, data, tmp_path):
     )
     assert more[0] - less == 4 * slots[STUDENT] + 4 * columns
     assert more[4] - fewer == pytest.approx(more[0] - less, rel=0.002)
-    both = [*flags, "--teacher_ema", "0.05", "--seq_kd", "true", "--lmbda", "0.5"]
-    assert workload(parse_config(both), read_model_args(folder)).num_laid_out == 2
+    writes = [*flags, "--teacher_ema", "0.05", "--lmbda", "0.5"]
+    for more, expected in [([], 2), (["--log_rollouts", "0"], 1), (["--seq_kd", "true"], 2)]:
+        load = workload(parse_config(writes + more), read_model_args(folder))
+        assert load.num_laid_out == expected
 
 
 def test_what_could_learn_nothing_is_refused(folder, data, tmp_path):

@@ -133,9 +133,10 @@ class Rollout:
         ]
         problems = [sample.view_problem for _, sample in answered if sample.view_problem]
         if problems:
+            when = f"Evaluation after step {step}" if self.greedy else f"Step {step + 1}"
             log_rank_0(
                 self.parallel,
-                f"Step {step + 1}: the teacher reads {len(problems)} of {len(answered)} rows of "
+                f"{when}: the teacher reads {len(problems)} of {len(answered)} rows of "
                 f"rank 0 as the student does, without a view of its own: {problems[0]}",
             )
         return answered
