@@ -92,6 +92,51 @@ def test_what_is_wrong_is_named(broken, change, message):
     assert str(broken) in str(error.value)
 
 
+def test_a_thinker_whose_config_asks_for_a_talker(broken):
+    """The way out is said, and is one."""
+    rewrite(broken, drop(("talker.", "code2wav.")))
+    way_out = 'asks for them: set "enable_audio_output": false'
+    with pytest.raises(ValueError, match=f"nothing of talker or vocoder, .*{way_out}"):
+        open_source(broken, None, "test")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"enable_audio_output": False}))
+    open_source(broken, None, "test")
+
+
+def test_a_config_of_another_part_than_the_tensors(broken):
+    config = json.loads((broken / "config.json").read_text())
+    tensors = load_file(broken / SINGLE)
+    thinker = {n.removeprefix("thinker."): t for n, t in tensors.items() if n[:8] == "thinker."}
+    save_file(thinker, broken / SINGLE, metadata={"format": "pt"})
+    model_type = "qwen3_omni_moe_thinker"
+    way_out = f'replace config.json by its "thinker_config" alone, with model_type {model_type}'
+    with pytest.raises(ValueError, match=f"misses tensor thinker.model.*; .*: {way_out}"):
+        open_source(broken, None, "test")
+    alone = config["thinker_config"] | {"model_type": model_type}
+    (broken / "config.json").write_text(json.dumps(alone))
+    open_source(broken, None, "test")
+    save_file(tensors, broken / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="replace config.json by that of the whole model"):
+        open_source(broken, None, "test")
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("where", ["", "thinker_config.", "text_config."])
+def test_quantised_folders_are_named_before_any_tensor(broken, method, where):
+    config = json.loads((broken / "config.json").read_text())
+    part = config if not where else config["thinker_config"]
+    part = part["text_config"] if where == "text_config." else part
+    part["quantization_config"] = {"quant_method": method}
+    (broken / "config.json").write_text(json.dumps(config))
+    drop("")(tensors := load_file(broken / SINGLE))
+    save_file(tensors, broken / SINGLE)
+    message = rf"config.json: {where}quantization_config says .* quantised \({method}\), .*: take"
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(broken, None, "test")
+    dequantised = method in ("fp8", "compressed-tensors", "bitsandbytes")
+    assert ("save it from transformers" in str(error.value)) == dequantised
+
+
 def test_a_voice_that_is_switched_off(broken):
     """Without `enable_audio_output` transformers builds no talker: its tensors may be there."""
     config = json.loads((broken / "config.json").read_text())

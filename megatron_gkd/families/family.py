@@ -25,6 +25,8 @@ class Tower:
     """Its list of layers"""
     lora_linears: tuple[str, ...]
     """What `--lora_towers` wraps in each layer"""
+    ends: tuple[str, ...]
+    """Its other linears (of a list the first), on which LoRA can only be merged"""
     load_class: Callable[[], Any]
     """transformers' class of it"""
 
@@ -71,6 +73,8 @@ class Family:
     """Prefixes of the tensors of models that are never trained and travel along: `talker.`"""
     other_models_title: str = "other models"
     """For messages: `talker or vocoder`"""
+    other_models_switch: str = ""
+    """The setting of config.json that says whether they are there"""
     media_settings: Callable[[Any], dict[str, Any]] | None = None
     """transformers' config -> the fields of `media.positions.MediaTokenIds`. Raises ValueError
     naming one that is missing."""

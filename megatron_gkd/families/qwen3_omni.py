@@ -111,6 +111,7 @@ FAMILY = Family(
                 "fc1",
                 "fc2",
             ),
+            ends=("conv_out", "proj1", "proj2"),
             load_class=_audio_encoder,
         ),
         Tower(
@@ -119,11 +120,19 @@ FAMILY = Family(
             output_size="out_hidden_size",
             layers="blocks",
             lora_linears=("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+            ends=(
+                "patch_embed.proj",
+                "merger.mlp.0",
+                "merger.mlp.2",
+                "merger_list.0.mlp.0",
+                "merger_list.0.mlp.2",
+            ),
             load_class=_vision_encoder,
         ),
     ),
     other_models=("talker.", "code2wav."),
     other_models_title="talker or vocoder",
+    other_models_switch="enable_audio_output",
     media_settings=_media_settings,
     num_audio_tokens=_num_audio_tokens,
     # With "thinker." PEFT loads the adapter on the whole model and on a thinker alone; without it

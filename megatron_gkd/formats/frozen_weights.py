@@ -62,8 +62,17 @@ def check_frozen_weights(folder: SafetensorsFolder, model_args: ModelArgs) -> No
     for what, names in (("misses", missing), ("has unexpected", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            hint = ""
+            if names is missing and others and not any(n.startswith(others) for n in found):
+                family = model_args.family
+                hint = (
+                    f"; it has nothing of {family.other_models_title}, and config.json asks for "
+                    f'them: set "{family.other_models_switch}": false there if they are not '
+                    "wanted, or copy their files from the original folder"
+                )
             raise ValueError(
                 f"{folder.folder}: the folder {what} tensor {names[0]}{more} (by its config.json)"
+                f"{hint}"
             )
     for name, size in sizes.items():
         tensor = found[name]

@@ -162,7 +162,7 @@ def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
             )
             raise ValueError(
                 f"{folder.folder}: the folder {what} tensor {names[0]}{more} "
-                f"(sizes are those of its config.json){hint}"
+                f"(sizes are those of its config.json){hint or _other_prefix(folder, model_args)}"
             )
     for name, size in expected.items():
         tensor, file = folder.slice(name), folder.folder / folder.file_of[name]
@@ -178,6 +178,23 @@ def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
             )
     if model_args.tie_word_embeddings and f"{model_args.prefix}lm_head.weight" in folder.file_of:
         _check_tied(folder, model_args)
+
+
+def _other_prefix(folder: SafetensorsFolder, model_args: ModelArgs) -> str:
+    """The way out where config.json is the whole model's and the tensors those of a part alone, or
+    the other way round.
+    """
+    family = model_args.family
+    names = {prefix: f"{prefix}model.norm.weight" for prefix in family.prefixes.values()}
+    held = [prefix for prefix, name in names.items() if name in folder.file_of]
+    if not held or held[0] == model_args.prefix:
+        return ""
+    wanted = next(name for name, prefix in family.prefixes.items() if prefix == held[0])
+    change = f'its "{family.section}" alone' if model_args.prefix else "that of the whole model"
+    return (
+        f"; the tensors are named as those of a {wanted} and config.json is of a "
+        f"{model_args.model_type}: replace config.json by {change}, with model_type {wanted}"
+    )
 
 
 def _check_tied(folder: SafetensorsFolder, model_args: ModelArgs) -> None:

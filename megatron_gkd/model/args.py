@@ -140,9 +140,43 @@ def read_config(folder: str | Path) -> FolderConfig:
         if not isinstance(text, dict) or not text:
             missing = ".".join(name for name in (section, family.text_section) if name)
             raise ValueError(f"{missing} is missing")
+        for where, part in (
+            ("", raw),
+            (f"{section}.", settings),
+            (f"{family.text_section}.", text),
+        ):
+            _refuse_quantised(part, where, family)
         return FolderConfig(path, model_type, settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+# How transformers gives plain weights of a quantised folder, by quant_method.
+_DEQUANTISE = {
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "bitsandbytes": "and .dequantize() on the model",
+    "compressed-tensors": "quantization_config=CompressedTensorsConfig(run_compressed=False)",
+}
+_SETTINGS = ("quantization_config", "compression_config")
+
+
+def _refuse_quantised(settings: dict[str, Any], where: str, family: Family) -> None:
+    """Raise ValueError where a part of config.json says that its weights are quantised, with where
+    others come from.
+    """
+    for name in _SETTINGS:
+        quantised = settings.get(name)
+        if not quantised:
+            continue
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        way_out = _DEQUANTISE.get(str(method))
+        dequantised = f", or save it from transformers with from_pretrained({way_out})"
+        raise ValueError(
+            f"{where}{name} says that the weights are quantised ({method or 'method unknown'}), "
+            f"and LoRA is trained beside bfloat16, float16 or float32 ones: take the "
+            f"{family.title} folder that it was made from (on the hub the one without FP8, AWQ, "
+            f"GPTQ or Int4 in its name){dequantised if way_out else ''}"
+        )
 
 
 def read_model_args(folder: str | Path) -> ModelArgs:
