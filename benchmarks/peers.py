@@ -52,7 +52,7 @@ from benchmarks.report import commit, machine, number, ratio, table
 from benchmarks.rollout_real import SAMPLED, RolloutBench
 from benchmarks.training_step import LEARNING_RATE, Training, peak_gib, reset_peak
 from megatron_gkd.lora import as_student
-from megatron_gkd.lora.adapter import ATTENTION, LINEARS
+from megatron_gkd.lora_targets import ATTENTION, LINEARS
 from megatron_gkd.parallel import destroy, resolve_device
 
 TARGETS = {"attention": ATTENTION, "all": LINEARS}

@@ -15,9 +15,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_gkd.data import Batch, Packing, Sample, View, collate
-from megatron_gkd.lora.adapter import LINEARS, resolve_targets
 from megatron_gkd.lora.apply import apply_lora, expert_columns
 from megatron_gkd.lora.slots import STUDENT
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder
@@ -102,8 +102,8 @@ def random_decoder(
         context_parallel_size=context_parallel_size,
         seed=seed,
     )
-    model_args, targets = shape.model_args(), resolve_targets(list(targets))
-    columns = expert_columns([(lora_rank, targets)])
+    model_args, targets = shape.model_args(), list(targets)
+    columns = expert_columns([(lora_rank, targets)], model_args.num_layers)
     model = build_decoder(model_args, parallel, dtype, recompute=recompute, spare_columns=columns)
     apply_lora(
         model,

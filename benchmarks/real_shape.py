@@ -62,8 +62,8 @@ from benchmarks.step_costs import (
 )
 from benchmarks.training_step import StepResult, Training, peak_gib, reset_peak
 from megatron_gkd.flags import exit_with
-from megatron_gkd.lora.adapter import ATTENTION, LINEARS
 from megatron_gkd.lora.apply import count_parameters
+from megatron_gkd.lora_targets import ATTENTION, LINEARS
 from megatron_gkd.parallel import destroy, resolve_device, use_deterministic_kernels
 
 TARGETS = {"all": LINEARS, "attention": ATTENTION}

@@ -37,11 +37,12 @@ from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora
-from megatron_gkd.lora.adapter import LINEARS, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_config import peft_config
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.peft_writer import save_tensors
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.parallel import destroy, initialize, resolve_device

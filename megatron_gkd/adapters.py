@@ -2,6 +2,7 @@
 an adapter or a checkpoint, and the teacher's; both put on the model.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 
 from megatron_gkd.checkpoint import TEACHER_FOLDER, find_checkpoint
-from megatron_gkd.config import Config
-from megatron_gkd.lora.adapter import HEAD, applied, resolve_targets
+from megatron_gkd.config import Config, flag_targets
+from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.apply import (
     apply_lora,
     banner,
@@ -20,8 +21,17 @@ from megatron_gkd.lora.apply import (
 )
 from megatron_gkd.lora.average import add_average
 from megatron_gkd.lora.load import load_adapter, load_teacher
-from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.peft_folder import PeftAdapter, merge_only_message
 from megatron_gkd.lora.slots import TEACHER
+from megatron_gkd.lora_settings import LoraConfig, scale_divisor
+from megatron_gkd.lora_targets import (
+    HEAD,
+    describe_targets,
+    is_expression,
+    parse_layers,
+    resolve_targets,
+    tower_paths,
+)
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, log_rank_0
 
@@ -62,31 +72,93 @@ def resolve(
             f"{model_args.family.other_models_title} "
             f"({adapter.outside[0]}, ...) are left out here and in what this run saves",
         )
+    if adapter:
+        check_trainable_linears(adapter, model_args, parallel, has_media=has_media)
     rank = config.lora.lora_rank or (adapter.rank if adapter else 8)
-    alpha = config.lora.lora_alpha or (adapter.alpha * (rank / adapter.rank) if adapter else 16.0)
-    targets = resolve_targets(
-        config.lora.lora_target_modules or (adapter.targets if adapter else ["ALL"])
-    )
+    use_rslora = config.lora.use_rslora or bool(adapter and adapter.use_rslora)
+    alpha = config.lora.lora_alpha or 16.0
+    if adapter and not config.lora.lora_alpha:  # at its own rank exactly its own
+        of_adapter = scale_divisor(adapter.rank, adapter.use_rslora)
+        alpha = adapter.stated_alpha * (scale_divisor(rank, use_rslora) / of_adapter)
+    targets = _targets(config.lora, model_args, parallel, adapter)
     if HEAD in targets and model_args.tie_word_embeddings:
         raise ValueError(
             f"--lora_target_modules {','.join(targets)}: the {HEAD} of this model is its embedding "
             f"(tie_word_embeddings), on which LoRA would change both; leave {HEAD} out"
         )
-    if targets == [HEAD] and parallel.pp_size > 1:
-        raise ValueError(
-            f"LoRA on {HEAD} alone leaves the stages before the last nothing to train: "
-            f"--pipeline_model_parallel_size {parallel.pp_size} must be 1, or name more in "
-            "--lora_target_modules"
-        )
     resolved = replace(
         config,
         model=replace(config.model, device="cuda" if parallel.device.type == "cuda" else "cpu"),
-        lora=replace(config.lora, lora_rank=rank, lora_alpha=alpha, lora_target_modules=targets),
+        lora=replace(
+            config.lora,
+            lora_rank=rank,
+            lora_alpha=alpha,
+            use_rslora=use_rslora,
+            lora_target_modules=targets,
+        ),
         run=replace(
             config.run, resume_from_checkpoint=str(resume_folder) if resume_folder else None
         ),
     )
     return resolved, adapter, resume_folder
+
+
+def _targets(
+    lora: LoraConfig, model_args: ModelArgs, parallel: Parallel, adapter: PeftAdapter | None
+) -> list[str]:
+    """The linears of the student's LoRA: by the flags, or the adapter's."""
+    words = lora.lora_target_modules
+    if words or not adapter:
+        targets = flag_targets(lora, model_args)
+    else:
+        layers = parse_layers(lora.lora_layers, model_args.num_layers) if lora.lora_layers else None
+        targets = resolve_targets(adapter.targets, model_args, layers) if adapter.targets else []
+    if not targets:
+        raise ValueError(
+            f"--lora_layers {' '.join(lora.lora_layers) or '(all)'} leaves the decoder no linear "
+            "with LoRA, which is what is trained; name others, or --lora_target_modules"
+        )
+    if is_expression(words):
+        expression = re.compile(words[0])
+        in_towers = [
+            path for path in tower_paths(model_args, ends=False) if expression.fullmatch(path)
+        ]
+        log_rank_0(parallel, f"--lora_target_modules {words[0]}: {describe_targets(targets)}")
+        if in_towers:
+            done = "all their linears carry LoRA" if lora.lora_towers else "they stay frozen"
+            log_rank_0(
+                parallel,
+                f"Note: it matches linears of the towers too ({in_towers[0]}, ...), which "
+                f"--lora_towers alone decides on: {done}",
+            )
+    return targets
+
+
+def check_trainable_linears(
+    adapter: PeftAdapter,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    *,
+    has_media: bool,
+    may_be_merged: bool = True,
+) -> None:
+    """Raise ValueError for LoRA on linears that can only be merged; that of the towers' ends is
+    left out, with a note, where text alone is trained. may_be_merged: False for a teacher's, which
+    would change the student's base.
+    """
+    in_towers = tuple(f"{tower.name}." for tower in model_args.family.towers)
+    merge_only = adapter.merge_only
+    if not has_media and in_towers:
+        idle = [linear for linear in merge_only if linear.startswith(in_towers)]
+        merge_only = [linear for linear in merge_only if linear not in idle]
+        if idle:
+            log_rank_0(
+                parallel,
+                f"Note: {adapter.folder}: has LoRA on {len(idle)} linears at the towers' ends "
+                f"({idle[0]}, ...), which text does not reach: it is left out",
+            )
+    if merge_only:
+        raise ValueError(merge_only_message(adapter, merge_only, may_be_merged))
 
 
 @contextmanager
@@ -109,6 +181,9 @@ def open_teacher(
         return None
     with named_by_flag("teacher_adapter"):
         adapter = PeftAdapter(folder, model_args)
+        check_trainable_linears(
+            adapter, model_args, parallel, has_media=has_media, may_be_merged=False
+        )
         if HEAD in adapter.targets and model_args.tie_word_embeddings:
             raise ValueError(
                 f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
@@ -137,23 +212,19 @@ def add_lora(
     model_args: ModelArgs,
     parallel: Parallel,
     adapter: PeftAdapter | None,
-    *,
-    more_linears: bool,
 ) -> None:
     """LoRA on the decoder and, with --lora_towers, on the towers: fresh, or with the weights of
-    `adapter` (--adapter, or the checkpoint that is resumed). Raises ValueError where they do not
-    fit.
-
-    more_linears: whether linears that the adapter lacks may start fresh.
+    `adapter` (--adapter, or the checkpoint that is resumed); linears that it lacks start fresh.
+    Raises ValueError where they do not fit.
     """
     lora = config.lora
-    rank, alpha, targets = lora.rank, lora.alpha, lora.lora_target_modules
+    rank, targets = lora.rank, lora.lora_target_modules
     apply_lora(
         model,
         model_args,
         parallel,
         rank=rank,
-        alpha=alpha,
+        alpha=lora.plain_alpha,
         dropout=lora.lora_dropout,
         targets=targets,
         seed=config.train.seed,
@@ -161,14 +232,14 @@ def add_lora(
     )
     applied(model)  # raises where no linear of this stage carries LoRA
     if adapter:
-        load_adapter(model, model_args, parallel, adapter, more_linears=more_linears)
+        load_adapter(model, model_args, parallel, adapter)
         line = f"LoRA from {adapter.folder} (rank {adapter.rank}" + (
             f", continued at rank {rank})" if rank != adapter.rank else ")"
         )
         if not config.run.resume_from_checkpoint:  # otherwise `resume` says how the run goes on
             line += (
-                f": alpha {adapter.alpha:g} -> {alpha:g}. The function is unchanged; the optimizer "
-                "starts anew at step 0"
+                f": alpha {adapter.stated_alpha:g} -> {lora.alpha:g}. The function is unchanged; "
+                "the optimizer starts anew at step 0"
             )
         log_rank_0(parallel, line)
         for note in adapter_notes(adapter):
@@ -220,6 +291,11 @@ def adapter_notes(adapter: PeftAdapter) -> list[str]:
         notes.append(
             "Note: gate_proj and up_proj share one W_down in it; here each has its own, and the "
             "gradient norm counts both"
+        )
+    if adapter.in_old_order:
+        notes.append(
+            "Note: its LoRA on fused experts is in the order of peft before 0.19.1 and read so; "
+            "what this run saves is in today's"
         )
     return notes
 

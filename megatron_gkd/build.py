@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
-from megatron_gkd.config import Config, layout_line, workload
+from megatron_gkd.config import Config, flag_targets, layout_line, workload
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.device_memory import DeviceMemory, device_name
@@ -59,7 +59,6 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     check_skipped_tokens(config, train_data)
     kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
     audio, visual = "audio" in kinds, bool(kinds - {"audio"})
-    more_linears = bool(config.lora.lora_target_modules)  # before `resolve` fills the flag in
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
     )
@@ -87,7 +86,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             **towers,
         )
     model = build_base(config, model_args, parallel, teacher=teacher, **towers)
-    add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    add_lora(model, config, model_args, parallel, adapter)
     add_teacher(model, config, model_args, parallel, teacher, resume_folder)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_line())
     log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
@@ -192,6 +191,7 @@ def read_data(
             f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
             "leave it out"
         )
+    flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
         check_writable(config.run.output_dir)
@@ -241,6 +241,7 @@ def check_fits(
     num_parameters = tower_parameters(config.model.model, model_args, *wanted)
     load = workload(
         config,
+        model_args,
         micro_batch_tokens=micro_batch_tokens,
         prompt_tokens=prompt_tokens,
         writes=writes,
@@ -297,7 +298,7 @@ def build_base(
         attn_impl=config.model.attn_impl,
         experts_impl=config.model.experts_impl,
         recompute=config.model.recompute != "none",
-        spare_columns=expert_columns(adapters),
+        spare_columns=expert_columns(adapters, model_args.num_layers),
     )
     started = time.perf_counter()
     num_bytes = load_weights(model, model_args, parallel, config.model.model)

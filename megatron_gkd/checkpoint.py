@@ -125,6 +125,7 @@ def save_checkpoint(
     model_args: ModelArgs,
     parallel: Parallel,
     alpha: float,
+    use_rslora: bool = False,
     dropout: float,
     base_model: str,
     optimizer: Optimizer | None,
@@ -155,6 +156,7 @@ def save_checkpoint(
                 optimizer,
                 state | {"step": step},
                 alpha=alpha,
+                use_rslora=use_rslora,
                 dropout=dropout,
                 base_model=base_model,
                 teacher=teacher,
@@ -223,6 +225,7 @@ def _join_files(
     state: dict[str, Any],
     *,
     alpha: float,
+    use_rslora: bool,
     dropout: float,
     base_model: str,
     teacher: bool,
@@ -231,17 +234,20 @@ def _join_files(
     rank, _, targets = applied(model)
     towers = list(tower_loras(model))
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
-    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-    config = peft_config(model_args.family, **lora, base_model=base_model, towers=towers)
+    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
+    lora["use_rslora"] = use_rslora
+    own = dict(dropout=dropout, base_model=base_model, towers=towers)
+    config = peft_config(model_args.family, **lora, **own)
     folders = {"weight": partial} | ({TEACHER: partial / TEACHER_FOLDER} if teacher else {})
     for kind, folder in folders.items():
         folder.mkdir(exist_ok=True)
         weights = _join(partial, kind, shapes, parallel.world_size)
         saved = weights | zero_tensors(model_args, rank, targets)
-        save_tensors(saved, folder, model_args.family, rank=rank, alpha=alpha, targets=targets)
+        save_tensors(saved, folder, model_args.family, **lora)
         sync(folder / TENSORS)
         _save_json(config, folder / CONFIG)
         sync(folder)
+    lora["dropout"] = dropout
     if optimizer is not None:
         joined = {
             f"{name}.{kind}": t

@@ -29,7 +29,8 @@ from megatron_gkd.flags import (
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
 from megatron_gkd.lora_settings import LoraConfig
-from megatron_gkd.memory import LINEARS, Workload, estimate
+from megatron_gkd.lora_targets import parse_layers, resolve_targets
+from megatron_gkd.memory import Workload, estimate
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.recipe import recipe_names, with_recipe
 from megatron_gkd.responses import RolloutConfig
@@ -301,8 +302,17 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
     )
 
 
+def flag_targets(lora: LoraConfig, model_args: ModelArgs) -> list[str]:
+    """The linears that --lora_target_modules and --lora_layers name, or all; of both flags what is
+    wrong is a ValueError.
+    """
+    layers = parse_layers(lora.lora_layers, model_args.num_layers) if lora.lora_layers else None
+    return resolve_targets(lora.lora_target_modules or ["ALL"], model_args, layers)
+
+
 def workload(
     config: Config,
+    model_args: ModelArgs,
     *,
     micro_batch_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -317,11 +327,10 @@ def workload(
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
-    targets = config.lora.lora_target_modules
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
-        targets=LINEARS if targets in ([], ["ALL"]) else targets,
+        targets=flag_targets(config.lora, model_args),
         has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
         micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
@@ -351,7 +360,7 @@ def main() -> None:
     try:
         model_args = read_model_args(config.model.model)
         print(layout_line(config, own.check_layout, model_args))
-        needed = estimate(model_args, config.parallel, workload(config))
+        needed = estimate(model_args, config.parallel, workload(config, model_args))
         print(f"Memory: at most about {needed.describe()}; towers not counted", flush=True)
     except (ValueError, OSError) as error:
         exit_with(error)

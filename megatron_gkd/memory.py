@@ -23,15 +23,15 @@ flight:
 A few percent are uncertain: what is refused needs more than there is by this count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.lora_targets import targets_in
 from megatron_gkd.model.args import ModelArgs
 
 GIB = 2**30
 LOSS_BYTES = 2**30  # of the loss's buffers on a GPU: CHUNK_BYTES of loss/linear.py
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEAST_TOKENS = 512  # of a micro-batch that is proposed
 
 
@@ -111,47 +111,60 @@ def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:
     return args.num_layers // pp * layer + vocabulary * (2 if pp == 1 else 1)
 
 
+def of_fullest_stage(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, of_layer: Callable[[list[str]], int]
+) -> int:
+    """The sum of `of_layer(names of its linears with LoRA)` over a stage's layers, the most of any
+    stage.
+    """
+    sizes = [of_layer(targets_in(load.targets, layer)) for layer in range(args.num_layers)]
+    length = args.num_layers // layout.pipeline_model_parallel_size
+    return max(sum(sizes[first : first + length]) for first in range(0, len(sizes), length))
+
+
 def lora_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of a rank of the last stage."""
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    hidden, inter, targets = args.hidden_size, args.moe_intermediate_size, load.targets
+    """Of the rank with most; the lm_head's counted there too."""
+    tp = layout.tensor_model_parallel_size
+    hidden, inter = args.hidden_size, args.moe_intermediate_size
     queries, keys = attention_rows(args, tp)
     experts = args.num_experts // layout.expert_model_parallel_size
     sizes = dict.fromkeys(("k_proj", "v_proj"), hidden + keys)
     sizes |= dict.fromkeys(("q_proj", "o_proj"), hidden + queries)
     sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), experts * (hidden + inter))
-    layer = load.lora_rank * sum(size for name, size in sizes.items() if name in targets)
+    of_layer = lambda names: load.lora_rank * sum(sizes[name] for name in names)
     head = load.lora_rank * (hidden + args.padded_vocab_size(tp) // tp)
-    return args.num_layers // pp * layer + (head if "lm_head" in targets else 0)
+    layers = of_fullest_stage(args, layout, load, of_layer)
+    return layers + (head if "lm_head" in load.targets else 0)
 
 
 def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """Of the experts' LoRA as training multiplies with it: W_up in columns behind the base's
     weight, W_down beside it, ranks padded to multiples of 8.
     """
-
-    def padded(*names: str) -> int:
-        return -(-load.lora_rank * sum(name in load.targets for name in names) // 8) * 8
-
-    hidden, inter = args.hidden_size, args.moe_intermediate_size
-    expert = padded("gate_proj", "up_proj") * (hidden + 2 * inter)
-    expert += padded("down_proj") * (inter + hidden)
-    experts = args.num_experts // layout.expert_model_parallel_size
-    return args.num_layers // layout.pipeline_model_parallel_size * experts * expert
+    return expert_parameters(args, layout, load, lambda rank: -(-rank // 8) * 8)
 
 
 def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """Of the experts' LoRA as decoding reads it: its ranks padded to powers of two, 16 or more."""
+    padded = lambda rank: max(16, 1 << (rank - 1).bit_length()) if rank else 0
+    return expert_parameters(args, layout, load, padded)
 
-    def padded(*names: str) -> int:
-        number = load.lora_rank * sum(name in load.targets for name in names)
-        return max(16, 1 << (number - 1).bit_length()) if number else 0
 
+def expert_parameters(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, padded: Callable[[int], int]
+) -> int:
+    """Of the experts' LoRA on the rank with most, W_up and W_down of `padded(rank)` columns; gate
+    and up have theirs together.
+    """
     hidden, inter = args.hidden_size, args.moe_intermediate_size
-    expert = padded("gate_proj", "up_proj") * (hidden + 2 * inter)
-    expert += padded("down_proj") * (inter + hidden)
+
+    def of_layer(names: list[str]) -> int:
+        rank_of = lambda *of: padded(load.lora_rank * sum(name in names for name in of))
+        of_gate_up = rank_of("gate_proj", "up_proj") * (hidden + 2 * inter)
+        return of_gate_up + rank_of("down_proj") * (inter + hidden)
+
     experts = args.num_experts // layout.expert_model_parallel_size
-    return args.num_layers // layout.pipeline_model_parallel_size * experts * expert
+    return experts * of_fullest_stage(args, layout, load, of_layer)
 
 
 def kept_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:

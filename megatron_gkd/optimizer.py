@@ -86,6 +86,7 @@ class Optimizer:
     ):
         self.model = model
         self.max_grad_norm = max_grad_norm
+        self._num_updates = 0  # Adam counts by parameter, and a stage may have none
         config = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -145,6 +146,7 @@ class Optimizer:
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step_with_ready_grads()
+        self._num_updates += 1
         for part in self.inner.param_groups:
             # fused kernels do not count their changes of a tensor, torch's own neither: by them the
             # experts see that W_up is a new one (lora/grouped.py)
@@ -198,12 +200,12 @@ class Optimizer:
         """How often AdamW has updated: skipped steps do not count (the number enters the bias
         correction).
         """
-        adam, group = next(self._groups())
-        # torch keeps it by parameter, fused Adam by group
-        return int(adam.state[group["params"][0]].get("step", group.get("step", 0)))
+        return self._num_updates
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
+        self._num_updates = value
+        # torch keeps it by parameter, fused Adam by group
         for adam, group in self._groups():
             if _keeps_step_by_parameter(adam):
                 for parameter in group["params"]:

@@ -24,6 +24,8 @@ from megatron_gkd.config import Config
 from megatron_gkd.data import SampleDataset
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora_settings import scale_divisor
+from megatron_gkd.lora_targets import describe_targets
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update
 from megatron_gkd.parallel import Parallel, log_rank_0
@@ -48,16 +50,17 @@ def resume(
     """
     if folder is None or adapter is None:
         return Progress()
-    rank, _, targets = applied(model)
-    alpha, before = config.lora.alpha, _lora_of(folder, adapter)
-    same_scale = math.isclose(alpha, before["alpha"])
+    rank, scale, targets = applied(model)
+    before = _lora_of(folder, adapter)
+    divisor = scale_divisor(before["rank"], before.get("use_rslora", False))
+    same_scale = math.isclose(scale, before["alpha"] / divisor)
     lora = {"rank": rank, "targets": targets, "towers": config.lora.lora_towers}
     if not same_scale or lora != {name: before[name] for name in lora}:
         log_rank_0(
             parallel,
             f"New stage from {folder}: LoRA rank {before['rank']} -> {rank}, alpha "
-            f"{before['alpha']:g} -> {alpha:g}, "
-            f"on {', '.join(targets)}{' and the towers' if config.lora.lora_towers else ''}. The "
+            f"{before['alpha']:g} -> {config.lora.alpha:g}, on {describe_targets(targets)}"
+            f"{' and the towers' if config.lora.lora_towers else ''}. The "
             "function is unchanged; the optimizer starts anew at step 0",
         )
         return Progress()
@@ -119,14 +122,16 @@ def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
     """Rank, alpha, targets and whether on the towers, of the LoRA of the checkpoint `folder`;
-    --save_only_model leaves no state, only the adapter in it.
+    --save_only_model leaves no state, only the adapter in it. The targets are those of the weights:
+    runs of earlier versions wrote down linears whose layers had none.
     """
+    found = {"targets": adapter.targets}
     if (folder / STATE).is_file():
-        return read_state(folder)["lora"]
-    return {
+        return read_state(folder)["lora"] | found
+    return found | {
         "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "targets": adapter.targets,
+        "alpha": adapter.stated_alpha,
+        "use_rslora": adapter.use_rslora,
         "towers": bool(adapter.towers),
     }
 
@@ -211,6 +216,7 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
         model_args=run.model_args,
         parallel=run.parallel,
         alpha=run.config.lora.alpha,
+        use_rslora=run.config.lora.use_rslora,
         dropout=run.config.lora.lora_dropout,
         base_model=run.config.model.model,
         optimizer=None if run.config.run.save_only_model else run.optimizer,

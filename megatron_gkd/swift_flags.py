@@ -162,7 +162,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ),
     ("freeze_vit freeze_aligner", _ON, "--lora_towers true"),
     ("vit_lr aligner_lr lorap_lr_ratio", (), "there is one --learning_rate"),
-    ("target_regex target_parameters", (), "--lora_target_modules, which has the experts too"),
+    (
+        "target_regex target_parameters",
+        (),
+        "--lora_target_modules, which takes a regular expression",
+    ),
     (
         "modules_to_save trainable_parameters trainable_parameters_regex freeze_parameters "
         "freeze_parameters_regex freeze_parameters_ratio",

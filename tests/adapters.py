@@ -87,7 +87,8 @@ def linear_sizes(model_args, targets: list[str]) -> dict[str, tuple[int, int]]:
     }
     linears = {HEAD: (model_args.hidden_size, model_args.vocab_size)} if HEAD in targets else {}
     for layer in range(model_args.num_layers):
-        for target in targets:
+        here = [t.removeprefix(f"{layer}.") for t in targets]
+        for target in here:
             if target in ATTENTION:
                 linears[f"{layer}.self_attn.{target}"] = of_target[target]
             elif target in EXPERTS:
@@ -147,15 +148,11 @@ def with_zero_experts(
     tensors: dict[str, torch.Tensor], model_args, rank: int, targets: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """peft loads an expert's gate, up and down together or not at all: zeros for the rest."""
-    missing = (
-        [target for target in EXPERTS if target not in targets]
-        if set(targets) & set(EXPERTS)
-        else []
-    )
-    zeros = {
-        name: torch.zeros_like(value)
-        for name, value in random_adapter(model_args, rank, missing).items()
-    }
+    if not any(target.endswith(tuple(EXPERTS)) for target in targets):
+        return tensors, targets
+    every = random_adapter(model_args, rank, EXPERTS)
+    missing = [target for target in EXPERTS if target not in targets]
+    zeros = {name: torch.zeros_like(value) for name, value in every.items() if name not in tensors}
     return tensors | zeros, targets + missing
 
 

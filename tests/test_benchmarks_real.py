@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.real_decoder import REAL_SHAPE
 from benchmarks.step_costs import step_flops, utilisation
-from megatron_gkd.lora.adapter import ATTENTION, LINEARS
+from megatron_gkd.lora_targets import ATTENTION, LINEARS
 from tests.ranks import run_ranks
 
 SIZES = (

@@ -7,7 +7,7 @@ import torch
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
-from megatron_gkd.lora.adapter import HEAD, LINEARS
+from megatron_gkd.lora_targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.gpu import DEVICE, needs_gpu

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.slots import STUDENT, slot_of
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.verify.reference import decoder
 from tests.adapters import (
@@ -164,6 +165,9 @@ def adapters_in(tiny_folder, tmp_path_factory):
         dict(rank=16, alpha=50.0),
         logits,
     )
+    folder_of_rslora, rslora, _, its_logits = cases["peft's own: rslora"]
+    again = (folder_of_rslora, rslora, dict(rank=16), its_logits)
+    cases["rsLoRA continued at rank 16"] = again
     cases["continued on more linears"] = (folder, adapter, dict(targets=ALL), logits)
     for kind in {case[0] for case in cases.values()}:
         base = reference_logits(load_thinker(kind))
@@ -246,16 +250,15 @@ def test_the_head_that_peft_saves_beside_lora(tiny_folder, tmp_path):
     )
 
 
-def second_stage(rank, world_size, folder, adapter, more_linears):
-    """Which layers' q_proj can learn (W_down is not 0) when `adapter` goes on at a higher rank."""
+def second_stage(rank, world_size, folder, adapter, targets):
+    """Which layers' q_proj can learn when `adapter` goes on at a higher rank."""
     place, model_args = initialize(1, 1, 1), read_model_args(folder)
     opened = PeftAdapter(adapter, model_args)
-    _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=opened.targets, seed=0)
-    load_adapter(model, model_args, place, opened, more_linears=more_linears)
-    return [
-        bool(layer.self_attention.linear_qkv.slot.down["q_proj"].any())
-        for layer in model.decoder.layers
-    ]
+    targets = targets or opened.targets
+    _, model = build(place, folder, rank=8, alpha=opened.alpha, targets=targets, seed=0)
+    load_adapter(model, model_args, place, opened)
+    slots = [slot_of(x.self_attention.linear_qkv, STUDENT) for x in model.decoder.layers]
+    return [slot is not None and bool(slot.down["q_proj"].any()) for slot in slots]
 
 
 @pytest.mark.parametrize("written_by", ["peft", "a checkpoint"])
@@ -276,5 +279,6 @@ def test_layers_without_lora_stay_so_at_a_higher_rank(tiny_folder, tmp_path, wri
     adapter = write_adapter(
         tmp_path / "adapter", tensors, rank=4, alpha=8, targets=["q_proj"], **settings
     )
-    assert run_ranks(second_stage, 1, folder, adapter, False) == [[True, False]]
-    assert run_ranks(second_stage, 1, folder, adapter, True) == [[True, True]]
+    assert PeftAdapter(adapter, read_model_args(folder)).targets == ["0.q_proj"]
+    assert run_ranks(second_stage, 1, folder, adapter, None) == [[True, False]]
+    assert run_ranks(second_stage, 1, folder, adapter, ["q_proj"]) == [[True, True]]

@@ -17,6 +17,7 @@ from tests.adapters import (
     ALL,
     EXPERTS,
     TOWERS,
+    linear_sizes,
     load_peft,
     load_thinker,
     load_whole,
@@ -61,6 +62,7 @@ def write_checkpoints(rank, world_size, tp, pp, ep, output, runs):
             model_args=model_args,
             parallel=place,
             alpha=5,
+            use_rslora=name == "by-layer",
             dropout=0.0,
             base_model=folder,
             optimizer=None,
@@ -85,10 +87,17 @@ def to_write(tiny_folder, tmp_path_factory):
         ("q-v", thinker, ["q_proj", "v_proj"]),
         ("k-down", thinker, ["k_proj", "down_proj"]),
         ("o-head", whole, ["o_proj", "lm_head"]),
+        ("layer-1", whole, [f"1.{target}" for target in ALL]),
+        ("by-layer", thinker, ["0.q_proj", "1.q_proj", "1.o_proj", "0.gate_proj", "0.down_proj"]),
     ):
         tensors[name] = random_adapter(read_model_args(folder), 3, targets)
         adapter = write_adapter(
-            tmp_path_factory.mktemp("adapter"), tensors[name], rank=3, alpha=5, targets=targets
+            tmp_path_factory.mktemp("adapter"),
+            tensors[name],
+            rank=3,
+            alpha=5,
+            targets=targets,
+            use_rslora=name == "by-layer",
         )
         runs[name] = (folder, adapter, {}, False)
     runs["fresh"] = (whole, None, dict(rank=8, alpha=5, targets=ALL, seed=7), False)
@@ -176,9 +185,12 @@ def test_peft_loads_what_is_saved(to_write, written):
                     for key, value in model.named_parameters()
                     if ".lora_B." in key and "talker" not in key and not value.any()
                 ]
-                of_zeros = {"gate-up": "experts.lora_B", "k-down": "experts.base_layer.lora_B"}.get(
-                    name
-                )
+                of_zeros = {
+                    "gate-up": "experts.lora_B",
+                    "k-down": "experts.base_layer.lora_B",
+                    "layer-1": "layers.0.mlp.experts.",
+                    "by-layer": "layers.1.mlp.experts.",
+                }.get(name)
                 assert all(of_zeros and of_zeros in key for key in zero), (
                     f"{name} on {label}: {zero[:3]}"
                 )
@@ -201,9 +213,33 @@ def test_a_subset_of_the_experts_linears_comes_back_as_such(to_write, written):
         assert PeftAdapter(folder, read_model_args(runs[name][0])).targets == targets
 
 
-def test_such_a_run_resumes_where_it_stood(tiny_folder, tmp_path):
+def test_layers_without_lora_stay_so_in_the_file(to_write, written):
+    """layers_to_transform where all linears have the same layers, else the paths of attention; PEFT
+    then has LoRA on these modules of attention and no others.
+    """
+    runs, _ = to_write
+    folders = {name: written[1, 1, 1, 1][0][name] for name in ("layer-1", "by-layer")}
+    configs = {name: json.loads((folder / CONFIG).read_text()) for name, folder in folders.items()}
+    assert configs["layer-1"]["target_modules"] == ALL
+    assert configs["layer-1"]["layers_to_transform"] == [1]
+    assert "layers_to_transform" not in configs["by-layer"] and configs["by-layer"]["use_rslora"]
+    of_attention = ["layers.1.self_attn.o_proj"]
+    assert configs["by-layer"]["target_modules"] == ["q_proj", *of_attention, *EXPERTS]
+    for name, folder in folders.items():
+        base, adapter = runs[name][:2]
+        args = read_model_args(base)
+        opened, given = PeftAdapter(folder, args), PeftAdapter(adapter, args)
+        assert (opened.targets, opened.use_rslora) == (given.targets, given.use_rslora)
+        model = load_peft(load_thinker(base), str(folder))[0]
+        wrapped = [n for n, m in model.named_modules() if hasattr(m, "lora_A") and "attn" in n]
+        expected = {n for n in linear_sizes(args, given.targets) if "attn" in n}
+        assert {n.split("layers.")[1] for n in wrapped} == expected
+
+
+@pytest.mark.parametrize("world_size, pp", [(1, 1), pytest.param(2, 2, marks=pytest.mark.extended)])
+def test_such_a_run_resumes_where_it_stood(tiny_folder, tmp_path, world_size, pp):
     """Also at a rank and alpha whose quotient does not give alpha back, and with rank, alpha and
-    linears left to the checkpoint.
+    linears left to the checkpoint; also where a pipeline stage has no LoRA.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(8, vocab_size=VOCAB_SIZE))
     flags = dict(
@@ -214,13 +250,16 @@ def test_such_a_run_resumes_where_it_stood(tiny_folder, tmp_path):
         save_steps=2,
         learning_rate=1e-2,
         per_device_train_batch_size=2,
+        pipeline_model_parallel_size=pp,
     )
     lora = dict(lora_target_modules="gate_proj,up_proj", lora_rank=49, lora_alpha=16)
-    run_training(1, arguments(**flags, **lora))
+    lora |= dict(lora_layers="1", use_rslora=True)
+    run_training(world_size, arguments(**flags, **lora))
     expected = read_metrics(tmp_path)[-1]
     for given in (lora, {}):
         run_training(
-            1, arguments(**flags, **given, resume_from_checkpoint=tmp_path / "checkpoint-2")
+            world_size,
+            arguments(**flags, **given, resume_from_checkpoint=tmp_path / "checkpoint-2"),
         )
         resumed = read_metrics(tmp_path)[-1]
         assert all(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_gkd.lora.adapter_sum import refuse_outside
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
-from tests.adapters import ROOT, random_adapter, write_adapter
+from tests.adapters import ROOT, THINKER, random_adapter, write_adapter
 from tests.lora_runs import FOLDERS, build, initialize
 from tests.ranks import run_ranks
 from tests.test_lora_adapter import CONFIG, TENSORS
@@ -45,7 +45,8 @@ def test_adapters_that_do_not_fit_the_models_lora(tiny_folder, tmp_path):
     )
     assert (
         targets
-        == f"{adapter}: has LoRA on o_proj; add it to --lora_target_modules q_proj,down_proj"
+        == f"{adapter}: has LoRA on o_proj, and --lora_target_modules and --lora_layers ask for "
+        "q_proj, down_proj: add it, or leave them out"
     )
 
 
@@ -109,19 +110,32 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)},
         r"misses tensor base_model.model.thinker.lm_head.lora_B.weight",
     ),
-    "a linear of the audio tower that --lora_towers leaves alone": (
+    "DoRA": (
+        lambda t: t | {f"{Q0}.lora_magnitude_vector.weight": torch.zeros(3)},
+        rf"tensor {Q0}.lora_magnitude_vector.weight: DoRA's magnitude, .* merge it with peft",
+    ),
+    "the base's weights": (
+        lambda t: t | {f"{Q0}.base_layer.weight": torch.zeros(3), "x": torch.zeros(3)},
+        rf"tensor {Q0}.base_layer.weight and 1 more: no LoRA: the file holds weights of the base",
+    ),
+    "a module trained whole": (
+        lambda t: t | {f"{THINKER}lm_head.modules_to_save.weight": torch.zeros(3)},
+        "of a module that was trained whole .*: merge it with peft",
+    ),
+    "Megatron's names": (
+        lambda t: t | {"decoder.layers.0.self_attention.linear_qkv.lora_A.weight": torch.zeros(3)},
+        "named as in Megatron: export the adapter to Hugging Face's names",
+    ),
+    "a linear of another family": (
+        lambda t: t | {f"{ROOT}0.mlp.shared_expert.up_proj.lora_A.weight": torch.zeros(3)},
+        "LoRA on a linear that this model does not have",
+    ),
+    "two adapters": (
         lambda t: (
             t
-            | {
-                f"base_model.model.thinker.audio_tower.proj1.lora_{side}.weight": torch.ones(3, 3)
-                for side in "AB"
-            }
+            | {f"{Q0}.lora_{side}.other.weight": 1 + t[f"{Q0}.lora_{side}.weight"] for side in "AB"}
         ),
-        r"tensor base_model.model.thinker.audio_tower.proj1.lora_A.weight and 1 more are not LoRA",
-    ),
-    "an unknown kind": (
-        lambda t: t | {f"{Q0}.lora_magnitude_vector.weight": torch.zeros(3)},
-        rf"tensor {Q0}.lora_magnitude_vector.weight",
+        r"holds several adapters \(None, other\)",
     ),
     "half of a stack": (
         lambda t: t | {f"{STACK}.lora_A.weight": torch.ones(24, 64)},
@@ -157,7 +171,10 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
 
 BAD_SETTINGS = {
     "peft_type": ("LOHA", "peft_type 'LOHA'; only LORA adapters load"),
-    "use_dora": (True, "use_dora = True is not supported"),
+    "use_dora": (True, "use_dora = True is not supported .*; merge the adapter with peft"),
+    "lora_alpha": (None, "lora_alpha is None, and the scale alpha / r .* is unknown: write"),
+    "r": (0, "r is 0, and the scale"),
+    "layers_to_transform": ([1], r"LoRA on q_proj of layer 0, and .* layers_to_transform \[1\]"),
     "bias": ("lora_only", "bias = 'lora_only' is not supported"),
     "modules_to_save": (["lm_head"], r"modules_to_save = \['lm_head'\] is not supported"),
     "alora_invocation_tokens": ([5, 6], r"alora_invocation_tokens = \[5, 6\] is not supported"),
@@ -201,7 +218,7 @@ def test_settings_that_plain_lora_cannot_represent(good_adapter, setting):
     (folder / CONFIG).write_text(
         json.dumps(json.loads((folder / CONFIG).read_text()) | {setting: value})
     )
-    with pytest.raises(ValueError, match=f"{folder / CONFIG}: .*{message}"):
+    with pytest.raises(ValueError, match=f"{folder}/adapter_.*: .*{message}"):
         PeftAdapter(folder, model_args)
 
 

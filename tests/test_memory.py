@@ -12,10 +12,10 @@ from megatron_gkd.config import parse_config, workload
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora.grouped import LoraGrouped
 from megatron_gkd.lora.slots import lora_modules
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.loss.linear import CHUNK_BYTES
 from megatron_gkd.memory import (
     GIB,
-    LINEARS,
     LOSS_BYTES,
     Workload,
     base_parameters,
@@ -77,7 +77,7 @@ def _bytes_of_ranks(rank, world_size, argv):
     parallel, model, args = parts.parallel, parts.model, parts.model_args
     layout, lora = config.parallel, [p for p in model.parameters() if p.requires_grad]
     batches = micro_batches(parts, parallel, (8,))
-    load = workload(config, micro_batch_tokens=batches[0].student.size)
+    load = workload(config, args, micro_batch_tokens=batches[0].student.size)
     memory = DeviceMemory(torch.device("cpu"))
     memory.used = lambda: 0
     with _saved_by_layers(model.decoder.layers, memory) as saved:
@@ -173,6 +173,19 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     assert "left. --expert_model_parallel_size 2 on 2 or more ranks" in message
     assert "left. use more ranks" in refused(MEASURED_STEP, available=GIB)
     assert estimate(args, ParallelConfig(8, 1, 8, 1), MEASURED_STEP).total < 12 * GIB
+
+
+def test_layers_with_lora_count_alone():
+    """Of the stage that has most of them."""
+    args = REAL_SHAPE.model_args()
+    lora = lambda *targets: replace(MEASURED_STEP, targets=targets)
+    parts = (lora_parameters, expert_column_parameters, laid_out_parameters)
+    layers = [f"{layer}.{name}" for layer in range(12) for name in LINEARS]
+    for part in parts:
+        assert part(args, ONE, lora(*layers)) * 4 == part(args, ONE, MEASURED_STEP)
+        in_stages = ParallelConfig(1, 4, 1, 1)
+        assert part(args, in_stages, lora(*layers)) == part(args, in_stages, MEASURED_STEP)
+    assert expert_column_parameters(args, ONE, lora("q_proj", "3.o_proj")) == 0
 
 
 def test_towers_count_and_a_refusal_names_the_card(tiny_folder, tmp_path, monkeypatch):

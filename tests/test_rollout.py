@@ -19,11 +19,12 @@ from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora, as_student, as_teacher
-from megatron_gkd.lora.adapter import HEAD, LINEARS, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.load import load_adapter
 from megatron_gkd.lora.peft_config import peft_config
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora.slots import STUDENT, TEACHER, lora_modules
+from megatron_gkd.lora_targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.backend import MegatronBackend, Prompts

@@ -10,7 +10,7 @@ from demo.tiny.folder import build_folder
 from megatron_gkd import parallel as parallel_module
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora import apply_lora
-from megatron_gkd.lora.adapter import HEAD, LINEARS
+from megatron_gkd.lora_targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
 from megatron_gkd.rollout.row_batch import RowBatch

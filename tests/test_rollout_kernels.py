@@ -71,8 +71,8 @@ def write_texts():
     from megatron_gkd import parallel as parallel_module
     from megatron_gkd.formats.loading import load_weights
     from megatron_gkd.lora import apply_lora
-    from megatron_gkd.lora.adapter import LINEARS
     from megatron_gkd.lora.slots import lora_modules
+    from megatron_gkd.lora_targets import LINEARS
     from megatron_gkd.model.args import read_model_args
     from megatron_gkd.model.decoder import build_decoder
     from megatron_gkd.rollout import cache, decode, generate, row_batch, triton_kernels

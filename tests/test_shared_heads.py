@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_gkd.lora.adapter import LINEARS, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.qkv_layout import qkv_segments
 from tests.ranks import run_ranks

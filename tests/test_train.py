@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gkd import train
-from megatron_gkd.lora.adapter import LINEARS
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.train import main
 from megatron_gkd.verify.reference import decoder
 from tests.reference_step import load_model, reference_step, write_adapter

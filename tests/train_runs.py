@@ -146,10 +146,9 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
     )
     layout.seed_step(0, 0, parallel)
     model_args = read_model_args(config.model.model)
-    more_linears = bool(config.lora.lora_target_modules)
     config, adapter, _ = adapters.resolve(config, model_args, parallel, has_media=audio or visual)
     model = build.build_base(config, model_args, parallel, audio=audio, visual=visual)
-    adapters.add_lora(model, config, model_args, parallel, adapter, more_linears=more_linears)
+    adapters.add_lora(model, config, model_args, parallel, adapter)
     adapters.add_teacher(model, config, model_args, parallel, None, None)
     ddp = in_gradient_reducer(model)
     return SimpleNamespace(

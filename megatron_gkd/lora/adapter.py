@@ -13,42 +13,20 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_gkd.lora.slots import STUDENT, LoraSlot, slot_of
+from megatron_gkd.lora_targets import HEAD, targets_in
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import Index, ParameterSlice, TensorSlice, block
 from megatron_gkd.parallel import Parallel
-
-# The linears that can carry LoRA, as Hugging Face and PEFT name them.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERTS = ("gate_proj", "up_proj", "down_proj")
-LINEARS = ATTENTION + EXPERTS
-HEAD = "lm_head"
 
 _ALL = slice(None)
 
 
 class Applied(NamedTuple):
-    """What an adapter on the decoder is: rank, scale alpha / rank, targeted linears."""
+    """What an adapter on the decoder is: rank, scale alpha / rank, targets (lora_targets.py)."""
 
     rank: int
     scale: float
     targets: list[str]
-
-
-def resolve_targets(names: list[str]) -> list[str]:
-    """Flag values -> linear names in their fixed order. `ALL` and `all-linear` are every linear of
-    the decoder's layers; lm_head is not one of them and has to be named.
-
-    Raises ValueError naming a linear that the model does not have.
-    """
-    if any(name.lower() in ("all", "all-linear", "all_linear") for name in names):
-        return list(LINEARS)
-    unknown = [name for name in names if name not in (*LINEARS, HEAD)]
-    if unknown or not names:
-        raise ValueError(
-            f"--lora_target_modules {','.join(names) or '(nothing)'}: choose ALL, or some of "
-            f"{', '.join((*LINEARS, HEAD))}"
-        )
-    return [name for name in (*LINEARS, HEAD) if name in names]
 
 
 def adapter_tensors(
@@ -76,16 +54,15 @@ def adapter_tensors(
     }
     tensors = {}
     for layer in range(model_args.num_layers):
+        names = targets_in(targets, layer)
         linears = {
-            f"{layer}.self_attn.{name}": sizes
-            for name, sizes in attention.items()
-            if name in targets
+            f"{layer}.self_attn.{name}": sizes for name, sizes in attention.items() if name in names
         }
         for expert in range(model_args.num_experts):
             linears |= {
                 f"{layer}.mlp.experts.{expert}.{name}": sizes
                 for name, sizes in experts.items()
-                if name in targets
+                if name in names
             }
         for linear, (d_in, d_out) in linears.items():
             tensors[f"{layers}{linear}.lora_A.weight"] = (rank, d_in)

@@ -15,9 +15,10 @@ from torch import Tensor
 from megatron_gkd.formats.job import check_disk, check_output, file_states, sync
 from megatron_gkd.formats.manifest import Manifest, describe_file
 from megatron_gkd.formats.sources import FolderSource
-from megatron_gkd.lora.adapter import HEAD, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora_targets import HEAD
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -55,11 +56,11 @@ class AdapterSum:
             return base
         for adapter, _ in terms:
             adapter.check_base(linear, rows, base)
-        total = base.float()
+        total = base.float().flatten(1)  # a convolution's kernel belongs to its inputs
         for adapter, weight in terms:
             (matrix_a, scale), (matrix_b, _) = adapter.tensor(down), adapter.tensor(up)
-            total.addmm_(matrix_b[rows], matrix_a, alpha=weight * scale)
-        rounded = total.to(base.dtype)
+            total.addmm_(matrix_b[rows].flatten(1), matrix_a.flatten(1), alpha=weight * scale)
+        rounded = total.to(base.dtype).view(base.shape)
         if not rounded.isfinite().all():
             raise ValueError(
                 f"tensor {name}: the base plus the adapters is not finite in {base.dtype}"
@@ -97,7 +98,7 @@ def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]
             if ".lora_B." in name and name in adapter
         ]
         linears = [name.removeprefix(root).removesuffix(".lora_B.weight") for name in names]
-        linears += adapter.towers
+        linears += adapter.towers + adapter.merge_only
         lost = [
             linear
             for linear in linears
@@ -109,18 +110,41 @@ def add_adapters(source: FolderSource, adapters: list[str], weights: list[float]
                 f"and {source.path} no such weight to add it to"
                 + (" (it is tied to the embedding)" if lost == [HEAD] else "")
             )
+        for linear in adapter.towers + adapter.merge_only:
+            _check_size(adapter, linear, source)
     folders = [adapter.folder for adapter in opened.adapters]
     return replace(
         source, change=opened.change, change_identity=opened.identity(), change_folders=folders
     )
 
 
+def _check_size(adapter: PeftAdapter, linear: str, source: FolderSource) -> None:
+    """Raise ValueError where LoRA on `linear`, whose size adapter_config.json does not tell, does
+    not fit its weight, or would change another one.
+    """
+    root = source.model_args.family.adapter_root
+    (down, _), (up, _) = (adapter.tensor(f"{root}{linear}.lora_{side}.weight") for side in "AB")
+    size = source.tensors[f"{source.model_args.prefix}{linear}.weight"].get_shape()
+    if [len(up), *down.shape[1:]] != size:
+        raise ValueError(
+            f"{adapter.path}: LoRA on {linear} is of a weight {[len(up), *down.shape[1:]]}, and "
+            f"{source.path} has {size}"
+        )
+    if linear.endswith(".embed_tokens") and source.model_args.tie_word_embeddings:
+        raise ValueError(
+            f"{adapter.path}: has LoRA on embed_tokens, which is the {HEAD} of this model too "
+            "(tie_word_embeddings): added to it, it would change both"
+        )
+
+
 def refuse_outside(adapter: PeftAdapter) -> None:
     """Raise ValueError for LoRA that the tools would drop: on the family's other models."""
     if adapter.outside:
+        family = adapter.model_args.family
         raise ValueError(
             f"{adapter.path}: tensor {adapter.outside[0]} and {len(adapter.outside) - 1} more "
-            f"are not LoRA on {adapter.model_args.family.trained_part}"
+            f"are not LoRA on {family.trained_part} but on {family.other_models_title}, which the "
+            "tools leave as they are: merge it with peft, or save the adapter without them"
         )
 
 

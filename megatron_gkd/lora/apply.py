@@ -11,12 +11,10 @@ from torch import nn
 from megatron_gkd.families import Family
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.lora.adapter import (
-    HEAD,
     Applied,
     adapter_slices,
     adapter_tensors,
     applied,
-    resolve_targets,
     tower_loras,
     tower_tensors,
 )
@@ -28,6 +26,7 @@ from megatron_gkd.lora.modules import (
     LoraRowParallel,
 )
 from megatron_gkd.lora.slots import STUDENT, TEACHER, LoraModule, keep_active_for_backward
+from megatron_gkd.lora_targets import HEAD, targets_in
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.qkv_layout import num_shared_rows, qkv_segments
 from megatron_gkd.parallel import Parallel
@@ -91,28 +90,29 @@ def add_slot(
     if not hasattr(model, "applied_lora"):
         model.applied_lora = {}
         keep_active_for_backward(model.decoder)
-    model.applied_lora[slot] = Applied(rank, alpha / rank, resolve_targets(targets))
+    model.applied_lora[slot] = Applied(rank, alpha / rank, targets)
 
     def add(module: LoraModule, names: Sequence[str]) -> None:
         module.add_slot(slot, names, rank=rank, alpha=alpha, dropout=dropout)
 
-    qkv = [name for name in ("q_proj", "k_proj", "v_proj") if name in targets]
-    gate_up = [name for name in GATE_UP if name in targets]
     segments = qkv_segments(model_args, parallel.tp_rank, parallel.tp_size)
     sequence_parallel = parallel.tp_size > 1
     sharded: dict[str, Any] = dict(salt=parallel.part)
     dense = sharded | dict(tp_group=parallel.groups.tp)
     for layer in model.decoder.layers:
         attention, experts = layer.self_attention, layer.mlp.experts
+        names = targets_in(targets, layer.layer_number - 1)
+        qkv = [name for name in ("q_proj", "k_proj", "v_proj") if name in names]
+        gate_up = [name for name in GATE_UP if name in names]
         if qkv:
             num_shared = num_shared_rows(model_args, parallel.tp_size)
             more = dict(num_shared_rows=num_shared, **dense)
             add(_wrap(attention, "linear_qkv", LoraColumnParallel, segments, **more), qkv)
-        if "o_proj" in targets:
+        if "o_proj" in names:
             add(_wrap(attention, "linear_proj", LoraRowParallel, **dense), ["o_proj"])
         if gate_up:
             add(_wrap(experts, "gate_up", LoraGrouped, GATE_UP, **sharded), gate_up)
-        if "down_proj" in targets:
+        if "down_proj" in names:
             add(_wrap(experts, "down", LoraGrouped, DOWN, **sharded), DOWN)
     if HEAD in targets and parallel.is_last_stage:
         if getattr(model, "head_lora", None) is None:
@@ -148,15 +148,19 @@ def tower_linears(towers: nn.Module | None, family: Family) -> list[str]:
     return found
 
 
-def expert_columns(adapters: Iterable[tuple[int, Sequence[str]]]) -> tuple[int, int]:
+def expert_columns(
+    adapters: Iterable[tuple[int, Sequence[str]]], num_layers: int
+) -> list[tuple[int, int]]:
     """The columns that adapters of these ranks and targets take behind the weights of the experts'
-    gate_up and down.
+    gate_up and down, of every decoder layer.
     """
-    sizes = [
-        (num_columns(GATE_UP, rank, targets), num_columns(DOWN, rank, targets))
-        for rank, targets in adapters
-    ]
-    return sum(gate_up for gate_up, _ in sizes), sum(down for _, down in sizes)
+    columns = [(0, 0)] * num_layers
+    for rank, targets in adapters:
+        for layer, (gate_up, down) in enumerate(columns):
+            names = targets_in(targets, layer)
+            gate_up += num_columns(GATE_UP, rank, names)
+            columns[layer] = gate_up, down + num_columns(DOWN, rank, names)
+    return columns
 
 
 def num_adapter_parameters(

@@ -5,8 +5,8 @@ from typing import Any
 from megatron_gkd.lora.adapter import adapter_slices, applied, tower_tensors
 from megatron_gkd.lora.apply import add_slot, tower_linears
 from megatron_gkd.lora.peft_folder import PeftAdapter
-from megatron_gkd.lora.peft_names import linear_of
 from megatron_gkd.lora.slots import STUDENT, TEACHER
+from megatron_gkd.lora_targets import describe_targets, missing_targets
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel
 
@@ -17,7 +17,6 @@ def load_adapter(
     parallel: Parallel,
     adapter: PeftAdapter,
     *,
-    more_linears: bool = True,
     slot: str = STUDENT,
 ) -> None:
     """Set the parameters of `slot` on this stage to `adapter`, so that the model computes the same
@@ -26,9 +25,8 @@ def load_adapter(
     W_up absorbs a scale that is not the run's. Where the run has a larger rank than the whole
     adapter, W_up gets zero columns and W_down keeps the fresh rows it started with: they will
     learn. A linear of lower rank than the others (rank_pattern) is padded with zeros on both sides:
-    these have no gradient, there is nothing for PEFT either. more_linears: linears that the adapter
-    has nothing of keep their start and will learn; otherwise that holds for other kinds than the
-    adapter's only, and layers that it leaves out stay without LoRA.
+    these have no gradient, there is nothing for PEFT either. Linears that the adapter has nothing
+    of keep their start and will learn.
 
     Raises ValueError for a larger rank, a target that has no LoRA here, or another base. No
     collectives.
@@ -39,19 +37,17 @@ def load_adapter(
             f"{adapter.folder}: rank {adapter.rank} does not fit into --lora_rank {rank}; "
             "raise --lora_rank, or leave it out"
         )
-    absent = [name for name in adapter.targets if name not in targets]
+    absent = missing_targets(adapter.targets, targets, model_args.num_layers)
     if absent:
         raise ValueError(
-            f"{adapter.folder}: has LoRA on {', '.join(absent)}; "
-            f"add it to --lora_target_modules {','.join(targets)}"
+            f"{adapter.folder}: has LoRA on {describe_targets(absent)}, and --lora_target_modules "
+            f"and --lora_layers ask for {describe_targets(targets)}: add it, or leave them out"
         )
     _check_base(model, model_args, parallel, adapter)
     in_towers = tower_tensors(model, model_args, slot)
     for part in adapter_slices(model, model_args, parallel, slot):
         name, (rows, columns) = part.stored.name, part.stored.index
-        if name not in adapter or adapter.is_empty(name):
-            if not more_linears and name not in in_towers and linear_of(name) in adapter.targets:
-                part.view.zero_()
+        if name not in adapter:
             continue
         values, own_scale = adapter.tensor(name)
         is_up = ".lora_B." in name

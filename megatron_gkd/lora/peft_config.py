@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.families import Family
-from megatron_gkd.lora.adapter import EXPERTS
+from megatron_gkd.lora_targets import EXPERTS, layers_of, names_of
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -23,6 +23,8 @@ _PLAIN: dict[str, Any] = {
     "layer_replication": [],
     "alora_invocation_tokens": [],
 }
+# How to make plain LoRA, or none, of an adapter with one of them.
+_MERGE = "merge the adapter with peft (merge_and_unload, save_pretrained) and use the result"
 # Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the
 # adapter.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -39,12 +41,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters load")
-    if "lora_alpha" not in config:
-        raise ValueError(f"{path}: lora_alpha is missing")
+    for setting in ("lora_alpha", "r"):
+        value = config.get(setting)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            stated = repr(value) if setting in config else "missing"
+            raise ValueError(
+                f"{path}: {setting} is {stated}, and the scale alpha / r of the update is unknown: "
+                "write the number there that the adapter was trained with"
+            )
     for setting, neutral in _PLAIN.items():
         if config.get(setting) not in (None, neutral):
             raise ValueError(
-                f"{path}: {setting} = {config[setting]!r} is not supported (expected {neutral!r})"
+                f"{path}: {setting} = {config[setting]!r} is not supported (expected {neutral!r}); "
+                f"{_MERGE}, or train it without"
             )
     if config.get("init_lora_weights") not in _STARTS:
         raise ValueError(
@@ -80,39 +89,62 @@ def peft_config(
     dropout: float,
     targets: list[str],
     base_model: str,
+    use_rslora: bool = False,
     towers: Collection[str] = (),
 ) -> dict:
-    """adapter_config.json for PEFT. towers: their linears with LoRA, by name.
+    """adapter_config.json for PEFT. towers: linears outside the decoder's targets with LoRA, by
+    name.
 
     The decoder's names are bare (PEFT rewrites those of fused experts), so the towers without LoRA
     and the other models, whose linears have the same names, are excluded. PEFT refuses dropout on
     fused experts even at inference: an adapter with experts states 0.
     """
-    has_experts = any(name in EXPERTS for name in targets)
+    has_experts = any(name in EXPERTS for name in names_of(targets))
     with_lora = {name.split(".")[0] for name in towers}
     excluded = [name for name in family.excluded_modules if name not in with_lora]
     exclude = {"exclude_modules": f".*({'|'.join(excluded)}).*"} if excluded else {}
+    # PEFT fuses gate and up to twice the rank and twice alpha, which with alpha / sqrt(r) is not
+    # the same scale; a pattern of the adapter's own comes before PEFT's.
+    fused = (
+        {"alpha_pattern": {"gate_up_proj": alpha * 2**0.5}} if use_rslora and has_experts else {}
+    )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
+        **fused,
         "lora_dropout": 0.0 if has_experts else dropout,
         "bias": "none",
-        "target_modules": saved_targets(targets) + list(towers),
+        **saved_modules(targets, towers),
         **exclude,
         "inference_mode": True,
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
         "use_dora": False,
     }
 
 
 def saved_targets(targets: list[str]) -> list[str]:
-    """The linears an adapter on disk names: PEFT loads an expert's gate, up and down together or
-    not at all, so missing ones are saved as zeros.
+    """The linears whose tensors an adapter on disk has: PEFT loads gate, up and down of all experts
+    of all layers together or not at all, so missing ones are saved as zeros.
     """
-    if any(name in EXPERTS for name in targets):
-        return [name for name in targets if name not in EXPERTS] + list(EXPERTS)
-    return targets
+    others = [target for target in targets if names_of([target])[0] not in EXPERTS]
+    return targets if len(others) == len(targets) else others + list(EXPERTS)
+
+
+def saved_modules(targets: list[str], others: Collection[str] = ()) -> dict[str, Any]:
+    """target_modules, and layers_to_transform where all linears have the same layers and there are
+    no `others`: PEFT takes those for layers too. Otherwise attention that differs by layer is named
+    layer by layer.
+    """
+    layers = [layers_of(targets, name) for name in names_of(targets)]
+    saved = saved_targets(targets)
+    if layers and layers[0] and all(of == layers[0] for of in layers) and not others:
+        return {"target_modules": names_of(saved), "layers_to_transform": layers[0]}
+    paths = [
+        f"layers.{target.replace('.', '.self_attn.')}" if "." in target else target
+        for target in saved
+    ]
+    return {"target_modules": paths + list(others)}

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_gkd.families import Family
 from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
-from megatron_gkd.lora.adapter import HEAD, adapter_tensors
+from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_config import TENSORS, saved_targets
+from megatron_gkd.lora_targets import HEAD
 from megatron_gkd.model.args import ModelArgs
 
 RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.json should say
@@ -27,6 +28,7 @@ def save_tensors(
     rank: int,
     alpha: float,
     targets: list[str],
+    use_rslora: bool = False,
 ) -> None:
     """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
     tensors were trained with. The lm_head's tensors are there under every root of the family:
@@ -42,7 +44,8 @@ def save_tensors(
         for root in family.adapter_roots
         if name.startswith(head)
     }
-    record = json.dumps({"rank": rank, "alpha": alpha, "targets": targets})
+    trained = {"rank": rank, "alpha": alpha, "targets": targets}
+    record = json.dumps(trained | ({"use_rslora": True} if use_rslora else {}))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", RECORD: record}}
     end = 0
     for name in sorted(tensors):
@@ -71,7 +74,6 @@ def read_record(folder: Path) -> dict | None:
 
 def zero_tensors(model_args: ModelArgs, rank: int, targets: list[str]) -> dict[str, Tensor]:
     """The zero matrices of `saved_targets` that training does not have."""
-    added = [name for name in saved_targets(targets) if name not in targets]
-    return {
-        name: torch.zeros(size) for name, size in adapter_tensors(model_args, rank, added).items()
-    }
+    trained = adapter_tensors(model_args, rank, targets).keys()
+    sizes = adapter_tensors(model_args, rank, saved_targets(targets))
+    return {name: torch.zeros(size) for name, size in sizes.items() if name not in trained}

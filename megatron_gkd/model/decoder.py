@@ -5,6 +5,7 @@
 or in the sampler (`rollout/`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class DeepstackLayer(TransformerLayer):
 
 def layer_spec(attention: type, spare_columns: tuple[int, int] = (0, 0)) -> ModuleSpec:
     """One decoder layer: megatron-core's modules with our norm, attention and experts, and the
-    addition of deepstack features. spare_columns: see `build_decoder`.
+    addition of deepstack features. spare_columns: of gate_up and of down, see `build_decoder`.
     """
     return ModuleSpec(
         module=DeepstackLayer,
@@ -130,14 +131,15 @@ def build_decoder(
     attn_impl: str = "auto",
     experts_impl: str = "auto",
     recompute: bool = False,
-    spare_columns: tuple[int, int] = (0, 0),
+    spare_columns: Sequence[tuple[int, int]] = (),
 ) -> GPTModel:
     """This rank's stage of the decoder, frozen, its weights allocated but not set (see
     `formats.loading`).
 
-    dtype: of weights and activations. spare_columns: room for LoRA's columns behind the weights of
-    the experts' gate_up and down (model/grouped.py); without it LoRA moves these weights. Raises
-    ValueError if layers, heads or experts cannot be divided among the ranks.
+    dtype: of weights and activations. spare_columns: of every layer of the model, room for LoRA's
+    columns behind the weights of the experts' gate_up and down (model/grouped.py); without it LoRA
+    moves these weights. Raises ValueError if layers, heads or experts cannot be divided among the
+    ranks.
     """
     check_experts_impl(experts_impl)
     check_divides(
@@ -164,11 +166,14 @@ def build_decoder(
     config = transformer_config(model_args, parallel, dtype, recompute=recompute)
     num_stage_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
     attention = core_attention(attn_impl, parallel.device, parallel.cp_size)
-    spec = layer_spec(attention, spare_columns)
+    first = parallel.pp_rank * num_stage_layers
+    spare_columns = spare_columns or [(0, 0)] * model_args.num_layers
+    of_stage = spare_columns[first : first + num_stage_layers]
     model = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[spec] * num_stage_layers, layer_norm=RMSNorm
+            layer_specs=[layer_spec(attention, columns) for columns in of_stage],
+            layer_norm=RMSNorm,
         ),
         vocab_size=model_args.padded_vocab_size(parallel.tp_size),
         max_sequence_length=1,  # only a learned position table would use it

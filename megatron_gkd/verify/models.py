@@ -3,6 +3,8 @@ the table of their differences.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from megatron_gkd.formats.sources import is_converted
 from megatron_gkd.formats.torch_dist import find_torch_dist
 from megatron_gkd.lora import apply_lora, as_student, as_teacher
 from megatron_gkd.lora.load import load_adapter
-from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.lora.lower_rank import approximate, write_files
+from megatron_gkd.lora.peft_folder import PeftAdapter, merge_only_message
+from megatron_gkd.lora_targets import ROUTER
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.model.decoder import build_decoder
@@ -47,11 +51,31 @@ def expected_of_transformers(folders: Folders) -> list[Expected]:
     found = _expected(BASE, model, all_rows)
     if folders.adapter:
         found += [replace(expected, model=ADAPTER_OFF) for expected in found]
-        found += _expected(ADAPTER, load_peft(model, folders.adapter).eval(), all_rows)
+        with TemporaryDirectory() as rewritten:
+            adapter = _for_peft(folders, Path(rewritten))
+            found += _expected(ADAPTER, load_peft(model, adapter).eval(), all_rows)
     if folders.merged:
         del model
         found += _expected(MERGED, load_model(folders.merged), all_rows)
     return found
+
+
+def _for_peft(folders: Folders, rewritten: Path) -> Path:
+    """The adapter's folder, or `rewritten` with the same adapter where the installed peft would
+    read its experts in another way than the one that it was trained with.
+    """
+    assert folders.adapter is not None
+    model_args = read_model_args(folders.hf_model)
+    adapter = PeftAdapter(folders.adapter, model_args)
+    if not adapter.in_old_order and not adapter.is_scaled_up_when_fused:
+        return folders.adapter
+    same = approximate(adapter, model_args, adapter.rank)
+    write_files(same, adapter, model_args, str(folders.hf_model), adapter.rank, rewritten)
+    print(
+        f"{folders.adapter}: its experts' LoRA is of an earlier peft or transformers, and the "
+        "installed ones read it in another way; rewritten for them"
+    )
+    return rewritten
 
 
 def _expected(name: str, model: Any, all_rows: list[Rows]) -> list[Expected]:
@@ -75,11 +99,14 @@ def report_logits(folders: Folders, tolerance: float, parallel: Parallel) -> boo
         )
         peft = " + peft" if folders.adapter else ""
         print(f"Largest difference of a logit, Megatron ({layout}) to transformers{peft}, fp32:")
+    merges = folders.adapter and PeftAdapter(folders.adapter, model_args).merge_only
     all_passed = True
     logits: dict[str, Tensor] = {}
     models: dict[str, Any] = {}
     for expected in all_expected:
-        which = ADAPTER if expected.model == ADAPTER_OFF else expected.model
+        which = expected.model
+        if which == ADAPTER_OFF:
+            which = BASE if merges else ADAPTER
         if which not in models:  # one at a time
             models = {which: _megatron_model(which, folders, model_args, parallel)}
         model = models[which]
@@ -143,4 +170,27 @@ def _megatron_model(name: str, folders: Folders, model_args: ModelArgs, parallel
             towers=bool(adapter.towers),
         )
         load_adapter(model, model_args, parallel, adapter)
+        _add_rest(model, adapter)
     return model.eval()
+
+
+@torch.no_grad()
+def _add_rest(model: Any, adapter: PeftAdapter) -> None:
+    """Add the adapter's LoRA on linears that carry none beside them to this stage's fp32 weights:
+    the router and the towers' ends. Raises ValueError for the embedding.
+    """
+    family = adapter.model_args.family
+    routers = {
+        f"{family.inner_roots[0]}layers.{layer.layer_number - 1}.{ROUTER}": layer.mlp.router.weight
+        for layer in model.decoder.layers
+    }
+    in_towers = dict(model.towers.named_parameters()) if model.towers is not None else {}
+    for linear in adapter.merge_only:
+        if linear.endswith(".embed_tokens"):
+            raise ValueError(merge_only_message(adapter, [linear]))
+        weight = routers.get(linear, in_towers.get(f"{linear}.weight"))
+        if weight is not None:
+            root = f"{family.adapter_root}{linear}"
+            (down, scale), (up, _) = (adapter.tensor(f"{root}.lora_{s}.weight") for s in "AB")
+            change = scale * up.flatten(1) @ down.flatten(1)
+            weight += change.view(weight.shape).to(weight.device)

@@ -26,10 +26,10 @@ from megatron_gkd.formats.sources import is_converted, open_source
 from megatron_gkd.formats.stored_tensor import LazyTensor, row_blocks
 from megatron_gkd.formats.torch_dist import TRACKER, TorchDist, find_torch_dist
 from megatron_gkd.formats.weight_map import checkpoint_slices, stored_entries
-from megatron_gkd.lora.adapter import HEAD, LINEARS
 from megatron_gkd.lora.adapter_sum import AdapterSum, open_adapters
-from megatron_gkd.lora.peft_config import CONFIG, TENSORS, saved_targets
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, saved_modules
 from megatron_gkd.lora.peft_writer import read_record
+from megatron_gkd.lora_targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.tensor_slice import TensorSlice
 
@@ -186,14 +186,19 @@ def check_adapter(adapter: Path) -> Comparison | None:
     for file, lora in records.items():
         if not lora:
             continue
-        named = config.get("target_modules") or ()
-        found = config | {"targets": [name for name in (*LINEARS, HEAD) if name in named]}
-        saved = saved_targets(lora["targets"])
-        targets = [name for name in (*LINEARS, HEAD) if name in saved]
+        named = config.get("target_modules") or []
+        of_decoder = [n for n in named if n in (*LINEARS, HEAD) or n.startswith("layers.")]
+        trained = saved_modules(lora["targets"], [n for n in named if n not in of_decoder])
+        expected = [n for n in trained["target_modules"] if n in of_decoder or n not in named]
+        in_order = set(of_decoder) == set(expected)
+        found = config | {"targets": expected if in_order else of_decoder}
+        found["use_rslora"] = bool(config.get("use_rslora"))
         for setting, value in {
             "r": lora["rank"],
             "lora_alpha": lora["alpha"],
-            "targets": targets,
+            "use_rslora": lora.get("use_rslora", False),
+            "targets": expected,
+            "layers_to_transform": trained.get("layers_to_transform"),
         }.items():
             if found.get(setting) != value:
                 problems.append(
