@@ -21,7 +21,7 @@ from megatron_gkd.adapters import open_teacher, resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.verify.reference import decoder
+from megatron_gkd.verify.reference import decoder, tower
 from tests.adapters import ALL, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import FOLDERS
 from tests.ranks import run_ranks
@@ -264,6 +264,10 @@ def test_verify_and_lower_rank_take_the_router(folder, model_args, with_rest, tm
     ]
     old = write_old(tmp_path / "old", old_order(model_args, BOTH), "0.18.1", BOTH)
     tensors = random_adapter(model_args, 3, ["q_proj", "up_proj"])
+    rows, columns = tower(load_thinker(folder), "audio_tower").proj1.weight.shape
+    for side, size in (("A", (3, columns)), ("B", (rows, 3))):
+        name = f"base_model.model.thinker.audio_tower.proj1.lora_{side}.weight"
+        tensors[name] = torch.randn(size, generator=torch.Generator().manual_seed(1))
     spelled = {renamed("module.")(name): value for name, value in tensors.items()}
     swift = write_adapter(
         tmp_path / "swift", spelled, rank=3, alpha=5, targets=r"^(thinker\.model.*\.(q|up)_proj)$"
