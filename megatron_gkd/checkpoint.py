@@ -236,9 +236,8 @@ def _join_files(
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
     lora["use_rslora"] = use_rslora
-    config = peft_config(
-        model_args.family, **lora, dropout=dropout, base_model=base_model, towers=towers
-    )
+    own = dict(dropout=dropout, base_model=base_model, towers=towers)
+    config = peft_config(model_args.family, **lora, **own)
     folders = {"weight": partial} | ({TEACHER: partial / TEACHER_FOLDER} if teacher else {})
     for kind, folder in folders.items():
         folder.mkdir(exist_ok=True)
@@ -248,6 +247,7 @@ def _join_files(
         sync(folder / TENSORS)
         _save_json(config, folder / CONFIG)
         sync(folder)
+    lora["dropout"] = dropout
     if optimizer is not None:
         joined = {
             f"{name}.{kind}": t

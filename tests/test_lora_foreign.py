@@ -21,7 +21,7 @@ from megatron_gkd.adapters import open_teacher, resolve
 from megatron_gkd.config import parse_config
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.verify.reference import decoder
+from megatron_gkd.verify.reference import decoder, tower
 from tests.adapters import ALL, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import FOLDERS
 from tests.ranks import run_ranks
@@ -263,9 +263,19 @@ def test_verify_and_lower_rank_take_the_router(folder, model_args, with_rest, tm
         f"model.layers.{layer}.mlp.gate" for layer in range(2)
     ]
     old = write_old(tmp_path / "old", old_order(model_args, BOTH), "0.18.1", BOTH)
-    configs = [VerifyConfig(folder, adapter=str(a)) for a in (path, tmp_path / "lower", old)]
+    tensors = random_adapter(model_args, 3, ["q_proj", "up_proj"])
+    rows, columns = tower(load_thinker(folder), "audio_tower").proj1.weight.shape
+    for side, size in (("A", (3, columns)), ("B", (rows, 3))):
+        name = f"base_model.model.thinker.audio_tower.proj1.lora_{side}.weight"
+        tensors[name] = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    spelled = {renamed("module.")(name): value for name, value in tensors.items()}
+    swift = write_adapter(
+        tmp_path / "swift", spelled, rank=3, alpha=5, targets=r"^(thinker\.model.*\.(q|up)_proj)$"
+    )
+    adapters = (path, tmp_path / "lower", old, swift)
+    configs = [VerifyConfig(folder, adapter=str(adapter)) for adapter in adapters]
     for passed, printed in run_ranks(run_verify, 1, configs)[0]:
         assert passed, printed
-    assert "rewritten for them" in printed
+    assert "rewritten for the installed ones" in printed
     with pytest.raises(ValueError, match="is no linear, has no lower rank here"):
         lower(LowerRankConfig(folder, with_rest["all"][0], str(tmp_path / "no"), 1))

@@ -275,6 +275,17 @@ class PeftAdapter:
         )
         return self.use_rslora and alone and not corrected
 
+    @property
+    def is_as_peft_writes_it(self) -> bool:
+        """Whether the installed PEFT reads it as it is meant: a regular expression in
+        target_modules is about the model that it was made on.
+        """
+        endings = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+        names = [source.stored for source in self._sources.values()]
+        named = all(n.startswith("base_model.model.") and n.endswith(endings) for n in names)
+        listed = not isinstance(self.config.get("target_modules"), str)
+        return named and listed and not self.in_old_order and not self.is_scaled_up_when_fused
+
     def check_base(self, name: str, rows: slice, base: Tensor) -> None:
         """Raise ValueError if the adapter brings `name` ("lm_head", "embed_tokens") along and its
         `rows` are not `base`.

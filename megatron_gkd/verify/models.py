@@ -61,19 +61,19 @@ def expected_of_transformers(folders: Folders) -> list[Expected]:
 
 
 def _for_peft(folders: Folders, rewritten: Path) -> Path:
-    """The adapter's folder, or `rewritten` with the same adapter where the installed peft would
-    read its experts in another way than the one that it was trained with.
+    """The adapter's folder, or `rewritten` with the same adapter where the installed peft would not
+    find its linears, or read it in another way than the one that it was trained with.
     """
     assert folders.adapter is not None
     model_args = read_model_args(folders.hf_model)
     adapter = PeftAdapter(folders.adapter, model_args)
-    if not adapter.in_old_order and not adapter.is_scaled_up_when_fused:
+    if adapter.is_as_peft_writes_it:
         return folders.adapter
     same = approximate(adapter, model_args, adapter.rank)
     write_files(same, adapter, model_args, str(folders.hf_model), adapter.rank, rewritten)
     print(
-        f"{folders.adapter}: its experts' LoRA is of an earlier peft or transformers, and the "
-        "installed ones read it in another way; rewritten for them"
+        f"{folders.adapter}: its names, or its experts' LoRA, are of another program or of an "
+        "earlier peft or transformers; rewritten for the installed ones"
     )
     return rewritten
 

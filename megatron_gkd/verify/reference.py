@@ -52,5 +52,7 @@ def load_peft(model: Any, adapter: str | Path, **options: Any) -> PeftModel:
     from peft import PeftModel  # needed only with an adapter
 
     roots = family_of(model.config.model_type).adapter_roots
-    mapping = {f"^{re.escape(root)}": "" for root in roots if root}
+    # later versions find the names themselves, and with a mapping no longer those of the towers
+    before_5_20 = decoder(model) is model.model
+    mapping = {f"^{re.escape(root)}": "" for root in roots if root and before_5_20}
     return PeftModel.from_pretrained(model, str(adapter), key_mapping=mapping or None, **options)
