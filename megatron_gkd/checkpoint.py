@@ -236,8 +236,9 @@ def _join_files(
     shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
     lora["use_rslora"] = use_rslora
-    own = dict(dropout=dropout, base_model=base_model, towers=towers)
-    config = peft_config(model_args.family, **lora, **own)
+    config = peft_config(
+        model_args.family, **lora, dropout=dropout, base_model=base_model, towers=towers
+    )
     folders = {"weight": partial} | ({TEACHER: partial / TEACHER_FOLDER} if teacher else {})
     for kind, folder in folders.items():
         folder.mkdir(exist_ok=True)
