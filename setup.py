@@ -76,7 +76,7 @@ EXTRAS = {
     # What benchmarks/loss.py is compared with on CUDA, besides TRL (extra `test`). It calls two
     # autograd Functions by the order of their arguments, which is 0.8's; no test here has run it.
     "benchmarks": ["liger-kernel>=0.8,<0.9"],
-    # --report_to wandb and --report_to swanlab.
+    # --report_to wandb and --report_to swanlab; tests/run.sh installs both and tests them offline.
     "wandb": ["wandb>=0.31,<0.32"],
     "swanlab": ["swanlab>=0.10.3,<0.11"],
     "test": [
@@ -88,9 +88,6 @@ EXTRAS = {
         # Runs the loss kernels in its interpreter where there is no GPU. CUDA builds of torch bring
         # their own triton.
         "triton>=3.6,<3.10",
-        # Trackers, tested without a network.
-        "wandb>=0.31,<0.32",
-        "swanlab>=0.10.3,<0.11",
         # The reference for the divergence. 1.14 is the last one for Python 3.10.
         "trl>=1.14,<1.17",
     ],

@@ -14,7 +14,7 @@ begin() {
 trap 'status=$?; [ "$status" -eq 0 ] || echo "tests/run.sh: failed: $part" >&2' EXIT
 
 begin "set-up (launch/environment.sh)"
-extras=test,lint
+extras=test,lint,wandb,swanlab
 source launch/environment.sh
 export OMP_NUM_THREADS=1
 # A test has up to 8 ranks: some run while others wait. A file's tests share fixtures and stay in one process.
