@@ -28,6 +28,7 @@ NEW_TOKENS = 8
 # The text model's experts are bound as they are; Qwen3-Omni's only with this flag, since vLLM takes
 # its adapters to have fused experts.
 LORA_FLAGS = {"text": {}, "4 KV heads": {"enable_mixed_moe_lora_format": True}}
+USES_RSLORA = {"text": True, "4 KV heads": False}
 
 pytestmark = [pytest.mark.extended, pytest.mark.timeout(1800)]
 
@@ -48,7 +49,7 @@ def vllm_python():
     return folder / "bin/python"
 
 
-def save(rank, world_size, folder, adapter, output):
+def save(rank, world_size, folder, adapter, output, use_rslora):
     """The folder of a checkpoint, as a run writes it, with the adapter on TP 2."""
     place = initialize(2, 1, 1)
     model_args, model = build(place, folder, adapter)
@@ -59,6 +60,7 @@ def save(rank, world_size, folder, adapter, output):
         model_args=model_args,
         parallel=place,
         alpha=ALPHA,
+        use_rslora=use_rslora,
         dropout=0.0,
         base_model=folder,
         optimizer=None,
@@ -74,8 +76,9 @@ def trained(request, tiny_folder, tmp_path_factory):
     # the whole model: vLLM knows no folder of a thinker alone
     base = tiny_folder(**FOLDERS[request.param] | {"head_dim": 32})  # the least of its CPU kernels
     tensors = random_adapter(read_model_args(base), RANK, ALL)
-    given = write_adapter(root / "given", tensors, rank=RANK, alpha=ALPHA, targets=ALL)
-    adapter, _ = run_ranks(save, 2, base, given, str(root))
+    settings = dict(rank=RANK, alpha=ALPHA, targets=ALL, use_rslora=USES_RSLORA[request.param])
+    given = write_adapter(root / "given", tensors, **settings)
+    adapter, _ = run_ranks(save, 2, base, given, str(root), settings["use_rslora"])
     merged = str(root / "merged")
     merge_lora(MergeLoraConfig(hf_model=base, adapter=[adapter], output=merged))
     return request.param, base, adapter, tensors, merged
@@ -150,10 +153,11 @@ def test_vllm_binds_every_matrix_of_the_adapter(trained, vllm_python, tmp_path):
         adapter=adapter,
         lora_flags=LORA_FLAGS[name],
     )
+    scale = ALPHA / (RANK**0.5 if USES_RSLORA[name] else RANK)
     bound, used = load_file(output), set()
     for key, found in bound.items():
         layer, attribute, index = key.rsplit(".", 2)
-        expected = expected_at(layer, attribute, int(index), tensors, used)
+        expected = expected_at(layer, attribute, int(index), tensors, scale, used)
         if expected is None:
             assert not found.any(), f"{key} holds something, and the adapter has nothing for it"
             continue
@@ -171,7 +175,7 @@ PARTS = {
 }
 
 
-def expected_at(layer, attribute, index, tensors, used):
+def expected_at(layer, attribute, index, tensors, scale, used):
     """What belongs into a matrix of vLLM's, or None: [1, r, in] of lora_a, [1, out, r] of lora_b;
     of the experts [E, ...]. Adds the names of the adapter's tensors to `used`.
     """
@@ -189,5 +193,5 @@ def expected_at(layer, attribute, index, tensors, used):
     if last == "experts":
         names.sort(key=lambda name: int(name.split(".experts.")[1].split(".")[0]))
     used.update(names)
-    scale = ALPHA / RANK if is_b else 1.0
-    return torch.stack([tensors[name] for name in names]) * scale
+    found = torch.stack([tensors[name] for name in names])
+    return found * scale if is_b else found
