@@ -29,7 +29,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
 from megatron_gkd.recompute import Recomputation
-from megatron_gkd.resume import data_state, note_start, resume
+from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import make_rollout
 from megatron_gkd.rollout_log import RolloutLog, num_logged_rollouts, text_decoder
 from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
@@ -94,9 +94,16 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
         write_description(config, num_parameters, parallel)
-    data_now = data_state(train_data, eval_data)
     progress = resume(
-        config, model, model_args, optimizer, parallel, adapter, resume_folder, data_now
+        config,
+        model,
+        model_args,
+        optimizer,
+        parallel,
+        adapter,
+        resume_folder,
+        train_data,
+        eval_data,
     )
     trackers = []
     if parallel.rank == 0:

@@ -42,11 +42,11 @@ def resume(
     parallel: Parallel,
     adapter: PeftAdapter | None,
     folder: Path | None,
-    data: dict[str, Any],
+    train_data: SampleDataset,
+    eval_data: SampleDataset | None,
 ) -> Progress:
     """The state of the checkpoint `folder`, if one is resumed (its LoRA weights, `adapter`, are in
     the model). Another rank or other linears than the checkpoint's begin a new stage at step 0.
-    data: see `data_state`.
     """
     if folder is None or adapter is None:
         return Progress()
@@ -79,7 +79,7 @@ def resume(
                 parallel,
                 f"Note: {name} was {state['settings'].get(name)} and is {value}: {_WILL_DIFFER}",
             )
-    for note in _changed_rows(state.get("data", {}), data):
+    for note in changed_rows(state.get("data", {}), train_data, eval_data):
         log_rank_0(parallel, note)
     total_steps = config.train.max_steps
     log_rank_0(parallel, f"Resumed {folder} at step {state['step']} of {total_steps}")
@@ -93,31 +93,54 @@ def resume(
     return replace(progress, bad_in_a_row=0)
 
 
+NUM_BLOCKS = 64  # of rows, with a digest each
+
+
 def data_state(
     train_data: SampleDataset, eval_data: SampleDataset | None
 ) -> dict[str, dict[str, Any] | None]:
-    """What a resumed run should have again: numbers of rows, and digests of what was made of them,
-    by flag.
+    """What a resumed run should have again: numbers of rows, and digests of NUM_BLOCKS parts of
+    what was made of them, by flag.
     """
     return {
-        flag: {"rows": len(data), "digest": data.digest} if data else None
+        flag: {"rows": len(data), "digests": data.digests(_rows_of_block(len(data)))}
+        if data
+        else None
         for flag, data in (("dataset", train_data), ("val_dataset", eval_data))
     }
 
 
-def _changed_rows(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each part of the data whose rows are others; of a checkpoint that does not tell
-    none.
+def _rows_of_block(num_rows: int) -> int:
+    return math.ceil(num_rows / NUM_BLOCKS)
+
+
+def changed_rows(
+    before: dict[str, Any], train_data: SampleDataset, eval_data: SampleDataset | None
+) -> list[str]:
+    """A line for each part of the data whose rows are others than in `before`, with the place of
+    the first; of a checkpoint that does not tell none.
     """
     notes = []
-    for flag in now.keys() & before.keys():
-        rows = [found["rows"] if found else 0 for found in (before[flag], now[flag])]
-        change = f"had {rows[0]} rows and has {rows[1]}"
-        if rows[0] == rows[1]:
-            change = f"has {rows[1]} rows as before, but not the same"
-        if before[flag] != now[flag]:
-            notes.append(f"Note: {flag} {change}: {_WILL_DIFFER}")
-    return sorted(notes)
+    for flag, data in (("dataset", train_data), ("val_dataset", eval_data)):
+        if flag not in before:
+            continue
+        then = before[flag] or {"rows": 0, "digests": []}
+        num_rows = len(data) if data else 0
+        block = max(1, _rows_of_block(then["rows"]))
+        found = data.digests(block) if data else []
+        if found == then["digests"]:
+            continue
+        change = f"had {then['rows']} rows and has {num_rows}"
+        if num_rows == then["rows"]:
+            change = f"has {num_rows} rows as before, but not the same"
+        same = [old == new for old, new in zip(then["digests"], found)]
+        first = block * (same.index(False) if False in same else len(same))
+        if data and first < num_rows:
+            last = min(first + block, num_rows) - 1
+            change += f", the first other one is {data.location(first)}"
+            change += f", or follows it up to {data.location(last)}" * (last > first)
+        notes.append(f"Note: {flag} {change}: {_WILL_DIFFER}")
+    return notes
 
 
 def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:

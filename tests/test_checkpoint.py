@@ -349,16 +349,25 @@ def test_rows_are_compared_and_not_their_paths(data, tmp_path):
     """The same rows in another place are no change; another row is one, in the evaluation too."""
     run_training(1, flags_of_run(data, tmp_path / "run", max_steps=1, lmbda=0))
     rows = Path(data["dataset"]).read_text().splitlines(keepends=True)
-    cases = {"moved": rows, "other": [*rows[1:], rows[0]], "fewer": rows[1:]}
+    cases = {"moved": rows, "other": [*rows[:7], rows[0], *rows[8:]], "fewer": rows[1:]}
     for name, lines in cases.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     moved, other, fewer = (str(tmp_path / f"{name}.jsonl") for name in cases)
     for changes, expected in (
         (dict(dataset=moved), []),
-        (dict(dataset=other), ["Note: dataset has 20 rows as before, but not the same"]),
+        (
+            dict(dataset=other),
+            [
+                "Note: dataset has 20 rows as before, but not the same, the first other one is "
+                f"{other}:8"
+            ],
+        ),
         (
             dict(dataset=fewer, val_dataset=fewer),
-            ["Note: dataset had 20 rows and has 19", "Note: val_dataset had 5 rows and has 19"],
+            [
+                f"Note: dataset had 20 rows and has 19, the first other one is {fewer}:1",
+                f"Note: val_dataset had 5 rows and has 19, the first other one is {fewer}:1",
+            ],
         ),
     ):
         changes |= dict(max_steps=1, lmbda=0)

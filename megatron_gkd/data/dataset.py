@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, Literal
 
 from megatron_gkd.data.encoded import decode_sample
@@ -80,14 +80,21 @@ class SampleDataset:
             [references[number] for number in indices], encoded.use_audio_in_video
         )
 
-    @cached_property
-    def digest(self) -> str:
-        """Stands for the rows and their order, whatever files they come from."""
-        found = hashlib.blake2b(digest_size=16)
+    def digests(self, rows_of_block: int) -> list[str]:
+        """Of each block of so many rows one that stands for them and their order, whatever files
+        they come from.
+        """
         table = self._rows.columns("digest", "template_row")
-        for digest, row in zip(*(table[name].to_pylist() for name in table.column_names)):
-            found.update(digest + (row or "").encode())
-        return found.hexdigest()
+        digests = table["digest"].to_pylist()
+        of_template = table["template_row"].to_pylist()
+        blocks = []
+        for first in range(0, len(self), rows_of_block):
+            block = slice(first, first + rows_of_block)
+            found = hashlib.blake2b(digest_size=16)
+            for digest, row in zip(digests[block], of_template[block]):
+                found.update(digest + (row or "").encode())
+            blocks.append(found.hexdigest())
+        return blocks
 
     def longest_response(self) -> int:
         """Most trained tokens of any response, of several turns each for itself."""
