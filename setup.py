@@ -42,11 +42,9 @@ DEPENDENCIES = [
     # Frames and sound of videos; its wheels hold FFmpeg. 17.1 is the last one for Python 3.10, 18.1
     # for 3.11; 17.1.0, 18.1.0 and 19.0.2 gave the same frames.
     "av>=17.1,<20",
-    # --teacher_template; transformers renders chat templates with it.
-    "jinja2>=3.1,<4",
     # --config files.
     "pyyaml>=6,<7",
-    # The page of python -m megatron_gkd.report. torch asks for it too.
+    # --teacher_template and the page of python -m megatron_gkd.report. torch asks for it too.
     "jinja2>=3.1.6,<4",
     # Metrics files for TensorBoard, the progress bar, the demo's curves.
     "tensorboard>=2.21,<2.22",
