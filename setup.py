@@ -29,8 +29,9 @@ DEPENDENCIES = [
     "safetensors>=0.8,<0.9",
     # Trains the byte-level BPE of the small model.
     "tokenizers>=0.23,<0.24",
-    # Folders that hold a tokenizer.model only; protobuf reads it.
-    "sentencepiece>=0.2,<0.3",
+    # Folders that hold a tokenizer.model only; protobuf reads it. sentencepiece 0.2.3 asks for
+    # protobuf 7.36, which swanlab does not allow, and without it every such folder is refused.
+    "sentencepiece>=0.2,<0.2.3",
     "protobuf>=6.31,<8",
     # PIL image processors, part of the processor files.
     "pillow>=12,<14",
@@ -41,11 +42,9 @@ DEPENDENCIES = [
     # Frames and sound of videos; its wheels hold FFmpeg. 17.1 is the last one for Python 3.10, 18.1
     # for 3.11; 17.1.0, 18.1.0 and 19.0.2 gave the same frames.
     "av>=17.1,<20",
-    # --teacher_template; transformers renders chat templates with it.
-    "jinja2>=3.1,<4",
     # --config files.
     "pyyaml>=6,<7",
-    # The page of python -m megatron_gkd.report. torch asks for it too.
+    # --teacher_template and the page of python -m megatron_gkd.report. torch asks for it too.
     "jinja2>=3.1.6,<4",
     # Metrics files for TensorBoard, the progress bar, the demo's curves.
     "tensorboard>=2.21,<2.22",

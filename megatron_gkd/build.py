@@ -2,19 +2,17 @@
 screen.
 """
 
-import os
 import time
-from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
-from megatron_gkd.config import Config, flag_targets, layout_line, workload
-from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
-from megatron_gkd.data.show_row import show_row
+from megatron_gkd.config import Config, workload
+from megatron_gkd.data import SampleDataset
+from megatron_gkd.data.batch import Packing
+from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora.apply import expert_columns
@@ -22,25 +20,21 @@ from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
 from megatron_gkd.memory import check_memory
 from megatron_gkd.metrics import Clock
-from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
-from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
-from megatron_gkd.rollout.rollout import make_rollout
+from megatron_gkd.rollout.rollout import Rollout, make_rollout
 from megatron_gkd.rollout_log import RolloutLog, num_logged_rollouts, text_decoder
 from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
-from megatron_gkd.run_folder import (
-    MetricsWriter,
-    check_writable,
-    package_versions,
-    write_run_json,
-)
+from megatron_gkd.run_data import read_data, with_max_steps
+from megatron_gkd.run_folder import MetricsWriter, package_versions, write_run_json
 from megatron_gkd.token_loss import LossSettings
-from megatron_gkd.trackers import check_installed, open_trackers
+from megatron_gkd.trackers import open_trackers
 from megatron_gkd.zero_signal import check_responses, check_skipped_tokens, check_trainable
 
 
@@ -121,40 +115,11 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
-    changed = config.rollout.changed_sampling()
-    if changed and config.distill.may_be_on_policy:
-        log_rank_0(
-            parallel,
-            f"Note: {', '.join(changed)}: on-policy responses are not drawn from the student's own "
-            "distribution (docs/recipes.md; off: --rollout_temperature 1 --top_p 1 --top_k 0 "
-            "--repetition_penalty 1)",
-        )
+    note_sampling(config, parallel)
     rollout = eval_rollout = rollout_log = None
     if writes:
-        rollout = make_rollout(
-            config.rollout,
-            model=model,
-            model_args=model_args,
-            parallel=parallel,
-            data=train_data,
-            model_folder=config.model.model,
-            budget=budget,
-            packing=packed,
-            seed=config.train.seed,
-            chat_template=config.data.chat_template,
-        )
-    if rollout and eval_data:
-        eval_rollout = rollout.for_evaluation(eval_data, eval_budget(config, model_args))
-    if rollout and num_logged:
-        rollout_log = RolloutLog(
-            number=num_logged,
-            decode=text_decoder(config.model.model) if parallel.rank == 0 else None,
-            rollout=eval_rollout or rollout,
-            train_data=train_data,
-            eval_data=eval_data,
-            towers=cast(Towers | None, model.towers),
-            parallel=parallel,
-            seed=config.train.seed,
+        rollout, eval_rollout, rollout_log = make_rollouts(
+            config, model, model_args, parallel, train_data, eval_data, budget, packed, num_logged
         )
     if prompts:
         log_rank_0(
@@ -183,47 +148,6 @@ def build_run(config: Config, parallel: Parallel) -> Run:
         memory=memory,
         recomputation=recomputation,
     )
-
-
-def read_data(
-    config: Config, parallel: Parallel
-) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
-    """(sizes of the model, training data, evaluation data or None), once it is clear that the
-    layout fits the model and that --output_dir is writable. Raises ValueError, OSError or
-    DataError; see `load_data`.
-    """
-    model_args = read_model_args(config.model.model)
-    if config.lora.lora_towers and not model_args.family.towers:
-        raise ValueError(
-            f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
-            "leave it out"
-        )
-    flag_targets(config.lora, model_args)  # raises before the data are read
-    log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
-    if not config.data.check_data:
-        check_writable(config.run.output_dir)
-        check_installed(config.run.report_to)
-    train_data, eval_data = load_data(config, model_args, parallel)
-    return model_args, train_data, eval_data
-
-
-def check_data(config: Config, parallel: Parallel) -> None:
-    """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
-    rows.
-    """
-    _, train_data, _ = read_data(config, parallel)
-    check_responses(with_max_steps(config, len(train_data), parallel), train_data)
-    log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
-
-
-def print_row(config: Config) -> None:
-    """--show_row: print the row. One process does it; of several, rank 0."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    assert config.data.show_row is not None
-    vocab_size = read_model_args(config.model.model).vocab_size
-    wanted, seed = config.data.show_row, config.train.seed
-    print(show_row(wanted, config.data, config.model.model, vocab_size, seed), flush=True)
 
 
 def check_fits(
@@ -256,17 +180,6 @@ def check_fits(
     )
     needed = check_memory(model_args, config.parallel, load, available)
     log_rank_0(parallel, f"Memory: about {needed.describe()}")
-
-
-def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
-    """The settings with --max_steps filled in, from --num_train_epochs where it is unset."""
-    train = config.train
-    if train.max_steps >= 0:
-        return config
-    num_steps = num_steps_of_epochs(
-        num_rows, train.global_batch_size(parallel.dp_size), train.num_train_epochs
-    )
-    return replace(config, train=replace(train, max_steps=num_steps))
 
 
 def build_base(
@@ -332,6 +245,61 @@ def build_base(
     return model
 
 
+def note_sampling(config: Config, parallel: Parallel) -> None:
+    """A line where on-policy responses are drawn from another distribution than the student's."""
+    changed = config.rollout.changed_sampling()
+    if changed and config.distill.may_be_on_policy:
+        log_rank_0(
+            parallel,
+            f"Note: {', '.join(changed)}: on-policy responses are not drawn from the student's own "
+            "distribution (docs/recipes.md; off: --rollout_temperature 1 --top_p 1 --top_k 0 "
+            "--repetition_penalty 1)",
+        )
+
+
+def make_rollouts(
+    config: Config,
+    model: torch.nn.Module,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    train_data: SampleDataset,
+    eval_data: SampleDataset | None,
+    budget: Budget,
+    packed: Packing,
+    num_logged: int,
+) -> tuple[Rollout, Rollout | None, RolloutLog | None]:
+    """What writes responses to the training data, and greedily to the evaluation data where there
+    are any; and the log of `num_logged` of them, unless that is 0. Raises as `make_rollout`.
+    """
+    rollout = make_rollout(
+        config.rollout,
+        model=model,
+        model_args=model_args,
+        parallel=parallel,
+        data=train_data,
+        model_folder=config.model.model,
+        budget=budget,
+        packing=packed,
+        seed=config.train.seed,
+        chat_template=config.data.chat_template,
+    )
+    eval_rollout = rollout_log = None
+    if eval_data:
+        eval_rollout = rollout.for_evaluation(eval_data, eval_budget(config, model_args))
+    if num_logged:
+        rollout_log = RolloutLog(
+            number=num_logged,
+            decode=text_decoder(config.model.model) if parallel.rank == 0 else None,
+            rollout=eval_rollout or rollout,
+            train_data=train_data,
+            eval_data=eval_data,
+            towers=cast(Towers | None, model.towers),
+            parallel=parallel,
+            seed=config.train.seed,
+        )
+    return rollout, eval_rollout, rollout_log
+
+
 def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
     """AdamW on the LoRA parameters."""
     train_config = config.train
@@ -376,24 +344,3 @@ def write_description(config: Config, num_parameters: dict[str, int], parallel: 
         layout,
         {"device": device_name(parallel.device)},
     )
-
-
-def load_data(
-    config: Config, model_args: ModelArgs, parallel: Parallel
-) -> tuple[SampleDataset, SampleDataset | None]:
-    """(train, evaluation or None). Raises DataError for bad rows. Collectives: two exchanges of
-    folder names.
-    """
-    train_data, eval_data = load_datasets(
-        config.data,
-        config.model.model,
-        model_args.vocab_size,
-        config.train.seed,
-        all_gather_objects,
-        writes_responses=config.distill.writes_responses,
-        log=partial(log_rank_0, parallel),
-    )
-    log_rank_0(parallel, f"Data: {train_data.report.summary()}")
-    if eval_data:
-        log_rank_0(parallel, f"Evaluation data: {eval_data.report.summary()}")
-    return train_data, eval_data

@@ -269,7 +269,11 @@ def parse_config(argv: list[str]) -> Config:
     where settings came from if there is a recipe.
     """
     groups: list[Any] = [group.type for group in fields(Config)]
-    parser = Parser(groups, prog="torchrun -m megatron_gkd.train")
+    parser = Parser(
+        groups,
+        prog="torchrun -m megatron_gkd.train",
+        usage="%(prog)s --model DIR --dataset FILE [FILE ...] [flags]",
+    )
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",

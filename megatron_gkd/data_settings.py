@@ -14,8 +14,8 @@ class DataConfig:
 
     dataset: list[str] = field(
         metadata={
-            "help": "Files (.jsonl, .json, .csv, each also as .gz, .parquet), folders of files, or "
-            "`datasets` names; NAME#N takes N samples, seeded."
+            "help": "Files (.jsonl, .json, .csv, .tsv, each also as .gz; .parquet, .arrow), "
+            "folders of files, or `datasets` names; NAME#N takes N samples, seeded."
         }
     )
     val_dataset: list[str] = setting([], "Evaluation data, in the same forms.")
@@ -30,14 +30,8 @@ class DataConfig:
     max_length: int = setting(
         2048,
         "Tokens of a data row, prompt and response together; a longer response is cut at its end "
-        "and counted. A response that "
-        "is written in the run has up to --max_completion_length tokens after the prompt, "
-        "whatever this says.",
-    )
-    teacher_template: str | None = setting(
-        None,
-        "A Jinja file that makes the teacher's last user turn of the row's columns and of "
-        "`response`: what the student has just written, in other steps the row's own.",
+        "and counted. A response that is written in the run has up to --max_completion_length "
+        "tokens after the prompt, whatever this says.",
     )
     dataloader_num_workers: int = setting(0, "Worker processes that make batches.")
     dataset_num_proc: int = setting(1, "Processes, on each machine, that turn rows into tokens.")
@@ -76,14 +70,18 @@ class DataConfig:
         "The teacher's variables of the chat template; what is not in them is as the student's.",
     )
     chat_template: str | None = setting(
-        None, "A file (jinja) that is the chat template, instead of the folder's own."
+        None, "A Jinja file that is the chat template, instead of the folder's own."
+    )
+    teacher_template: str | None = setting(
+        None,
+        "A Jinja file that makes the teacher's last user turn of the row's columns and of "
+        "`response`: what the student has just written, in other steps the row's own.",
     )
     media_cache: str | None = setting(
         None,
         "Keep the features of audio, images and videos in this folder; ranks and runs may share "
         "it.",
     )
-
     prepared_rows: str | None = setting(
         None,
         "Folder that keeps prepared rows for the next start that would make the same; runs and "

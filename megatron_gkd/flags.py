@@ -91,6 +91,24 @@ def boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling of a flag (`--na_me`, not `--na-me`), and no default where that would say
+    None, or the opposite of a switch.
+    """
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        if not names:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(names)} {values}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, []) or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse on dataclasses: `--name VALUE`, also spelled `--na-me`, for each of their fields.
 
@@ -100,9 +118,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, dataclasses: Sequence[type] = (), **options: Any):
         """Each of `dataclasses` is a group in --help if it has an `_argument_group_name`."""
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options
-        )
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
         self.dataclasses = dataclasses
         for owner in dataclasses:
             name, types = getattr(owner, "_argument_group_name", ""), get_type_hints(owner)
@@ -142,21 +158,25 @@ def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
         options["default"] = of.default
     else:
         options["required"] = True
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+        options |= {"type": kind, "nargs": "+"}
     if get_origin(kind) is Literal:
         options |= {"type": str, "choices": get_args(kind)}
-    elif get_origin(kind) is list:
-        (element,) = get_args(kind)
-        options |= {"type": element, "nargs": "+"}
-        if get_origin(element) is Literal:
-            options |= {"type": str, "choices": get_args(element)}
     elif kind is bool:
-        options |= {"type": boolean, "nargs": "?", "const": True}
+        options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    else:
+        options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
     spellings = dict.fromkeys([f"--{of.name}", f"--{of.name.replace('_', '-')}"])
     add_argument(*spellings, *of.metadata.get("aliases", []), **options)
     if kind is bool and of.default is True:
         spellings = dict.fromkeys([f"--no_{of.name}", f"--no-{of.name.replace('_', '-')}"])
         add_argument(
-            *spellings, dest=of.name, action="store_false", default=False, help=options["help"]
+            *spellings,
+            dest=of.name,
+            action="store_false",
+            default=False,
+            help=f"Switches --{of.name} off.",
         )
 
 

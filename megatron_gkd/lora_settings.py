@@ -31,8 +31,8 @@ class LoraConfig:
     lora_dropout: float = setting(0.05, "Dropout on the input of W_down while training.")
     lora_target_modules: list[str] = setting(
         [],
-        "ALL (all-linear), or names such as "
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj; lm_head too, "
+        "ALL (all-linear), or names with commas or spaces between: q_proj, k_proj, v_proj, o_proj, "
+        "gate_proj, up_proj, down_proj; lm_head too, "
         "which needs all logits of a micro-batch at once; or, as in PEFT, a regular expression "
         "that the whole path of a linear matches, such as "
         r"'.*layers\.\d*[02468]\.self_attn\..*_proj'. "

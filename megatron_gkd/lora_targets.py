@@ -8,6 +8,7 @@ compared. Imports nothing slow.
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from megatron_gkd.families import Family
 from megatron_gkd.model.args import ModelArgs
 
 # The linears that can carry LoRA, as Hugging Face and PEFT name them.
@@ -172,7 +173,7 @@ def _matching(
     """The carriers whose path `expression` matches, and whether it matches the lm_head."""
     family = model_args.family
     matches = lambda path: any(
-        expression.fullmatch(before + path) for before in _before(model_args)
+        expression.fullmatch(before + path) for before in before_layers(family)
     )
     carriers: set[tuple[int, str]] = set()
     for layer in range(model_args.num_layers):
@@ -202,21 +203,20 @@ def _matching(
     if not carriers and not head:
         raise ValueError(
             f"{flag}: matches no linear of the decoder; the expression must match a whole path, "
-            f"such as {_example(model_args)} or {_before(model_args)[0]}0.mlp.experts.0.up_proj"
+            f"such as {_example(model_args)} or {before_layers(family)[0]}0.mlp.experts.0.up_proj"
         )
     return carriers, head
 
 
-def _before(model_args: ModelArgs) -> list[str]:
+def before_layers(family: Family) -> tuple[str, ...]:
     """What may stand before `3.self_attn.q_proj`: transformers' versions, the whole model or the
     part that is trained.
     """
-    family = model_args.family
-    return [f"{o}{i}layers." for o in family.adapter_roots for i in family.inner_roots]
+    return tuple(f"{o}{i}layers." for o in family.adapter_roots for i in family.inner_roots)
 
 
 def _example(model_args: ModelArgs) -> str:
-    return f"{_before(model_args)[0]}0.self_attn.q_proj"
+    return f"{before_layers(model_args.family)[0]}0.self_attn.q_proj"
 
 
 def tower_paths(model_args: ModelArgs, *, ends: bool) -> Iterator[str]:

@@ -48,7 +48,7 @@ class MetricsWriter:
     """Writes the metrics of one run into `output_dir` and shows the progress from `start_step` to
     `total_steps`.
 
-    `start_step` is the number of steps already done: 0 starts both files anew (see `_set_aside`),
+    `start_step` is the number of steps already done: 0 starts the files anew (see `_set_aside`),
     otherwise later lines are dropped. On a terminal there is a bar; in a log file one line for each
     logged step.
     """
@@ -116,7 +116,7 @@ class MetricsWriter:
             print(line, flush=True)
 
     def log_rollouts(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Lines of rollouts.jsonl, which are all of one step (rollout/samples.py)."""
+        """Lines of rollouts.jsonl, which are all of one step (rollout_log.py)."""
         if self.enabled and lines:
             self._append("rollouts", lines)
 

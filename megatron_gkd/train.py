@@ -23,7 +23,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from safetensors import SafetensorError
 
-from megatron_gkd.build import build_run, check_data, print_row
+from megatron_gkd.build import build_run
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.media.towers import StepMedia
@@ -41,6 +41,7 @@ from megatron_gkd.parallel import (
 )
 from megatron_gkd.resume import check_health, save_if_due, stopped_line
 from megatron_gkd.run import Run, StepResult
+from megatron_gkd.run_data import check_data, print_row
 
 
 def train(config: Config, parallel: Parallel) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_gkd.data import Packing, collate
 from megatron_gkd.data.chat import load_chat_tokenizer
-from megatron_gkd.data.encoded import decode_sample, encode_row
+from megatron_gkd.data.encoded import decode_sample, encode_rows
 from megatron_gkd.data.rows import check_row
 from megatron_gkd.errors import RowError
 from megatron_gkd.media.processor import MediaProcessor
@@ -32,7 +32,10 @@ def no_chat():
 def sample_of(raw, chat=None, max_length=100, vocab_size=VOCAB):
     get_chat = no_chat if chat is None else lambda: chat
     no_media = MediaProcessor("no folder")
-    encoded = encode_row(check_row(raw, vocab_size), get_chat, max_length, vocab_size, no_media)
+    row = check_row(raw, vocab_size)
+    (encoded,) = encode_rows([row], get_chat, max_length, vocab_size, no_media)
+    if isinstance(encoded, RowError):
+        raise encoded
     return decode_sample(encoded, "here", 5, no_media)
 
 

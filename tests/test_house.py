@@ -5,6 +5,7 @@ and a step fit on a screen each.
 import ast
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def files() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, wherever in the file."""
     modules = files()
@@ -79,6 +81,7 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "megatron_gkd" else parts[0]
 
 
+@cache
 def rooms() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = defaultdict(set)
     for module, others in imports().items():

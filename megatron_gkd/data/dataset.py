@@ -25,6 +25,7 @@ from megatron_gkd.data.source import Source, open_source
 from megatron_gkd.data.split import separate, split, with_response
 from megatron_gkd.data.stored_rows import StoredRows, write_rows
 from megatron_gkd.data.teacher_template import TeacherViews
+from megatron_gkd.data.text_files import close_files
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import BadRow, DataError, RowError, bad_rows_error
 from megatron_gkd.media.medium import PromptReferences
@@ -159,10 +160,13 @@ def load_datasets(
         for the screen.
         """
         kept = _kept(data, encoding, model_dir)
-        files = [
-            _prepare(entry, os.path.join(folder, str(number)), encoding, data, seed, kept)
-            for number, entry in enumerate([*data.dataset, *data.val_dataset])
-        ]
+        try:
+            files = [
+                _prepare(entry, os.path.join(folder, str(number)), encoding, data, seed, kept)
+                for number, entry in enumerate([*data.dataset, *data.val_dataset])
+            ]
+        finally:
+            close_files()
         return {"files": files, "notes": kept.notes if kept else []}
 
     def read(made: dict[str, Any]) -> tuple[list[StoredRows], list[str]]:

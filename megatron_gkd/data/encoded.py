@@ -83,26 +83,6 @@ class _Prompt(NamedTuple):
     media: RowMedia
 
 
-def encode_row(
-    row: Row,
-    get_chat: Callable[[], ChatTokenizer],
-    max_length: int,
-    vocab_size: int,
-    processor: MediaProcessor,
-    *,
-    read_media: bool = False,
-) -> Encoded:
-    """As `encode_rows`, of one row. Raises its RowError. `get_chat` is called only if the row holds
-    text.
-    """
-    (found,) = encode_rows(
-        [row], get_chat, max_length, vocab_size, processor, read_media=read_media
-    )
-    if isinstance(found, RowError):
-        raise found
-    return found
-
-
 def encode_rows(
     rows: Sequence[Row],
     get_chat: Callable[[], ChatTokenizer],

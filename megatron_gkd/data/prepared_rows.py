@@ -29,7 +29,7 @@ from megatron_gkd.data.stored_rows import StoredRows
 from megatron_gkd.errors import RowError
 
 # Settings that change no row, or whose rows are told apart below; every other one is in the digest.
-FREE_SETTINGS = {
+CHANGE_NO_ROW = {
     "dataset",  # each entry has a digest of its own
     "val_dataset",
     "split_dataset_ratio",  # of rows that are prepared
@@ -62,14 +62,14 @@ def default_folder() -> str:
 
 
 def basis(settings: Any, encoding: dict[str, Any], model_dir: str) -> str:
-    """A digest of what every row is prepared with: all settings of the data but FREE_SETTINGS, and
+    """A digest of what every row is prepared with: all settings of the data but CHANGE_NO_ROW, and
     the content of files that they name; `encoding`, what else the rows are encoded with, by name;
     the model folder's files but weights; this package and LIBRARIES.
 
     Raises TypeError for a value that JSON does not have: it must be said what it stands for.
     """
     found = _Digest()
-    values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
+    values = {name: value for name, value in vars(settings).items() if name not in CHANGE_NO_ROW}
     values |= {f"encoding of {name}": value for name, value in encoding.items()}
     for name, value in sorted(values.items()):
         found.add(name, json.dumps(value, sort_keys=True))

@@ -115,6 +115,7 @@ class _Lock:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX)
         except OSError as error:
+            self.file.close()
             raise DataError(
                 f"{self.file.name} cannot be locked ({error}): TMPDIR=FOLDER names a local disk"
             ) from error

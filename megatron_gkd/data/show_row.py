@@ -13,6 +13,7 @@ from megatron_gkd.data.row_encoding import (
     row_encoding,
 )
 from megatron_gkd.data.source import Source, open_source
+from megatron_gkd.data.text_files import close_files
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.errors import DataError
 from megatron_gkd.loss.rows import IGNORED_LABEL
@@ -31,6 +32,7 @@ def show_row(wanted: str, data: DataConfig, model_dir: str, vocab_size: int, see
     source, index = _find(wanted, data, seed)
     location = source.locations[index]
     (row,) = encode_source_rows(source, encoding, [index])
+    close_files()
     if row["reason"] is not None:
         raise DataError(f"{location}: {row['reason']}")
     encoded = encoded_columns(row)

@@ -29,13 +29,15 @@ def open_parquet(path: str) -> RawRows:
     mapped from there: any row can be read, and memory holds a few. Raises DataError.
     """
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
-            file = tempfile.TemporaryFile()
+        with (
+            tempfile.TemporaryFile() as file,
+            pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table,
+        ):
             with pyarrow.ipc.new_stream(file, table.schema_arrow) as writer:
                 for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
                     writer.write_batch(batch)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)) as reader:
             batches = list(reader)
     except (pyarrow.ArrowException, OSError, ValueError) as error:

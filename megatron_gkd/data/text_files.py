@@ -3,7 +3,7 @@ plain or packed by gzip, in UTF-8.
 
 A file is indexed once, and a row is read from it when it is asked for: memory holds a few numbers a
 row. What gzip packed is unpacked to a file without a name in the folder of temporary files (TMPDIR)
-first.
+first, and mapped.
 """
 
 import csv
@@ -19,8 +19,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 from megatron_gkd.data.raw_rows import RawRows, in_folder
@@ -38,6 +37,7 @@ _SPACE = re.compile(rb"\s*")
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".json", *_DELIMITERS)
+MOST_OPEN = 8  # files that stay open between rows
 
 
 def open_text(path: str, suffix: str) -> RawRows:
@@ -76,19 +76,21 @@ def open_text(path: str, suffix: str) -> RawRows:
 
 
 class _File(NamedTuple):
-    """A file by its name, so that a folder of thousands does not need as many open ones; or one
-    without a name, which stays open. Forked processes may read either.
+    """A file by its name, so that a folder of thousands does not need as many open ones; or what
+    gzip packed in it. Forked processes may read either.
     """
 
     path: str
     state: tuple[int, ...]
     """By which a file is told that has changed"""
-    unpacked: BinaryIO | None
+    unpacked: mmap.mmap | bytes | None
 
     def read(self, start: int, end: int) -> bytes:
+        if self.unpacked is not None:
+            return self.unpacked[start:end]
         try:
-            file = self.unpacked or _held(self.path, self.state)
-            if self.unpacked is None and _state(file) != self.state:
+            file = _held_open(self.path, self.state)
+            if _state(file) != self.state:
                 raise RowError("its file has changed since its rows were counted")
             return os.pread(file.fileno(), end - start, start)
         except OSError as error:
@@ -96,17 +98,24 @@ class _File(NamedTuple):
 
     def lines(self, start: int) -> Iterator[bytes]:
         """From `start` to the end."""
-        with self._opened() as file:
-            file.seek(start)
-            yield from file
+        if self.unpacked is None:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                yield from file
+        elif isinstance(self.unpacked, mmap.mmap):
+            self.unpacked.seek(start)
+            yield from iter(self.unpacked.readline, b"")
 
     @contextmanager
-    def mapped(self) -> Iterator[mmap.mmap]:
-        with self._opened() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    def mapped(self) -> Iterator[mmap.mmap | bytes]:
+        if self.unpacked is not None:
+            yield self.unpacked
+            return
+        with (
+            open(self.path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             yield data
-
-    def _opened(self) -> AbstractContextManager[BinaryIO]:
-        return open(self.path, "rb") if self.unpacked is None else nullcontext(self.unpacked)
 
 
 def _state(file: BinaryIO) -> tuple[int, ...]:
@@ -114,12 +123,24 @@ def _state(file: BinaryIO) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=8)
-def _held(path: str, state: tuple[int, ...]) -> BinaryIO:
+_held: dict[tuple[str, tuple[int, ...]], BinaryIO] = {}  # the files that were read last
+
+
+def _held_open(path: str, state: tuple[int, ...]) -> BinaryIO:
     """The file, open for the next rows too: on network file systems opening takes long. `state`
     keeps a file apart from another that took its name.
     """
-    return open(path, "rb")
+    file = _held.pop((path, state), None) or open(path, "rb")
+    _held[path, state] = file
+    if len(_held) > MOST_OPEN:
+        _held.pop(next(iter(_held))).close()
+    return file
+
+
+def close_files() -> None:
+    """Close the files that are held open. Rows that are read later open them again."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 def _open(path: str) -> _File:
@@ -128,19 +149,21 @@ def _open(path: str) -> _File:
         if file.read(2) != _GZIP:
             return _File(path, _state(file), None)
         file.seek(0)
-        whole = tempfile.TemporaryFile()
-        try:
-            with gzip.open(file) as packed:
-                shutil.copyfileobj(packed, whole, 1 << 20)
-            whole.flush()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path} is not a whole gzip file: {first_line(error)}") from None
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be unpacked to {tempfile.gettempdir()} (TMPDIR): "
-                f"{first_line(error)}"
-            ) from None
-    return _File(path, (), whole)
+        with tempfile.TemporaryFile() as whole:
+            try:
+                with gzip.open(file) as packed:
+                    shutil.copyfileobj(packed, whole, 1 << 20)
+                whole.flush()
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DataError(f"{path} is not a whole gzip file: {first_line(error)}") from None
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be unpacked to {tempfile.gettempdir()} (TMPDIR): "
+                    f"{first_line(error)}"
+                ) from None
+            if not whole.tell():
+                return _File(path, (), b"")  # nothing cannot be mapped
+            return _File(path, (), mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 class _Spans:

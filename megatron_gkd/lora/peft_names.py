@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_gkd.families import Family
+from megatron_gkd.lora_targets import before_layers
 
 _NOTHING = r"(?!)"  # matches no string
 # PEFT's own prefix, and what other programs put in its place or before it.
@@ -76,11 +77,7 @@ def peft_names(family: Family) -> PeftNames:
         embedding=re.compile(rf"{inside}(?P<linear>embed_tokens|{towers}\.\w+){_EMBEDDING_SIDE}"),
         base_copy=re.compile(rf"{inside}(?P<linear>lm_head|embed_tokens)(?:\.base_layer)?\.weight"),
         outside=re.compile(rf"{_WRAPPERS}{_one_of(family.other_models)}.*\.lora_.*"),
-        layer_spellings=tuple(
-            f"{outer}{inner}layers."
-            for outer in family.adapter_roots
-            for inner in family.inner_roots
-        ),
+        layer_spellings=before_layers(family),
         inside_spellings=tuple(
             f"{outer}{inner}"
             for outer in family.adapter_roots

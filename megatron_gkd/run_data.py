@@ -1,0 +1,89 @@
+"""The data of a run: read once it is clear that the layout fits the model, checked, a row of them
+shown.
+"""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+from megatron_gkd.config import Config, flag_targets, layout_line
+from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
+from megatron_gkd.data.show_row import show_row
+from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.run_folder import check_writable
+from megatron_gkd.trackers import check_installed
+from megatron_gkd.zero_signal import check_responses
+
+
+def read_data(
+    config: Config, parallel: Parallel
+) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
+    """(sizes of the model, training data, evaluation data or None), once it is clear that the
+    layout fits the model and that --output_dir is writable. Raises ValueError, OSError or
+    DataError; see `load_data`.
+    """
+    model_args = read_model_args(config.model.model)
+    if config.lora.lora_towers and not model_args.family.towers:
+        raise ValueError(
+            f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
+            "leave it out"
+        )
+    flag_targets(config.lora, model_args)  # raises before the data are read
+    log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
+    if not config.data.check_data:
+        check_writable(config.run.output_dir)
+        check_installed(config.run.report_to)
+    train_data, eval_data = load_data(config, model_args, parallel)
+    return model_args, train_data, eval_data
+
+
+def load_data(
+    config: Config, model_args: ModelArgs, parallel: Parallel
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """(train, evaluation or None). Raises DataError for bad rows. Collectives: two exchanges of
+    folder names.
+    """
+    train_data, eval_data = load_datasets(
+        config.data,
+        config.model.model,
+        model_args.vocab_size,
+        config.train.seed,
+        all_gather_objects,
+        writes_responses=config.distill.writes_responses,
+        log=partial(log_rank_0, parallel),
+    )
+    log_rank_0(parallel, f"Data: {train_data.report.summary()}")
+    if eval_data:
+        log_rank_0(parallel, f"Evaluation data: {eval_data.report.summary()}")
+    return train_data, eval_data
+
+
+def check_data(config: Config, parallel: Parallel) -> None:
+    """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
+    rows.
+    """
+    _, train_data, _ = read_data(config, parallel)
+    check_responses(with_max_steps(config, len(train_data), parallel), train_data)
+    log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
+
+
+def print_row(config: Config) -> None:
+    """--show_row: print the row. One process does it; of several, rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    assert config.data.show_row is not None
+    vocab_size = read_model_args(config.model.model).vocab_size
+    wanted, seed = config.data.show_row, config.train.seed
+    print(show_row(wanted, config.data, config.model.model, vocab_size, seed), flush=True)
+
+
+def with_max_steps(config: Config, num_rows: int, parallel: Parallel) -> Config:
+    """The settings with --max_steps filled in, from --num_train_epochs where it is unset."""
+    train = config.train
+    if train.max_steps >= 0:
+        return config
+    num_steps = num_steps_of_epochs(
+        num_rows, train.global_batch_size(parallel.dp_size), train.num_train_epochs
+    )
+    return replace(config, train=replace(train, max_steps=num_steps))
