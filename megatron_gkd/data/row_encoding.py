@@ -43,6 +43,7 @@ SCHEMA = pyarrow.schema(
         "cut_tokens": pyarrow.int32(),
         "shortened_turns": pyarrow.int32(),
         "trimmed_turns": pyarrow.int32(),
+        "tags_as_text": pyarrow.int32(),
         "media": pyarrow.list_(_REFERENCE),
         "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
         "notes": pyarrow.list_(pyarrow.string()),  # likewise
@@ -56,7 +57,7 @@ SCHEMA = pyarrow.schema(
         "template_row": pyarrow.string(),  # null: no --teacher_template
     }
 )
-_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, [], [], [], False)  # stands for a bad row
+_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, 0, [], [], [], False)  # stands for a bad row
 
 
 def encoded_columns(row: dict[str, Any]) -> Encoded:

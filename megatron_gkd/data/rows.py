@@ -91,6 +91,8 @@ class Row:
     teacher_options: RenderOptions = RenderOptions()
     untrained: frozenset[int] = frozenset()
     """Indices of assistant turns in `messages` that are context only; never the last turn's"""
+    tags_as_text: int = 0
+    """Tags such as `<audio>` in the turns of a view that has no such media outside its turns"""
 
     @property
     def has_media(self) -> bool:
@@ -163,6 +165,7 @@ def check_row(
         options,
         teacher_options,
         untrained,
+        len(inline.text_tags) + len(teacher_inline.text_tags),
     )
 
 
