@@ -29,8 +29,8 @@ DEPENDENCIES = [
     "safetensors>=0.8,<0.9",
     # Trains the byte-level BPE of the small model.
     "tokenizers>=0.23,<0.24",
-    # Folders that hold a tokenizer.model only; protobuf reads it. sentencepiece from 0.2.3 on asks for
-    # protobuf 7, which wandb excludes.
+    # Folders that hold a tokenizer.model only; protobuf reads it. sentencepiece from 0.2.3 on asks
+    # for protobuf 7, which wandb excludes.
     "sentencepiece>=0.2,<0.2.3",
     "protobuf>=6.31,<8",
     # PIL image processors, part of the processor files.

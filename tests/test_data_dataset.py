@@ -237,6 +237,8 @@ def test_tags_that_are_text_are_counted(tmp_path):
     train, _ = load(settings(path), folder)
     assert train.report.tags_as_text == (2, [f"{path}:1", f"{path}:3"])
     assert f"read as text: 2 ({path}:1, {path}:3)" in train.report.summary()
+    with pytest.raises(DataError, match="names `image_path` `imges`, which nothing reads: images?"):
+        load(settings(path, columns='{"image_path": "imges"}'), folder)
 
 
 def test_cut_responses_are_counted(tmp_path, no_tokenizer):
