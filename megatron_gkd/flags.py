@@ -31,7 +31,7 @@ OTHER_NAMES = {
     "tensorboard": "report_to",
 }
 FLAG = r"--\S+|-[^-\d.\s]\S*"  # not a negative number, a text, or `--` alone
-NEAR = 0.6  # difflib's measure of likeness; what is less like a name is no misspelling of it
+NEAR = 0.7  # difflib's measure of likeness; what is less like a name is no misspelling of it
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 

@@ -63,9 +63,11 @@ def check_data(config: Config, parallel: Parallel) -> None:
     """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
     rows.
     """
-    _, train_data, _ = read_data(config, parallel)
+    _, train_data, eval_data = read_data(config, parallel)
+    bad = sum(data.report.num_skipped for data in (train_data, eval_data) if data is not None)
     check_responses(with_max_steps(config, len(train_data), parallel), train_data)
-    log_rank_0(parallel, "--check_data: every row is good; no training was asked for")
+    kept = "all others are good" if bad else "every row is good"
+    log_rank_0(parallel, f"--check_data: {kept}; no training was asked for")
 
 
 def print_row(config: Config) -> None:

@@ -160,7 +160,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         _OFF,
         "the decoder is what LoRA is for; --lora_target_modules names its linears",
     ),
-    ("freeze_vit freeze_aligner", _ON, "--lora_towers true"),
+    (
+        "freeze_vit freeze_aligner",
+        _ON,
+        "the towers stay as they are, or with --lora_towers true have LoRA",
+    ),
     ("vit_lr aligner_lr lorap_lr_ratio", (), "there is one --learning_rate"),
     (
         "target_regex target_parameters",

@@ -217,7 +217,8 @@ def test_skip_bad_rows_counts_and_skips(tmp_path, no_tokenizer):
     assert firsts(train) == [1, 2]
     assert train.report.num_skipped == 2
     assert train.report.skipped[0] == (f"{path}:2", "not JSON: Expecting value at column 1")
-    assert "2 bad rows skipped" in train.report.summary()
+    named = f"2 bad rows skipped ({path}:2: not JSON: Expecting value at column 1; {path}:4: "
+    assert named in train.report.summary()
     with pytest.raises(
         DataError, match="--dataset: all 2 rows are bad, the first is .*bad.jsonl:1: not JSON"
     ):
@@ -225,6 +226,19 @@ def test_skip_bad_rows_counts_and_skips(tmp_path, no_tokenizer):
             settings(write_jsonl(tmp_path / "bad.jsonl", [b"oops"] * 2), skip_bad_rows=True),
             no_tokenizer,
         )
+
+
+def test_tags_that_are_text_are_counted(tmp_path):
+    """A column of another name than `images` would otherwise go unnoticed."""
+    folder = write_bpe_folder(tmp_path / "bpe")
+    row = {"query": "<image>what is it", "response": "the sea"}
+    rows = [row | {"image_path": "a.png"}, row | {"query": "a < b"}, row]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, _ = load(settings(path), folder)
+    assert train.report.tags_as_text == (2, [f"{path}:1", f"{path}:3"])
+    assert f"read as text: 2 ({path}:1, {path}:3)" in train.report.summary()
+    with pytest.raises(DataError, match="names `image_path` `imges`, which nothing reads: images?"):
+        load(settings(path, columns='{"image_path": "imges"}'), folder)
 
 
 def test_cut_responses_are_counted(tmp_path, no_tokenizer):

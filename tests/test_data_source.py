@@ -315,7 +315,7 @@ def test_folders_that_are_refused(tmp_path, files, reason):
 
 def test_media_features_are_left_as_they_are_stored(tmp_path, monkeypatch):
     """At any depth, used or not, broken or not; parquet and save_to_disk without `datasets`."""
-    junk = {"bytes": b"junk", "path": None}
+    junk = {"bytes": b"junk", "path": "junk.bin"}
     part = {"type": datasets.Value("string"), "image": datasets.Image()}
     features = datasets.Features(
         {
@@ -341,6 +341,16 @@ def test_media_features_are_left_as_they_are_stored(tmp_path, monkeypatch):
     for name in ("rows.parquet", "saved", "splits"):
         assert read(tmp_path / name) == [row, dict.fromkeys(row)]
         assert places(tmp_path / name) == [" row 0", " row 1"]
+
+
+def test_nulls_that_arrow_fills_in_are_left_out(tmp_path):
+    """A template would write them, and the model would learn them."""
+    rows = [
+        {"calls": [{"arguments": {"city": "Rome"}, "text": '{"when": null}'}], "hint": None},
+        {"calls": [{"arguments": {"days": [1, 2]}}, {"arguments": {"city": "Bern"}}], "hint": "x"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == rows
 
 
 def test_a_cell_that_cannot_be_read_is_no_error_by_itself(tmp_path):

@@ -190,7 +190,8 @@ def test_where_there_is_no_view(model, media):
 @pytest.mark.parametrize(
     "template, given, problem",
     [
-        ("{{ hint }}", {}, "template.jinja: 'hint' is undefined; the row has prompt, response"),
+        ("{{ hint }}", {}, "'hint' is undefined; the row has prompt, response and not hint"),
+        ("{{ 'a'.endswith(hint) }}", {}, "; the row has prompt, response and not hint"),
         ("{{ hint.x }}", {"hint": {"y": 1}}, "has no attribute 'x'; the row has hint, prompt"),
         ("{{ hint() }}", {"hint": "y"}, "'str' object is not callable"),
         ("{{ response.upper }}", {}, "cannot be printed (is a call without its brackets?)"),

@@ -132,6 +132,26 @@ def test_earlier_turns_without_their_reasoning_are_read(chat_of, name, content):
     assert changes == ["shortened", ""] and len(texts) == 1 and "A steady tone" in texts[0]
 
 
+@pytest.mark.parametrize("content", [TEXT, MEDIA], ids=["text", "media"])
+def test_a_generation_prompt_that_closes_the_block(tmp_path, content):
+    """As with enable_thinking: false. Behind turns with media and in earlier turns templates write
+    no such block: the response stands behind it all the same, and what was never written so is
+    read.
+    """
+    block = "<think>\n\n</think>\n\n"
+    template = thinking_template(block="thought or loop.last", opened=block.replace("\n", "\\n"))
+    chat = load_chat_tokenizer(write_bpe_folder(tmp_path, template))
+    before, texts, changes = encode(chat, user(content), assistant("A fork."))
+    assert before == generation_prompt(chat, user(content)) and before.endswith(block)
+    assert texts == ["A fork." + END] and changes == [""]
+    turns = [user(content), assistant("One."), user(content)]
+    before, texts, changes = encode(chat, *turns, assistant("A fork."))
+    assert before == generation_prompt(chat, *turns)
+    assert texts == ["A fork." + END] and changes == ["shortened", ""]
+    with pytest.raises(RowError, match="closes an empty block of thinking before the response"):
+        encode(chat, user(content), assistant(REASONED))
+
+
 def test_an_earlier_turn_that_the_template_keeps_is_trained(chat_of):
     """A user turn with media does not count as the last one with text, so the reasoning before it
     stays in what the model reads.

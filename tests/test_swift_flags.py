@@ -37,7 +37,9 @@ def test_a_command_of_swift_is_accepted(capsys, monkeypatch):
 
 
 def test_what_has_another_name_is_answered_at_once(tmp_path):
-    flags = "--gradient_checkpointing true --max_new_tokens=512 --lerning_rate 1 --fp16 --zebra 3"
+    flags = (
+        "--gradient_checkpointing true --max_new_tokens=512 --lerning_rate 1 --fp16 --rlhf_typ 3"
+    )
     lines = refused(f"{REQUIRED} {flags} --packing true").splitlines()
     assert lines[0] == "5 flags cannot be used:" and len(lines) == 6
     assert lines[1] == (
@@ -45,7 +47,7 @@ def test_what_has_another_name_is_answered_at_once(tmp_path):
     )
     assert "--max_completion_length" in lines[2] and "--fp16 is ms-swift's" in lines[3]
     assert lines[4].startswith("  --lerning_rate is not a setting; the nearest is --learning_rate")
-    assert lines[5] == "  --zebra is not a setting (--help lists all of them)"
+    assert lines[5] == "  --rlhf_typ is not a setting (--help lists all of them)"
     # the same from a file of settings
     path = tmp_path / "run.yaml"
     path.write_text("model: /m\ndataset: [d.jsonl]\ngradient_checkpointing: true\npacking: true\n")

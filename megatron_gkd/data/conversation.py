@@ -63,6 +63,8 @@ class InlineMedia:
     """
     values: dict[str, list[Any]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     """Kind -> the medium that each placeholder holds; None if that is left to the column"""
+    text_tags: list[str] = field(default_factory=list)
+    """Kinds of the tags that are no placeholders"""
 
 
 def check_text(value: Any, where: str) -> str:
@@ -106,7 +108,7 @@ def check_content(value: Any, where: str, inline: InlineMedia | None) -> Any:
 
 def _split_at_tags(text: str, inline: InlineMedia | None) -> list[dict[str, str]]:
     """A text as parts: its tags of the kinds in `inline.tag_kinds` are placeholders."""
-    if inline is None or not inline.tag_kinds:
+    if inline is None or "<" not in text:
         return [{"type": "text", "text": text}]
     first, *rest = _TAG.split(text)  # text, kind, text, kind, text ...
     parts = [{"type": "text", "text": first}]
@@ -115,6 +117,7 @@ def _split_at_tags(text: str, inline: InlineMedia | None) -> list[dict[str, str]
             inline.values[kind].append(None)
             parts += [{"type": kind}, {"type": "text", "text": following}]
         else:
+            inline.text_tags.append(kind)
             parts[-1]["text"] += f"<{kind}>{following}"
     return parts
 
@@ -167,14 +170,18 @@ def with_responses(view: Messages, messages: Messages | None) -> Messages:
     that is not replaced.
     """
     turns = [index for index, turn in enumerate(view) if turn["role"] == "assistant"]
-    responses = [{"role": "assistant", "content": "response"}]
+    responses, given = [{"role": "assistant", "content": "response"}], 1
     if messages is not None:
         responses = [turn for turn in messages if turn["role"] == "assistant"]
+        given = len(responses)
     if len(responses) != len(turns):
         responses = [*(view[index] for index in turns[:-1]), responses[-1]]
     view = list(view)
     for index, response in zip(turns, responses):
         if not response["content"].strip() and not response.get("tool_calls"):
-            raise RowError(f"teacher_messages[{index}]: empty response")
+            raise RowError(
+                f"teacher_messages[{index}]: empty response. The row's responses take the places "
+                f"of all of the teacher's if there are as many; there are {given} and {len(turns)}"
+            )
         view[index] = response
     return view

@@ -46,6 +46,8 @@ class Encoded(NamedTuple):
     """Assistant turns that are not trained, since the chat template leaves out a part of them"""
     trimmed_turns: int
     """Of which it leaves out white space"""
+    tags_as_text: int
+    """Tags such as `<audio>` that are no placeholders"""
     media: list[dict]
     """Of each medium the fields of its `Reference`, num_tokens and `Size.note`"""
     student_media: list[int]
@@ -183,6 +185,7 @@ def _encode(
         cut_tokens=num_trained - _num_trained(labels),
         shortened_turns=tokens.shortened_turns,
         trimmed_turns=tokens.trimmed_turns,
+        tags_as_text=row.tags_as_text,
         media=[
             reference._asdict() | {"num_tokens": size.num_tokens, "note": size.note}
             for reference, size in sizes.items()

@@ -154,7 +154,15 @@ class RenderedTurns:
         """(text, last turn) of a conversation whose last response the template does not write in
         full: the row's own text behind `prompt`.
         """
-        content, opened = messages[-1]["content"], _opened_thinking(prompt)
+        content, opened = messages[-1]["content"], _thinking_block(prompt)
+        if "</think>" in opened:
+            if "think>" in content or messages[-1].get("reasoning_content"):
+                raise RowError(
+                    f"{self._name} closes an empty block of thinking before the response, which "
+                    "has reasoning: leave out one of them (`enable_thinking: false`, or the "
+                    "reasoning)"
+                )
+            opened = ""
         if set(messages[-1]) != {"role", "content"} or (opened and "</think>" not in content):
             raise RowError(
                 f"{self._name} leaves out a part of the response, or does "
@@ -174,8 +182,7 @@ class RenderedTurns:
         prompt.
         """
         before, after, closing = self._around(messages, index, options)
-        opened = _opened_thinking(prompt)
-        header = prompt.removesuffix(opened)
+        header = prompt.removesuffix(_thinking_block(prompt))
         if not (whole.startswith(header) and before.startswith(header)):
             raise RowError(
                 f"{self._name} does not begin assistant turn {index} with "
@@ -228,9 +235,11 @@ def _without_media(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, "content": "".join(texts) or "media"}
 
 
-def _opened_thinking(prompt: str) -> str:
-    """`<think>` and the white space behind it, if the generation prompt ends with them; else "" """
-    found = re.search(r"<think>\s*\Z", prompt)
+def _thinking_block(prompt: str) -> str:
+    """`<think>`, or an empty block of thinking, and the white space behind it, if the generation
+    prompt ends with them; else ""
+    """
+    found = re.search(r"<think>\s*(</think>\s*)?\Z", prompt)
     return found.group() if found else ""
 
 

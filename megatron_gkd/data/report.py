@@ -17,12 +17,12 @@ from megatron_gkd.loss.rows import IGNORED_LABEL
 NUM_EXAMPLES = 3
 
 
-class ChangedTurns(NamedTuple):
-    """Assistant turns that the chat template does not write as they are."""
+class Noted(NamedTuple):
+    """What rows hold that one may want to know of."""
 
     number: int = 0
     rows: Sequence[str] = ()
-    """The first that have such turns, as FILE:LINE"""
+    """The first that hold it, as FILE:LINE"""
 
     def summary(self, what: str) -> str:
         """A clause for the console; "" if there are none."""
@@ -54,10 +54,12 @@ class DataReport:
     how many; counted like `num_media`, by the headers of their files.
     """
     skipped: list[BadRow] = field(default_factory=list)
-    shortened_turns: ChangedTurns = ChangedTurns()
+    shortened_turns: Noted = Noted()
     """Assistant turns that are not trained, since the chat template leaves out a part of them"""
-    trimmed_turns: ChangedTurns = ChangedTurns()
+    trimmed_turns: Noted = Noted()
     """Trained turns of which it leaves out white space"""
+    tags_as_text: Noted = Noted()
+    """Tags such as `<audio>` that are no placeholders"""
     views_are_made: bool = False
     """Whether --teacher_template makes the views, anew for each response that the student writes"""
 
@@ -91,7 +93,7 @@ class DataReport:
             f"{media}"
             f"{self.num_response_tokens} trained tokens; longest view {self.max_tokens} tokens; "
             f"{self.num_cut_responses} responses cut by {self.num_cut_tokens} tokens in all; "
-            f"{self.num_skipped} bad rows skipped"
+            f"{self.num_skipped} bad rows skipped{self._first_skipped()}"
             + self.shortened_turns.summary(
                 "earlier assistant turns that are read and not trained, since the chat template "
                 "leaves out a part of them, such as reasoning"
@@ -99,7 +101,16 @@ class DataReport:
             + self.trimmed_turns.summary(
                 "assistant turns of which the chat template leaves out white space"
             )
+            + self.tags_as_text.summary(
+                "<audio>, <image> or <video> in texts of rows without such a medium in a column, "
+                "read as text"
+            )
         )
+
+    def _first_skipped(self) -> str:
+        first = [f"{bad.location}: {bad.reason}" for bad in self.skipped[:NUM_EXAMPLES]]
+        first += ["..."] * (self.num_skipped > NUM_EXAMPLES)
+        return f" ({'; '.join(first)})" if first else ""
 
 
 class Lengths(NamedTuple):
@@ -146,6 +157,7 @@ def make_report(
         "source",
         "shortened_turns",
         "trimmed_turns",
+        "tags_as_text",
         "location",
     )
     cuts = table["cut_tokens"].to_numpy()
@@ -164,16 +176,17 @@ def make_report(
         num_media=num_media,
         notes=notes,
         skipped=skipped,
-        shortened_turns=_changed_turns(table["shortened_turns"], table["location"]),
-        trimmed_turns=_changed_turns(table["trimmed_turns"], table["location"]),
+        shortened_turns=_noted(table["shortened_turns"], table["location"]),
+        trimmed_turns=_noted(table["trimmed_turns"], table["location"]),
+        tags_as_text=_noted(table["tags_as_text"], table["location"]),
         views_are_made=views_are_made,
     )
 
 
-def _changed_turns(counts: pyarrow.ChunkedArray, locations: pyarrow.ChunkedArray) -> ChangedTurns:
+def _noted(counts: pyarrow.ChunkedArray, locations: pyarrow.ChunkedArray) -> Noted:
     of_rows = counts.to_numpy()
     first = np.flatnonzero(of_rows)[:NUM_EXAMPLES]
-    return ChangedTurns(int(of_rows.sum()), locations.take(first).to_pylist())
+    return Noted(int(of_rows.sum()), locations.take(first).to_pylist())
 
 
 def _media_report(rows: StoredRows) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:

@@ -2,6 +2,7 @@
 settings of the data say, and the schema.
 """
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_gkd.data.conversation import RenderOptions
 from megatron_gkd.data.encoded import Encoded, encode_rows
 from megatron_gkd.data.forms import with_columns_renamed
 from megatron_gkd.data.render_options import RowDefaults, check_variables
-from megatron_gkd.data.rows import Row, check_row
+from megatron_gkd.data.rows import COLUMNS, Row, check_row
 from megatron_gkd.data.source import Source
 from megatron_gkd.data.teacher_template import TeacherTemplate
 from megatron_gkd.data.views import conversations_of
@@ -43,6 +44,7 @@ SCHEMA = pyarrow.schema(
         "cut_tokens": pyarrow.int32(),
         "shortened_turns": pyarrow.int32(),
         "trimmed_turns": pyarrow.int32(),
+        "tags_as_text": pyarrow.int32(),
         "media": pyarrow.list_(_REFERENCE),
         "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
         "notes": pyarrow.list_(pyarrow.string()),  # likewise
@@ -56,7 +58,7 @@ SCHEMA = pyarrow.schema(
         "template_row": pyarrow.string(),  # null: no --teacher_template
     }
 )
-_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, [], [], [], False)  # stands for a bad row
+_EMPTY = Encoded([], [], 0, None, None, 0, 0, 0, 0, [], [], [], False)  # stands for a bad row
 
 
 def encoded_columns(row: dict[str, Any]) -> Encoded:
@@ -97,6 +99,12 @@ def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncodi
             chat.template.check_renders([], RenderOptions(None, variables))
     except RowError as error:
         raise DataError(str(error)) from None
+    template = TeacherTemplate(data.teacher_template) if data.teacher_template else None
+    columns = json.loads(data.columns or "{}")
+    for old, new in columns.items():
+        meant = difflib.get_close_matches(new, COLUMNS, n=1, cutoff=0.8)
+        if meant and new not in (*COLUMNS, *(template.columns if template else ())):
+            raise DataError(f"--columns names `{old}` `{new}`, which nothing reads: {meant[0]}?")
     return RowEncoding(
         chat,
         chat_problem,
@@ -105,8 +113,8 @@ def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncodi
         MediaProcessor(model_dir, data.media_cache),
         data.check_data,
         defaults,
-        json.loads(data.columns or "{}"),
-        TeacherTemplate(data.teacher_template) if data.teacher_template else None,
+        columns,
+        template,
     )
 
 

@@ -25,7 +25,7 @@ from megatron_gkd.data.conversation import (
     check_turns,
     with_responses,
 )
-from megatron_gkd.data.forms import Form, form_of, read_turns
+from megatron_gkd.data.forms import FORMS, OTHER_FORMS, Form, form_of, read_turns
 from megatron_gkd.data.media_columns import (
     MEDIA_COLUMNS,
     RowMedia,
@@ -53,6 +53,15 @@ REFUSED_COLUMNS = {
     "teacher_tools": "the teacher has the tools of the row",
 }
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
+COLUMNS = (
+    *(column for form in FORMS + OTHER_FORMS for column in form.any_of),
+    *("input", "history", "response", "completion", "input_ids", "labels", "attention_mask"),
+    *("tools", "system", "system_prompt"),
+    *("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system", *TEACHER_COLUMNS),
+    *(name for column in MEDIA_COLUMNS for name in (column, column.removesuffix("s"))),
+    *("use_audio_in_video", "source"),
+)
+"""Those that mean something in some row"""
 
 _TEACHER_NAMES = (
     *TEACHER_COLUMNS,
@@ -91,6 +100,8 @@ class Row:
     teacher_options: RenderOptions = RenderOptions()
     untrained: frozenset[int] = frozenset()
     """Indices of assistant turns in `messages` that are context only; never the last turn's"""
+    tags_as_text: int = 0
+    """Tags such as `<audio>` in the turns of a view that has no such media outside its turns"""
 
     @property
     def has_media(self) -> bool:
@@ -163,6 +174,7 @@ def check_row(
         options,
         teacher_options,
         untrained,
+        len(inline.text_tags) + len(teacher_inline.text_tags),
     )
 
 

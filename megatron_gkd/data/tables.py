@@ -126,13 +126,19 @@ def _value(column: pyarrow.Array, row: int) -> Any:
 
 
 def _unpacked(value: Any, kind: pyarrow.DataType) -> Any:
-    """The value of an arrow type; what is stored as JSON (in columns of mixed types) is parsed."""
+    """The value of an arrow type; what is stored as JSON (in columns of mixed types) is parsed. An
+    object's nulls are left out: arrow fills with them what one row lacks and another has.
+    """
     if value is None:
         return None
     if isinstance(kind, pyarrow.JsonType):
         return json.loads(value)
     if pyarrow.types.is_struct(kind):
-        return {field.name: _unpacked(value[field.name], field.type) for field in kind}
+        return {
+            field.name: _unpacked(value[field.name], field.type)
+            for field in kind
+            if value[field.name] is not None
+        }
     if _is_list(kind):
         if not pyarrow.types.is_nested(kind.value_type) and not _is_json(kind.value_type):
             return value

@@ -129,8 +129,10 @@ class TeacherTemplate:
         try:
             text = self._template.render(values).strip()
         except Exception as error:  # a template is a program and may raise any error
+            missing = ", ".join(name for name in self.columns if name not in values)
             raise RowError(
                 f"{self.flag}: {first_line(error)}; the row has {', '.join(sorted(values))}"
+                + (f" and not {missing}" if missing else "")
             ) from error
         if not text:
             return row.messages
