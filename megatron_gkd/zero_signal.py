@@ -58,11 +58,13 @@ def check_responses(config: Config, data: SampleDataset) -> str | None:
     number, total = int(has_response.sum()), len(data)
     if number == total:
         return None
-    if number:
+    if number and distill.may_use_data_responses(config.train.max_steps):
         return (
             f"{total - number} of {total} rows have no response: they serve steps whose responses "
             f"the run writes; steps that learn from the data's own draw from the other {number}"
         )
+    if number:
+        return f"{total - number} of {total} rows have no response; the run writes every response"
     first = f"{data.location(0)} has no response, and of {total} rows no other has one"
     if distill.may_use_data_responses(config.train.max_steps):
         raise ValueError(

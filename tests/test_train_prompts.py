@@ -7,8 +7,12 @@ import re
 import numpy
 import pytest
 
+from megatron_gkd.config import parse_config
+from megatron_gkd.data import load_datasets
 from megatron_gkd.data.order import StepRows
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.run import draw
+from megatron_gkd.zero_signal import check_responses
 from tests.reference_step import reference_step
 from tests.test_train import error_of_run, flags_of_run, write_data
 from tests.test_train_rollout import GREEDY, written_rows
@@ -155,6 +159,20 @@ def test_evaluation_of_prompts_alone_is_the_reference(data, tmp_path, world_size
         assert line["step"] == 0 and line["num_tokens"] == expected["num_tokens"]
         for key in ("jsd", "sft_loss", "kl_reverse"):
             assert line[key] == pytest.approx(expected[key], rel=1e-4), (name, key)
+
+
+def test_what_is_said_of_mixed_rows(data, tmp_path):
+    """Whether there are steps that learn from the data's own responses."""
+    for flags, ending in (
+        (dict(lmbda=1), "4 of 8 rows have no response; the run writes every response"),
+        (dict(lmbda=0, seq_kd=True), "; the run writes every response"),
+        (dict(lmbda=0.5), "; steps that learn from the data's own draw from the other 4"),
+    ):
+        flags = flags | dict(dataset=data["half"], max_steps=2, prepared_rows="none")
+        config = parse_config(flags_of_run(data, tmp_path / "out", **flags))
+        vocab_size = read_model_args(config.model.model).vocab_size
+        train, _ = load_datasets(config.data, config.model.model, vocab_size, 0)
+        assert check_responses(config, train).endswith(ending)
 
 
 def test_what_is_refused(data, tmp_path):
