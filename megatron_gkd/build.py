@@ -84,6 +84,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     add_teacher(model, config, model_args, parallel, teacher, resume_folder)
     num_parameters = count_lora(model, model_args, parallel, config.distill.teacher_line())
     log_rank_0(parallel, f"Loss: {config.distill.loss_line()}")
+    for note in settings_notes(config):
+        log_rank_0(parallel, note)
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp)
     if parallel.rank == 0:
@@ -115,7 +117,6 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)
-    note_sampling(config, parallel)
     rollout = eval_rollout = rollout_log = None
     if writes:
         rollout, eval_rollout, rollout_log = make_rollouts(
@@ -245,16 +246,23 @@ def build_base(
     return model
 
 
-def note_sampling(config: Config, parallel: Parallel) -> None:
-    """A line where on-policy responses are drawn from another distribution than the student's."""
+def settings_notes(config: Config) -> list[str]:
+    """A line for each setting that does something else, or less, than one may think."""
+    notes, distill = [], config.distill
+    if distill.sft_alpha and not distill.may_use_data_responses(config.train.max_steps):
+        writer = "--seq_kd" if distill.seq_kd else f"--lmbda {distill.lmbda}"
+        notes.append(
+            f"Note: --sft_alpha {distill.sft_alpha:g} counts in no step: with {writer} none learns "
+            "from the data set's own responses"
+        )
     changed = config.rollout.changed_sampling()
-    if changed and config.distill.may_be_on_policy:
-        log_rank_0(
-            parallel,
+    if changed and distill.may_be_on_policy:
+        notes.append(
             f"Note: {', '.join(changed)}: on-policy responses are not drawn from the student's own "
             "distribution (docs/recipes.md; off: --rollout_temperature 1 --top_p 1 --top_k 0 "
-            "--repetition_penalty 1)",
+            "--repetition_penalty 1)"
         )
+    return notes
 
 
 def make_rollouts(

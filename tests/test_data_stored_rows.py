@@ -146,8 +146,9 @@ main(sys.argv[1:])
 """
 
 
-def run_without_datasets(tmp_path, tiny_folder, dataset):
+def run_without_datasets(tmp_path, tiny_folder, dataset, **more):
     flags = arguments(
+        **more,
         model=tiny_folder(**SMALL),
         dataset=dataset,
         output_dir=tmp_path / "run",
@@ -176,9 +177,8 @@ def test_a_run_from_jsonl_without_datasets(tmp_path, tiny_folder):
 
 
 @pytest.mark.extended
-def test_parquet_says_that_it_needs_datasets(tmp_path, tiny_folder):
-    (tmp_path / "rows.parquet").touch()
-    done = run_without_datasets(tmp_path, tiny_folder, tmp_path / "rows.parquet")
+def test_a_name_says_that_it_needs_datasets(tmp_path, tiny_folder):
+    done = run_without_datasets(tmp_path, tiny_folder, "somebody/rows", download_datasets="true")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "rows.parquet is read by `datasets`, which cannot be imported" in done.stderr
-    assert "pip install 'datasets>=5.2,<5.3', or give the rows as .jsonl" in done.stderr
+    assert "somebody/rows is read by `datasets`, which cannot be imported" in done.stderr
+    assert "pip install 'datasets>=5.2,<5.3', or give the rows as files" in done.stderr

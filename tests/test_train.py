@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gkd import train
+from megatron_gkd.build import settings_notes
+from megatron_gkd.config import parse_config
 from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.train import main
 from megatron_gkd.verify.reference import decoder
@@ -186,6 +188,21 @@ def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep, cp)
     for line in read_lines(tmp_path / "eval.jsonl"):
         for key in expected.keys() - {"grad_norm"}:
             assert line[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(lmbda=1), "--sft_alpha 0.3 counts in no step: with --lmbda 1 none learns"),
+        (dict(seq_kd="true"), "--sft_alpha 0.3 counts in no step: with --seq_kd none learns"),
+        (dict(lmbda="0:1,9:0"), ""),
+    ],
+)
+def test_cross_entropy_that_counts_in_no_step_is_said(changes, expected):
+    flags = dict(model="m", dataset="d", max_steps=10, sft_alpha=0.3) | changes
+    flags |= dict(top_p=1, top_k=0, repetition_penalty=1)  # nothing else to say
+    notes = settings_notes(parse_config(arguments(**flags)))
+    assert [expected in note for note in notes] == [True] * bool(expected)
 
 
 def test_nothing_to_learn_is_refused(data, tmp_path):
