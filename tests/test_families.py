@@ -256,7 +256,8 @@ def test_names_of_adapters(family, root, others):
         match = names.linear.fullmatch(
             f"{start}model.layers.3.mlp.experts.5.up_proj.lora_A.default.weight"
         )
-        assert match is not None and match.groups() == ("3.mlp.experts.5.up_proj", "A")
+        assert match is not None and match["linear"] == "3.mlp.experts.5.up_proj"
+        assert (match["side"], match["adapter"]) == ("A", "default")
         assert names.head.fullmatch(f"{start}lm_head.lora_B.weight")
         assert names.base_copy.fullmatch(f"{start}lm_head.base_layer.weight")
         assert names.fused.fullmatch(f"{start}model.layers.3.mlp.experts.lora_A.weight")

@@ -332,7 +332,6 @@ def change_config(folder, top=None, **text_config):
         (dict(num_experts=0), "text_config.num_experts"),
         (dict(num_experts_per_tok=5), "text_config.num_experts_per_tok = 5 .* num_experts 4"),
         (dict(num_experts_per_tok=1), "text_config.num_experts_per_tok = 1 .* norm_topk_prob"),
-        (dict(sliding_window=128), "text_config.sliding_window = 128 is not supported"),
         (
             dict(sliding_window=128, use_sliding_window=True),
             "text_config.sliding_window = 128 is not supported",
