@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import attention
 from benchmarks.report import REPOSITORY
 
 
+@pytest.mark.extended
 def test_padded_and_packed_steps_have_the_same_loss(tmp_path):
     sizes = "--layers 1 --hidden 32 --inter 16 --experts 4 --experts_per_token 2 --vocab 300"
     command = [sys.executable, "-m", "benchmarks.ragged", "--lengths", "alpaca", "--rows", "12"]

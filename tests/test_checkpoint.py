@@ -101,7 +101,7 @@ def stopped_after_three(whole: Path, copy: Path) -> Path:
 @pytest.mark.parametrize(
     "world_size, tp, pp, ep, cp",
     [
-        (1, 1, 1, 1, 1),
+        pytest.param(1, 1, 1, 1, 1, marks=pytest.mark.extended),
         pytest.param(2, 2, 1, 2, 1, marks=pytest.mark.smoke),
         pytest.param(4, 2, 2, 1, 1, marks=pytest.mark.extended),
         pytest.param(4, 1, 1, 4, 1, marks=pytest.mark.extended),

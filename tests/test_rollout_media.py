@@ -23,7 +23,7 @@ VOCAB_SIZE, MAX_NEW_TOKENS = 503, 5
 SIDES = ("student", "teacher")
 LAYOUTS = [
     pytest.param((1, 1, 1, 1), id="single"),
-    pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2", marks=pytest.mark.smoke),
+    pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2"),
     pytest.param((3, 1, 1, 1), id="DP3-text-on-one-rank"),
 ]
 
