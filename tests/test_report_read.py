@@ -53,6 +53,15 @@ def test_the_configuration_names_teacher_and_options(tmp_path):
     ]
 
 
+def test_settings_that_came_later_are_no_difference(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("before", "now")]
+    description = json.loads((runs[1] / "run.json").read_text())
+    description["config"]["distill"] |= dict(skip_first_tokens=0, token_weight="none", loss_top_k=9)
+    (runs[1] / "run.json").write_text(json.dumps(description))
+    found = differing_settings([read_run(folder) for folder in runs])
+    assert [name for name, _ in found] == ["loss_top_k"]
+
+
 def test_a_run_that_is_still_being_written(tmp_path):
     folder = write_run(tmp_path / "run", max_steps=500)
     with open(folder / "metrics.jsonl", "a") as file:

@@ -152,7 +152,8 @@ def _described(record: RunRecord) -> Line:
         for part in ("layout", "versions")
         for name, value in record.part(part).items()
     }
-    return record.settings() | others
+    settings = record.settings()  # of an earlier version: without those that came later
+    return (default_settings() | settings if settings else {}) | others
 
 
 def _same(first: Any, second: Any) -> bool:
