@@ -264,10 +264,11 @@ def add_teacher(
     if not config.distill.teacher_follows:
         return
     start = config.distill.teacher_start
-    add_average(model, model_args, parallel, from_base=start == "base")
     saved = resume_folder / TEACHER_FOLDER if resume_folder else None
-    if saved and saved.is_dir():
-        # over the student's values: what the checkpoint's rank lacks starts alike in both
+    has_saved = saved is not None and saved.is_dir()
+    # what a saved teacher lacks, ranks or linears, did nothing: W_up is zero there
+    add_average(model, model_args, parallel, from_base=start == "base" or has_saved)
+    if saved and has_saved:
         load_adapter(model, model_args, parallel, PeftAdapter(saved, model_args), slot=TEACHER)
     elif saved:
         log_rank_0(

@@ -9,7 +9,7 @@ answered at once.
 
 import argparse
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_gkd.data_settings import DataConfig
@@ -257,6 +257,18 @@ class Config:
             for group, values in self.to_dict().items()
         ]
         return "\n".join(["Settings:"] + lines)
+
+
+def default_settings() -> dict[str, Any]:
+    """Of every flag that has one."""
+    groups: list[Any] = [group.type for group in fields(Config)]
+    found = {}
+    for one in (each for group in groups for each in fields(group)):
+        if one.default is not MISSING:
+            found[one.name] = one.default
+        elif one.default_factory is not MISSING:
+            found[one.name] = one.default_factory()
+    return found
 
 
 def parse_config(argv: list[str]) -> Config:

@@ -20,7 +20,7 @@ from megatron_gkd.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from megatron_gkd.config import Config
+from megatron_gkd.config import Config, default_settings
 from megatron_gkd.data import SampleDataset
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_folder import PeftAdapter
@@ -73,11 +73,12 @@ def resume(
         optimizer=optimizer,
         teacher=config.distill.teacher_follows,
     )
+    # a checkpoint of an earlier version was made with the defaults of what came later
+    settings = default_settings() | state["settings"]
     for name, value in run_settings(config, parallel).items():
-        if state["settings"].get(name) != value:
+        if settings.get(name) != value:
             log_rank_0(
-                parallel,
-                f"Note: {name} was {state['settings'].get(name)} and is {value}: {_WILL_DIFFER}",
+                parallel, f"Note: {name} was {settings.get(name)} and is {value}: {_WILL_DIFFER}"
             )
     for note in changed_rows(state.get("data", {}), train_data, eval_data):
         log_rank_0(parallel, note)

@@ -331,7 +331,16 @@ def test_resume_needs_no_lora_flags(data, tmp_path, targets, rank, alpha):
 
 
 def test_other_settings_than_before_are_said(data, tmp_path):
+    """Also of a checkpoint of an earlier version, which knows nothing of settings that came later:
+    these are no change where they are left alone.
+    """
     run_training(1, flags_of_run(data, tmp_path, max_steps=1, lmbda=0))
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for name in ("skip_first_tokens", "token_weight", "teacher_start", "loss_top_k", "columns"):
+        del state["settings"][name]
+    del state["teacher"], state["lora"]["use_rslora"]
+    path.write_text(json.dumps(state))
     flags = dict(
         lmbda=0, max_steps=2, learning_rate=0.02, max_bad_steps=3, dataset=data["val_dataset"]
     )
@@ -342,7 +351,7 @@ def test_other_settings_than_before_are_said(data, tmp_path):
     names = [note.split()[0] for note in notes]
     assert sorted(names) == ["dataset", "learning_rate", "total_steps"]
     assert " learning_rate was 0.01 and is 0.02" in notes
-    assert " dataset had 20 rows and has 5" in notes
+    assert any(note.startswith(" dataset had 20 rows and has 5, the first") for note in notes)
 
 
 def test_rows_are_compared_and_not_their_paths(data, tmp_path):

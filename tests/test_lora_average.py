@@ -61,7 +61,7 @@ def flags_of_run(folder, data, output, **flags) -> list[str]:
     """Steps of all eight rows, a checkpoint after each."""
     settings = dict(
         model=folder,
-        dataset=data["dataset"],
+        dataset=data.get("dataset"),
         output_dir=output,
         per_device_train_batch_size=8,
         max_steps=3,
@@ -277,6 +277,25 @@ def _with_a_bad_step(rank, world_size, *argument_lists):
         train.main(argv)
 
 
+def test_a_stage_without_lora(folder, data, tmp_path):
+    """LoRA in the second of two pipeline stages: the same run as on one rank, and resumed."""
+    flags = dict(lora_layers="1", teacher_ema=0.3, max_steps=2)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_training(1, flags_of_run(folder, data, one, **flags))
+    flags |= layout_flags(pp=2)
+    run_training(
+        2,
+        flags_of_run(folder, data, two, **flags),
+        flags_of_run(folder, data, two, **flags, resume_from_checkpoint=two / "checkpoint-1"),
+    )
+    for line, expected in zip(*(read_lines(run / "metrics.jsonl") for run in (two, one))):
+        for key in ("loss", "grad_norm", "entropy_teacher"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+    expected = teacher_of(one, 2)
+    for name, value in teacher_of(two, 2).items():
+        assert torch.allclose(value, expected[name], atol=1e-3), name
+
+
 def test_a_skipped_step_moves_nothing(folder, data, tmp_path):
     """Nor does it count among --teacher_sync_steps."""
     teachers = {"ema": dict(teacher_ema=0.5), "sync": dict(teacher_sync_steps=2)}
@@ -439,3 +458,22 @@ def test_the_towers_lora_follows_too(tiny_folder, tmp_path):
         expected = 0.7 * before[name].double() + 0.3 * student[name].double()
         assert (value - expected).abs().max() < 1e-6, name
     assert any((after[name] - before[name]).abs().max() > 1e-4 for name in towers)
+
+
+@pytest.mark.extended
+def test_a_new_stage_whose_teacher_is_still_the_base(tiny_folder, tmp_path):
+    """It is the base there too, on the towers as well, where the student has learned."""
+    from tests.media_rows import write_rows as write_media_rows
+    from tests.test_step_media import SIZES
+
+    model = tiny_folder(**SIZES)
+    dataset, _ = write_media_rows(tmp_path, model)
+    flags = dict(dataset=dataset, lora_towers=True, teacher_sync_steps=9, max_steps=1, lora_rank=2)
+    second = flags | dict(lora_rank=4, resume_from_checkpoint=tmp_path / "one" / "checkpoint-1")
+    run_training(
+        1,
+        flags_of_run(model, {}, tmp_path / "one", **flags),
+        flags_of_run(model, {}, tmp_path / "two", **second),
+    )
+    for name, value in teacher_of(tmp_path / "two", 1).items():
+        assert ".lora_A." in name or not value.any(), name

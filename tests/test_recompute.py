@@ -123,14 +123,22 @@ def test_as_many_layers_are_kept_as_fit(flags, world_size, tp, pp, ep, cp):
 
 
 def test_a_run_by_need_writes_what_one_without_does(flags):
-    lines = {}
-    for recompute in ("none", "auto"):
-        output = flags["output_dir"] / recompute
-        argv = arguments(**flags | dict(output_dir=output, recompute=recompute, max_steps=3))
-        said = run_training(1, argv)
-        lines[recompute] = stable(read_lines(output / "metrics.jsonl"))
+    """So does one that is resumed, which measures again in its first step. Without dropout, whose
+    product is another.
+    """
+    lines, outputs = {}, {name: flags["output_dir"] / name for name in ("none", "auto", "resumed")}
+    more = dict(lora_dropout=0, max_steps=3, learning_rate=0.02, save_steps=1, save_total_limit=9)
+    for name, output in outputs.items():
+        given = (
+            flags | more | dict(output_dir=output, recompute="none" if name == "none" else "auto")
+        )
+        if name == "resumed":
+            given["resume_from_checkpoint"] = outputs["auto"] / "checkpoint-1"
+        said = run_training(1, arguments(**given))
+        lines[name] = stable(read_lines(output / "metrics.jsonl"))
     assert f"0 of {LAYERS} layers of a stage are run again" in said
     assert lines["auto"] == lines["none"] and len(lines["auto"]) == 3
+    assert lines["resumed"] == lines["none"][1:]
 
 
 def test_a_longer_micro_batch_than_any_before_is_counted_for():

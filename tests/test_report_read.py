@@ -38,6 +38,30 @@ def test_a_complete_run(tmp_path):
     assert times["steps on data"].total == 4 and times["steps on data"].num_steps == 39
 
 
+def test_the_configuration_names_teacher_and_options(tmp_path):
+    folder = write_run(tmp_path / "run")
+    description = json.loads((folder / "run.json").read_text())
+    description["config"]["distill"] |= dict(
+        teacher_ema=0.05, loss_top_k=20, token_weight="entropy", skip_first_tokens=0, sft_alpha=0.3
+    )
+    description["config"]["lora"] |= dict(use_rslora=True, lora_layers=["last 4"])
+    (folder / "run.json").write_text(json.dumps(description))
+    assert entries([read_run(folder)])[0].configuration[1:4] == [
+        "LoRA r 16, α 32, rsLoRA, layers last 4",
+        "teacher EMA 0.05",
+        "jsd β 0.5, T 2, λ 0.5, top K 20, weight entropy, SFT 0.3",
+    ]
+
+
+def test_settings_that_came_later_are_no_difference(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("before", "now")]
+    description = json.loads((runs[1] / "run.json").read_text())
+    description["config"]["distill"] |= dict(skip_first_tokens=0, token_weight="none", loss_top_k=9)
+    (runs[1] / "run.json").write_text(json.dumps(description))
+    found = differing_settings([read_run(folder) for folder in runs])
+    assert [name for name, _ in found] == ["loss_top_k"]
+
+
 def test_a_run_that_is_still_being_written(tmp_path):
     folder = write_run(tmp_path / "run", max_steps=500)
     with open(folder / "metrics.jsonl", "a") as file:

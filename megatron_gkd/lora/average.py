@@ -60,5 +60,6 @@ def follow(model: Any, rate: float) -> None:
         assert teacher is not None and student is not None, "both slots are on the same linears"
         teachers += list(teacher.parameters())
         students += list(student.parameters())
-    # in place, and counted as a change: by it the experts see new matrices (lora/grouped.py)
-    torch._foreach_lerp_(teachers, students, rate)
+    if students:  # a pipeline stage may have no LoRA
+        # in place, and counted as a change: by it the experts see new matrices (lora/grouped.py)
+        torch._foreach_lerp_(teachers, students, rate)

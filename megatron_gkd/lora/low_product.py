@@ -49,9 +49,8 @@ def low_product(x: Tensor, down: Tensor, drop: Drop | None) -> Tensor:
     """x [..., in], down [R, in] -> [..., R], in x's dtype. Differentiable in x and down. Without
     `drop` it is the plain product.
     """
-    if drop is None:
-        return F.linear(x, down.to(x.dtype))
-    low = _LowProduct.apply(x.reshape(-1, x.shape[-1]), down, drop)
+    rows = x.reshape(-1, x.shape[-1])
+    low = F.linear(rows, down.to(x.dtype)) if drop is None else _LowProduct.apply(rows, down, drop)
     return low.view(*x.shape[:-1], low.shape[-1])
 
 

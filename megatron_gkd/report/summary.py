@@ -4,12 +4,12 @@ before.
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
-from megatron_gkd.config import Config
+from megatron_gkd.config import default_settings
 from megatron_gkd.report.charts import short
 from megatron_gkd.report.read import Line, RunRecord, column, not_finite_note, number
 
@@ -25,6 +25,20 @@ BOOKKEEPING = {
     "resume_from_checkpoint",
     "prepared_rows",
     "prepared_rows_gib",
+}
+# Named in the configuration where they are set.
+LOSS_OPTIONS = {
+    "divergence_clip": "clip",
+    "loss_top_k": "top K",
+    "skip_first_tokens": "without first tokens",
+    "token_weight": "weight",
+    "importance_clip": "importance at most",
+    "sft_alpha": "SFT",
+}
+TEACHERS = {
+    "teacher_adapter": "teacher adapter",
+    "teacher_ema": "teacher EMA",
+    "teacher_sync_steps": "teacher copied every",
 }
 
 
@@ -131,19 +145,6 @@ def differing_settings(records: Sequence[RunRecord]) -> list[tuple[str, list[Any
     ]
 
 
-def default_settings() -> Line:
-    """Of every flag that has one."""
-    found = {}
-    groups: Any = [group.type for group in fields(Config)]
-    for group in groups:
-        for one in fields(group):
-            if one.default is not MISSING:
-                found[one.name] = one.default
-            elif one.default_factory is not MISSING:
-                found[one.name] = one.default_factory()
-    return found
-
-
 def _described(record: RunRecord) -> Line:
     """Settings by name, and `layout: tp` and so on."""
     others = {
@@ -151,7 +152,8 @@ def _described(record: RunRecord) -> Line:
         for part in ("layout", "versions")
         for name, value in record.part(part).items()
     }
-    return record.settings() | others
+    settings = record.settings()  # of an earlier version: without those that came later
+    return (default_settings() | settings if settings else {}) | others
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -229,15 +231,24 @@ def _configuration(record: RunRecord) -> list[str]:
     loss = f"{kind}{f' β {beta}' if kind == 'jsd' else ''}, T {temperature}, λ {lmbda}"
     if settings.get("seq_kd"):
         loss += ", teacher writes"
-    if settings.get("sft_alpha"):
-        loss += f", SFT {show(settings['sft_alpha'])}"
+    for name, words in LOSS_OPTIONS.items():
+        if settings.get(name) not in (None, 0, "none"):
+            loss += f", {words} {show(settings[name])}"
     batch = f"lr {rate} {schedule}"
     if size := _global_batch_size(record):
         batch += f", batch {size:,}"
     model = PurePath(str(settings.get("model", "–"))).name
     if settings.get("recipe"):
         model += f", recipe {show(settings['recipe'])}"
-    return [model, f"LoRA r {rank}, α {alpha}", loss, batch]
+    lora = f"LoRA r {rank}, α {alpha}{', rsLoRA' if settings.get('use_rslora') else ''}"
+    if settings.get("lora_layers"):
+        lora += f", layers {show(settings['lora_layers'])}"
+    teachers = [
+        f"{words} {PurePath(show(settings[name])).name}"
+        for name, words in TEACHERS.items()
+        if settings.get(name)
+    ]
+    return [model, lora, *teachers, loss, batch]
 
 
 def _global_batch_size(record: RunRecord) -> int | None:
