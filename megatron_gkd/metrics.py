@@ -231,6 +231,8 @@ class StepCounts:
     cut_tokens: int
     truncated_responses: int
     failed_teacher_views: int
+    response_tokens: int
+    """Trained ones, with those that --skip_first_tokens leaves out of the loss"""
     peak_memory_bytes: float
     stop: bool
 
@@ -249,7 +251,7 @@ class StepCounts:
         parallel: Parallel,
     ) -> "StepCounts":
         """From this rank's micro-batches, truncated responses, SIGTERM and most memory.
-        Collectives: a sum of five numbers over data-parallel ranks, a maximum of two over the
+        Collectives: a sum of six numbers over data-parallel ranks, a maximum of two over the
         world.
         """
         views = [view for batch in batches for view in (batch.student, batch.teacher)]
@@ -267,6 +269,7 @@ class StepCounts:
                 sum(batch.cut_tokens for batch in batches),
                 num_truncated,
                 sum(batch.num_failed_views for batch in batches),
+                sum(batch.response_tokens for batch in batches),
             ],
             dtype=torch.float64,
             device=parallel.device,
@@ -279,7 +282,8 @@ class StepCounts:
         )
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         *counts, stop, peak = torch.cat((sums, most)).tolist()  # the one wait for the device
-        num_tokens, num_places, cut_tokens, num_truncated, num_failed = map(int, counts)
+        num_tokens, num_places, *of_responses = map(int, counts)
+        cut_tokens, num_truncated, num_failed, response_tokens = of_responses
         return cls(
             num_tokens,
             num_places,
@@ -287,6 +291,7 @@ class StepCounts:
             cut_tokens,
             num_truncated,
             num_failed,
+            response_tokens,
             peak_memory_bytes=peak,
             stop=bool(stop),
         )

@@ -1,5 +1,6 @@
 """What a run is made of and where it stands: `Run`, built by build.py, used up by train.py."""
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -301,7 +302,7 @@ class Run:
             "grad_norm": result.update.grad_norm,
             "learning_rate": result.learning_rate,
             "on_policy": result.on_policy,
-            "response_length": result.means["num_tokens"]
+            "response_length": (counts.response_tokens or math.nan)  # a step without a batch
             / (self.global_batch_size * result.num_samples),
             "cut_tokens": counts.cut_tokens,
             "truncated_responses": counts.truncated_responses,

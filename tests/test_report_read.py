@@ -36,6 +36,9 @@ def test_a_complete_run(tmp_path):
     times = {times.kind: times for times in phase_times(record)}
     assert times["on-policy steps"].seconds == [0.25, 7, 1, 2.5, 0.25]
     assert times["steps on data"].total == 4 and times["steps on data"].num_steps == 39
+    record.description["config"]["distill"]["seq_kd"] = True
+    kinds = [times.kind for times in phase_times(record)]
+    assert kinds == ["steps on the teacher's text", "on-policy steps"]
 
 
 def test_the_configuration_names_teacher_and_options(tmp_path):

@@ -126,6 +126,7 @@ def test_first_tokens_are_left_out_of_each_run():
     for view, rows in ((batch.student, [1, 2, 8]), (batch.teacher, [3, 4, 10])):
         assert view.targets.tolist() == [3, 4, 10] and view.num_targets == [3, 0]
         assert view.response_rows.tolist() == rows
+    assert batch.response_tokens == 6  # with those
     written = Sample(student, teacher, "", 0, 0).with_response([5, 6, 7], [-1.0, -2.0, -3.0])
     batch = collate([written], Packing(0, skip_first_tokens=2))
     assert batch.student.targets.tolist() == [7] and batch.log_probabilities.tolist() == [-3.0]

@@ -100,6 +100,11 @@ class Batch:
         return sum(0 if sample is None else sample.cut_tokens for sample in self.samples)
 
     @property
+    def response_tokens(self) -> int:
+        """Trained tokens, with those that --skip_first_tokens leaves out of the loss"""
+        return sum(len(sample.student.targets()) for sample in self.samples if sample is not None)
+
+    @property
     def num_failed_views(self) -> int:
         """Rows for which --teacher_template made no view of the response, against its will"""
         return sum(sample is not None and bool(sample.view_problem) for sample in self.samples)

@@ -168,7 +168,7 @@ def _of_one(metric: Metric, record: RunRecord) -> list[Series]:
     if not metric.by_kind:
         steps, values = _values(metric, record.metrics)
         found.append(Series("logged steps", steps, values, 0, "faint"))
-    for name, lines in by_kind(record.metrics) if metric.by_kind else ():
+    for name, lines in by_kind(record, record.metrics) if metric.by_kind else ():
         colour = 1 if name == "on-policy steps" else 0
         steps, values = _values(metric, lines)
         found.append(Series(name, steps, values, colour, "dots"))

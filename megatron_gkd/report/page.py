@@ -22,6 +22,7 @@ from megatron_gkd.report.summary import (
     PHASES,
     differing_settings,
     entries,
+    names_of_kinds,
     phase_times,
     show,
 )
@@ -143,8 +144,11 @@ def parts_of(record: RunRecord) -> list[Part]:
 def _kinds(record: RunRecord) -> list[tuple[str, int, str]]:
     """The legend of a page of one run: (name, colour, kind of curve)."""
     written = {bool(line.get("on_policy")) for line in record.metrics}
-    found = [("steps on data", 0, "dots")] if False in written else []
-    found += [("on-policy steps", 1, "dots")] if True in written else []
+    found = [
+        (name, int(on_policy), "dots")
+        for name, on_policy in names_of_kinds(record)
+        if on_policy in written
+    ]
     return found + ([("evaluation", 2, "line")] if record.evaluations else [])
 
 

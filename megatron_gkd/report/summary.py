@@ -178,7 +178,7 @@ def phase_times(record: RunRecord) -> list[PhaseTimes]:
     """
     lines = record.metrics[1:] or record.metrics
     found = []
-    for kind, of_kind in by_kind(lines):
+    for kind, of_kind in by_kind(record, lines):
         seconds = [_mean(_finite(of_kind, phase)) for phase in PHASES]
         if any(value is not None for value in seconds):
             found.append(
@@ -187,12 +187,19 @@ def phase_times(record: RunRecord) -> list[PhaseTimes]:
     return found
 
 
-def by_kind(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
-    """Logged steps on the data's responses, and on the student's; those there are."""
-    kinds = (("steps on data", False), ("on-policy steps", True))
+def names_of_kinds(record: RunRecord) -> tuple[tuple[str, bool], tuple[str, bool]]:
+    """Steps on others' responses, the data's or with --seq_kd the teacher's, and on the student's:
+    (name, on_policy).
+    """
+    others = "steps on the teacher's text" if record.setting("seq_kd") else "steps on data"
+    return (others, False), ("on-policy steps", True)
+
+
+def by_kind(record: RunRecord, lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """The logged steps of each kind that there is."""
     parts = [
         (name, [line for line in lines if bool(line.get("on_policy")) is written])
-        for name, written in kinds
+        for name, written in names_of_kinds(record)
     ]
     return [(name, part) for name, part in parts if part]
 
