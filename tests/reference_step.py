@@ -314,18 +314,28 @@ def step_loss(
     return means | {"num_tokens": torch.tensor(num_tokens)}
 
 
-def reference_step(
+def reference_gradients(
     folder: str, adapter_folder: str, rows: list[dict], **settings
-) -> dict[str, float]:
-    """What one step's line of metrics.jsonl must say (`grad_norm` included) for the global batch
-    `rows` and that adapter.
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(what one step's line of metrics.jsonl must say, `grad_norm` included, for the global batch
+    `rows` and that adapter; the gradient of each of its tensors, zero where no token reaches it).
     """
     model = load_model(folder)
     adapter, scale = read_adapter(adapter_folder)
     means = step_loss(model, adapter, scale, rows, **settings)
-    gradients = torch.autograd.grad(means["loss"], list(adapter.values()), allow_unused=True)
-    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients if g is not None))
-    return {name: float(value.detach()) for name, value in means.items()} | {"grad_norm": norm}
+    found = torch.autograd.grad(
+        means["loss"], list(adapter.values()), allow_unused=True, materialize_grads=True
+    )
+    norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in found))
+    numbers = {name: float(value.detach()) for name, value in means.items()}
+    return numbers | {"grad_norm": norm}, dict(zip(adapter, found))
+
+
+def reference_step(
+    folder: str, adapter_folder: str, rows: list[dict], **settings
+) -> dict[str, float]:
+    """`reference_gradients` without the tensors."""
+    return reference_gradients(folder, adapter_folder, rows, **settings)[0]
 
 
 def reference_training(

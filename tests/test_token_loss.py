@@ -15,11 +15,12 @@ from trl.experimental.sdft.loss_utils import apply_importance_sampling_clipping
 from megatron_gkd.config import parse_config
 from megatron_gkd.data import Packing, Sample, View, collate
 from megatron_gkd.distillation import DistillConfig
+from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.loss import LinearJsdOutput
 from megatron_gkd.loss.token_weights import WEIGHTS, TokenStatistics, WeightName
 from megatron_gkd.token_loss import importance, places
 from tests.ranks import run_ranks
-from tests.reference_step import reference_step, write_adapter
+from tests.reference_step import reference_gradients, write_adapter
 from tests.train_runs import (
     SMALL,
     arguments,
@@ -154,7 +155,9 @@ def written_samples():
 
 
 def step_of_rank(rank, world_size, argv):
-    """Means and gradient norm of a step over micro-batches of 3, 0 and the remaining rows."""
+    """Of a step over micro-batches of 3, 0 and the remaining rows: means and gradient norm; the
+    gradient of each slice of the adapter on this rank.
+    """
     from megatron_gkd.forward import student_forward_backward, teacher_forward
     from megatron_gkd.run import packing
 
@@ -167,7 +170,11 @@ def step_of_rank(rank, world_size, argv):
     parts.optimizer.zero_grad()
     sums = student_forward_backward(parts.ddp, batches, teacher, parts.loss, parallel)
     means = sums.means(parallel)
-    return means | {"grad_norm": parts.optimizer.step(0.0, means["loss"]).grad_norm}
+    gradients = [
+        (piece.stored.name, piece.stored.index, piece.parameter.main_grad[piece.where].clone())
+        for piece in adapter_slices(parts.model, parts.model_args, parallel)
+    ]
+    return means | {"grad_norm": parts.optimizer.step(0.0, means["loss"]).grad_norm}, gradients
 
 
 @pytest.mark.parametrize(
@@ -190,10 +197,17 @@ def test_a_step_with_all_options_is_the_reference(
     """
     folder = tiny_folder(**SMALL)
     adapter = write_adapter(tmp_path / "adapter", folder, rank=3, alpha=5)
-    expected = reference_step(folder, adapter, written_samples()[0], **SETTINGS)
+    expected, gradients = reference_gradients(folder, adapter, written_samples()[0], **SETTINGS)
     assert 0.1 < expected["importance_clipped"] < 0.9 and expected["importance_ratio"] > 1
     flags = FLAGS | layout_flags(tp, pp, ep, cp)
     argv = arguments(model=folder, adapter=adapter, dataset="none", output_dir=tmp_path, **flags)
-    for found in run_ranks(step_of_rank, world_size, argv):
+    seen = set()
+    for found, of_rank in run_ranks(step_of_rank, world_size, argv):
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-4), name
+        for name, index, gradient in of_rank:
+            wanted = gradients[name][index]
+            error = (gradient - wanted).norm().item()
+            assert error <= 1e-3 * wanted.norm().item() + 1e-6 * expected["grad_norm"], name
+            seen.add(name)
+    assert seen == set(gradients)
