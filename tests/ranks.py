@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from multiprocessing.connection import wait
 
@@ -42,7 +43,7 @@ def _rank_main(connection, fn, rank, world_size, folder, args):
         torch.distributed.barrier()
     except BaseException:
         message = ("error", traceback.format_exc())
-    connection.send(message)
+    connection.send((time.monotonic(), *message))
     connection.close()
     os._exit(0)  # gloo's threads need no farewell, and the parent has the result
 
@@ -77,14 +78,16 @@ def run_ranks(fn, world_size, *args, timeout=300):
                         f"ranks {sorted(waiting.values())} of {world_size} gave no answer "
                         f"in {timeout} s"
                     )
+                said = []
                 for receiver in ready:
                     rank = waiting.pop(receiver)
                     try:
-                        kind, payload = receiver.recv()
+                        said.append((*receiver.recv(), rank))
                     except EOFError:
-                        raise RuntimeError(
-                            f"rank {rank} of {world_size} died without a word"
-                        ) from None
+                        said.append((0.0, "death", "", rank))  # before what others make of it
+                for _, kind, payload, rank in sorted(said):
+                    if kind == "death":
+                        raise RuntimeError(f"rank {rank} of {world_size} died without a word")
                     if kind == "error":
                         raise RuntimeError(f"rank {rank} of {world_size} failed:\n{payload}")
                     results[rank] = pickle.loads(payload)
