@@ -26,8 +26,13 @@ FLAGS = (
 
 
 def find_browser() -> str | None:
-    """The path of an installed Chromium or Chrome, or None."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """The path of an installed Chromium or Chrome, or None. Of some systems' only a script is there
+    that says how to install it.
+    """
+    for path in filter(None, map(shutil.which, NAMES)):
+        if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    return None
 
 
 class Page:
@@ -42,6 +47,7 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.command(f"{domain}.enable")
+        self.command("Page.setLifecycleEventsEnabled", enabled=True)
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The command's result; events that come meanwhile are kept."""
@@ -75,8 +81,11 @@ class Page:
             mobile=width < 600,
         )
         self.events.clear()
-        self.command("Page.navigate", url=path.resolve().as_uri())
-        while not self.said("Page.loadEventFired"):
+        loader = self.command("Page.navigate", url=path.resolve().as_uri())["loaderId"]
+        while not any(  # of this page: the one before it may be late
+            (one["loaderId"], one["name"]) == (loader, "load")
+            for one in self.said("Page.lifecycleEvent")
+        ):
             self.events.append(self._next())
 
     def run(self, expression: str) -> Any:

@@ -25,7 +25,7 @@ def test_padded_and_packed_steps_have_the_same_loss(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=550,
     )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()

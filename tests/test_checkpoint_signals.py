@@ -36,9 +36,8 @@ def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
     ]
     with log_path.open("w") as log:
         command = [*torchrun, "-m", "megatron_gkd.train", *argv]
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        more = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | more)
 
 
 def children(pid: int) -> list[int]:
@@ -47,8 +46,11 @@ def children(pid: int) -> list[int]:
 
 def wait_until(reached, launcher: subprocess.Popen, log_path: Path) -> None:
     deadline = time.monotonic() + 240
-    while not reached():
-        assert launcher.poll() is None and time.monotonic() < deadline, log_path.read_text()
+    while True:
+        has_ended = launcher.poll() is not None  # before: a run may end right after it
+        if reached():
+            return
+        assert not has_ended and time.monotonic() < deadline, log_path.read_text()
         time.sleep(0.02)
 
 
@@ -170,7 +172,7 @@ def test_a_run_that_fails_ends_its_workers(data, tmp_path):
     metrics = output / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size, launcher, tmp_path / "log")
     try:
-        assert launcher.wait(timeout=120) != 0
+        assert launcher.wait(timeout=240) != 0
     except subprocess.TimeoutExpired:
         (rank,) = children(launcher.pid)
         for pid in [launcher.pid, rank]:

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
+from megatron_gkd import flags as flags_module
 from megatron_gkd.config import main, parse_config, parse_config_or_exit
 from megatron_gkd.distillation import DistillConfig
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
@@ -241,7 +243,9 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--model" in said and said.startswith("megatron_gkd: error: ")
     waited = []
-    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(
+        flags_module, "time", SimpleNamespace(sleep=waited.append)
+    )  # this module's own
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         parse_config_or_exit(["--dataset", "d"])

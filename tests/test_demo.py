@@ -158,7 +158,7 @@ def test_the_whole_demo_in_a_few_steps(tmp_path):
     command = ["bash", str(REPOSITORY / "demo" / "run.sh"), "--max_steps", "6"]
     with open(tmp_path / "log", "w") as log:
         status = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=550
         ).returncode
     said = (tmp_path / "log").read_text()
     assert status == 0, said

@@ -185,7 +185,7 @@ def run_demo(tmp_path, model, *flags, **variables):
     )
     with open(tmp_path / "log", "w") as log:  # a file, not a pipe: an orphan would keep a pipe open
         status = subprocess.run(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=300
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=550
         ).returncode
     return status, (tmp_path / "log").read_text()
 

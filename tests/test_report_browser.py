@@ -10,10 +10,6 @@ from megatron_gkd.report.__main__ import write_report
 from tests.browser import find_browser, open_browser
 from tests.report_runs import write_run
 
-BROWSER = find_browser()
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
-)
 LONG = "a_rather_long_name_that_somebody_gave_to_a_run_of_rank_16_with_learning_rate_1e-5"
 # What is wider than the window although it does not lie in something that scrolls by itself.
 WIDE = """[...document.querySelectorAll("body *")].filter((one) => {
@@ -33,8 +29,10 @@ UNDRAWN = """[...document.querySelectorAll(".plot svg")].filter((svg) => {
 
 @pytest.fixture(scope="module")
 def page():
-    assert BROWSER is not None
-    with open_browser(BROWSER) as found:
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with open_browser(path) as found:
         yield found
 
 
