@@ -27,7 +27,8 @@ SCRIPTS_READ = (
     "COMMIT EXPERT_PARALLEL EXTRAS MASTER_PORT NPROC_PER_NODE OUT OUTPUT PAGE PAGES PYTHON "
     "SECONDS_LEFT SIZE SLOWER TORCH_ELASTIC_SHUTDOWN_TIMEOUT WHEELS"
 ).split()
-for variable in SCRIPTS_READ:
+TRACKERS_READ = [name for name in os.environ if name.startswith(("WANDB_", "SWANLAB_"))]
+for variable in [*SCRIPTS_READ, *TRACKERS_READ]:
     os.environ.pop(variable, None)
 
 
