@@ -92,8 +92,8 @@ EXTRAS = {
     ],
     "lint": [
         # Format, lint and types, which tests/run.sh checks: another version formats differently.
-        "ruff>=0.17.6,<0.18",
-        "mypy>=2.4,<2.5",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
     ],
 }
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen3OmniMoeThinkerConfig
 
-from megatron_gkd import flags as flags_module
 from megatron_gkd.config import main, parse_config, parse_config_or_exit
 from megatron_gkd.distillation import DistillConfig
 from megatron_gkd.flags import SECONDS_FOR_RANK_0
@@ -243,15 +242,12 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--model" in said and said.startswith("megatron_gkd: error: ")
     waited = []
-    monkeypatch.setattr(
-        flags_module, "time", SimpleNamespace(sleep=waited.append)
-    )  # this module's own
+    monkeypatch.setattr("megatron_gkd.flags.time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         parse_config_or_exit(["--dataset", "d"])
-    assert capsys.readouterr().err == said.replace("error:", "error (rank 3):", 1) and waited == [
-        SECONDS_FOR_RANK_0
-    ]
+    assert capsys.readouterr().err == said.replace("error:", "error (rank 3):", 1)
+    assert waited == [SECONDS_FOR_RANK_0]
 
 
 def test_yaml_file_and_flags_win(tmp_path):
