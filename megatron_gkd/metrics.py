@@ -91,13 +91,6 @@ class TokenSums:
             groups,
         )
 
-    @classmethod
-    def unknown(cls, device: torch.device) -> "TokenSums":
-        """The sums of a step that was not taken: no tokens, and means that are NaN."""
-        sums = cls.zero(device)
-        sums.spoil()
-        return sums
-
     def spoil(self) -> None:
         """Tokens that should be in the sums have no values: all means become NaN."""
         self.values[:, :GAP] = math.nan
@@ -155,7 +148,8 @@ class TokenSums:
                     )
 
     def means(self, parallel: Parallel) -> dict[str, Any]:
-        """Means over the global batch (of `loss` the weighted one) and `num_tokens`; where tokens
+        """Means over the global batch (of `loss` the weighted one), NaN where it has no token, and
+        `num_tokens`; where tokens
         were written `rollout_logprob_gap`, with --importance_clip `importance_ratio` and
         `importance_clipped`; of groups a few under `by_source` and `by_media` (those that have
         tokens).
@@ -167,11 +161,12 @@ class TokenSums:
             torch.distributed.broadcast(sums, parallel.last_stage_rank, group=parallel.groups.pp)
         rows = sums.tolist()  # the one wait for the device
         every, *parts = (
-            {name: value / max(row[NUM_TOKENS], 1) for name, value in zip(MEANS, row)}
+            {name: value / (row[NUM_TOKENS] or math.nan) for name, value in zip(MEANS, row)}
             | {"num_tokens": int(row[NUM_TOKENS])}
             for row in rows
         )
-        every["loss"] = rows[0][SUMMED.index("loss")] / (rows[0][WEIGHT] or 1)
+        if every["num_tokens"]:
+            every["loss"] = rows[0][SUMMED.index("loss")] / (rows[0][WEIGHT] or 1)
         if rows[0][NUM_WRITTEN]:
             every["rollout_logprob_gap"] = rows[0][GAP] / rows[0][NUM_WRITTEN]
         if rows[0][RATIO]:

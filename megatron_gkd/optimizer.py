@@ -63,6 +63,7 @@ class Update:
     overflowed: bool = (
         False  # a float16 overflow that a smaller loss scale can cure: skipped, but not a bad step
     )
+    empty: bool = False  # no token of the step carries a loss: skipped, but not a bad step
 
 
 class Optimizer:

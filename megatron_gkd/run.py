@@ -41,11 +41,16 @@ class Progress:
     bad_in_a_row: int = 0
 
     def count(self, update: Update, on_policy: bool) -> None:
-        """One more step is done, or was skipped. A float16 overflow is skipped but not bad."""
+        """One more step is done, or was skipped. A float16 overflow is skipped but not bad; an
+        empty step is what the steps before it were.
+        """
         self.step += 1
         self.on_policy_steps += on_policy
         self.skipped_steps += not update.applied
-        self.bad_in_a_row = 0 if update.applied or update.overflowed else self.bad_in_a_row + 1
+        if update.applied or update.overflowed:
+            self.bad_in_a_row = 0
+        elif self.bad_in_a_row or not update.empty:
+            self.bad_in_a_row += 1
 
 
 @dataclass(frozen=True)
@@ -260,11 +265,20 @@ class Run:
             kind=train.lr_scheduler_type,
         )
 
-    def update(self, learning_rate: float, loss: float) -> Update:
+    def update(self, learning_rate: float, means: dict[str, Any]) -> Update:
         """The student's update, which a teacher that follows the student then moves after; a step
-        that is skipped moves neither. Collectives: those of `Optimizer.step`.
+        that is skipped moves neither. means: of the step, the same on all ranks. Collectives: those
+        of `Optimizer.step`.
         """
-        update = self.optimizer.step(learning_rate, loss)
+        if not means["num_tokens"]:  # AdamW would go on with its moments and decay the weights
+            log_rank_0(
+                self.parallel,
+                f"Step {self.progress.step + 1} is skipped: --skip_first_tokens "
+                f"{self.config.distill.skip_first_tokens} leaves no token of its responses",
+            )
+            return Update(applied=False, grad_norm=math.nan, empty=True)
+        # no rank updates where the loss or a gradient is not finite on any
+        update = self.optimizer.step(learning_rate, means["loss"])
         num_updates = self.progress.step - self.progress.skipped_steps + update.applied
         rate = self.config.distill.teacher_rate(num_updates)
         if update.applied and rate:

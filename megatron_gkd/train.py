@@ -100,11 +100,10 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
             )
         means = sums.means(parallel)
         clock.lap("student_time")
-        # no rank updates where the loss or a gradient is not finite on any
-        update = run.update(learning_rate, means["loss"])
+        update = run.update(learning_rate, means)
         clock.lap("optimizer_time")
     else:  # the logits of some rank's rollout were not finite: every rank skips the step
-        means = TokenSums.unknown(parallel.device).means(parallel)
+        means = TokenSums.zero(parallel.device).means(parallel)
         update = Update(applied=False, grad_norm=math.nan)
     return StepResult(
         batches=batches,

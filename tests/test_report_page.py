@@ -183,7 +183,7 @@ def test_gaps_points_far_above_and_logarithmic_axes():
     values = [1.0, None, 3.0, 4.0]
     chart = line_chart("a", "", [Series("b", [1, 2, 3, 4], values)])
     assert [len(piece) for piece in points(chart)] == [2] and chart.svg.count("×</text>") == 1
-    assert chart.notes == ["1 value not finite (×)"]
+    assert chart.notes == ["1 value missing or not finite (×)"]
 
     spike = [1 + 0.01 * step for step in range(99)] + [500.0]
     chart = line_chart("a", "", [Series("b", list(range(100)), spike, kind="dots")])

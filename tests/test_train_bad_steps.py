@@ -254,3 +254,74 @@ def test_float16(data, tmp_path):
         for name in ("half", "resumed")
     ]
     assert final[0] == final[1] and final[0]["loss_scale"]["scale"] == 2.0**15
+
+
+@pytest.mark.parametrize(
+    "world_size, layout",
+    [
+        pytest.param(1, dict(), marks=pytest.mark.extended),
+        (4, dict(pp=2)),
+        pytest.param(8, dict(tp=2, ep=4, cp=2), marks=pytest.mark.extended),
+    ],
+)
+def test_a_step_without_tokens_moves_nothing(data, tmp_path, world_size, layout):
+    """--skip_first_tokens leaves out all of a step's tokens: neither the weights' decay nor the
+    moments go on, the teacher stays, and the step is no bad one; the learning rate is that of the
+    step's number. One sample of the others is enough.
+    """
+    dp = world_size // (layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1))
+    flags = dict(
+        adapter=data["adapter"],
+        dataset=write_rows(tmp_path / "rows.jsonl", short_rows(4 * dp)),
+        skip_first_tokens=2,
+        teacher_ema=0.5,
+        weight_decay=0.5,
+        learning_rate=0.01,
+        warmup_ratio=0,
+        max_steps=5,
+        max_bad_steps=1,
+        save_steps=1,
+        save_total_limit=9,
+        per_device_train_batch_size=1,
+        seed=1,
+    )
+    said = run_training(world_size, flags_of_run(data, tmp_path, **flags | layout_flags(**layout)))
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    empty = [line["step"] for line in lines if line["num_tokens"] == 0]
+    (trained,) = {1, 2, 3, 4} - set(empty)  # of four steps one has the long row
+    assert trained < 4  # so that there are moments in a step without tokens
+    for line in lines:
+        step = line["step"]
+        assert (line["loss"] is None, line["grad_norm"] is None) == (step in empty, step in empty)
+        assert line["skipped_steps"] == sum(other <= step for other in empty)
+        assert line["learning_rate"] == pytest.approx(
+            0.005 * (1 + math.cos(math.pi * (step - 1) / 5))
+        )
+    for step in empty:
+        assert f"Step {step} is skipped: --skip_first_tokens 2 leaves no token" in said
+    assert said.count("is skipped") == len(empty)
+    files = (
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "teacher/adapter_model.safetensors",
+    )
+    for step in range(2, 6):
+        before, after = (tmp_path / f"checkpoint-{number}" for number in (step - 1, step))
+        states = [json.loads((path / "trainer_state.json").read_text()) for path in (before, after)]
+        assert states[1]["num_updates"] - states[0]["num_updates"] == (step not in empty)
+        assert states[1]["bad_in_a_row"] == 0
+        for name in files:
+            same = (before / name).read_bytes() == (after / name).read_bytes()
+            assert same == (step in empty), (step, name)
+
+
+def short_rows(number: int) -> list[dict]:
+    """Rows with one trained token, but the last, which has five."""
+    return [
+        {
+            "input_ids": [5, 6, 7, *range(row, row + length)],
+            "labels": [-100] * 3 + list(range(row, row + length)),
+            "teacher_input_ids": [8, 9, 10, 11],
+        }
+        for row, length in enumerate([1] * (number - 1) + [5])
+    ]

@@ -101,7 +101,7 @@ def line_chart(
         )
     missing = sum(value is None for one in series for value in one.values)
     if missing:
-        notes.append(f"{missing} value{'s' if missing > 1 else ''} not finite (×)")
+        notes.append(f"{missing} value{'s' if missing > 1 else ''} missing or not finite (×)")
     thinned = [
         Series(one.name, *thin(one.steps, one.values), one.colour, one.kind, one.run)
         for one in series

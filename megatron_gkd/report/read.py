@@ -221,8 +221,17 @@ def _listed(numbers: Sequence[int], what: str) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {named}{more}"
 
 
-def not_finite_note(record: RunRecord) -> str:
-    """The steps whose loss is no number, in words; "" where there are none."""
-    steps, values = column(record.metrics, "loss")
-    bad = [step for step, value in zip(steps, values) if value is None]
-    return f"the loss was not finite at {_listed(bad, 'step')}" if bad else ""
+def loss_notes(record: RunRecord) -> list[str]:
+    """The steps whose loss is no number, in words: those without a token that carries one, and
+    those that were bad.
+    """
+    without = [line for line in record.metrics if number(line.get("loss", 0)) is None]
+    # a step that was skipped for its rollout has no batch, and no length
+    empty = [
+        line["step"]
+        for line in without
+        if line.get("num_tokens") == 0 and number(line.get("response_length"))
+    ]
+    bad = [line["step"] for line in without if line["step"] not in empty]
+    found = (("no token carried a loss at", empty), ("the loss was not finite at", bad))
+    return [f"{words} {_listed(steps, 'step')}" for words, steps in found if steps]

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_gkd.config import default_settings
 from megatron_gkd.report.charts import short
-from megatron_gkd.report.read import Line, RunRecord, column, not_finite_note, number
+from megatron_gkd.report.read import Line, RunRecord, column, loss_notes, number
 
 PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
 FINAL_LINES = 10  # logged steps whose mean is the final training loss
@@ -295,8 +295,7 @@ def _hardware(record: RunRecord) -> list[str]:
 
 def _remarks(record: RunRecord) -> list[str]:
     remarks = record.remarks.splitlines()[:5]
-    if bad := not_finite_note(record):
-        remarks.append(bad)
+    remarks += loss_notes(record)
     last = record.metrics[-1] if record.metrics else {}
     if skipped := number(last.get("skipped_steps")):
         remarks.append(f"{skipped:.0f} skipped steps")
