@@ -181,7 +181,8 @@ class RunConfig:
 
     recipe: str | None = setting(
         None,
-        f"Defaults that a paper used: {', '.join(recipe_names())}; --config and flags win "
+        f"Defaults that a paper used: {', '.join(recipe_names())}; --config and flags win, and a "
+        "number that may be left out is taken back with none: --teacher_ema none "
         "(docs/recipes.md).",
     )
     output_dir: str = setting("output", "Metrics, checkpoints and run.json go here.")

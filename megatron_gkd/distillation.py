@@ -65,7 +65,7 @@ class DistillConfig:
     teacher_ema: float | None = setting(
         None,
         "The teacher is an average of the student: after each update its LoRA becomes (1 - E) its "
-        "own + E the student's. 0.05 is SDFT's.",
+        "own + E the student's. SDFT's code has 0.01, TRL's SDFT 0.05.",
     )
     teacher_sync_steps: int | None = setting(
         None,
@@ -92,12 +92,14 @@ class DistillConfig:
         require_in(self, SHARE, "sft_alpha")
         self._check_teacher()
         if self.divergence_clip is not None:
-            require_in(self, POSITIVE, "divergence_clip", way_out="leave it out for no limit")
+            require_in(self, POSITIVE, "divergence_clip", way_out="none is no limit")
         if self.loss_top_k is not None:
             require_at_least(self, 1, "loss_top_k")
         require_at_least(self, 0, "skip_first_tokens")
         if self.importance_clip is not None:
-            require_in(self, POSITIVE, "importance_clip", way_out="2 is usual")
+            require_in(
+                self, POSITIVE, "importance_clip", way_out="2 is usual, none leaves importance out"
+            )
         if not KINDS[self.divergence].uses_beta or self.beta_convention == "paper":
             require_in(self, SHARE, "beta")
         else:
@@ -112,16 +114,18 @@ class DistillConfig:
         """The flags of a teacher that follows the student, and what does not go with them."""
         ema, sync = self.teacher_ema, self.teacher_sync_steps
         if ema is not None:
-            require(0 < ema <= 1, "teacher_ema", ema, "in (0, 1]", "0.05 is usual")
+            way_out = "0.05 is usual, none is a teacher that stays"
+            require(0 < ema <= 1, "teacher_ema", ema, "in (0, 1]", way_out)
             allowed = "left out with --teacher_sync_steps"
-            require(sync is None, "teacher_ema", ema, allowed, "the teacher averages or copies")
+            way_out = "the teacher averages or copies; --teacher_ema none leaves the latter"
+            require(sync is None, "teacher_ema", ema, allowed, way_out)
         if sync is not None:
             require_at_least(self, 1, "teacher_sync_steps")
         if self.teacher_follows:
             allowed = "left out with --teacher_ema and --teacher_sync_steps"
             way_out = (
                 "matrices of two adapters that have not grown from one have no average: start both "
-                "with --adapter"
+                "with --adapter, or set --teacher_ema none for a teacher that stays"
             )
             given = self.teacher_adapter
             require(given is None, "teacher_adapter", given, allowed, way_out)

@@ -91,6 +91,18 @@ def boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
+class NumberOrNone:
+    """Parses a number that may be left out, or `none`, with which a flag takes back what a file or
+    a recipe has set.
+    """
+
+    def __init__(self, kind: type[int] | type[float]):
+        self.kind, self.__name__ = kind, kind.__name__  # argparse names the type by the latter
+
+    def __call__(self, text: str) -> int | float | None:
+        return None if text.lower() == "none" else self.kind(text)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling of a flag (`--na_me`, not `--na-me`), and no default where that would say
     None, or the opposite of a switch.
@@ -147,11 +159,13 @@ class Parser(argparse.ArgumentParser):
 
 def add_flag(add_argument: Callable, of: Field, kind: Any) -> None:
     """The flag of the dataclass field `of`. `kind` is its type: bool, one that argparse can call
-    with the text, a Literal of texts, a list of either; `X | None` is as X.
+    with the text, a Literal of texts, a list of either; `X | None` is as X, a number may be `none`.
     """
-    if NoneType in get_args(kind):
+    may_be_none = NoneType in get_args(kind)
+    if may_be_none:
         (kind,) = set(get_args(kind)) - {NoneType}
-    options: dict[str, Any] = {"help": of.metadata.get("help"), "type": kind}
+    parse = NumberOrNone(kind) if may_be_none and kind in (int, float) else kind
+    options: dict[str, Any] = {"help": of.metadata.get("help"), "type": parse}
     if of.default_factory is not MISSING:
         options["default"] = of.default_factory()
     elif of.default is not MISSING:
@@ -232,8 +246,8 @@ def yaml_flags(
     others: Container[str] = (),
     flag: str = "--config",
 ) -> list[str]:
-    """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`), empty or
-    `null` ones are unset.
+    """A YAML mapping as command line: scalars as they are written (`1e-5`, `0:0.3`); empty and
+    `null` ones are `none` where a number may be, else left out.
 
     Raises ValueError naming the file, as `flag` does, and, for an unknown or nested key, that key.
     """
@@ -247,8 +261,8 @@ def yaml_flags(
         )
     flags = []
     for name, value in settings.items():
-        known = f"--{name}" in parser._option_string_actions or name in others
-        if name in ("config", flag[2:]) or not known:
+        action = parser._option_string_actions.get(f"--{name}")
+        if name in ("config", flag[2:]) or (action is None and name not in others):
             raise unknown_flag(name, f"{flag} {path}: {name}", parser)
         if isinstance(value, dict):
             raise ValueError(
@@ -258,6 +272,8 @@ def yaml_flags(
             flags += [f"--{name}", *value] if value else []
         elif value not in ("", "null", "~"):
             flags.append(f"--{name}={value}")
+        elif action is not None and isinstance(action.type, NumberOrNone):
+            flags.append(f"--{name}=none")
     return flags
 
 

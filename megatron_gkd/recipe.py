@@ -28,10 +28,10 @@ def with_recipe(argv: Sequence[str], parser: Parser, others: Container[str] = ()
     recipe_parser = Parser(add_help=False)
     recipe_parser.add_argument("--recipe")
     name = recipe_parser.parse_known_args(after_recipe)[0].recipe
-    if name is None:
+    if name in (None, "none"):
         return after_recipe
     if name not in recipe_names():
-        raise ValueError(f"--recipe {name}: must be one of {', '.join(recipe_names())}")
+        raise ValueError(f"--recipe {name}: must be one of {', '.join(recipe_names())}, or none")
     of_recipe = yaml_flags(str(RECIPES / f"{name}.yaml"), parser, flag="--recipe")
     of_file = after_recipe[: len(after_recipe) - len(argv)]
     if os.environ.get("RANK", "0") == "0":

@@ -83,6 +83,70 @@ def test_no_recipe_changes_nothing_and_says_nothing(capsys):
         values_of(["--recipe", "gdk"])
 
 
+# Of each setting of a recipe that is an option: the value without it.
+OFF = dict(
+    teacher_ema="none",
+    divergence_clip="none",
+    importance_clip="none",
+    lora_rank="none",
+    lora_alpha="none",
+    skip_first_tokens="0",
+    warmup_ratio="0",
+    top_k="0",
+    top_p="1",
+    repetition_penalty="1",
+    num_generations="1",
+)
+# Of the others every value is one of the method: a flag gives another.
+METHOD = {
+    *("divergence", "beta", "beta_convention", "temperature", "rollout_temperature", "lmbda"),
+    *("learning_rate", "lr_scheduler_type", "max_completion_length"),
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_setting_of_a_recipe_can_be_taken_back(name, tmp_path, capsys):
+    """By a flag and in a file; what is left is the run without the recipe, and the run says so."""
+    given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert set(given) <= set(OFF) | METHOD
+    defaults = values_of([])
+    default_of_method = {key: str(defaults[key]) for key in given if key in METHOD}
+    off = {key: OFF[key] for key in given if key in OFF} | default_of_method
+    flags = [word for key, value in off.items() for word in (f"--{key}", value)]
+    without, taken_back = values_of(flags), values_of(["--recipe", name, *flags])
+    assert taken_back == without | {"recipe": name}
+    of_flags, vain = capsys.readouterr().out.splitlines()
+    assert of_flags.startswith("Settings from flags: ") and vain.startswith("Not from --recipe")
+    for key, value in off.items():
+        assert f" {key}={value}" in of_flags and f" {key}={given[key]}" in vain
+    path = tmp_path / "run.yaml"
+    nulls = {key: None if value == "none" else value for key, value in off.items()}
+    for in_file in (off, nulls):
+        path.write_text(yaml.safe_dump(in_file))
+        assert values_of(["--config", str(path), "--recipe", name]) == taken_back
+
+
+def test_none_switches_a_number_off_without_a_recipe_too(tmp_path):
+    for key in [key for key, value in OFF.items() if value == "none"] + ["loss_top_k"]:
+        assert values_of([f"--{key}", "none"]) == values_of([f"--{key}=None"]) == values_of([])
+        with pytest.raises(ValueError, match=rf"--{key}\S*: invalid (int|float) value: 'nine'"):
+            values_of([f"--{key}", "nine"])
+    with pytest.raises(ValueError, match="--temperature: invalid float value: 'none'"):
+        values_of(["--temperature", "none"])
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: sdft\n")
+    assert values_of(["--config", str(path), "--recipe", "none"]) == values_of([]) | {
+        "recipe": "none"
+    }
+
+
+def test_a_teacher_adapter_needs_a_recipe_without_its_average():
+    argv = ["--recipe", "sdft", "--teacher_adapter", "/t"]
+    with pytest.raises(ValueError, match="set --teacher_ema none"):
+        values_of(argv)
+    assert values_of([*argv, "--teacher_ema", "none"])["teacher_adapter"] == "/t"
+
+
 def test_sampling_that_is_not_the_policys():
     assert RolloutConfig().changed_sampling() == [
         "--top_p 0.9",
