@@ -44,6 +44,7 @@ def reports(tmp_path_factory) -> dict[int, Path]:
         write_run(root / f"{LONG}_{number}", bad_steps=(7, 20), learning_rate=10.0 ** (-3 - number))
         for number in range(8)
     ]
+    (runs[0] / "remarks.txt").write_text(5 * LONG)
     return {
         number: write_report([str(run) for run in runs[:number]], str(root / f"{number}.html"))[0]
         for number in (1, 8)
@@ -61,6 +62,8 @@ def test_the_page_is_whole(page, reports, number, width):
     assert page.run("window.hacked") is None and page.run("document.images.length") == 0
     assert page.run("document.documentElement.scrollWidth") <= width
     assert page.run(WIDE) == []
+    if width < 400:
+        assert page.run("document.querySelector('#log .scroll').scrollWidth") <= width
     assert page.run("document.querySelectorAll('.plot svg').length") >= 10
     assert page.run(UNDRAWN) == 0
     text = page.run("document.body.innerText")

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 
+from megatron_gkd.report.markdown import make_markdown
+from megatron_gkd.report.page import make_page
 from megatron_gkd.report.read import column, read_run, read_runs
-from megatron_gkd.report.samples import samples_of
+from megatron_gkd.report.samples import MOST_ANSWERS, samples_of
 from megatron_gkd.report.summary import differing_settings, entries, phase_times
 from tests.report_runs import metrics_line, rollout_line, write_lines, write_run
 
@@ -184,6 +187,51 @@ def test_samples_side_by_side(tmp_path):
     ]
     assert question.where == "train.jsonl:4"
     assert [one.where for one in found.from_training][0] == "step 60, train.jsonl:4"
+
+
+def test_of_many_evaluations_some_answers_are_shown(tmp_path):
+    """The first, the last and some from in between; what is left out is counted."""
+    folder = write_run(tmp_path / "run")
+    lines = [rollout_line(step, "eval", "student", f"answer {step}") for step in range(200)]
+    write_lines(folder / "rollouts.jsonl", lines)
+    (question,) = samples_of(read_run(folder)).questions
+    shown = [answer.text for answer in question.answers]
+    assert shown[0] == "answer 0" and shown[-1] == "answer 199"
+    assert len(set(shown)) == len(shown) == MOST_ANSWERS and question.left_out == 188
+    assert "10 in between; 188 more are in rollouts.jsonl" in make_page(
+        [read_run(folder)], datetime(2026, 11, 27)
+    )
+
+
+def test_long_settings_and_many_files_are_shortened(tmp_path):
+    """On the page and in the table, but two that begin alike are not the same."""
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    for run, ending in zip(runs, ("yes", "no")):
+        path = run / "run.json"
+        description = json.loads(path.read_text())
+        description["config"]["data"]["system"] = 100 * "Be kind. " + ending
+        description["config"]["data"]["dataset"] = [f"/data/{n}.jsonl" for n in range(40)]
+        path.write_text(json.dumps(description))
+    records = [read_run(run) for run in runs]
+    assert [name for name, _ in differing_settings(records)] == ["system"]
+    entry = entries(records)[0]
+    assert entry.data == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl", "and 36 more", "1 epoch"]
+    for text in (
+        make_markdown(records, datetime(2026, 11, 27)),
+        make_page(records[:1], datetime(2026, 11, 27)),
+    ):
+        assert "… (90" in text and 20 * "Be kind. " not in text
+
+
+def test_steps_without_tokens_are_not_bad_ones(tmp_path):
+    folder = write_run(tmp_path / "run", steps=6)
+    nothing = dict(loss=None, jsd=None, num_tokens=0)
+    without = {2: nothing, 3: nothing | dict(response_length=None), 5: dict(loss=None)}
+    lines = [metrics_line(step, 6, **without.get(step, {})) for step in range(1, 7)]
+    write_lines(folder / "metrics.jsonl", lines)
+    remarks = entries([read_run(folder)])[0].remarks
+    assert "no token carried a loss at step 2" in remarks
+    assert "the loss was not finite at steps 3, 5" in remarks  # step 3: not for its rollout
 
 
 def test_nothing_slow_is_imported():

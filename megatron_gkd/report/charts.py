@@ -8,7 +8,7 @@ polyline carries its steps and values, which page.js shows under the pointer.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from markupsafe import Markup
 
@@ -21,6 +21,7 @@ LOGARITHMIC = 100
 SMALLEST = 1e-100  # on a logarithmic axis
 COLOURS = 8
 
+Item = TypeVar("Item")
 Kind = Literal["line", "faint", "dots"]
 
 
@@ -342,14 +343,20 @@ def _in_words(series: Sequence[Series]) -> str:
     return "; ".join(texts)
 
 
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` of the items in their order, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
 def table_of(chart: Chart, most: int = 12) -> tuple[list[str], list[list[str]]]:
     """(headings, rows) of a chart's numbers at some of its steps, the first and the last among
     them.
     """
     main = [one for one in chart.series if one.kind != "faint"] or chart.series
     steps = sorted({step for one in main for step in one.steps})
-    if len(steps) > most:
-        steps = sorted({steps[round(at * (len(steps) - 1) / (most - 1))] for at in range(most)})
+    steps = spread(steps, most)
     known = [dict(zip(one.steps, one.values)) for one in main]
     rows = [
         [f"{step:,}", *(short(of[step]) if step in of else "" for of in known)] for step in steps

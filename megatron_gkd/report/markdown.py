@@ -6,7 +6,7 @@ from datetime import datetime
 from megatron_gkd.report.charts import short
 from megatron_gkd.report.page import printable, share
 from megatron_gkd.report.read import RunRecord
-from megatron_gkd.report.summary import differing_settings, entries, show
+from megatron_gkd.report.summary import brief, differing_settings, entries
 
 HEADINGS = (
     "run",
@@ -45,7 +45,7 @@ def make_markdown(records: Sequence[RunRecord], made: datetime) -> str:
     ]
     one = len(records) == 1
     titles = ("here", "default") if one else tuple(record.name for record in records)
-    settings = [(name, *map(show, values)) for name, values in differing_settings(records)]
+    settings = [(name, *map(brief, values)) for name, values in differing_settings(records)]
     notes = [f"- {record.name}: {note}" for record in records for note in record.notes]
     parts = [f"# Experiment log, {made:%d %b %Y}", _table(HEADINGS, log)]
     if settings:

@@ -20,6 +20,7 @@ from megatron_gkd.report.read import RunRecord, number
 from megatron_gkd.report.samples import samples_of
 from megatron_gkd.report.summary import (
     PHASES,
+    brief,
     differing_settings,
     entries,
     names_of_kinds,
@@ -96,6 +97,7 @@ def make_page(records: Sequence[RunRecord], made: datetime) -> str:
         ],
         short=short,
         show=show,
+        brief=brief,
         share=share,
         numbers=table_of,
     )

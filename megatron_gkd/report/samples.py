@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from megatron_gkd.report.charts import spread
 from megatron_gkd.report.read import Line, RunRecord
 
 MOST_ROWS = 12  # evaluation rows of a run that are shown
 MOST_OF_TRAINING = 12  # responses of training steps, the newest
+MOST_ANSWERS = 12  # of the student to a row that are shown, the first and the last among them
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,11 @@ class Question:
     fixed: list[Answer]
     """The data's response and the teacher's"""
     answers: list[Answer]
-    """The student's, evaluation by evaluation, without those that did not change"""
+    """The student's, evaluation by evaluation, without those that did not change; of more than
+    MOST_ANSWERS some from the whole run
+    """
+    left_out: int
+    """Answers of the student beyond MOST_ANSWERS"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def _question(lines: Sequence[Line]) -> Question:
         same = "as the teacher" if latest.get(line["step"]) == text else ""
         remark = ", ".join(filter(None, (same, _remark(line))))
         answers.append(Answer(f"Student, step {line['step']:,}", text, remark))
+    shown = spread(answers, MOST_ANSWERS)
     return Question(
         where=_where(first),
         prompt=_text(first, "prompt"),
@@ -103,7 +110,8 @@ def _question(lines: Sequence[Line]) -> Question:
         if "prompt" in first
         else "",
         fixed=fixed,
-        answers=answers,
+        answers=shown,
+        left_out=len(answers) - len(shown),
     )
 
 
@@ -111,7 +119,7 @@ def _of_training(line: Line) -> Question:
     author = _text(line, "author").capitalize() or "Student"
     answer = Answer(author, _text(line, "response"), _remark(line))
     where = f"step {line['step']:,}, {_where(line)}"
-    return Question(where, _text(line, "prompt"), "", [], [answer])
+    return Question(where, _text(line, "prompt"), "", [], [answer], 0)
 
 
 def _where(line: Line) -> str:

@@ -16,6 +16,8 @@ from megatron_gkd.report.read import Line, RunRecord, column, loss_notes, number
 PHASES = ("data_time", "rollout_time", "teacher_time", "student_time", "optimizer_time")
 FINAL_LINES = 10  # logged steps whose mean is the final training loss
 MOST_CHANGES = 6  # settings that are named as changed against the run before
+MOST_FILES = 4  # of the data that are named
+MOST_CHARACTERS = 160  # of a setting that are shown
 # Where a run is kept and how it is looked at: no difference between two runs.
 BOOKKEEPING = {
     "output_dir",
@@ -172,6 +174,14 @@ def show(value: Any) -> str:
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
+def brief(value: Any) -> str:
+    """`show`, of a long text its beginning and its length."""
+    text = show(value)
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]}… ({len(text):,} characters)"
+
+
 def phase_times(record: RunRecord) -> list[PhaseTimes]:
     """Mean seconds of each phase, apart for steps on data and steps on text that the run wrote; the
     first logged step, which has start-up in it, counts only where it is alone.
@@ -216,10 +226,11 @@ def _started(record: RunRecord) -> str:
 
 def _state(record: RunRecord) -> str:
     total, step = number(record.setting("max_steps")), record.last_step
+    steps = f"{step:,} step{'' if step == 1 else 's'}"
     if total is None or total < 0:
-        return f"{step:,} steps"
+        return steps
     if step >= total:
-        return f"complete: {step:,} steps"
+        return f"complete: {steps}"
     written = f", last written {record.last_written:%d %b, %H:%M}" if record.last_written else ""
     return f"at step {step:,} of {total:,.0f}{written}"
 
@@ -274,7 +285,10 @@ def _global_batch_size(record: RunRecord) -> int | None:
 
 def _data(record: RunRecord) -> list[str]:
     names = record.setting("dataset")
-    found = [PurePath(str(name)).name for name in names] if isinstance(names, list) else []
+    names = names if isinstance(names, list) else []
+    found = [PurePath(str(name)).name for name in names[:MOST_FILES]]
+    if len(names) > MOST_FILES:
+        found.append(f"and {len(names) - MOST_FILES} more")
     epoch = number(record.metrics[-1].get("epoch")) if record.metrics else None
     if epoch is not None:
         found.append("1 epoch" if epoch == 1 else f"{epoch:.3g} epochs")
@@ -314,7 +328,7 @@ def _changes(
     if before.description and after.description:
         first, second = before.settings(), after.settings()
         changed = [
-            f"{name} {show(first.get(name))} → {show(second.get(name))}"
+            f"{name} {brief(first.get(name))} → {brief(second.get(name))}"
             for name in dict.fromkeys([*first, *second])
             if name not in BOOKKEEPING and not _same(first.get(name), second.get(name))
         ]
