@@ -17,6 +17,7 @@ from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
+from megatron_gkd.loss.divergence import KINDS
 from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
 from megatron_gkd.memory import check_memory
 from megatron_gkd.metrics import Clock
@@ -254,6 +255,16 @@ def settings_notes(config: Config) -> list[str]:
         notes.append(
             f"Note: --sft_alpha {distill.sft_alpha:g} counts in no step: with {writer} none learns "
             "from the data set's own responses"
+        )
+    if distill.importance_clip is not None and not distill.may_be_on_policy:
+        notes.append(
+            f"Note: --importance_clip {distill.importance_clip:g} counts in no step: with --lmbda "
+            f"{distill.lmbda} the student writes no response"
+        )
+    if distill.beta != 0.5 and not KINDS[distill.divergence].uses_beta:
+        notes.append(
+            f"Note: --beta {distill.beta:g} counts in no step: --divergence {distill.divergence} "
+            "has no mixture"
         )
     changed = config.rollout.changed_sampling()
     if changed and distill.may_be_on_policy:

@@ -68,8 +68,8 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
-POSITIVE = Range("above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
+POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("0 or more and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Range("in [0, 1)", lambda value: 0 <= value < 1)
 

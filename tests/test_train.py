@@ -196,9 +196,15 @@ def test_evaluation_is_the_reference(data, tmp_path, world_size, tp, pp, ep, cp)
         (dict(lmbda=1), "--sft_alpha 0.3 counts in no step: with --lmbda 1 none learns"),
         (dict(seq_kd="true"), "--sft_alpha 0.3 counts in no step: with --seq_kd none learns"),
         (dict(lmbda="0:1,9:0"), ""),
+        (
+            dict(importance_clip=2),
+            "--importance_clip 2 counts in no step: with --lmbda 0 the student",
+        ),
+        (dict(importance_clip=2, lmbda="0:0,5:0.1"), ""),
+        (dict(divergence="reverse_kl", beta=0.3), "--beta 0.3 counts in no step: --divergence rev"),
     ],
 )
-def test_cross_entropy_that_counts_in_no_step_is_said(changes, expected):
+def test_what_counts_in_no_step_is_said(changes, expected):
     flags = dict(model="m", dataset="d", max_steps=10, sft_alpha=0.3) | changes
     flags |= dict(top_p=1, top_k=0, repetition_penalty=1)  # nothing else to say
     notes = settings_notes(parse_config(arguments(**flags)))

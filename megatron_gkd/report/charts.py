@@ -8,6 +8,7 @@ polyline carries its steps and values, which page.js shows under the pointer.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from markupsafe import Markup
@@ -38,7 +39,7 @@ class Series:
     run: int = 0
     """Number of the run, by which the page hides it"""
 
-    @property
+    @cached_property
     def points(self) -> list[tuple[int, float]]:
         """Those with a value."""
         return [(step, value) for step, value in zip(self.steps, self.values) if value is not None]
