@@ -26,7 +26,9 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     (
         "deepspeed zero_hpz_partition_size deepspeed_autotp_size fsdp device_map max_memory "
         "sequence_parallel expert_tensor_parallel_size use_distributed_optimizer ddp_timeout "
-        "ddp_backend ddp_find_unused_parameters ddp_broadcast_buffers",
+        "ddp_backend ddp_find_unused_parameters ddp_broadcast_buffers overlap_grad_reduce "
+        "overlap_param_gather overlap_p2p_comm tp_comm_overlap moe_token_dispatcher_type "
+        "moe_enable_deepep",
         _ANY,
         "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
     ),
@@ -34,6 +36,12 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         "teacher_deepspeed offload_teacher_model",
         _ANY,
         "the teacher is the student's own base model with LoRA off, so it is sharded with it",
+    ),
+    (
+        "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
+        "pipeline_model_parallel_layout virtual_pipeline_model_parallel_size",
+        (),
+        "--pipeline_model_parallel_size, whose stages have equally many layers",
     ),
     ("sequence_parallel_size", ("1",), "--context_parallel_size cuts rows over ranks"),
     (
@@ -44,7 +52,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ),
     ("task_type", ("causal_lm",), "language models alone are trained"),
     ("model_revision teacher_model_revision load mcore_model", (), "--model DIR"),
-    ("teacher_model_server", (), "leave it out: the teacher is the model itself, LoRA off"),
+    (
+        "teacher_model_server teacher_tag_key",
+        (),
+        "leave it out: the teacher is the model itself, LoRA off",
+    ),
     ("gkd_logits_topk", (), "--loss_top_k, with one outcome for all other tokens"),
     (
         "quant_method quant_bits bnb_4bit_compute_dtype bnb_4bit_quant_type "
@@ -72,7 +84,10 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         "(--max_tokens_per_micro_batch packs them)",
     ),
     (
-        "use_liger_kernel use_logits_to_keep cross_entropy_loss_fusion "
+        "use_liger_kernel use_logits_to_keep cross_entropy_loss_fusion masked_softmax_fusion "
+        "bias_dropout_fusion bias_activation_fusion apply_rope_fusion "
+        "gradient_accumulation_fusion attention_softmax_in_fp32 moe_router_dtype "
+        "accumulate_allreduce_grads_in_fp32 calculate_per_token_loss "
         "cross_entropy_fusion_impl moe_grouped_gemm moe_permute_fusion moe_shared_expert_overlap "
         "average_tokens_across_devices",
         _ANY,
@@ -94,6 +109,23 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ("async_generate", _OFF, "responses are written by the weights of their step"),
     ("max_new_tokens", (), "--max_completion_length"),
     ("steps_per_generation generation_batch_size", (), "each step writes its own responses"),
+    (
+        "fp8_format fp8_recipe fp8_param_gather fp8_amax_history_len fp8_amax_compute_algo "
+        "fp4_format fp4_recipe fp4_param_gather",
+        (),
+        "--torch_dtype bfloat16 is the type of the weights and of what is computed",
+    ),
+    (
+        "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
+        (),
+        "no expert leaves out tokens",
+    ),
+    (
+        "use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
+        "exp_avg_sq_dtype offload_bridge",
+        _ANY,
+        "LoRA's weights and their optimizer state are small, and float32",
+    ),
     ("optimizer_cpu_offload optimizer_offload_fraction", (), "LoRA's optimizer state is small"),
     # data
     (
@@ -105,6 +137,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         "rows are prepared before the first step, by --dataset_num_proc processes",
     ),
     ("num_workers", (), "--dataloader_num_workers"),
+    ("dataloader_drop_last data_sharding", _ANY, "a step always has its whole number of rows"),
     ("dataset_shuffle train_dataloader_shuffle", _ON, "rows are always shuffled, by --seed"),
     ("data_seed", (), "--seed orders the data too"),
     ("strict", _ON, "bad rows stop the run; --skip_bad_rows true counts and skips them"),
@@ -198,8 +231,14 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         "rank",
     ),
     ("neftune_noise_alpha", ("0", "0.0"), "noise would make student and teacher differ by itself"),
-    ("router_aux_loss_coef moe_aux_loss_coeff", ("0", "0.0"), "the router is frozen"),
-    ("full_determinism", _OFF, "--deterministic true"),
+    (
+        "router_aux_loss_coef moe_aux_loss_coeff moe_z_loss_coeff",
+        ("0", "0.0"),
+        "the router is frozen",
+    ),
+    ("moe_router_load_balancing_type", _ANY, "the router is frozen"),
+    ("mtp_num_layers", ("0",), "the next token alone is predicted"),
+    ("full_determinism deterministic_mode", _OFF, "--deterministic true"),
     ("label_smoothing label_smoothing_factor", ("0", "0.0"), "the loss has none; see --sft_alpha"),
     # the run folder
     ("save", (), "--output_dir"),
@@ -220,8 +259,14 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ("swanlab_token", (), "SWANLAB_API_KEY in the environment, or `swanlab login`"),
     ("swanlab_workspace", (), "SWANLAB_WORKSPACE in the environment"),
     ("tensorboard_dir", _ANY, "OUTPUT/tensorboard"),
+    (
+        "finetune",
+        _ON,
+        "a run begins with a new optimizer, or with --resume_from_checkpoint goes on with the old",
+    ),
     ("save_interval", (), "--save_steps"),
     ("eval_interval", (), "--eval_steps"),
+    ("eval_iters", ("-1",), "an evaluation measures all of --val_dataset; NAME#N takes N rows"),
     ("log_interval", (), "--logging_steps"),
     ("no_save_optim no_save_rng", (), "--save_only_model true"),
     ("save_strategy", ("steps",), "--save_steps; the last step always writes a checkpoint"),
@@ -237,7 +282,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
         (),
         "--save_total_limit keeps the newest checkpoints; eval.jsonl has the losses",
     ),
-    ("resume_only_model ignore_data_skip", _OFF, "--adapter CHECKPOINT takes its weights alone"),
+    (
+        "resume_only_model ignore_data_skip no_load_optim no_load_rng",
+        _OFF,
+        "--adapter CHECKPOINT takes its weights alone",
+    ),
     (
         "push_to_hub hub_private_repo",
         _OFF,
@@ -249,7 +298,9 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     (
         "reward_model reward_funcs reward_weights reward_model_plugin reward_adapters ref_model "
         "num_iterations epsilon epsilon_high teacher_kl_coef advantage_estimator scale_rewards "
-        "multi_turn_scheduler loss_type simpo_gamma cpo_alpha rpo_alpha",
+        "multi_turn_scheduler max_turns use_gym_env gym_env completion_length_limit_scope "
+        "num_generations_eval dynamic_sample max_resample_times overlong_filter "
+        "importance_sampling_level loss_type simpo_gamma cpo_alpha rpo_alpha",
         (),
         "belongs to another kind of training than GKD",
     ),

@@ -63,11 +63,19 @@ TOOL = {"name": "aqi", "description": "of a city", "parameters": {"type": "objec
             [USER, ANSWER, SECOND, LAST],
         ),
         ({"query": "hi", "response": "ho", "system": "", "history": []}, [USER, ANSWER]),
+        ({"query": "hi", "response": "ho", "history": ""}, [USER, ANSWER]),
         ({"query": "hi", "response": "ho", "system_prompt": "be kind"}, [SYSTEM, USER, ANSWER]),
         # TRL
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
         ({"prompt": "hi", "completion": "ho"}, [USER, ANSWER]),
         ({"prompt": "hi", "response": "ho"}, [USER, ANSWER]),
+        # a response in the name of another form's
+        ({"prompt": "hi", "output": "ho"}, [USER, ANSWER]),
+        ({"query": "hi", "output": "ho"}, [USER, ANSWER]),
+        ({"instruction": "hi", "response": "ho"}, [USER, ANSWER]),
+        ({"instruction": "hi", "input": "", "completion": "ho", "context": "c"}, [USER, ANSWER]),
+        ({"instruction": "hi", "output": "ho", "response": "of a model"}, [USER, ANSWER]),
+        ({"instruction": "hi", "context": "", "response": "ho"}, [USER, ANSWER]),
         # alpaca
         (
             {"instruction": "mo", "input": "", "output": "x", "history": [["hi", "ho"]]},
@@ -222,7 +230,7 @@ def test_teacher_messages_in_other_names():
             {"query": "hi", "conversations": [USER, ANSWER]},
             "has conversations and query/response: one of them must go",
         ),
-        ({"prompt": "hi", "completion": "a", "response": "b"}, "has completion and response"),
+        ({"prompt": "hi", "completion": "a", "response": "b"}, "has response and completion"),
         (
             {"prompt": "hi", "chosen": "a", "rejected": "b"},
             "empty response: completion has no text",

@@ -149,6 +149,14 @@ def test_folders_and_names(tmp_path, folder, monkeypatch):
     rows[2] = ids_row(7)
     datasets.Dataset.from_list(rows).save_to_disk(name)
     assert not reused() and reused()
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    os.symlink(name, linked / "rows")
+    data.dataset = [str(linked)]
+    assert not reused() and reused()
+    rows[1] = ids_row(8)
+    datasets.Dataset.from_list(rows).save_to_disk(name)
+    assert not reused() and reused()
     data.dataset = ["somebody/rows"]
     locations = [f"somebody/rows row {row}" for row in range(5)]
     source = Source("somebody/rows", locations, rows.__getitem__, lambda row: "")
@@ -262,6 +270,13 @@ def test_what_cannot_be_kept_or_reused(tmp_path, folder):
     part.write_bytes(part.read_bytes()[:-9])
     found, reused, said = load(data, folder)
     assert found == expected and not reused and "is cut short" in said[0]
+    assert load(data, folder)[1]  # what was broken is made anew
+    for name, content in (("0", bytes(part.stat().st_size)), ("manifest.json", b"[]")):
+        (part.parent / name).unlink()  # a link of it may be in use
+        (part.parent / name).write_bytes(content)
+        found, reused, said = load(data, folder)
+        assert found == expected and not reused and "is not reused" in said[0]
+        assert load(data, folder)[1]
     assert os.listdir(tmp_path / "kept") == [part.parent.name]
     data = settings(path, prepared_rows=str(tmp_path / "kept"), check_data=True)
     assert load(data, folder)[1:] == (False, [])

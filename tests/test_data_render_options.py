@@ -130,6 +130,12 @@ def test_a_template_file(tmp_path, demo_folder):
     assert texts(demo_folder, row.student)[0] == (
         "<|im_start|>USER\nhi<|im_end|>\n<|im_start|>ASSISTANT\nho<|im_end|>"
     )
+    as_folders_keep_it = tmp_path / "chat_template.json"
+    as_folders_keep_it.write_text(json.dumps({"chat_template": file.read_text()}))
+    again = load(
+        tmp_path, demo_folder, {"messages": [USER, ANSWER]}, chat_template=str(as_folders_keep_it)
+    )
+    assert again[0] == row
     # a response ends with what the template closes it with, and with the folder's own
     file.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
     ids = load_chat_tokenizer(demo_folder).tokenizer.convert_tokens_to_ids

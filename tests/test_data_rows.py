@@ -68,6 +68,11 @@ def test_prompts_alone_end_before_the_response():
     for last in ([], [ANSWER], [{"role": "assistant", "content": ""}]):
         row = check_row({"messages": before, "teacher_messages": hint + last}, 10)
         assert row.teacher_messages == hint
+    # as many turns as the row has before its response: each is the row's own
+    for last in ([], [ANSWER]):
+        view = [USER, {"role": "assistant", "content": ""}, *hint, *last]
+        row = check_row({"messages": before, "teacher_messages": view}, 10)
+        assert row.teacher_messages == [USER, ANSWER, *hint]
     for output in ({}, {"output": None}, {"output": " "}):
         row = check_row({"instruction": "hi", **output}, 10)
         assert not row.has_response and row.messages == [USER]
@@ -217,7 +222,15 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             {"instruction": " ", "output": "y"},
             "empty prompt: neither instruction nor input has text",
         ),
-        ({"output": "y"}, "empty prompt"),
+        ({"output": "y"}, "has none of"),
+        (
+            {"messages": [USER], "response": "y"},
+            "messages end without a response, and column `response` would be left out",
+        ),
+        (
+            {"instruction": "x", "context": "about it", "response": "y"},
+            "column `context` would be left out",
+        ),
         (
             {"messages": [USER, ANSWER], "image": "a.png", "images": ["a.png"]},
             "has `image` and `images`: one of them must go",
@@ -252,6 +265,10 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "attention_mask[1] is 0 and a later one is not",
         ),
         ({"labels": [1, 2]}, "`input_ids` is missing"),
+        # TRL's and verl's rows: read as prompts alone, their prompts would be their responses
+        ({"input_ids": [1, 2], "completion_mask": [0, 1]}, "`completion_mask` is not read"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "`loss_mask` is not read: mark the response"),
+        ({**IDS, "loss_scale": [0, 1, 0.5]}, "column `loss_scale` is not supported"),
         ({"input_ids": [], "labels": []}, "input_ids is empty"),
         (
             {"input_ids": [1, True], "labels": [-100, 1]},

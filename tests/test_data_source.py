@@ -164,7 +164,7 @@ def test_what_is_broken_is_one_row(tmp_path):
     ]
     one, two, three, four, five = reasons("bad.csv")
     assert one == "/bad.csv:2: 1 cells, the header has 2" and two == {"a": "ok", "b": "ok"}
-    assert three == "/bad.csv:4: not UTF-8: byte 1 of the row is 0xe4"
+    assert three.startswith("/bad.csv:4: not UTF-8: byte 1 of the row is 0xe4 (iconv ")
     assert four.startswith("/bad.csv:5: not csv: ',' expected after '\"'")
     assert five.startswith("/bad.csv:6: not csv: unexpected end of data")
 
@@ -183,6 +183,7 @@ def test_what_is_broken_is_one_row(tmp_path):
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], "a.jsonl.gz is not a whole gzip file: "),
         ("a.jsonl.zst", LINES, "unknown file type .zst; unpack it first; .jsonl, .json "),
         ("a.csv", b"a;b\n1;2\n", "the header is one cell, 'a;b': cells are separated by commas"),
+        ("a.csv", b'"a", "b"\n1, 2\n', """a.csv:1: the header names '"b"': a quote stands right"""),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1: the header names 'a' more than once"),
         ("a.csv", b"a,b\n", "a.csv has no rows"),
         ("a.csv", b"\n", "a.csv has no rows"),
@@ -261,20 +262,26 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
             **dict.fromkeys(("dataset_info.json", "clip.wav", "LICENSE"), b"?"),
         },
     )
-    os.symlink("/nowhere", folder / "gone.jsonl")
     os.symlink(folder, folder / "sub" / "loop")
+    write_folder(tmp_path / "elsewhere", {"x.jsonl": b'{"n": 8}'})
+    os.symlink(tmp_path / "elsewhere", folder / "z_link")
+    os.symlink(tmp_path / "elsewhere", folder / "z_link_twice")
     source = open_source(str(folder), 0)
-    expected = [0, 1, "another type", "2", 4, 5, 6, 7]
+    expected = [0, 1, "another type", "2", 4, 5, 6, 7, 8]
     assert [row["n"] for row in read(folder)] == expected and source.name == str(folder)
     assert places(folder) == [
         *("/a.json:1", "/b.jsonl:1", "/b.jsonl:2", "/c.csv:2", "/d.jsonl.gz:1"),
         *("/e.parquet row 0", "/e.parquet row 1", "/sub/z.jsonl:1"),
+        "/z_link/x.jsonl:1",
     ]
     # media lie beside the file that names them
     assert [source.folder_of(index) for index in (0, 7)] == [str(folder), str(folder / "sub")]
     some = open_source(f"{folder}#3", 0)
     rows = {place: source.read(index) for index, place in enumerate(source.locations)}
     assert [some.read(index) for index in range(3)] == [rows[place] for place in some.locations]
+    os.symlink("/nowhere", folder / "gone.jsonl")
+    with pytest.raises(DataError, match="rows cannot be opened: .*No such file.*gone.jsonl"):
+        open_source(str(folder), 0)
 
 
 def test_files_of_other_splits_stay_out_of_training(tmp_path, capsys):

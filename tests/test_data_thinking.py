@@ -152,6 +152,21 @@ def test_a_generation_prompt_that_closes_the_block(tmp_path, content):
         encode(chat, user(content), assistant(REASONED))
 
 
+def test_no_second_block_of_thinking(tmp_path):
+    """A template that writes responses as they are, behind an empty block of thinking."""
+    template = CHATML.replace(
+        "{{ m.role }}\n", "{{ m.role }}\n{% if m.role == 'assistant' %}BLOCK{% endif %}"
+    )
+    template = template.replace("assistant\n{% endif %}", "assistant\nBLOCK{% endif %}")
+    chat = load_chat_tokenizer(
+        write_bpe_folder(tmp_path, template.replace("BLOCK", "{{ '<think>\\n\\n</think>\\n\\n' }}"))
+    )
+    assert encode(chat, user(TEXT), assistant("A fork."))[1] == ["A fork." + END]
+    for response in (REASONED, "<think>\n\n</think>\n\nA fork."):
+        with pytest.raises(RowError, match="closes an empty block of thinking before"):
+            encode(chat, user(TEXT), assistant(response))
+
+
 def test_an_earlier_turn_that_the_template_keeps_is_trained(chat_of):
     """A user turn with media does not count as the last one with text, so the reasoning before it
     stays in what the model reads.

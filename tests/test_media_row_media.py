@@ -193,8 +193,9 @@ def test_values_that_are_refused_in_a_short_line(value, reason):
         ({"type": "input_image", "file_id": "file-1"}, "holds more than `image`: file_id, type"),
         ({"type": "image", "image": "a", LONG: 1}, "holds more than `image`: AAAA"),
         ({"type": "text", "text": "a", LONG: 1}, "is text and holds AAAA"),
-        ({"type": "tool_result"}, "text, audio, image, video are the types (and their OpenAI nam"),
+        ({"type": "refusal"}, "text, audio, image, video are the types (and their OpenAI nam"),
         ({"type": ["image"]}, "is of type ['image']"),
+        ({"type": "tool_use", "name": "f", "input": {}}, "a call is an entry of its turn's tool_"),
         (
             {"type": "video", "video": ["1.png", "2.png"]},
             "is a list, perhaps of frames: a video is",

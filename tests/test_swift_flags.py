@@ -36,6 +36,21 @@ def test_a_command_of_swift_is_accepted(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_a_command_of_megatron_swift_is_answered():
+    """Its example of this distillation: what shards, fuses and loads asks for nothing here."""
+    command = (
+        "--rlhf_type gkd --model /m --teacher_model /m --tuner_type lora --dataset d.jsonl "
+        "--sequence_parallel true --attention_backend flash --finetune --overlap_grad_reduce true "
+        "--gradient_accumulation_fusion false --moe_router_dtype fp32 --dataloader_drop_last true "
+        "--use_precision_aware_optimizer --mtp_num_layers 0 --eval_iters -1"
+    )
+    parse_config(command.split())
+    others = "--micro_batch_size 2 --lr 5e-6 --no_load_optim --fp8_recipe delayed --max_turns 2"
+    lines = refused(f"{command} {others}").splitlines()
+    assert len(lines) == 6 and sum(" is ms-swift's; here: " in line for line in lines) == 4
+    assert "--lr is not a setting; the nearest is --learning_rate" in lines[-1]
+
+
 def test_what_has_another_name_is_answered_at_once(tmp_path):
     flags = (
         "--gradient_checkpointing true --max_new_tokens=512 --lerning_rate 1 --fp16 --rlhf_typ 3"

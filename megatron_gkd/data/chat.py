@@ -148,9 +148,12 @@ def load_chat_tokenizer(folder: str, template_file: str | None = None) -> ChatTo
         return None
     if template_file is not None:
         try:
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(template_file).read_text(encoding="utf-8")
+            if template_file.endswith(".json"):  # as multimodal folders keep it
+                text = json.loads(text)["chat_template"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"--chat_template {template_file}: {error}") from None
+        tokenizer.chat_template = text
         return ChatTokenizer(tokenizer, template_file)
     if not tokenizer.chat_template:
         raise DataError(

@@ -133,24 +133,20 @@ def check_turns(
     turns: list[Turn],
     inline: InlineMedia,
     *,
-    last_may_be_empty: bool = False,
     may_be_empty: bool = False,
 ) -> Messages:
     """The turns with checked contents. Assistant turns have text or calls, unless they
-    `may_be_empty`, or the last one `last_may_be_empty`. At least one turn; RowError names the turn
-    that is wrong.
+    `may_be_empty`. At least one turn; RowError names the turn that is wrong.
     """
     messages = []
-    for index, turn in enumerate(turns):
+    for turn in turns:
         message: dict[str, Any] = {"role": turn.role, "content": ""}
         if turn.role != "assistant":
             message["content"] = check_content(turn.content, turn.content_where, inline)
         else:
             if turn.content is not None:
                 message["content"] = check_content(turn.content, turn.content_where, None)
-            is_last = index == len(turns) - 1
-            may_lack_text = may_be_empty or turn.tool_calls or (last_may_be_empty and is_last)
-            if not message["content"].strip() and not may_lack_text:
+            if not (message["content"].strip() or turn.tool_calls or may_be_empty):
                 raise RowError(f"{turn.where}: empty response")
             if turn.tool_calls:
                 message["tool_calls"] = list(turn.tool_calls)
@@ -163,19 +159,20 @@ def check_turns(
     return messages
 
 
-def with_responses(view: Messages, messages: Messages | None) -> Messages:
+def with_responses(view: Messages, messages: Messages | None, *, has_response: bool) -> Messages:
     """The teacher's turns with the row's responses in place of its own: all of them, if it has as
-    many as the row, else the last. Those of a tokenised row (no `messages`) are not known as text:
-    any text does, since nothing of it is read. Raises RowError for an earlier turn without text
-    that is not replaced.
+    many as the row, else the last (of a prompt alone, not `has_response`: none). Those of a
+    tokenised row (no `messages`) are not known as text: any text does, since nothing of it is read.
+    Raises RowError for a turn without text that is not replaced.
     """
     turns = [index for index, turn in enumerate(view) if turn["role"] == "assistant"]
-    responses, given = [{"role": "assistant", "content": "response"}], 1
+    responses = [{"role": "assistant", "content": "response"}] * has_response
     if messages is not None:
         responses = [turn for turn in messages if turn["role"] == "assistant"]
-        given = len(responses)
-    if len(responses) != len(turns):
-        responses = [*(view[index] for index in turns[:-1]), responses[-1]]
+    given = len(responses)
+    if given != len(turns):
+        last = [responses[-1]] if has_response else []
+        responses = [*(view[index] for index in turns[: len(turns) - len(last)]), *last]
     view = list(view)
     for index, response in zip(turns, responses):
         if not response["content"].strip() and not response.get("tool_calls"):

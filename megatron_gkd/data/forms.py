@@ -223,22 +223,29 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 # Of a row in no form: what its columns mean here.
 _NO_FORM = {
+    "data": "rows in a list of one object are written one a line by jq -c '.data[]' FILE > "
+    "NEW_FILE.jsonl",
     "chosen": "of pairs for preference training keep the better one, as the response",
     "rejected_response": "keep the better response alone",
     "text": "`text` is not divided into prompt and response: write it as `messages`",
 }
 _PREFERENCES = ("chosen", "rejected_response")
-_TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools")
+_TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools", "loss_scale")
+RESPONSES = ("output", "response", "completion")
+"""The columns of a response, in any form"""
 
 
 class Form(NamedTuple):
-    """`any_of`: a row with one of these columns has this form."""
+    """`any_of`: a row with all columns of one of these has this form."""
 
     name: str
-    any_of: tuple[str, ...]
+    any_of: tuple[tuple[str, ...], ...]
     turns: Callable[[dict[str, Any]], list[Turn]]
     refuses: tuple[str, ...] = ("history",)
     """Columns that would be left unread"""
+
+    def is_of(self, row: dict[str, Any]) -> bool:
+        return any(all(column in row for column in columns) for columns in self.any_of)
 
 
 def _messages(row: dict[str, Any]) -> list[Turn]:
@@ -255,13 +262,19 @@ def _alpaca(row: dict[str, Any]) -> list[Turn]:
     prompt = "\n".join(part for part in parts if part)
     if not prompt.strip():
         raise RowError("empty prompt: neither instruction nor input has text")
+    context = row.get("context")
+    if isinstance(context, str) and context.strip() and "input" not in row:
+        raise RowError(
+            "column `context` would be left out: if it is the input, "
+            """--columns '{"context": "input"}'"""
+        )
     user = Turn("user", prompt, "instruction", "instruction")
-    return [*_history(row), user, *_response(row, "output")]
+    return [*_history(row), user, *_response(row, _response_column(row, "output"))]
 
 
 def _query(row: dict[str, Any]) -> list[Turn]:
     user = Turn("user", check_text(row["query"], "query"), "query", "query")
-    return [*_history(row), user, *_response(row, "response")]
+    return [*_history(row), user, *_response(row, _response_column(row, "response"))]
 
 
 def _prompt(row: dict[str, Any]) -> list[Turn]:
@@ -270,10 +283,7 @@ def _prompt(row: dict[str, Any]) -> list[Turn]:
         turns = [turn._replace(trained=False) for turn in read_turns(row["prompt"], "prompt")]
     else:
         turns = [Turn("user", check_text(row["prompt"], "prompt"), "prompt", "prompt")]
-    given = [column for column in ("completion", "response") if column in row]
-    if len(given) > 1:
-        raise RowError("has completion and response: one of them must go, they are the same thing")
-    column = given[0] if given else "completion"
+    column = _response_column(row)
     if isinstance(row.get(column), list):
         return turns + (read_turns(row[column], column) if row[column] else [])
     return [*turns, *_response(row, column)]
@@ -282,7 +292,7 @@ def _prompt(row: dict[str, Any]) -> list[Turn]:
 def _history(row: dict[str, Any]) -> list[Turn]:
     """The column `history`: pairs of a prompt and its response."""
     turns = []
-    history = json_value(row.get("history", []), "history")
+    history = json_value(row.get("history") or [], "history")
     if not isinstance(history, list):
         raise RowError(f"history must be a list of [prompt, response], got {type_name(history)}")
     for index, pair in enumerate(history):
@@ -293,6 +303,14 @@ def _history(row: dict[str, Any]) -> list[Turn]:
             where = f"{place}[{number}]"
             turns.append(Turn(role, check_text(pair[number], where), where, where))
     return turns
+
+
+def _response_column(row: dict[str, Any], own: str = "") -> str:
+    """The column with the response: the form's own, else that of another form."""
+    given = [own] if own in row else [column for column in RESPONSES if column in row]
+    if len(given) > 1:
+        raise RowError(f"has {' and '.join(given)}: one of them must go, they are the same thing")
+    return given[0] if given else own or "completion"
 
 
 def _response(row: dict[str, Any], column: str) -> list[Turn]:
@@ -309,25 +327,25 @@ def _response(row: dict[str, Any], column: str) -> list[Turn]:
 
 
 FORMS = (
-    Form("messages", ("messages",), _messages),
-    Form("instruction/output", ("instruction", "output"), _alpaca, ()),
+    Form("messages", (("messages",),), _messages),
+    Form("instruction/output", (("instruction",), ("input", "output")), _alpaca, ()),
 )
 # Looked for in rows that have none of the above, in which these columns may be anything.
 OTHER_FORMS = (
-    Form("conversations", ("conversations", "conversation"), _conversations),
-    Form("query/response", ("query",), _query, ()),
-    Form("prompt/completion", ("prompt",), _prompt),
+    Form("conversations", (("conversations",), ("conversation",)), _conversations),
+    Form("query/response", (("query",),), _query, ()),
+    Form("prompt/completion", (("prompt",),), _prompt),
 )
 
 
 def form_of(row: dict[str, Any]) -> Form | None:
     """The form of the row's conversation; None for a tokenised row."""
-    found = [form for form in FORMS if any(column in row for column in form.any_of)]
+    found = [form for form in FORMS if form.is_of(row)]
     names = [form.name for form in found]
     if "input_ids" in row or "labels" in row:
         names.append("input_ids/labels")
     if not names:
-        found = [form for form in OTHER_FORMS if any(column in row for column in form.any_of)]
+        found = [form for form in OTHER_FORMS if form.is_of(row)]
         names = [form.name for form in found]
     if not names:
         known = ", ".join(f"`{form.name.replace('/', '` + `')}`" for form in FORMS + OTHER_FORMS)

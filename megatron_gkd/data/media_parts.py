@@ -20,6 +20,12 @@ _ANY_KIND = ("path", "url", "base64", "bytes", "data")
 # What changes nothing here: OpenAI's wish for a resolution, the names of formats, which the media
 # themselves tell, and where a server's cache may begin.
 _IGNORED = ("detail", "format", "mime_type", "cache_control")
+# Anthropic's parts of other kinds: where they stand here.
+_ELSEWHERE = {
+    "tool_use": "a call is an entry of its turn's tool_calls",
+    "tool_result": "a result is the content of a turn of role tool",
+    "thinking": "reasoning is its turn's reasoning_content",
+}
 
 
 def read_part(part: dict[str, Any], where: str) -> tuple[str, Any]:
@@ -55,9 +61,14 @@ def _kind(held: dict[str, Any], where: str) -> str:
         return next((kind for kind in KINDS if held.keys() & _names(kind)), "text")
     kind = _KIND_OF_TYPE.get(given) if isinstance(given, str) else None
     if kind is None:
+        elsewhere = _ELSEWHERE.get(given) if isinstance(given, str) else None
         raise RowError(
-            f"{where} is of type {short_repr(given)}: text, {', '.join(KINDS)} are the types (and "
-            "their OpenAI names, such as image_url and input_audio)"
+            f"{where} is of type {short_repr(given)}: "
+            + (
+                elsewhere
+                or f"text, {', '.join(KINDS)} are the types (and their OpenAI names, such as "
+                "image_url and input_audio)"
+            )
         )
     return kind
 

@@ -24,7 +24,7 @@ import pyarrow
 from pyarrow import compute
 
 import megatron_gkd
-from megatron_gkd.data.source import Source, split_suffix
+from megatron_gkd.data.source import Source, split_suffix, walk
 from megatron_gkd.data.stored_rows import StoredRows
 from megatron_gkd.errors import RowError
 
@@ -150,9 +150,9 @@ class _Digest:
 
 def _files(folder: str) -> Iterator[str]:
     """The files under `folder` in order, without what is hidden (a repository's .git)."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (os.path.join(root, name) for name in sorted(files) if name[0] != ".")
+    for root, folders, files in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (os.path.join(root, name) for name in files if name[0] != ".")
         yield from filter(os.path.isfile, paths)  # no pipe, which has no end
 
 
@@ -253,6 +253,7 @@ class PreparedRows:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.notes.append(f"{entry}: {kept} is not reused: {error}")
+            shutil.rmtree(kept, ignore_errors=True)  # else `_keep` would take it for whole
         for file in files:
             with suppress(OSError):
                 os.unlink(file)
@@ -314,8 +315,8 @@ class PreparedRows:
 def _manifest_of(kept: Path) -> dict[str, Any]:
     """Empty where there is none."""
     try:
-        return json.loads((kept / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((kept / _MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -105,6 +105,9 @@ class RenderedTurns:
         if given is None:
             given = self._one_by_one(messages, options, whole, prompt)
         if given.turns[-1].change != "shortened":
+            after = given.text[len(prompt) :]
+            if prompt.rstrip().endswith("</think>") and after.lstrip().startswith("<think>"):
+                raise self._two_blocks()
             return given
         found = self._after_text(messages, options, options_key, prompt)
         text, response = found or self._own_text(messages, options, prompt)
@@ -157,11 +160,7 @@ class RenderedTurns:
         content, opened = messages[-1]["content"], _thinking_block(prompt)
         if "</think>" in opened:
             if "think>" in content or messages[-1].get("reasoning_content"):
-                raise RowError(
-                    f"{self._name} closes an empty block of thinking before the response, which "
-                    "has reasoning: leave out one of them (`enable_thinking: false`, or the "
-                    "reasoning)"
-                )
+                raise self._two_blocks()
             opened = ""
         if set(messages[-1]) != {"role", "content"} or (opened and "</think>" not in content):
             raise RowError(
@@ -174,6 +173,12 @@ class RenderedTurns:
         closing = self._around(messages, len(messages) - 1, options).closing
         text = prompt + content + closing
         return text, TurnSpan(len(prompt), len(text))
+
+    def _two_blocks(self) -> RowError:
+        return RowError(
+            f"{self._name} closes an empty block of thinking before the response, which has "
+            "reasoning: leave out one of them (`enable_thinking: false`, or the reasoning)"
+        )
 
     def _turn(
         self, messages: Messages, index: int, options: RenderOptions, whole: str, prompt: str

@@ -25,7 +25,7 @@ from megatron_gkd.data.conversation import (
     check_turns,
     with_responses,
 )
-from megatron_gkd.data.forms import FORMS, OTHER_FORMS, Form, form_of, read_turns
+from megatron_gkd.data.forms import FORMS, OTHER_FORMS, RESPONSES, Form, form_of, read_turns
 from megatron_gkd.data.media_columns import (
     MEDIA_COLUMNS,
     RowMedia,
@@ -54,8 +54,8 @@ REFUSED_COLUMNS = {
 }
 TEACHER_COLUMNS = ("teacher_messages", "teacher_prompt", "teacher_input_ids")
 COLUMNS = (
-    *(column for form in FORMS + OTHER_FORMS for column in form.any_of),
-    *("input", "history", "response", "completion", "input_ids", "labels", "attention_mask"),
+    *(column for form in FORMS + OTHER_FORMS for columns in form.any_of for column in columns),
+    *("history", *RESPONSES, "input_ids", "labels", "attention_mask"),
     *("tools", "system", "system_prompt"),
     *("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system", *TEACHER_COLUMNS),
     *(name for column in MEDIA_COLUMNS for name in (column, column.removesuffix("s"))),
@@ -194,6 +194,12 @@ def _conversation(
     if len(turns) > 1 and turns[-1].is_empty and turns[-2].role != "assistant":
         turns = turns[:-1]
     if turns[-1].role != "assistant":
+        for column in RESPONSES:
+            if isinstance(row.get(column), str) and row[column].strip():
+                raise RowError(
+                    f"{form.name} end without a response, and column `{column}` would be left "
+                    "out: write it as the last turn, or leave it out"
+                )
         return check_turns(turns, inline), frozenset()
     trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
     if not trained:
@@ -253,7 +259,7 @@ def _teacher(
         return None, token_ids(row["teacher_input_ids"], "teacher_input_ids", vocab_size)
     if present == ["teacher_messages"]:
         turns = read_turns(row["teacher_messages"], "teacher_messages")
-        view = check_turns(turns, inline, last_may_be_empty=True, may_be_empty=has_response)
+        view = check_turns(turns, inline, may_be_empty=True)
         if not has_response:
             view = view[:-1] if view[-1]["role"] == "assistant" else view
         elif view[-1]["role"] != "assistant":
@@ -262,8 +268,7 @@ def _teacher(
                 f"{view[-1]['role']} turn, the last one must be an assistant turn (the row's "
                 "response takes its place)"
             )
-        else:
-            view = with_responses(view, given)
+        view = with_responses(view, given, has_response=has_response)
         return with_teacher_system(view, row, defaults, own_turns=True), None
     if present == ["teacher_prompt"]:
         given = _with_prompt(row["teacher_prompt"], given, inline)

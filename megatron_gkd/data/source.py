@@ -161,7 +161,7 @@ def _files_of_rows(folder: str) -> Iterator[str]:
     """Files that hold rows, and folders of save_to_disk; hidden ones, documents and media are no
     such files. Raises DataError for rows that cannot be read.
     """
-    for path, folders, names in os.walk(folder):
+    for path, folders, names in walk(folder):
         if _is_saved(path, names):
             folders.clear()
             yield path
@@ -176,8 +176,23 @@ def _files_of_rows(folder: str) -> Iterator[str]:
                     f"{whole} is of a type that is not read: unpack or convert it to .jsonl, or "
                     "take it out of the folder"
                 )
-            if _kind(name) is not None and os.path.isfile(whole):
+            # no pipe; opening a link to nothing says what is missing
+            if _kind(name) is not None and (os.path.isfile(whole) or not os.path.exists(whole)):
                 yield whole
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in the order of names, through links to folders too. A folder that two names lead
+    to comes once, so that a link may lead upwards.
+    """
+    found: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in found:
+            folders.clear()
+            continue
+        found.add(os.path.realpath(path))
+        folders.sort()
+        yield path, folders, sorted(names)
 
 
 def _split(path: str) -> str | None:

@@ -185,7 +185,8 @@ class _Spans:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise RowError(
-                f"not UTF-8: byte {error.start + 1} of the {self.unit} is 0x{data[error.start]:02x}"
+                f"not UTF-8: byte {error.start + 1} of the {self.unit} is "
+                f"0x{data[error.start]:02x} (iconv -f ENCODING -t UTF-8 FILE > NEW_FILE)"
             ) from None
 
 
@@ -211,7 +212,8 @@ def _check_object_per_line(path: str, file: _File, spans: _Spans) -> None:
     if first.rstrip().endswith((b"{", b"[", b",")) and not second.lstrip().startswith(b"{"):
         raise DataError(
             f"{path}:{spans.lines[0]} begins an object that goes on in the next line: a file holds "
-            "an object per line, or one array of objects (jq -c . FILE > NEW_FILE.jsonl)"
+            "an object per line, or one array of objects (jq -c . FILE > NEW_FILE.jsonl; where the "
+            "rows are a list in one object, jq -c '.data[]', with the name of the list)"
         )
 
 
@@ -286,6 +288,11 @@ def _open_table(path: str, file: _File, start: int, delimiter: str) -> RawRows:
         raise DataError(
             f"{path}:{spans.lines[0]}: the header is one cell, {short_repr(names[0])}: cells are "
             "separated by commas in a .csv file and by tabs in a .tsv file"
+        )
+    if quoted := [name for name in names if name.startswith('"')]:
+        raise DataError(
+            f"{path}:{spans.lines[0]}: the header names {short_repr(quoted[0])}: a quote stands "
+            "right behind the separator, without a space"
         )
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:

@@ -6,6 +6,9 @@ from megatron_gkd.data.forms import json_value
 from megatron_gkd.errors import RowError, short_repr, type_name
 from megatron_gkd.loss.rows import IGNORED_LABEL
 
+# Where other programs mark the response, beside ids alone.
+_MASKS = ("completion_mask", "assistant_masks", "response_mask", "loss_mask")
+
 
 def token_ids(value: Any, where: str, vocab_size: int, *, labels: bool = False) -> list[int]:
     """A non-empty list of ids in [0, vocab_size); with `labels`, -100 too."""
@@ -35,11 +38,17 @@ def tokenised(
     has a view of its own. Raises RowError.
     """
     names = ("input_ids", "labels", "attention_mask")
+    masks = [name for name in _MASKS if name in row]
     row = {name: json_value(row[name], name) for name in names if name in row}
     if "input_ids" not in row:
         raise RowError("`input_ids` is missing: labels stand beside input_ids")
     input_ids = token_ids(row["input_ids"], "input_ids", vocab_size)
     if "labels" not in row:
+        if masks:
+            raise RowError(
+                f"`{masks[0]}` is not read: mark the response by `labels`, {IGNORED_LABEL} where "
+                "the mask is 0"
+            )
         end = _num_read(row, len(input_ids))
         if not end or any(row.get("attention_mask", [])[end:]):
             raise RowError(
