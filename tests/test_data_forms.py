@@ -68,6 +68,11 @@ TOOL = {"name": "aqi", "description": "of a city", "parameters": {"type": "objec
         # TRL
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
         ({"prompt": "hi", "completion": "ho"}, [USER, ANSWER]),
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, [USER, ANSWER]),
+        (
+            {"prompt": '[{"a": 1}] is what?', "completion": "[{}]"},
+            [turn("user", '[{"a": 1}] is what?'), turn("assistant", "[{}]")],
+        ),
         ({"prompt": "hi", "response": "ho"}, [USER, ANSWER]),
         # a response in the name of another form's
         ({"prompt": "hi", "output": "ho"}, [USER, ANSWER]),
@@ -230,6 +235,7 @@ def test_teacher_messages_in_other_names():
             {"query": "hi", "conversations": [USER, ANSWER]},
             "has conversations and query/response: one of them must go",
         ),
+        ({"prompt": str([USER]), "completion": "a"}, "prompt is text that is not JSON"),
         ({"prompt": "hi", "completion": "a", "response": "b"}, "has response and completion"),
         (
             {"prompt": "hi", "chosen": "a", "rejected": "b"},

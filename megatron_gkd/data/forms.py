@@ -5,6 +5,7 @@ Nothing is rendered here: calls and results of tools go into turns as chat templ
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -231,6 +232,7 @@ _NO_FORM = {
 }
 _PREFERENCES = ("chosen", "rejected_response")
 _TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools", "loss_scale")
+_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 RESPONSES = ("output", "response", "completion")
 """The columns of a response, in any form"""
 
@@ -279,14 +281,19 @@ def _query(row: dict[str, Any]) -> list[Turn]:
 
 def _prompt(row: dict[str, Any]) -> list[Turn]:
     """Turns of the prompt are not trained: it is the completion that is."""
-    if isinstance(row["prompt"], list):
+    if _are_turns(row["prompt"]):
         turns = [turn._replace(trained=False) for turn in read_turns(row["prompt"], "prompt")]
     else:
         turns = [Turn("user", check_text(row["prompt"], "prompt"), "prompt", "prompt")]
     column = _response_column(row)
-    if isinstance(row.get(column), list):
+    if _are_turns(row.get(column)):
         return turns + (read_turns(row[column], column) if row[column] else [])
     return [*turns, *_response(row, column)]
+
+
+def _are_turns(value: Any) -> bool:
+    """Of a value that may be a text: whether it is a list, or the text of one of turns."""
+    return isinstance(value, list) or (isinstance(value, str) and bool(_TURNS.match(value)))
 
 
 def _history(row: dict[str, Any]) -> list[Turn]:

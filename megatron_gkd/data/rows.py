@@ -204,8 +204,8 @@ def _conversation(
     trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
     if not trained:
         raise RowError(
-            "no assistant turn is trained, each of them has loss or weight 0: without the last one "
-            "the row is a prompt alone"
+            "no assistant turn is trained, each has loss or weight 0 or is a part of `prompt`: "
+            "without the last one the row is a prompt alone"
         )
     end = trained[-1] + 1
     if end < len(turns) and "teacher_messages" in row:
