@@ -108,7 +108,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ),
     ("async_generate", _OFF, "responses are written by the weights of their step"),
     ("max_new_tokens", (), "--max_completion_length"),
-    ("steps_per_generation generation_batch_size", (), "each step writes its own responses"),
+    ("steps_per_generation", ("1",), "each step writes its own responses"),
+    ("generation_batch_size", (), "each step writes its own responses"),
     (
         "fp8_format fp8_recipe fp8_param_gather fp8_amax_history_len fp8_amax_compute_algo "
         "fp4_format fp4_recipe fp4_param_gather",
@@ -149,10 +150,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     ),
     (
         "cached_dataset cached_val_dataset custom_dataset_info custom_register_path "
-        "external_plugins model_name model_author interleave_prob stopping_strategy",
+        "external_plugins interleave_prob stopping_strategy",
         (),
         "--dataset takes files, folders and names; --columns gives their columns other names",
     ),
+    ("model_name model_author", _ANY, "they stand in ms-swift's rows of self-cognition alone"),
     (
         "max_pixels min_pixels model_kwargs norm_bbox",
         (),
