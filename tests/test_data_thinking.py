@@ -152,6 +152,17 @@ def test_a_generation_prompt_that_closes_the_block(tmp_path, content):
         encode(chat, user(content), assistant(REASONED))
 
 
+def test_a_turn_before_which_less_stands_later_on(chat_of):
+    """The second response was written behind the first one's reasoning, which the third user turn
+    takes out of the conversation.
+    """
+    turns = [user(TEXT), assistant(REASONED), user(MEDIA), assistant("One."), user(TEXT)]
+    chat = chat_of("thought")
+    before, texts, changes = encode(chat, *turns, assistant(REASONED))
+    assert before == generation_prompt(chat, *turns) and "A steady tone" not in before
+    assert texts == [REASONED + END] and changes == ["shortened", "shortened", ""]
+
+
 def test_no_second_block_of_thinking(tmp_path):
     """A template that writes responses as they are, behind an empty block of thinking."""
     template = CHATML.replace(

@@ -189,6 +189,8 @@ class RenderedTurns:
         before, after, closing = self._around(messages, index, options)
         header = prompt.removesuffix(_thinking_block(prompt))
         if not (whole.startswith(header) and before.startswith(header)):
+            if index < len(messages) - 1:  # later turns have changed what stands before it
+                return TurnSpan(0, 0, "shortened")
             raise RowError(
                 f"{self._name} does not begin assistant turn {index} with "
                 f"its own generation prompt {short_repr(prompt[-30:])}: prompt and response cannot "
