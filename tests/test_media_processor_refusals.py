@@ -78,7 +78,7 @@ def bad_media(folder, media):
         (sees("line.png"), "line.png: cannot be read (absolute aspect ratio"),
         (
             hears("short.wav", messages=[{"role": "user", "content": "?"}, ANSWER]),
-            "the row has 0 audio placeholders for 1 audio",
+            "the row has 0 audio placeholders for 1 audio; <audio> in a text is the place of one",
         ),
         (
             hears(

@@ -175,10 +175,12 @@ def check_counts(
     counts = count(placeholders)
     for kind in KINDS:
         if counts[kind] != len(media[kind]):
+            way_out = _WAY_OUT if where.startswith("the teacher") else ""
+            if counts[kind] < len(media[kind]):
+                way_out += f"; <{kind}> in a text is the place of one"
             raise RowError(
                 f"{where} {_number(counts[kind], kind + ' placeholder')} "
-                f"for {_number(len(media[kind]), kind)}"
-                + (_WAY_OUT if where.startswith("the teacher") else "")
+                f"for {_number(len(media[kind]), kind)}{way_out}"
             )
 
 
