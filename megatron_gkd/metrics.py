@@ -149,10 +149,9 @@ class TokenSums:
 
     def means(self, parallel: Parallel) -> dict[str, Any]:
         """Means over the global batch (of `loss` the weighted one), NaN where it has no token, and
-        `num_tokens`; where tokens
-        were written `rollout_logprob_gap`, with --importance_clip `importance_ratio` and
-        `importance_clipped`; of groups a few under `by_source` and `by_media` (those that have
-        tokens).
+        `num_tokens`; where tokens were written `rollout_logprob_gap`, with --importance_clip
+        `importance_ratio` and `importance_clipped`; of groups a few under `by_source` and
+        `by_media` (those that have tokens).
         Collectives: a sum over data- and context-parallel ranks, a broadcast from the last stage.
         """
         sums = self.values.clone()

@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,7 @@ def _other_threads_sleep():
     time.sleep(0)  # one that waits for the interpreter gets it
     own = str(threading.get_native_id())
     for task in Path("/proc/self/task").iterdir():
-        if task.name != own and ") S " not in (task / "stat").read_text():
-            return False
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if task.name != own and ") S " not in (task / "stat").read_text():
+                return False
     return True
