@@ -132,6 +132,14 @@ def test_whatever_changes_they_are_prepared_anew(tmp_path, folder, what):
     assert load(data, folder)[1]
 
 
+def test_rows_with_the_date_are_not_kept(tmp_path, folder):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    path = write_jsonl(tmp_path / "rows.jsonl", MIXED)
+    data = settings(path, prepared_rows=str(tmp_path / "kept"), chat_template=str(template))
+    assert [load(data, folder)[1:] for _ in range(2)] == [(False, [])] * 2
+
+
 def test_folders_and_names(tmp_path, folder, monkeypatch):
     """Of a folder its tables count; of a name that is looked up elsewhere the rows that it has."""
     rows, name = [ids_row(row) for row in range(5)], str(tmp_path / "saved")

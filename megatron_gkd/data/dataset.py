@@ -207,8 +207,12 @@ def load_datasets(
 
 
 def _kept(data: DataConfig, encoding: RowEncoding, model_dir: str) -> PreparedRows | None:
-    """The folder of prepared rows. None with --check_data, which is to read everything."""
-    if data.prepared_rows == "none" or data.check_data:
+    """The folder of prepared rows. None with --check_data, which is to read everything, and with a
+    chat template that writes the date, which is another tomorrow.
+    """
+    chat = encoding.chat
+    has_date = chat is not None and "strftime_now" in str(chat.tokenizer.chat_template)
+    if data.prepared_rows == "none" or data.check_data or has_date:
         return None
     # these three are what the model folder, the settings and their files make them
     values = encoding._asdict() | dict.fromkeys(("chat", "processor", "template"))
