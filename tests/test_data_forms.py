@@ -239,7 +239,7 @@ def test_teacher_messages_in_other_names():
         ({"prompt": "hi", "completion": "a", "response": "b"}, "has response and completion"),
         (
             {"prompt": "hi", "chosen": "a", "rejected": "b"},
-            "empty response: completion has no text",
+            "prompt/completion end without a response, and column `chosen` would be left out",
         ),
         ({"chosen": [USER], "rejected": [USER]}, "keep the better one, as the response"),
         ({"text": "once upon a time"}, "`text` is not divided into prompt and response"),

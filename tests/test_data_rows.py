@@ -228,6 +228,10 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
             "messages end without a response, and column `response` would be left out",
         ),
         (
+            {"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER},
+            "conversations end without a response, and column `chosen` would be left out",
+        ),
+        (
             {"instruction": "x", "context": "about it", "response": "y"},
             "column `context` would be left out",
         ),

@@ -230,7 +230,8 @@ _NO_FORM = {
     "rejected_response": "keep the better response alone",
     "text": "`text` is not divided into prompt and response: write it as `messages`",
 }
-_PREFERENCES = ("chosen", "rejected_response")
+PREFERENCES = ("chosen", "rejected_response")
+"""The columns of pairs for preference training"""
 _TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools", "loss_scale")
 _TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 RESPONSES = ("output", "response", "completion")
@@ -321,16 +322,9 @@ def _response_column(row: dict[str, Any], own: str = "") -> str:
 
 
 def _response(row: dict[str, Any], column: str) -> list[Turn]:
-    """The last turn; none, if the column is absent or empty: a prompt alone. Not of a row whose
-    responses are in columns that are not read.
-    """
+    """The last turn; none, if the column is absent or empty: a prompt alone."""
     text = check_text(row.get(column, ""), column)
-    if text.strip():
-        return [Turn("assistant", text, column, column)]
-    for name in _PREFERENCES:
-        if name in row:
-            raise RowError(f"empty response: {column} has no text; {_NO_FORM[name]}")
-    return []
+    return [Turn("assistant", text, column, column)] if text.strip() else []
 
 
 FORMS = (

@@ -25,7 +25,15 @@ from megatron_gkd.data.conversation import (
     check_turns,
     with_responses,
 )
-from megatron_gkd.data.forms import FORMS, OTHER_FORMS, RESPONSES, Form, form_of, read_turns
+from megatron_gkd.data.forms import (
+    FORMS,
+    OTHER_FORMS,
+    PREFERENCES,
+    RESPONSES,
+    Form,
+    form_of,
+    read_turns,
+)
 from megatron_gkd.data.media_columns import (
     MEDIA_COLUMNS,
     RowMedia,
@@ -194,11 +202,12 @@ def _conversation(
     if len(turns) > 1 and turns[-1].is_empty and turns[-2].role != "assistant":
         turns = turns[:-1]
     if turns[-1].role != "assistant":
-        for column in RESPONSES:
-            if isinstance(row.get(column), str) and row[column].strip():
+        for column in (*RESPONSES, *PREFERENCES):
+            text = row.get(column)
+            if (isinstance(text, str) and text.strip()) or (text and column in PREFERENCES):
                 raise RowError(
                     f"{form.name} end without a response, and column `{column}` would be left "
-                    "out: write it as the last turn, or leave it out"
+                    "out: make its text the response, or leave the column out"
                 )
         return check_turns(turns, inline), frozenset()
     trained = [index for index, turn in enumerate(turns) if _is_trained(turn)]
