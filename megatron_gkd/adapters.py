@@ -52,7 +52,10 @@ def resolve(
                 "starting at step 0",
             )
     source = resume_folder or config.lora.adapter
-    adapter = PeftAdapter(source, model_args) if source else None
+    adapter = None
+    if source:
+        with named_by_flag("resume_from_checkpoint" if resume_folder else "adapter"):
+            adapter = PeftAdapter(source, model_args)
     if adapter and adapter.towers and not config.lora.lora_towers:
         what = (
             f"{source}: has LoRA on {len(adapter.towers)} linears of the towers "
@@ -189,6 +192,16 @@ def open_teacher(
                 f"{folder}: has LoRA on the {HEAD}, which is the embedding of this model "
                 "(tie_word_embeddings): what it computes depends on whether it was merged; use an "
                 f"adapter without {HEAD}"
+            )
+        if not adapter.targets and not (has_media and adapter.towers):
+            raise ValueError(
+                f"{folder}: has LoRA on the towers alone, which text does not reach, so that the "
+                "teacher would be the base model: leave the flag out, or give another adapter"
+            )
+        if not adapter.is_trained:
+            raise ValueError(
+                f"{folder}: its update is zero (LoRA starts so), and the teacher would be the base "
+                "model: leave the flag out, or give an adapter that was trained"
             )
     if adapter.towers and not has_media:
         log_rank_0(

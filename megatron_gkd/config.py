@@ -25,6 +25,7 @@ from megatron_gkd.flags import (
     require,
     require_at_least,
     require_in,
+    require_not_empty,
     setting,
 )
 from megatron_gkd.layout import ParallelConfig, describe_layout
@@ -217,7 +218,7 @@ class RunConfig:
 
     def __post_init__(self):
         require_at_least(self, 1, "eval_steps", "save_steps", "save_total_limit", "logging_steps")
-        require(bool(self.output_dir), "output_dir", repr(self.output_dir), "a folder")
+        require_not_empty(self, "output_dir", "resume_from_checkpoint")
         alone = "none" not in self.report_to or len(self.report_to) == 1
         require(alone, "report_to", " ".join(self.report_to), "none alone, or trackers")
         if self.log_rollouts is not None:

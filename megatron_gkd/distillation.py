@@ -5,7 +5,15 @@ writes. Imports nothing slow.
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_gkd.flags import POSITIVE, SHARE, require, require_at_least, require_in, setting
+from megatron_gkd.flags import (
+    POSITIVE,
+    SHARE,
+    require,
+    require_at_least,
+    require_in,
+    require_not_empty,
+    setting,
+)
 from megatron_gkd.loss.divergence import KINDS, Divergence, Name
 from megatron_gkd.loss.token_weights import WeightName
 
@@ -111,7 +119,8 @@ class DistillConfig:
             require(0 < self.beta < 1, "beta", self.beta, allowed, way_out)
 
     def _check_teacher(self) -> None:
-        """The flags of a teacher that follows the student, and what does not go with them."""
+        """The flags of a teacher with LoRA, and what does not go with them."""
+        require_not_empty(self, "teacher_adapter")
         ema, sync = self.teacher_ema, self.teacher_sync_steps
         if ema is not None:
             way_out = "0.05 is usual, none is a teacher that stays"

@@ -81,6 +81,15 @@ def require_in(config: Any, allowed: Range, *flags: str, way_out: str = "") -> N
         require(allowed.holds(value), flag, value, allowed.words, way_out)
 
 
+def require_not_empty(config: Any, *flags: str) -> None:
+    """Raise ValueError for the first of the settings `flags` of `config` that is an empty text: a
+    shell's variable that was not set.
+    """
+    for flag in flags:
+        value = getattr(config, flag)
+        require(value is None or bool(value.strip()), flag, repr(value), "a folder, or left out")
+
+
 def boolean(text: str) -> bool:
     """True or false in their usual spellings; argparse.ArgumentTypeError for another word."""
     if text.lower() not in TRUE + FALSE:

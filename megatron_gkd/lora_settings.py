@@ -9,6 +9,7 @@ from megatron_gkd.flags import (
     require,
     require_at_least,
     require_in,
+    require_not_empty,
     setting,
 )
 from megatron_gkd.lora_targets import is_expression, parse_layers
@@ -59,6 +60,7 @@ class LoraConfig:
         if self.lora_alpha is not None:
             require_in(self, POSITIVE, "lora_alpha", way_out="twice the rank is usual")
         require_in(self, BELOW_1, "lora_dropout")
+        require_not_empty(self, "adapter")
         parse_layers(self.lora_layers)  # raises
         if is_expression(self.lora_target_modules):
             return self._check_expression()

@@ -115,6 +115,8 @@ def parse_layers(words: Sequence[str], num_layers: int | None = None) -> list[in
                 f"(0 to {num_layers - 1})"
             )
         found |= set(range(first, end + 1))
+    if words and not found:
+        raise ValueError(f"--lora_layers {text!r}: names no layer; leave it out for all")
     return sorted(found)
 
 

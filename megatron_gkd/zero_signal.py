@@ -2,13 +2,14 @@
 only lead the student back to the base, or whose steps need responses that no row has.
 """
 
-import os
+import filecmp
 from pathlib import Path
 
 from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.data.dataset import SampleDataset
 from megatron_gkd.data.report import DataReport
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS
 
 MORE_TO_SEE = "teacher_messages or teacher_prompt in the data rows, --teacher_template"
 
@@ -97,8 +98,13 @@ def check_skipped_tokens(config: Config, data: SampleDataset) -> None:
 
 
 def check_other_adapter(teacher: str, student: str | Path | None) -> None:
-    """Raise ValueError where the student starts from the very folder that the teacher has."""
-    if student is not None and os.path.realpath(teacher) == os.path.realpath(student):
+    """Raise ValueError where the student starts from the very adapter that the teacher has, or a
+    copy of its folder.
+    """
+    if student is None:
+        return
+    same_files, _, _ = filecmp.cmpfiles(teacher, student, [CONFIG, TENSORS], shallow=False)
+    if len(same_files) == 2:
         raise ValueError(
             f"nothing to learn: --teacher_adapter {teacher} is the adapter that the student starts "
             "from, and the teacher sees the same input, so the divergence is 0. Start from another "

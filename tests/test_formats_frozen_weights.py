@@ -133,8 +133,13 @@ def test_quantised_folders_are_named_before_any_tensor(broken, method, where):
     message = rf"config.json: {where}quantization_config says .* quantised \({method}\), .*: take"
     with pytest.raises(ValueError, match=message) as error:
         open_source(broken, None, "test")
-    dequantised = method in ("fp8", "compressed-tensors", "bitsandbytes")
-    assert ("save it from transformers" in str(error.value)) == dequantised
+    call = {
+        "fp8": "(quantization_config=FineGrainedFP8Config(dequantize=True))",
+        "compressed-tensors": "(quantization_config=CompressedTensorsConfig(run_compressed=False))",
+        "bitsandbytes": "(FOLDER).dequantize()",
+    }.get(method)
+    way_out = f", or save it from transformers with from_pretrained{call}" if call else "its name)"
+    assert str(error.value).endswith(way_out)
 
 
 def test_a_voice_that_is_switched_off(broken):

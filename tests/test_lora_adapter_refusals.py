@@ -3,6 +3,7 @@ loads all the same.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,28 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
         ),
         r"holds several adapters \(None, other\)",
     ),
+    "integers": (
+        lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(3, 64, dtype=torch.int8)},
+        rf"tensor {Q0}.lora_A.weight is I8, which is no floating-point type",
+    ),
+    "what ZeRO-3 leaves": (
+        lambda t: {name: torch.ones(0) for name in t},
+        r"lora_A.weight is empty, \[0\]; DeepSpeed's ZeRO-3 leaves such files",
+    ),
+    "one matrix twice": (
+        lambda t: t | {f"{Q0}.lora_A.weight".replace("thinker.", ""): torch.ones(3, 64)},
+        r"lora_A.weight and .*lora_A.weight are one matrix, so which of them is meant",
+    ),
+    "one stack twice": (
+        lambda t: {
+            f"{prefix}{STACK}.lora_{side}.weight": torch.ones(8, 64)
+            if side == "A"
+            else torch.ones(64, 8)
+            for prefix in ("", "module.")
+            for side in "AB"
+        },
+        r"experts.lora_A.weight and .*experts.lora_A.weight are one matrix",
+    ),
     "half of a stack": (
         lambda t: t | {f"{STACK}.lora_A.weight": torch.ones(24, 64)},
         rf"tensor {STACK}.lora_A.weight has no lora_B",
@@ -170,10 +193,15 @@ BAD_TENSORS = {  # edit of a good adapter's tensors -> what the error says after
 }
 
 BAD_SETTINGS = {
-    "peft_type": ("LOHA", "peft_type 'LOHA'; only LORA adapters load"),
+    "peft_type": ("LOHA", "peft_type 'LOHA', and only LORA .*merge the adapter with peft"),
     "use_dora": (True, "use_dora = True is not supported .*; merge the adapter with peft"),
     "lora_alpha": (None, "lora_alpha is None, and the scale alpha / r .* is unknown: write"),
     "r": (0, "r is 0, and the scale"),
+    "alpha_pattern": ({"q_proj": None}, "alpha_pattern is {'q_proj': None}, and must be numbers"),
+    "rank_pattern": ([3], r"rank_pattern is \[3\], and must be numbers above 0 by module"),
+    "use_rslora": ("false", "use_rslora is 'false', and must be true or false"),
+    "use_bdlora": ({"nblocks": 2}, "use_bdlora = {'nblocks': 2} is not supported"),
+    "kasa_config": ({"beta": 1e-4}, "kasa_config = .* is not supported"),
     "layers_to_transform": ([1], r"LoRA on q_proj of layer 0, and .* layers_to_transform \[1\]"),
     "bias": ("lora_only", "bias = 'lora_only' is not supported"),
     "modules_to_save": (["lm_head"], r"modules_to_save = \['lm_head'\] is not supported"),
@@ -211,10 +239,20 @@ def test_bad_tensors_are_named_with_their_file(good_adapter, name):
         PeftAdapter(folder, model_args)
 
 
-@pytest.mark.parametrize("setting", BAD_SETTINGS)
-def test_settings_that_plain_lora_cannot_represent(good_adapter, setting):
+BAD_NUMBERS = [  # further values of these settings
+    ("lora_alpha", float("nan"), "lora_alpha is nan, and the scale"),
+    ("alpha_pattern", {"q_proj": 0}, "{'q_proj': 0}, and must be numbers above 0"),
+    ("alpha_pattern", {"q_proj": float("inf")}, "{'q_proj': inf}, and must be numbers above 0"),
+    ("layers_to_transform", "0", "layers_to_transform is '0', and must be a number or a list"),
+]
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [(setting, *bad) for setting, bad in BAD_SETTINGS.items()] + BAD_NUMBERS,
+)
+def test_settings_that_plain_lora_cannot_represent(good_adapter, setting, value, message):
     model_args, folder = good_adapter
-    value, message = BAD_SETTINGS[setting]
     (folder / CONFIG).write_text(
         json.dumps(json.loads((folder / CONFIG).read_text()) | {setting: value})
     )
@@ -235,14 +273,41 @@ def test_files_that_are_missing_or_broken(good_adapter):
     ):
         PeftAdapter(folder, model_args)
     (folder / TENSORS).write_bytes(whole)
-    (folder / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match=f"{folder / CONFIG}: not JSON"):
-        PeftAdapter(folder, model_args)
+    for text, message in (("{", "not JSON"), ("[]", "not the settings of an adapter")):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(ValueError, match=f"{folder / CONFIG}: {message}"):
+            PeftAdapter(folder, model_args)
     (folder / CONFIG).unlink()
     with pytest.raises(
         FileNotFoundError, match=f"{folder}: no {CONFIG}; expected a PEFT adapter folder"
     ):
         PeftAdapter(folder, model_args)
+
+
+def test_folders_that_are_near_an_adapters(good_adapter, tmp_path):
+    model_args, folder = good_adapter
+    run = tmp_path / "run"
+    for step in (9, 10):
+        shutil.copytree(folder, run / f"checkpoint-{step}")
+    for given, way_out in (
+        (run, f"; {run}/checkpoint-10 is one"),
+        (folder / TENSORS, f"; this is a file: give {folder}"),
+        ("someone/adapter", " on this machine (nothing is downloaded)"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            PeftAdapter(given, model_args)
+        assert str(error.value) == f"{given}: no {CONFIG}; expected a PEFT adapter folder{way_out}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_named_where_they_are_read(good_adapter, value):
+    model_args, folder = good_adapter
+    tensors = load_file(folder / TENSORS)
+    tensors[f"{E3}.lora_B.weight"][3, 1] = value
+    save_file(tensors, folder / TENSORS)
+    adapter = PeftAdapter(folder, model_args)
+    with pytest.raises(ValueError, match=f"{TENSORS}: tensor {E3}.lora_B.weight has numbers that"):
+        adapter.tensor(f"{E3}.lora_B.weight")
 
 
 def test_untrained_lora_on_the_towers_and_the_talker_is_passed_over(good_adapter):

@@ -33,6 +33,7 @@ from tests.test_lora_adapter import (
     reference_logits,
 )
 from tests.test_verify import run_verify
+from tests.tower_adapters import write_tower_adapter
 
 PLACE = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0)
 ENDS = ["conv_out", "proj1", "proj2", "patch_embed.proj", "conv2d1", "conv2d2"]
@@ -60,8 +61,12 @@ NAMES = {
     "PEFT twice": renamed("base_model.model.base_model.model."),
     "the part under model": renamed("base_model.model.model."),
     "FSDP and compile": renamed("_orig_mod._fsdp_wrapped_module.base_model.model."),
+    "compiled and recomputed layers": lambda n: n.replace(
+        ".self_attn", "._orig_mod._checkpoint_wrapped_module.self_attn"
+    ),
+    "FSDP around each linear": lambda n: n.replace(".lora_", "._fsdp_wrapped_module.lora_"),
     "the adapter's own name": lambda n: n.replace(".weight", ".default.weight"),
-    "another name of its own": lambda n: n.replace(".weight", ".student_1.weight"),
+    "another name of its own": lambda n: n.replace(".weight", ".student-1.weight"),
     "transformers' decoder": lambda n: n.replace("thinker.model.", "model.language_model."),
 }
 
@@ -253,6 +258,26 @@ def test_text_leaves_the_towers_ends_out(folder, model_args, tmp_path, capsys):
     )
     assert config.lora.lora_target_modules == ["q_proj"] and adapter.rank == 3
     assert "1 linears at the towers' ends (audio_tower.proj1, ...)" in capsys.readouterr().out
+
+
+def test_a_teacher_that_would_be_the_base_is_refused(folder, model_args, tmp_path):
+    """LoRA that was never trained, whichever of its matrices is zero; or on towers that no row
+    reaches.
+    """
+    tensors = random_adapter(model_args, 3, ["q_proj"])
+    for side in "AB":
+        idle = {n: torch.zeros_like(v) if f"lora_{side}" in n else v for n, v in tensors.items()}
+        path = write_adapter(tmp_path / side, idle, rank=3, alpha=5, targets=["q_proj"])
+        with pytest.raises(ValueError, match=f"--teacher_adapter {path}: its update is zero"):
+            open_teacher(
+                config_of(folder, teacher_adapter=path), model_args, PLACE, has_media=False
+            )
+    (tmp_path / "towers").mkdir()
+    path = write_tower_adapter(folder, tmp_path / "towers", targets=[], towers=["visual"])
+    config = config_of(folder, teacher_adapter=path)
+    with pytest.raises(ValueError, match=f"{path}: has LoRA on the towers alone, which text does"):
+        open_teacher(config, model_args, PLACE, has_media=False)
+    assert open_teacher(config, model_args, PLACE, has_media=True).towers
 
 
 def test_verify_and_lower_rank_take_the_router(folder, model_args, with_rest, tmp_path):

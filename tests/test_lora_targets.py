@@ -136,6 +136,7 @@ def test_flags_of_expressions_and_layers(model_args):
         (["--lora_layers", "0-2"], "--lora_layers 0-2: layer 2, and the model has 2 .0 to 1."),
         (["--lora_layers", "last 3"], "last 3: must be 1 or more of the model's 2 layers"),
         (["--lora_layers", "3-1"], "'3-1' is no layer; give numbers and ranges"),
+        (["--lora_layers", ""], "--lora_layers '': names no layer; leave it out for all"),
         (
             ["--lora_layers", "0", "--target_modules", ".*q_proj"],
             "layers 0: must be left out",
@@ -173,6 +174,13 @@ def test_flags_that_leave_no_linear(model_args, tmp_path):
     )
     with pytest.raises(ValueError, match="--lora_layers 1 leaves the decoder no linear with LoRA"):
         resolve(config, model_args, place)
+
+
+@pytest.mark.parametrize("flag", ["adapter", "teacher_adapter", "resume_from_checkpoint"])
+def test_an_empty_text_is_no_folder(flag):
+    """A variable of the shell that is not set would start from nothing, silently."""
+    with pytest.raises(ValueError, match=f"--{flag} '': must be a folder, or left out"):
+        parse_config(["--model", "m", "--dataset", "d", f"--{flag}", ""])
 
 
 def test_targets_in_words():

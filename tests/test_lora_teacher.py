@@ -358,7 +358,8 @@ def test_the_same_view_teaches(folder, adapters, data, tmp_path):
     )
     linked = tmp_path / "linked"
     linked.symlink_to(adapters["all"])
-    for given in (adapters["all"], linked):
+    copied = shutil.copytree(adapters["all"], tmp_path / "copied")
+    for given in (linked, copied):
         with pytest.raises(RuntimeError, match="SystemExit: 2") as error:
             run_training(1, flags_of_run(folder, data, tmp_path / "same", **flags, adapter=given))
         assert (

@@ -3,6 +3,7 @@ written with its manifest.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -77,6 +78,8 @@ def open_adapters(folders: list[str], weights: list[float], model_args: ModelArg
             f"{len(weights)} weights for {len(folders)} adapters: "
             "give one for each, or none for 1 each"
         )
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"--weight {' '.join(map(str, weights))}: must be finite numbers")
     if not folders:
         raise ValueError("no --adapter is named")
     adapters = [PeftAdapter(folder, model_args) for folder in folders]

@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.families import Family
+from megatron_gkd.flags import POSITIVE
 from megatron_gkd.lora_targets import EXPERTS, layers_of, names_of
 
 CONFIG = "adapter_config.json"
@@ -22,12 +23,36 @@ _PLAIN: dict[str, Any] = {
     "modules_to_save": [],
     "layer_replication": [],
     "alora_invocation_tokens": [],
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
 # How to make plain LoRA, or none, of an adapter with one of them.
 _MERGE = "merge the adapter with peft (merge_and_unload, save_pretrained) and use the result"
 # Ways to start that leave the base alone; others (PiSSA, OLoRA, ...) move a part of it into the
 # adapter.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and POSITIVE.holds(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_positive, value.values()))
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank_pattern": ("numbers above 0 by module", _is_pattern),
+    "alpha_pattern": ("numbers above 0 by module", _is_pattern),
+    "layers_to_transform": ("a number or a list of numbers", _are_layers),
+    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -39,16 +64,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not the settings of an adapter, a JSON object")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters load")
+        raise ValueError(
+            f"{path}: peft_type {config.get('peft_type')!r}, and only LORA adapters load; where "
+            f"peft can merge that kind, {_MERGE}"
+        )
     for setting in ("lora_alpha", "r"):
-        value = config.get(setting)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            stated = repr(value) if setting in config else "missing"
+        if not _is_positive(config.get(setting)):
+            stated = repr(config[setting]) if setting in config else "missing"
             raise ValueError(
                 f"{path}: {setting} is {stated}, and the scale alpha / r of the update is unknown: "
                 "write the number there that the adapter was trained with"
             )
+    for setting, allowed in _FORMS.items():
+        words, holds = allowed
+        if config.get(setting) is not None and not holds(config[setting]):
+            raise ValueError(f"{path}: {setting} is {config[setting]!r}, and must be {words}")
     for setting, neutral in _PLAIN.items():
         if config.get(setting) not in (None, neutral):
             raise ValueError(
@@ -58,8 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("init_lora_weights") not in _STARTS:
         raise ValueError(
             f"{path}: init_lora_weights = {config['init_lora_weights']!r} belongs to a changed "
-            "base model; save it as plain LoRA with PEFT (save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
+            f"base model; save it as plain LoRA with PEFT (save_pretrained with "
+            f"path_initial_model_for_weight_conversion), or {_MERGE}"
         )
     return config
 
@@ -77,7 +110,7 @@ def pattern_value(
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         if any(expression.fullmatch(spelling + module) for spelling in spellings):
-            return float(value)
+            return value
     return default
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, read_config
-from megatron_gkd.lora.peft_names import layer_and_linear, peft_names
+from megatron_gkd.lora.peft_names import layer_and_linear, peft_names, unwrapped
 from megatron_gkd.lora.peft_sources import Finder, Source, setting_of
 from megatron_gkd.lora_settings import scale_divisor
 from megatron_gkd.lora_targets import ATTENTION, HEAD, LINEARS, ROUTER, join_targets, targets_in
@@ -36,13 +36,9 @@ class PeftAdapter:
         self._family, self._names = model_args.family, peft_names(model_args.family)
         for name in (CONFIG, TENSORS):
             if not (self.folder / name).is_file():
-                hint = (
-                    "; adapter_model.bin is a pickle and is not read"
-                    if (self.folder / "adapter_model.bin").is_file()
-                    else ""
-                )
                 raise FileNotFoundError(
-                    f"{self.folder}: no {name}; expected a PEFT adapter folder{hint}"
+                    f"{self.folder}: no {name}; expected a PEFT adapter folder"
+                    f"{_what_else_it_is(self.folder)}"
                 )
         self.config = read_config(self.folder)
         self.use_rslora = bool(self.config.get("use_rslora"))
@@ -52,10 +48,11 @@ class PeftAdapter:
         except SafetensorError as error:
             raise ValueError(f"{self.path}: not a complete safetensors file ({error})") from error
         # The experts' parts of a fused tensor are asked for one after the other.
-        self._stored = lru_cache(maxsize=4)(lambda stored: self._file.get_tensor(stored).float())
+        self._stored = lru_cache(maxsize=4)(self._read)
         sizes = {
             name: self._size(name) for name in self._file.keys() if self._changes_something(name)
         }
+        self._check_contents(sizes)
         found = Finder(self.path, sizes, self.config, model_args).find()
         self.outside, self._base_copies = found.outside, found.base_copies
         self._decoder = found.decoder
@@ -95,17 +92,33 @@ class PeftAdapter:
         """False for LoRA beside the decoder's linears that was never trained (its second matrix is
         zero): PEFT puts it on linears of the same names in the towers and the other models.
         """
-        if any(of.fullmatch(name) for of in (self._names.linear, self._names.head)):
+        bare = unwrapped(name)
+        if any(of.fullmatch(bare) for of in (self._names.linear, self._names.head)):
             return True
         starts_at_zero = name.replace(".lora_A.", ".lora_B.").replace(
             ".lora_embedding_B", ".lora_embedding_A"
         )
         is_second = ".lora_B." in starts_at_zero or ".lora_embedding_A" in starts_at_zero
-        if not is_second or self._names.fused.fullmatch(name):
+        if not is_second or self._names.fused.fullmatch(bare):
             return True
         return starts_at_zero not in self._file.keys() or bool(
             self._file.get_tensor(starts_at_zero).any()
         )
+
+    def _check_contents(self, sizes: dict[str, list[int]]) -> None:
+        """Floating-point numbers, and some of them in every tensor."""
+        for name, size in sizes.items():
+            dtype = self._file.get_slice(name).get_dtype()
+            if "F" not in dtype:
+                raise ValueError(
+                    f"{self.path}: tensor {name} is {dtype}, which is no floating-point type: LoRA "
+                    "that was quantised is not read"
+                )
+            if 0 in size:
+                raise ValueError(
+                    f"{self.path}: tensor {name} is empty, {size}; DeepSpeed's ZeRO-3 leaves "
+                    "such files where weights were not gathered before they were saved"
+                )
 
     def _check_tensors(self) -> None:
         """A layer has both matrices of a target or neither, of all experts or of none; of the
@@ -137,7 +150,7 @@ class PeftAdapter:
                 self._size(self._decoder[name.replace(".lora_B.", ".lora_A.")].stored),
             )
             wanted = [size_a[0], num_inputs] if ".lora_A." in name else [num_outputs, size_a[0]]
-            if size != wanted or not size_a[0]:
+            if size != wanted:
                 raise ValueError(
                     f"{self.path}: tensor {source.stored} has shape {size}, rank and the model's "
                     f"config.json ask for {wanted}"
@@ -216,6 +229,13 @@ class PeftAdapter:
         """Whether a number of a stored tensor is not zero; mostly its first row tells."""
         return bool(self._file.get_slice(stored)[:1].any()) or bool(self._stored(stored).any())
 
+    def _read(self, stored: str) -> Tensor:
+        """A tensor of the file in fp32. Raises ValueError where it is not finite."""
+        values = self._file.get_tensor(stored).float()
+        if not values.isfinite().all():
+            raise ValueError(f"{self.path}: tensor {stored} has numbers that are NaN or Inf")
+        return values
+
     def _size(self, stored: str) -> list[int]:
         return self._file.get_slice(stored).get_shape()
 
@@ -237,6 +257,16 @@ class PeftAdapter:
         side = "A" if ".lora_A." in name else "B"
         values = source.part(self._stored(source.stored), side, self.model_args.num_experts)
         return values, source.alpha / self._divisor(name)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the update W_up W_down of some linear is not zero: one of the two starts so."""
+        ups = [name for name in self._sources if ".lora_B." in name]
+        return any(
+            self._is_any(self._sources[up].stored)
+            and self._is_any(self._sources[up.replace(".lora_B.", ".lora_A.")].stored)
+            for up in ups
+        )
 
     @property
     def one_scale(self) -> bool:
@@ -294,6 +324,11 @@ class PeftAdapter:
         if stored is None:
             return
         copy = self._file.get_slice(stored)[rows]
+        if copy.shape != base.shape:
+            raise ValueError(
+                f"{self.path}: {stored} has shape {self._size(stored)}, and {name} of this model "
+                f"other rows or columns: the adapter was trained on another base"
+            )
         dtypes = (copy.dtype, base.dtype)
         relative = max(
             torch.finfo(dtype).eps for dtype in dtypes
@@ -306,6 +341,23 @@ class PeftAdapter:
                 f"{self.path}: {stored} is not the {name} of this model: the adapter was trained "
                 f"on another base, or {name} was trained with it"
             )
+
+
+def _what_else_it_is(folder: Path) -> str:
+    """The way out where `folder` is no adapter folder, for the end of a message."""
+    if (folder / "adapter_model.bin").is_file():
+        return "; adapter_model.bin is a pickle and is not read"
+    if folder.is_file():
+        return f"; this is a file: give {folder.parent}"
+    if not folder.is_dir():
+        return " on this machine (nothing is downloaded)"
+    inside = [path for path in folder.glob("checkpoint-*") if (path / CONFIG).is_file()]
+    return f"; {max(inside, key=_step)} is one" if inside else ""
+
+
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else -1
 
 
 def merge_only_message(adapter: PeftAdapter, linears: list[str], may_be_merged: bool = True) -> str:

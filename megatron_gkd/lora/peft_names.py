@@ -14,8 +14,10 @@ from megatron_gkd.lora_targets import before_layers
 
 _NOTHING = r"(?!)"  # matches no string
 # PEFT's own prefix, and what other programs put in its place or before it.
-_WRAPPERS = r"(?:(?:base_model|model|module|_orig_mod|_fsdp_wrapped_module)\.)*?"
-_OWN_NAME = r"(?:\.(?P<adapter>\w+))??"
+_WRAPPERS = r"(?:(?:base_model|model|module)\.)*?"
+# What torch.compile, FSDP and recomputation put anywhere in a name.
+_INSIDE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OWN_NAME = r"(?:\.(?P<adapter>[^.]+))??"
 _SIDE = rf"\.lora_(?P<side>[AB]){_OWN_NAME}\.weight"
 _EMBEDDING_SIDE = rf"\.lora_embedding_(?P<side>[AB]){_OWN_NAME}"
 
@@ -85,6 +87,11 @@ def peft_names(family: Family) -> PeftNames:
         ),
         head_spellings=family.adapter_roots,
     )
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers of torch put into it."""
+    return _INSIDE.sub("", name)
 
 
 def what_it_is(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_gkd.lora.peft_config import CONFIG, pattern_value
-from megatron_gkd.lora.peft_names import PeftNames, peft_names, what_it_is
+from megatron_gkd.lora.peft_names import PeftNames, peft_names, unwrapped, what_it_is
 from megatron_gkd.model.args import ModelArgs
 
 _FIRST_IN_NEW_ORDER = (0, 19, 1)
@@ -74,6 +74,7 @@ class Finder:
         self.found = Sources()
         self._own_names: set[str | None] = set()
         self._fused: dict[tuple[str, str], dict[str, str]] = {}
+        self._twice: list[tuple[str, str]] = []
 
     def find(self) -> Sources:
         """Raises ValueError naming a tensor that has no meaning here, and what it is."""
@@ -86,6 +87,12 @@ class Finder:
             raise ValueError(
                 f"{self.path}: holds several adapters ({names}); save the one that is meant alone"
             )
+        if self._twice:
+            first, second = self._twice[0]
+            raise ValueError(
+                f"{self.path}: {first} and {second} are one matrix, so which of them is meant is "
+                "unknown; save the adapter anew"
+            )
         if self._fused:
             is_old = self._in_old_order()
             for (layer, _), pair in self._fused.items():
@@ -95,6 +102,7 @@ class Finder:
     def _take(self, name: str) -> bool:
         """Note where tensor `name` belongs; False if it has no place."""
         names, family, found = self.names, self.model_args.family, self.found
+        bare = unwrapped(name)
         root, layers = family.adapter_root, family.adapter_layers
         model = f"{root}{family.inner_roots[0]}"
         kinds = (
@@ -105,23 +113,29 @@ class Finder:
             (names.tower_rest, found.merge_only, root, names.inside_spellings),
         )
         for pattern, sources, before, spellings in kinds:
-            if match := pattern.fullmatch(name):
+            if match := pattern.fullmatch(bare):
                 self._own_names.add(match["adapter"])
-                source = Source(name, self._alpha(match["linear"], spellings))
-                sources[f"{before}{match['linear']}.lora_{match['side']}.weight"] = source
+                matrix = f"{before}{match['linear']}.lora_{match['side']}.weight"
+                # a checkpoint of training has the lm_head's under every root (peft_writer.py)
+                if matrix in sources and pattern is not names.head:
+                    self._twice.append((sources[matrix].stored, name))
+                sources[matrix] = Source(name, self._alpha(match["linear"], spellings))
                 return True
-        if match := names.embedding.fullmatch(name):  # lora_A [r, V] and lora_B [H, r] of W [V, H]
+        if match := names.embedding.fullmatch(bare):  # lora_A [r, V] and lora_B [H, r] of W [V, H]
             alpha = self._alpha(match["linear"], names.inside_spellings)
             before = model if match["linear"] == "embed_tokens" else root
             other = "B" if match["side"] == "A" else "A"
             source = Source(name, alpha, transposed=True)
             found.merge_only[f"{before}{match['linear']}.lora_{other}.weight"] = source
-        elif match := names.fused.fullmatch(name):
+        elif match := names.fused.fullmatch(bare):
             self._own_names.add(match["adapter"])
-            self._fused.setdefault((match["layer"], match["inner"]), {})[match["side"]] = name
-        elif match := names.base_copy.fullmatch(name):
+            pair = self._fused.setdefault((match["layer"], match["inner"]), {})
+            if match["side"] in pair:
+                self._twice.append((pair[match["side"]], name))
+            pair[match["side"]] = name
+        elif match := names.base_copy.fullmatch(bare):
             found.base_copies[match["linear"]] = name
-        elif names.outside.fullmatch(name):
+        elif names.outside.fullmatch(bare):
             found.outside.append(name)
         else:
             return False

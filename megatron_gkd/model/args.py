@@ -153,9 +153,9 @@ def read_config(folder: str | Path) -> FolderConfig:
 
 # How transformers gives plain weights of a quantised folder, by quant_method.
 _DEQUANTISE = {
-    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
-    "bitsandbytes": "and .dequantize() on the model",
-    "compressed-tensors": "quantization_config=CompressedTensorsConfig(run_compressed=False)",
+    "fp8": "(quantization_config=FineGrainedFP8Config(dequantize=True))",
+    "bitsandbytes": "(FOLDER).dequantize()",
+    "compressed-tensors": "(quantization_config=CompressedTensorsConfig(run_compressed=False))",
 }
 _SETTINGS = ("quantization_config", "compression_config")
 
@@ -170,7 +170,7 @@ def _refuse_quantised(settings: dict[str, Any], where: str, family: Family) -> N
             continue
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         way_out = _DEQUANTISE.get(str(method))
-        dequantised = f", or save it from transformers with from_pretrained({way_out})"
+        dequantised = f", or save it from transformers with from_pretrained{way_out}"
         raise ValueError(
             f"{where}{name} says that the weights are quantised ({method or 'method unknown'}), "
             f"and LoRA is trained beside bfloat16, float16 or float32 ones: take the "
