@@ -5,7 +5,15 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_gkd.flags import BELOW_1, NOT_NEGATIVE, require, require_at_least, require_in, setting
+from megatron_gkd.flags import (
+    BELOW_1,
+    NOT_NEGATIVE,
+    require,
+    require_at_least,
+    require_in,
+    require_not_empty,
+    setting,
+)
 
 
 @dataclass
@@ -96,6 +104,7 @@ class DataConfig:
         way_out = "0.01 sets one row in a hundred aside"
         require_in(self, BELOW_1, "split_dataset_ratio", way_out=way_out)
         require_at_least(self, 2, "max_length")
+        require_not_empty(self, "teacher_template")
         require_at_least(self, 0, "dataloader_num_workers")
         require_at_least(self, 1, "dataset_num_proc")
         require_in(

@@ -87,7 +87,7 @@ def require_not_empty(config: Any, *flags: str) -> None:
     """
     for flag in flags:
         value = getattr(config, flag)
-        require(value is None or bool(value.strip()), flag, repr(value), "a folder, or left out")
+        require(value is None or bool(value.strip()), flag, repr(value), "a path, or left out")
 
 
 def boolean(text: str) -> bool:

@@ -9,6 +9,7 @@ from megatron_gkd.checkpoint import find_checkpoint
 from megatron_gkd.config import Config
 from megatron_gkd.data.dataset import SampleDataset
 from megatron_gkd.data.report import DataReport
+from megatron_gkd.data.teacher_template import TeacherTemplate
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS
 
 MORE_TO_SEE = "teacher_messages or teacher_prompt in the data rows, --teacher_template"
@@ -18,9 +19,10 @@ def check_trainable(config: Config, report: DataReport) -> None:
     """Raise ValueError when none of the steps could learn anything."""
     distill = config.distill
     has_sft = distill.sft_alpha > 0 and distill.may_use_data_responses(config.train.max_steps)
-    # a template may give the row's own response no text, and what the student writes some
-    has_view = report.has_teacher_view
-    has_view |= config.data.teacher_template is not None and distill.may_be_on_policy
+    has_view, template = report.has_teacher_view, config.data.teacher_template
+    if not has_view and template is not None and distill.may_be_on_policy:
+        # it may give the row's own response no text, and what the student writes some
+        has_view = TeacherTemplate(template).reads_response
     if not (has_view or has_sft or distill.allow_zero_signal):
         resumes = config.run.resume_from_checkpoint
         if distill.teacher_follows:

@@ -176,10 +176,12 @@ def test_flags_that_leave_no_linear(model_args, tmp_path):
         resolve(config, model_args, place)
 
 
-@pytest.mark.parametrize("flag", ["adapter", "teacher_adapter", "resume_from_checkpoint"])
-def test_an_empty_text_is_no_folder(flag):
+@pytest.mark.parametrize(
+    "flag", ["adapter", "teacher_adapter", "resume_from_checkpoint", "teacher_template"]
+)
+def test_an_empty_text_is_no_path(flag):
     """A variable of the shell that is not set would start from nothing, silently."""
-    with pytest.raises(ValueError, match=f"--{flag} '': must be a folder, or left out"):
+    with pytest.raises(ValueError, match=f"--{flag} '': must be a path, or left out"):
         parse_config(["--model", "m", "--dataset", "d", f"--{flag}", ""])
 
 

@@ -131,8 +131,12 @@ def test_views_that_cannot_be_made_are_counted(data, tmp_path):
     template = tmp_path / "long.jinja"
     template.write_text("{% if response != 'a cat' %}{{ (response ~ ' and ') * 200 }}{% endif %}")
     flags = dict(teacher_template=template, per_device_train_batch_size=2, max_steps=2)
-    with pytest.raises(RuntimeError, match="nothing to learn"):  # no step has another response
-        run_training(1, flags_of_run(data, tmp_path / "off", **flags, lmbda=0))
+    same = tmp_path / "same.jinja"
+    same.write_text("{{ prompt }}")
+    # no step has another response; no response makes another view
+    for given in (dict(lmbda=0), dict(teacher_template=same)):
+        with pytest.raises(RuntimeError, match="nothing to learn"):
+            run_training(1, flags_of_run(data, tmp_path / "off", **(flags | given)))
     said = run_training(2, flags_of_run(data, tmp_path / "on", **flags))
     assert "4 rows, 0 of them with a teacher view, made anew of what the student writes" in said
     assert "Step 1: the teacher reads 2 of 2 rows of rank 0 as the student does, " in said

@@ -70,6 +70,7 @@ class TeacherTemplate:
             raise DataError(f"{self.flag}{line}: {first_line(error)}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.flag}: {first_line(error)}") from error
+        self.reads_response = "response" in named
         self.columns = sorted(named - {*GIVEN, *environment.globals})
 
     def without_view(self, raw: Any) -> Any:
