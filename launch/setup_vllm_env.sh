@@ -31,8 +31,11 @@ if [ -z "$python" ]; then
     exit 1
 fi
 echo "[1/4] $venv: $("$python" --version)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
+if ! pip --version >/dev/null 2>&1; then # new, interrupted, or its interpreter is gone
+    rm -f "$venv"/bin/python*
+    "$python" -m venv "$venv"
+fi
 
 echo "[2/4] torch $torch_version, CPU build"
 pip install "torch==$torch_version+cpu" 2>/dev/null ||
@@ -67,6 +70,10 @@ if ! grep -q "torchvision::nms" "$init"; then
     } >"$init.part"
     mv "$init.part" "$init"
 fi
-"$venv/bin/python" -W ignore -c 'import torchvision, vllm' 2>/dev/null
+if ! said=$("$venv/bin/python" -W ignore -c 'import torchvision, vllm' 2>&1); then
+    echo "$said" >&2
+    echo "setup_vllm_env: error: vLLM is installed in $venv and does not import; remove that folder, run again" >&2
+    exit 1
+fi
 touch "$done_file"
 echo "setup_vllm_env: done; $venv/bin/python has vLLM $version"

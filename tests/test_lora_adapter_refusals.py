@@ -260,6 +260,14 @@ def test_settings_that_plain_lora_cannot_represent(good_adapter, setting, value,
         PeftAdapter(folder, model_args)
 
 
+@pytest.mark.parametrize("start", ["eva", "orthogonal", "mica"])
+def test_starts_that_leave_the_base_alone(good_adapter, start):
+    model_args, folder = good_adapter
+    config = json.loads((folder / CONFIG).read_text()) | {"init_lora_weights": start}
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert PeftAdapter(folder, model_args).rank == 3
+
+
 def test_files_that_are_missing_or_broken(good_adapter):
     model_args, folder = good_adapter
     whole = (folder / TENSORS).read_bytes()

@@ -245,6 +245,8 @@ def test_training_refuses_them_with_the_way_out(folder, model_args, with_rest, c
     ):
         open_teacher(config, model_args, PLACE, has_media=False)
     assert not capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="^--adapter a/b: no adapter_config.json; expected"):
+        resolve(config_of(folder, adapter="a/b"), model_args, PLACE)
 
 
 def test_text_leaves_the_towers_ends_out(folder, model_args, tmp_path, capsys):

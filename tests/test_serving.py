@@ -7,6 +7,7 @@ vLLM lives in an environment of its own, which launch/setup_vllm_env.sh makes (m
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def vllm_python():
     if made.returncode:
         pytest.skip(f"no vLLM here: launch/setup_vllm_env.sh: {made.stdout.splitlines()[-1:]}")
     return folder / "bin/python"
+
+
+@pytest.mark.parametrize("broken", ["interrupted", "without its interpreter"])
+def test_a_broken_environment_is_made_whole(broken, tmp_path):
+    """As far as that goes without an index, whose absence is said by pip."""
+    made = [sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"]
+    subprocess.run(made, check=True)
+    if broken != "interrupted":
+        python = tmp_path / "env/bin/python"
+        python.unlink()
+        python.symlink_to(tmp_path / "gone")
+    done = subprocess.run(
+        ["bash", REPOSITORY / "launch/setup_vllm_env.sh"],
+        env=os.environ | {"VLLM_ENV": str(tmp_path / "env"), "PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and not list((tmp_path / "env").glob("*.done"))
+    assert "No matching distribution found for" in done.stderr, done.stderr
+    pip = [tmp_path / "env/bin/python", "-m", "pip", "--version"]
+    subprocess.run(pip, check=True, stdout=subprocess.DEVNULL)
 
 
 def save(rank, world_size, folder, adapter, output, use_rslora):
