@@ -322,12 +322,14 @@ def test_teacher_messages_in_other_names():
         ),
         ({"messages": [USER, turn("tool", None), ANSWER]}, "messages[1].content must be a string"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": 3}, "must be a JSON object such as"),
+        ({"messages": [USER | {"x" * 9999: 1}, ANSWER]}, "messages[0] has xxxxxxxxxxxxx...xxx"),
     ],
 )
 def test_what_has_no_meaning_is_answered(raw, reason):
     with pytest.raises(RowError) as error:
         check_row(raw, 10)
     assert reason in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 FLAGS = RowDefaults("S", "T", {"a": 1, "b": 1}, {"b": 2})

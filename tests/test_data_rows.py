@@ -177,7 +177,7 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
                     {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
                 ]
             },
-            "messages[1].content[0] is of type image: media stand in user and system turns only",
+            "messages[1].content[0] is of type image: no media stand in assistant turns",
         ),
         (
             {
@@ -245,11 +245,11 @@ def test_a_mask_over_the_cut_off_padding_is_fine():
         ),
         (
             {"messages": [USER, ANSWER], "images": [[[[300, 0, 0]]]]},
-            "images[0] is not the pixels [height][width][3]",
+            "images[0] is a list and not the pixels [height][width][3]",
         ),
         (
             {"messages": [USER, ANSWER], "audios": [{"array": [0.0]}]},
-            "audios[0] must have an array of samples and a",
+            "audios[0] must have an array of samples, or",
         ),
         (
             {"messages": [USER, ANSWER], "teacher_audios": ["http://x/a.wav"]},

@@ -127,7 +127,7 @@ def test_a_list_in_a_cell_is_json():
     turns = [{"role": "user", "content": "<image><video>?"}, {"role": "assistant", "content": "x"}]
     cells = {
         "messages": json.dumps(turns),
-        "images": '["a.png"]',
+        "images": '[ "a.png" ]',
         "videos": '{"path": "b.mp4"}',
         "teacher_images": "[]",
         "teacher_messages": json.dumps([turns[0] | {"content": "<video>!"}, turns[1]]),

@@ -169,6 +169,9 @@ def test_where_there_is_no_view(model, media):
     assert "2 image placeholders for 1 image" in sample.view_problem
     sample, _ = written(tags, 0, "an <image>")
     assert sample.has_teacher_view and not sample.view_problem
+    bare = "{% if response == 'see' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    sample, _ = written(load(model, media, bare, [row(USER, assistant("it"))]), 0, "see")
+    assert "1 image placeholder for 0 images" in sample.view_problem
     hears = row(SEES, assistant("a cat"), **MEDIA)
     only_sees = hears | dict(teacher_audios=[])
     own = [hears, hears | OTHER_MEDIA, only_sees]

@@ -13,7 +13,14 @@ from PIL import Image
 
 from megatron_gkd.data import DataError
 from megatron_gkd.media.medium import Reference
-from megatron_gkd.media.picture import COMPOSITED, SCALED, note, open_image, to_rgb
+from megatron_gkd.media.picture import (
+    COMPOSITED,
+    SCALED,
+    note,
+    open_image,
+    to_rgb,
+    upright_size,
+)
 from megatron_gkd.media.processor import MediaProcessor
 from tests.test_media_processor import ANSWER, build_model, load
 
@@ -176,8 +183,12 @@ def test_pictures_are_upright():
     image = Image.fromarray(np.dstack([COLOURS, ALPHA]))
     exif = Image.Exif()
     exif[0x0112] = 6  # held with its top to the right
-    _, pixels = seen(stored(image, exif=exif))
-    assert np.array_equal(pixels, np.rot90(seen(stored(image))[1], -1))
+    for kind in ("PNG", "TIFF"):  # of which PIL turns the size and the pixels by itself
+        data = stored(image, kind, exif=exif)
+        _, pixels = seen(data)
+        assert np.array_equal(pixels, np.rot90(seen(stored(image))[1], -1))
+        with open_image(io.BytesIO(data)) as header:
+            assert upright_size(header) == pixels.shape[1::-1]
 
 
 def test_the_model_sees_a_logo_and_not_a_black_square(model, tmp_path):

@@ -70,12 +70,18 @@ def test_each_medium_gets_its_tokens():
     assert positions == {"audio": [[2], [3, 4]], "image": [[7, 8]], "video": [[12, 13, 14, 15]]}
 
 
+def test_a_placeholder_stands_behind_its_start_token():
+    for ids in ([IMAGE], [1, AUDIO_START, IMAGE], [AUDIO_START, AUDIO, 2, AUDIO, AUDIO]):
+        with pytest.raises(RowError, match=r"without its start token \(9[35]\) before it: write <"):
+            find_placeholders(ids, TOKENS, False)
+
+
 def test_counts():
     placeholders = find_placeholders(BARE, TOKENS, True)
     assert [placeholder.kind for placeholder in placeholders] == ["audio", "image", BOTH]
     assert count(placeholders) == {"audio": 2, "image": 1, "video": 1}
     check_counts(placeholders, {"audio": [1, 2], "image": [1], "video": [1]}, "the row has")
-    with pytest.raises(RowError, match="the row has 2 audio placeholders for 1 audio"):
+    with pytest.raises(RowError, match="2 audio placeholders for 1 audio; they are giv"):
         check_counts(placeholders, {"audio": [1], "image": [1], "video": [1]}, "the row has")
 
 

@@ -41,7 +41,7 @@ def bad_media(folder, media):
         "empty.wav": b"",
         "text.wav": b"hello",
         "silent.wav": wav([]),
-        "short.wav": wav([0.1] * 100),
+        "short.wav": wav([0.1] * 200),
     }
     files |= {"text.png": b"hello", "torn.png": whole[: len(whole) // 2], "nan.wav": b""}
     for name, content in files.items():
@@ -62,16 +62,39 @@ def bad_media(folder, media):
             "images": [str(folder / name)],
         }
 
+    def says(content, answer="a cat", **columns):
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return {"messages": turns} | columns
+
     told = [{"role": "user", "content": "a cat"}, ANSWER]
+    wide = [str(media / "wide.png")]
     return [
+        (
+            says([{"type": "image"}, {"type": "text", "text": "?"}]),
+            "the row has 1 image placeholder for 0 images; they are given in the parts, or in",
+        ),
+        (
+            says("<|audio_start|><|audio_pad|><|audio_end|>?"),
+            "the row has 1 audio placeholder for 0 audios",
+        ),
+        (
+            says("?", teacher_messages=says([{"type": "video"}])["messages"]),
+            "the teacher's view has 1 video placeholder for 0 videos; teacher_images",
+        ),
+        (
+            says("see <|image_pad|>", images=wide),
+            "is a placeholder of image without its start token",
+        ),
+        (says("?", "<|image_pad|>"), "the response holds token "),
+        (says("<image>?", "it is <|image_pad|>", images=wide), "the response holds token "),
         (hears("none.wav"), "none.wav: there is no such file"),
         (hears("empty.wav"), "empty.wav: the file is empty"),
         (hears("text.wav"), "text.wav: cannot be read"),
         (
             hears("silent.wav"),
-            "silent.wav: zero-length, 0 samples at 16000 Hz where a frame takes 160",
+            "silent.wav: too short, 0 samples at 16000 Hz where the first frame takes 201",
         ),
-        (hears("short.wav"), "short.wav: zero-length, 100 samples"),
+        (hears("short.wav"), "short.wav: too short, 200 samples"),
         (sees("none.png"), "none.png: there is no such file"),
         (sees("text.png"), "text.png: cannot be read"),
         (sees("pixel.png"), "pixel.png: 1 x 1 pixels, an image needs at least 2 x 2"),

@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from megatron_gkd.data.rows import check_row
@@ -48,6 +49,7 @@ BYTES = [
     base64.encodebytes(PNG).decode(),  # in lines
     base64.urlsafe_b64encode(PNG).decode().rstrip("="),
     f"data:image/png;base64,{BASE64}",
+    f" \ndata:image/png;base64,{BASE64}",
     f"DATA:;charset=utf-8;Base64,{BASE64.replace('+', '%2B').replace('=', '%3D')}",
     PNG,
     bytearray(PNG),
@@ -87,6 +89,7 @@ def test_paths(tmp_path):
         "/x/a": "/x/a",
         "file:///x/a.png": "/x/a.png",
         "FILE://localhost/x/a.png": "/x/a.png",
+        "file:/x/a.png": "/x/a.png",  # as Java writes them
         "file:///x/a%20b.png": "/x/a b.png",
         f"file://{tmp_path}/a%20b.png": f"{tmp_path}/a%20b.png",
         "c:\\a.png": "/data/c:\\a.png",
@@ -108,6 +111,8 @@ def test_paths(tmp_path):
         {"type": "input_image", "image_url": "a.png", "detail": "auto"},
         {"type": None, "image_url": {"url": "a.png"}},
         {"image": "file:///data/a.png"},
+        {"type": "image", "image": "a.png", "text": "", "path": "", "data": []},
+        {"type": "image", "image": "a.png", "index": 0},
     ],
 )
 def test_parts_in_other_spellings(part):
@@ -135,6 +140,7 @@ def test_singular_columns_are_read_like_their_plurals():
     for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
         assert in_column(None, image=value) == expected
         assert in_column(None, image=value, images=[]) == expected
+        assert in_column(None, image=[], images=value) == expected
         assert in_column(None, images=value, image="") == expected
         row = {"messages": [{"role": "user", "content": "<image>?"}, ANSWER], "image": "b.png"}
         assert check_row(row | {"teacher_image": value}, 10, "/data").teacher_media["image"] == [
@@ -144,6 +150,48 @@ def test_singular_columns_are_read_like_their_plurals():
     assert in_column(None, image=pixels) == in_column(None, images=[pixels])
     row = {"messages": [{"role": "user", "content": "hi"}, ANSWER], "image": "", "audio": None}
     assert not check_row(row, 10).has_media
+
+
+def test_an_index_is_that_of_the_next_medium():
+    """As llava-instruct-mix-vsft has them, and TRL reads them."""
+    images = [{"type": "image", "index": number, "text": None} for number in (0, 1)]
+    columns = dict(images=["a.png", "b.png"])
+
+    def read(*parts):
+        row = {"messages": [{"role": "user", "content": [*parts]}, ANSWER]} | columns
+        return [reference.path for reference in check_row(row, 10, "/data").media["image"]]
+
+    assert read(*images, TEXT | {"index": None}) == ["/data/a.png", "/data/b.png"]
+    with pytest.raises(RowError, match=r"content\[0\] has index 1 and is image 0 of the view"):
+        read(*images[::-1])
+
+
+def test_tags_in_text_parts_are_placeholders_too():
+    tagged = {"type": "text", "text": "<image>what?"}
+    row = {"messages": [{"role": "user", "content": [tagged]}, ANSWER], "images": ["a.png"]}
+    checked = check_row(row, 10, "/data")
+    assert checked.messages[0]["content"] == [{"type": "image"}, TEXT]
+    del row["images"]
+    checked = check_row(row, 10, "/data")
+    assert checked.messages[0]["content"] == "<image>what?" and checked.tags_as_text == 1
+
+
+def samples_of(reference):
+    samples, rate = soundfile.read(io.BytesIO(reference.data))
+    return samples.tolist(), rate
+
+
+def test_samples_of_sound():
+    wave = [0.5, -0.25, 0.0]
+    for given in (
+        {"array": wave, "sampling_rate": 8000, "path": "a.wav"},
+        {"array": wave, "sampling_rate": 8000.0},  # of a column that lacks it in other rows
+    ):
+        assert samples_of(in_column(given, kind="audio")) == (wave, 8000)
+    both = in_column({"array": [wave, wave[::-1]], "sampling_rate": 8000}, kind="audio")
+    assert samples_of(both) == ([list(pair) for pair in zip(wave, wave[::-1])], 8000)
+    silent = in_column({"array": [0, 0, 1], "sampling_rate": 8000}, kind="audio")
+    assert samples_of(silent) == ([0.0, 0.0, 1.0], 8000)
 
 
 LONG = "A" * 400_001
@@ -167,8 +215,18 @@ REFUSED = [
     ({"path": LONG[1:] + ".png"}, "is neither a path"),
     ({"path": "a.png", "max_pixels": 9}, "images[0] has `max_pixels`: the size of images is set"),
     (b"", "images[0] must be a path, bytes, base64 or an array, got b''"),
-    ([[["x" * 100_000]]], "images[0] is not the pixels [height][width][3] of an image"),
+    ([[["x" * 100_000]]], "images[0] is a list and not the pixels [height][width][3] of an image"),
     ({"array": ["x" * 100_000]}, "images[0].array is not an array of numbers"),
+    (["a.png", "b.png"], "images[0] is a list and not the pixels [height][width][3] of an image"),
+    ({"array": [0.5], "sampling_rate": 2**31}, "got the shape [1] and 2147483648"),
+    ({"array": [0.5], "sampling_rate": 44100.5}, "got the shape [1] and 44100.5"),
+    ({"array": [[[0.5]]], "sampling_rate": 8000}, "got the shape [1, 1, 1] and 8000"),
+    ({"array": np.zeros((1026, 1025)).tolist(), "sampling_rate": 8}, "have up to 1024 channels"),
+    (
+        {"array": [-32768, 5], "sampling_rate": 8},
+        "images[0].array holds whole numbers to 32768: sa",
+    ),
+    ({"path": "a.wav", "offset": 1.5}, "images[0] has `offset`: media are read whole"),
 ]
 
 
@@ -186,6 +244,7 @@ def test_values_that_are_refused_in_a_short_line(value, reason):
         ({"type": "image", "max_pixels": 50176}, "`max_pixels`: the size of images is set for all"),
         ({"type": "image_url", "resized_height": 28}, "preprocessor_config.json (`min_pixels`, `m"),
         ({"type": "video", "total_pixels": 1}, "128 to 768 tokens a frame"),
+        ({"type": "video", "video_max_pixels": 1}, "`video_max_pixels`: the size of a video's fra"),
         ({"type": "video", "fps": 2.0}, "video_preprocessor_config.json or else preprocessor_con"),
         ({"type": "video", "nframes": 8}, "(`fps`, `min_frames`, `max_frames`)"),
         ({"type": "video", "video_start": 1.5}, "cut the file (ffmpeg -ss START -to END -i FILE"),

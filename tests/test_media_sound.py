@@ -64,6 +64,41 @@ def test_formats_sound_like_what_was_written(processor, tmp_path, name):
     assert processor.measure(in_bytes).num_tokens == medium.num_tokens
 
 
+def test_the_shortest_sound(processor, tmp_path):
+    soundfile.write(tmp_path / "a.wav", spoken()[:201], 16_000)
+    medium = processor.load(audio(tmp_path / "a.wav"))
+    assert medium.features.shape[1] == 1 and medium.num_tokens == 1
+    assert processor.measure(audio(tmp_path / "a.wav")).num_tokens == 1
+
+
+def test_a_name_says_nothing(processor, tmp_path):
+    """`.raw` neither, which is bare samples to soundfile."""
+    soundfile.write(tmp_path / "a.wav", spoken(), RATE)
+    write(tmp_path / "a.m4a")
+    for kind in ("wav", "m4a"):
+        given = tmp_path / f"a.{kind}"
+        whole = processor.load(audio(given)).features
+        for name in ("b.raw", "b.png", "b"):
+            (tmp_path / name).write_bytes(given.read_bytes())
+            assert processor.measure(audio(tmp_path / name)) == processor.measure(audio(given))
+            error = processor.load(audio(tmp_path / name)).features - whole
+            assert error.abs().max() < 1e-4, (kind, name)
+
+
+def test_a_stream_whose_header_has_no_length(processor, tmp_path):
+    """As `ffmpeg ... -f flac - > a.flac` writes them."""
+    soundfile.write(tmp_path / "a.flac", spoken(), RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0  # the number of samples: the last 36 bits before the MD5
+    content[22:26] = bytes(4)
+    (tmp_path / "stream.flac").write_bytes(content)
+    assert soundfile.info(tmp_path / "stream.flac").frames == 2**63 - 1
+    whole = processor.load(audio(tmp_path / "a.flac"))
+    stream = processor.load(audio(tmp_path / "stream.flac"))
+    assert (stream.features - whole.features).abs().max() < 1e-4
+    assert processor.measure(audio(tmp_path / "stream.flac")).num_tokens == whole.num_tokens
+
+
 def test_the_sound_of_a_video_file_is_an_audio(processor, tmp_path):
     frames = pictures(12, 64, 64)
     video = dict(codec="libx264", pix_fmt="yuv420p", rate=RATE, sound_codec="aac")
@@ -82,6 +117,8 @@ def test_sound_that_neither_reads(processor, tmp_path):
     }
     silent = write_video(tmp_path / "v.mp4", pictures(4, 64, 64), codec="mpeg4", pix_fmt="yuv420p")
     files["silent.mp4"] = silent.read_bytes(), "FFmpeg: it has no sound"
+    with pytest.raises(RowError, match="v.mp4: .* cannot be read .it has no sound.*`audios` gives"):
+        processor.measure(audio(silent)._replace(is_track=True))
     for name, (content, reason) in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(RowError, match=f"{name}: cannot be read .*{reason}"):

@@ -97,10 +97,16 @@ def check_content(value: Any, where: str, inline: InlineMedia | None) -> Any:
             )
         kind, value = read_part(part, place)
         if kind == "text":
-            parts.append({"type": "text", "text": check_text(value, f"{place}.text")})
+            parts += _split_at_tags(check_text(value, f"{place}.text"), inline)
         elif inline is None:
-            raise RowError(f"{place} is of type {kind}: media stand in user and system turns only")
+            raise RowError(f"{place} is of type {kind}: no media stand in assistant turns")
         else:
+            number = len(inline.values[kind])
+            if part.get("index") not in (None, number):
+                raise RowError(
+                    f"{place} has index {short_repr(part['index'])} and is {kind} {number} of the "
+                    f"view: media stand in the order of their placeholders"
+                )
             inline.values[kind].append(value)
             parts.append({"type": kind})
     return _joined(parts)

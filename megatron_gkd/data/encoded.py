@@ -133,6 +133,12 @@ def _encode(
                 f"[0, {vocab_size}): is it another model's tokenizer?"
             )
 
+    if row.messages is not None:  # ids are taken as they are given
+        for token in processor.placeholder_ids.intersection(input_ids[start:]):
+            raise RowError(
+                f"the response holds token {token}, a placeholder of media: they stand before it"
+            )
+
     sizes: dict[Reference, Size] = {}
     measure = _measuring(processor, sizes, read_media)
     student = _fill_prompt(
@@ -237,7 +243,8 @@ def _fill_prompt(
     """A prompt's ids and labels with all tokens of its media (`as_given`: see `fill`). where: how
     the message begins if placeholders and media differ in number.
     """
-    if not row.has_media:
+    is_bare = row.messages is None or processor.placeholder_ids.isdisjoint(ids)
+    if is_bare and not row.has_media:
         return _Prompt(ids, labels, media)
     tokens = processor.token_ids
     placeholders = find_placeholders(ids, tokens, row.use_audio_in_video)
@@ -351,7 +358,7 @@ def written_teacher_view(
     has `max_length` tokens or more, or other placeholders than there are media for the teacher.
     """
     media = list(sample.media)
-    if media:
+    if media or not processor.placeholder_ids.isdisjoint(prompt):
         tokens = processor.token_ids
         placeholders = find_placeholders(prompt, tokens, encoded.use_audio_in_video)
         sizes: dict[str, list[Size]] = {kind: [] for kind in KINDS}

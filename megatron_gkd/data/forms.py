@@ -139,8 +139,9 @@ def _turn(held: dict[str, Any], place: str) -> Turn:
         check_text(text, f"{place}.{name}")
     if extra := sorted(name for name, item in held.items() if item not in ("", [], {})):
         instead = [f"{name}: {_INSTEAD[name]}" for name in extra if name in _INSTEAD]
+        names = ", ".join(shortened(name, 40) for name in extra[:8])
         raise RowError(
-            f"{place} has {', '.join(extra)}: a turn has role and content, nothing else is rendered"
+            f"{place} has {names}: a turn has role and content, nothing else is rendered"
             + (f" ({'; '.join(instead)})" if instead else "")
         )
     return Turn(

@@ -25,10 +25,10 @@ def with_plurals(row: dict[str, Any]) -> dict[str, Any]:
             if row.get(name) == "":
                 del row[name]
         if singular in row:
-            if row.get(column):
-                raise RowError(f"has `{singular}` and `{column}`: one of them must go")
             value = row.pop(singular)
-            row[column] = [value] if _is_pixels(value) else value
+            if value != [] and row.get(column):
+                raise RowError(f"has `{singular}` and `{column}`: one of them must go")
+            row[column] = [value] if _is_pixels(value) else value or row.get(column, value)
         if column in row:
             row[column] = _of_json_text(row[column])
     return row
@@ -36,7 +36,7 @@ def with_plurals(row: dict[str, Any]) -> dict[str, Any]:
 
 def _of_json_text(value: Any) -> Any:
     """The list or object that a text holds in JSON, as cells of a table have it; else the value."""
-    if isinstance(value, str) and value.lstrip().startswith(('["', "[{", '{"', "[]")):
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):

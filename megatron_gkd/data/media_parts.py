@@ -18,8 +18,9 @@ _KIND_OF_TYPE = {
 # Entries of a part that hold a medium of any kind, beside `image`, `image_url`, `input_image`.
 _ANY_KIND = ("path", "url", "base64", "bytes", "data")
 # What changes nothing here: OpenAI's wish for a resolution, the names of formats, which the media
-# themselves tell, and where a server's cache may begin.
-_IGNORED = ("detail", "format", "mime_type", "cache_control")
+# themselves tell, where a server's cache may begin, and which medium of its column a placeholder
+# stands for: `check_content` sees to it that it is the next one.
+_IGNORED = ("detail", "format", "mime_type", "cache_control", "index")
 # Anthropic's parts of other kinds: where they stand here.
 _ELSEWHERE = {
     "tool_use": "a call is an entry of its turn's tool_calls",
@@ -30,19 +31,19 @@ _ELSEWHERE = {
 
 def read_part(part: dict[str, Any], where: str) -> tuple[str, Any]:
     """(`text` and the text, not checked; or the kind of a medium and its value, None if that stands
-    elsewhere). Entries that are null count as absent. Raises RowError naming `where`.
+    elsewhere). Entries that are null or empty count as absent. Raises RowError naming `where`.
     """
-    held = {name: value for name, value in part.items() if value is not None}
+    held = {name: value for name, value in part.items() if value not in (None, "", [], {})}
     kind = _kind(held, where)
     held.pop("type", None)
     for name in _IGNORED:
         held.pop(name, None)
     if kind == "text":
-        text = held.pop("text", None)
+        held.pop("text", None)
         if held:
             names = ", ".join(short_repr(name)[1:-1] for name in sorted(held))
             raise RowError(f"{where} is text and holds {names}: one part, one thing")
-        return kind, text
+        return kind, part.get("text")
     refuse_settings(held, kind, where)
     known = _names(kind) | set(_ANY_KIND)
     values = {name: value for name, value in held.items() if name in known}

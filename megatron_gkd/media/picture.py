@@ -37,8 +37,9 @@ def open_image(file: io.BytesIO | str) -> "Image":
 
 def upright_size(image: "Image") -> tuple[int, int]:
     """(width, height) of the upright image, from its header."""
-    # orientations 5 to 8 are turned by 90 degrees
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    # orientations 5 to 8 are turned by 90 degrees; of a TIFF PIL's size is that of the turned one
+    is_turned = _orientation(image) >= 5 and image.format != "TIFF"
+    return image.size[::-1] if is_turned else image.size
 
 
 def note(image: "Image") -> str:

@@ -49,7 +49,8 @@ def find_placeholders(
     ids: Sequence[int], tokens: MediaTokenIds, use_audio_in_video: bool
 ) -> list[Placeholder]:
     """The placeholders in order. A run of equal media tokens is one placeholder: templates and
-    processors write start and end tokens around each.
+    processors write start and end tokens around each. Raises RowError where no start token stands
+    before one.
     """
     kinds = {token: kind for kind, token in _token_of_kind(tokens).items()}
     found: list[Placeholder] = []
@@ -67,6 +68,14 @@ def find_placeholders(
         kind = kinds.get(ids[index])
         index += 1
         if kind is not None:
+            modality = "audio" if kind == "audio" else "vision"
+            begin = tokens.audio_start_token_id if kind == "audio" else tokens.vision_start_token_id
+            if list(ids[start - 1 : start]) != [begin]:
+                raise RowError(
+                    f"token {start} of the prompt is a placeholder of {kind} without its start "
+                    f"token ({begin}) before it: write <|{modality}_start|><|{kind}_pad|>"
+                    f"<|{modality}_end|>"
+                )
             while index < len(ids) and ids[index] == ids[start]:
                 index += 1
             found.append(
@@ -178,6 +187,8 @@ def check_counts(
             way_out = _WAY_OUT if where.startswith("the teacher") else ""
             if counts[kind] < len(media[kind]):
                 way_out += f"; <{kind}> in a text is the place of one"
+            elif not way_out:
+                way_out = f"; they are given in the parts, or in column `{kind}s`"
             raise RowError(
                 f"{where} {_number(counts[kind], kind + ' placeholder')} "
                 f"for {_number(len(media[kind]), kind)}{way_out}"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for transformers' Auto classes
 _INEXACT_HEADERS = ("MP3", "OGG")  # formats whose headers give the length only roughly
+_UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
 
 
 class MediaProcessor:
@@ -44,6 +45,17 @@ class MediaProcessor:
     @cached_property
     def token_ids(self) -> MediaTokenIds:
         return MediaTokenIds.read(self.folder)
+
+    @cached_property
+    def placeholder_ids(self) -> frozenset[int]:
+        """Token ids that stand for media; none of a model that reads text alone, and of a folder
+        that is a tokenizer and no model.
+        """
+        is_model = os.path.isfile(os.path.join(self.folder, "config.json"))
+        if not is_model or read_config(self.folder).family.media_settings is None:
+            return frozenset()
+        ids = self.token_ids
+        return frozenset((ids.audio_token_id, ids.image_token_id, ids.video_token_id))
 
     def check_has_towers(self) -> None:
         """Raise RowError if the model reads text alone: called for rows with media."""
@@ -135,14 +147,14 @@ class MediaProcessor:
         return math.ceil(num_samples * self._feature_extractor.sampling_rate / rate)
 
     def _num_frames(self, num_samples: int, reference: Reference) -> int:
-        num_frames = num_samples // self._feature_extractor.hop_length
-        if num_frames < 1:
+        extractor = self._feature_extractor
+        least = extractor.n_fft // 2 + 1  # the first frame is centred on the first sample
+        if num_samples < least:
             raise RowError(
-                f"{reference.name}: zero-length, {num_samples} samples at "
-                f"{self._feature_extractor.sampling_rate} Hz where a frame takes "
-                f"{self._feature_extractor.hop_length}"
+                f"{reference.name}: too short, {num_samples} samples at {extractor.sampling_rate} "
+                f"Hz where the first frame takes {least}"
             )
-        return num_frames
+        return num_samples // extractor.hop_length
 
     def _decode_audio(self, reference: Reference) -> tuple[np.ndarray, int]:
         """(samples of all channels averaged, their rate in Hz)."""
@@ -288,13 +300,14 @@ class MediaProcessor:
 
 
 def _header(reference: Reference) -> Any:
-    """soundfile's, None for a format that libsndfile does not know."""
+    """soundfile's, None for what libsndfile does not know: a format, or the length of a stream."""
     import soundfile
 
     try:
-        return soundfile.info(_file(reference))
-    except soundfile.LibsndfileError:
+        info = soundfile.info(_file(reference))
+    except (soundfile.LibsndfileError, TypeError):  # by the name `.raw` it expects bare samples
         return None
+    return None if info.frames == _UNKNOWN_LENGTH else info
 
 
 def _read_sound(reference: Reference) -> tuple[np.ndarray, int]:
@@ -305,8 +318,14 @@ def _read_sound(reference: Reference) -> tuple[np.ndarray, int]:
     import soundfile
 
     if reference.is_track:
-        with _opened(reference) as file:
-            return read_sound(file)
+        try:
+            with _opened(reference) as file:
+                return read_sound(file)
+        except ValueError as error:
+            raise RowError(
+                f"{reference.name}: this video's sound cannot be read ({first_line(error)}), and "
+                "`use_audio_in_video` takes it, unless `audios` gives one for each video"
+            ) from error
     if _header(reference) is not None:
         return soundfile.read(_file(reference), dtype="float32", always_2d=True)
     try:

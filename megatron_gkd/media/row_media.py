@@ -24,6 +24,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 # not, or exists.
 _MIN_BASE64 = 92
 _MAX_NAME = 255  # bytes of a file's name on all usual file systems
+_MAX_RATE = 2**31 - 1  # what a header holds
 
 _IMAGE_SIZE = (
     "the size of images is set for all of them in the folder of --model, preprocessor_config.json "
@@ -41,7 +42,8 @@ _FRAME_RATE = (
 _PART_OF_A_FILE = "media are read whole: cut the file (ffmpeg -ss START -to END -i FILE NEW_FILE)"
 _SIZES = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 _FRAMES = ("fps", "nframes", "num_frames", "min_frames", "max_frames", "sample_fps")
-_PARTS = tuple(f"{name}{end}" for name in ("", "video_", "audio_") for end in ("start", "end"))
+_PARTS = ("start", "end", "start_time", "end_time", "offset")
+_OF_KIND = re.compile("(image|audio|video)_")  # `video_start`, `video_max_pixels`
 
 
 def refuse_settings(names: Iterable[str], kind: str, where: str) -> None:
@@ -49,12 +51,12 @@ def refuse_settings(names: Iterable[str], kind: str, where: str) -> None:
     tools (Qwen's utilities) that would change what the model perceives, and say where it is set.
     """
     for name in names:
-        reason = None
-        if name in _SIZES:
+        plain, reason = _OF_KIND.sub("", name, count=1), None
+        if plain in _SIZES:
             reason = _FRAME_SIZE if kind == "video" else _IMAGE_SIZE
-        elif name in _FRAMES:
+        elif plain in _FRAMES:
             reason = _FRAME_RATE
-        elif name in _PARTS:
+        elif plain in _PARTS:
             reason = _PART_OF_A_FILE
         if reason:
             raise RowError(f"{where} has `{name}`: {reason}")
@@ -94,16 +96,17 @@ def read_reference(value: Any, kind: str, folder: str, where: str) -> Reference:
 
 
 def _of_text(value: str, kind: str, folder: str, where: str) -> Reference:
-    if value[:5].lower() == "data:":
-        return Reference(kind, None, _of_data_uri(value, where))
-    scheme = _SCHEME.match(value)
-    if scheme and scheme[1].lower() != "file":
+    uri = value.lstrip()
+    if uri[:5].lower() == "data:":
+        return Reference(kind, None, _of_data_uri(uri, where))
+    is_file = uri[:6].lower() == "file:/"
+    if not is_file and _SCHEME.match(uri):
         raise RowError(
             f"{where} is {short_repr(value)}: media are files here, nothing is fetched; "
             "download it first"
         )
-    if scheme:
-        value = value[len("file://") :].removeprefix("localhost")
+    if is_file:
+        value = uri[len("file:") :].removeprefix("//").removeprefix("localhost")
         decoded = unquote(value)
         if decoded != value and not os.path.exists(os.path.join(folder, value)):
             value = decoded
@@ -125,8 +128,8 @@ def _bytes(value: Any, where: str) -> bytes:
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     if isinstance(value, str):
-        if value[:5].lower() == "data:":
-            return _of_data_uri(value, where)
+        if value.lstrip()[:5].lower() == "data:":
+            return _of_data_uri(value.lstrip(), where)
         if _SCHEME.match(value):
             raise RowError(
                 f"{where} is {short_repr(value)}: nothing is fetched; download it, and give its "
@@ -168,20 +171,33 @@ def _of_base64(text: str, where: str) -> bytes:
 def _wav_bytes(value: dict, where: str) -> bytes:
     import soundfile
 
-    rate = value.get("sampling_rate")
+    rate: Any = value.get("sampling_rate")
     try:
-        samples = np.asarray(value["array"], dtype=np.float32)
+        given = np.asarray(value["array"])
+        samples = given.astype(np.float32)
     except (TypeError, ValueError) as error:
         raise RowError(f"{where}.array is not an array of numbers: {str(error)[:100]}") from None
+    if given.dtype.kind in "iu" and np.abs(samples).max(initial=0) > 1:
+        raise RowError(
+            f"{where}.array holds whole numbers to {np.abs(samples).max():.0f}: samples lie "
+            "between -1 and 1; divide them (16-bit ones by 32768)"
+        )
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
         samples = samples.T  # torch's decoders give [channels, samples]
-    if not isinstance(rate, int) or rate < 1 or samples.ndim not in (1, 2):
+    is_whole = type(rate) in (int, float) and rate == rate // 1
+    if not is_whole or not 0 < rate <= _MAX_RATE or samples.ndim not in (1, 2):
         raise RowError(
-            f"{where} must have an array of samples and a sampling_rate in Hz, "
-            f"got a rate of {short_repr(rate)}"
+            f"{where} must have an array of samples, or of samples of each channel, and a "
+            f"sampling_rate in Hz, got the shape {list(samples.shape)} and {short_repr(rate)}"
         )
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    try:
+        soundfile.write(file, samples, int(rate), format="WAV", subtype="FLOAT")
+    except soundfile.LibsndfileError:
+        raise RowError(
+            f"{where}.array has the shape {list(samples.shape)}: [samples, channels] of sound "
+            "have up to 1024 channels"
+        ) from None
     return file.getvalue()
 
 
@@ -195,7 +211,8 @@ def _png_bytes(value: list, where: str) -> bytes:
         image = Image.fromarray(pixels.astype(np.uint8))
     except (TypeError, ValueError) as error:
         raise RowError(
-            f"{where} is not the pixels [height][width][3] of an image: {str(error)[:100]}"
+            f"{where} is a list and not the pixels [height][width][3] of an image: "
+            f"{str(error)[:100]}"
         ) from None
     file = io.BytesIO()
     image.save(file, "PNG")
