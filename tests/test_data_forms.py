@@ -73,6 +73,14 @@ TOOL = {"name": "aqi", "description": "of a city", "parameters": {"type": "objec
             {"prompt": '[{"a": 1}] is what?', "completion": "[{}]"},
             [turn("user", '[{"a": 1}] is what?'), turn("assistant", "[{}]")],
         ),
+        *(  # responses that are lists of other objects
+            ({"prompt": "hi", "completion": text}, [USER, turn("assistant", text)])
+            for text in ('[{"from": "Bonn", "to": "Ulm"}]', '[{"value": 3}]', '[{"content": "x"}]')
+        ),
+        (
+            {"prompt": json.dumps([dict(content="hi", role="user")]), "completion": "ho"},
+            [USER, ANSWER],
+        ),
         ({"prompt": "hi", "response": "ho"}, [USER, ANSWER]),
         # a response in the name of another form's
         ({"prompt": "hi", "output": "ho"}, [USER, ANSWER]),

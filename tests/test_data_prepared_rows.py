@@ -1,5 +1,6 @@
 """Prepared rows are reused where nothing has changed, and never where anything has."""
 
+import errno
 import json
 import os
 import shutil
@@ -262,7 +263,7 @@ def test_the_folder_is_bounded(tmp_path, folder):
     assert "are more than --prepared_rows_gib 9.53674e-07" in said[2][0]
 
 
-def test_what_cannot_be_kept_or_reused(tmp_path, folder):
+def test_what_cannot_be_kept_or_reused(tmp_path, folder, monkeypatch):
     """A line says why, and the rows are prepared."""
     path = write_jsonl(tmp_path / "rows.jsonl", MIXED)
     expected = load(settings(path), folder)[0]
@@ -285,6 +286,19 @@ def test_what_cannot_be_kept_or_reused(tmp_path, folder):
         found, reused, said = load(data, folder)
         assert found == expected and not reused and "is not reused" in said[0]
         assert load(data, folder)[1]
+    part.unlink()
+    found, reused, said = load(data, folder)
+    assert found == expected and not reused and "No such file" in said[0]
+    assert load(data, folder)[1]
+    with monkeypatch.context() as patch:
+
+        def copy(source, target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("megatron_gkd.data.prepared_rows._link_or_copy", copy)
+        found, reused, said = load(data, folder)
+        assert found == expected and not reused and "No space left" in said[0]
+    assert load(data, folder)[1]  # what is whole is not thrown away for it
     assert os.listdir(tmp_path / "kept") == [part.parent.name]
     data = settings(path, prepared_rows=str(tmp_path / "kept"), check_data=True)
     assert load(data, folder)[1:] == (False, [])

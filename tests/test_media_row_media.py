@@ -112,7 +112,7 @@ def test_paths(tmp_path):
         {"type": None, "image_url": {"url": "a.png"}},
         {"image": "file:///data/a.png"},
         {"type": "image", "image": "a.png", "text": "", "path": "", "data": []},
-        {"type": "image", "image": "a.png", "index": 0},
+        {"type": "image", "image": "a.png", "index": 7},  # a number of its own: it has its medium
     ],
 )
 def test_parts_in_other_spellings(part):

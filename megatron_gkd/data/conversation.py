@@ -102,10 +102,10 @@ def check_content(value: Any, where: str, inline: InlineMedia | None) -> Any:
             raise RowError(f"{place} is of type {kind}: no media stand in assistant turns")
         else:
             number = len(inline.values[kind])
-            if part.get("index") not in (None, number):
+            if value is None and part.get("index") not in (None, number):
                 raise RowError(
                     f"{place} has index {short_repr(part['index'])} and is {kind} {number} of the "
-                    f"view: media stand in the order of their placeholders"
+                    "view: media stand in the order of their placeholders"
                 )
             inline.values[kind].append(value)
             parts.append({"type": kind})

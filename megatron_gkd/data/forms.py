@@ -235,6 +235,7 @@ PREFERENCES = ("chosen", "rejected_response")
 """The columns of pairs for preference training"""
 _TOKENISED_REFUSES = ("history", "system", "system_prompt", "tools", "loss_scale")
 _TURNS = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_ROLE = re.compile(rf"""["'](role|from)["']\s*:\s*["']({"|".join(_ROLES)})["']""", re.IGNORECASE)
 RESPONSES = ("output", "response", "completion")
 """The columns of a response, in any form"""
 
@@ -270,7 +271,7 @@ def _alpaca(row: dict[str, Any]) -> list[Turn]:
     if isinstance(context, str) and context.strip() and "input" not in row:
         raise RowError(
             "column `context` would be left out: if it is the input, "
-            """--columns '{"context": "input"}'"""
+            """--columns '{"context": "input"}', else any other name"""
         )
     user = Turn("user", prompt, "instruction", "instruction")
     return [*_history(row), user, *_response(row, _response_column(row, "output"))]
@@ -294,8 +295,12 @@ def _prompt(row: dict[str, Any]) -> list[Turn]:
 
 
 def _are_turns(value: Any) -> bool:
-    """Of a value that may be a text: whether it is a list, or the text of one of turns."""
-    return isinstance(value, list) or (isinstance(value, str) and bool(_TURNS.match(value)))
+    """Of a value that may be a text: whether it is a list, or the text of one of turns: a response
+    may be a list of other objects (`[{"from": "Paris", "to": "Rome"}]`).
+    """
+    if isinstance(value, str):
+        return _TURNS.match(value) is not None and _ROLE.search(value) is not None
+    return isinstance(value, list)
 
 
 def _history(row: dict[str, Any]) -> list[Turn]:

@@ -6,6 +6,7 @@ its files to where it would have written them, so that it may be deleted at any 
 machines and runs need no lock: what two of them prepare at once is the same, and the first is kept.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -249,11 +250,12 @@ class PreparedRows:
                     f"({_gib(manifest['sizes'])})"
                 )
                 return files
-        except FileNotFoundError:
-            pass
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self.notes.append(f"{entry}: {kept} is not reused: {error}")
-            shutil.rmtree(kept, ignore_errors=True)  # else `_keep` would take it for whole
+            if files or not isinstance(error, FileNotFoundError):  # else there are none
+                self.notes.append(f"{entry}: {kept} is not reused: {error}")
+                # `_keep` would take it for whole; a full disk or the like says nothing about it
+                if getattr(error, "errno", None) in (None, errno.ENOENT):
+                    shutil.rmtree(kept, ignore_errors=True)
         for file in files:
             with suppress(OSError):
                 os.unlink(file)
