@@ -136,6 +136,10 @@ def test_a_template_file(tmp_path, demo_folder):
         tmp_path, demo_folder, {"messages": [USER, ANSWER]}, chat_template=str(as_folders_keep_it)
     )
     assert again[0] == row
+    for held in ({"template": "x"}, {"chat_template": ["x"]}, []):
+        as_folders_keep_it.write_text(json.dumps(held))
+        with pytest.raises(DataError, match="chat_template.json: holds no text `chat_template`"):
+            load_chat_tokenizer(demo_folder, str(as_folders_keep_it))
     # a response ends with what the template closes it with, and with the folder's own
     file.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
     ids = load_chat_tokenizer(demo_folder).tokenizer.convert_tokens_to_ids

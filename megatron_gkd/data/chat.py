@@ -148,12 +148,15 @@ def load_chat_tokenizer(folder: str, template_file: str | None = None) -> ChatTo
         return None
     if template_file is not None:
         try:
-            text = Path(template_file).read_text(encoding="utf-8")
+            template: Any = Path(template_file).read_text(encoding="utf-8")
             if template_file.endswith(".json"):  # as multimodal folders keep it
-                text = json.loads(text)["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                held = json.loads(template)
+                template = held.get("chat_template") if isinstance(held, dict) else None
+                if not isinstance(template, str):
+                    raise ValueError("holds no text `chat_template`")
+        except (OSError, ValueError) as error:
             raise DataError(f"--chat_template {template_file}: {error}") from None
-        tokenizer.chat_template = text
+        tokenizer.chat_template = template
         return ChatTokenizer(tokenizer, template_file)
     if not tokenizer.chat_template:
         raise DataError(
