@@ -86,6 +86,16 @@ def bad_media(folder, media):
             "is a placeholder of image without its start token",
         ),
         (says("?", "<|image_pad|>"), "the response holds token "),
+        (
+            {
+                "messages": [
+                    *says("?", "<|vision_start|><|image_pad|><|vision_end|>")["messages"],
+                    *says("and?")["messages"],
+                ],
+                "images": wide,
+            },
+            "the response holds token ",
+        ),
         (says("<image>?", "it is <|image_pad|>", images=wide), "the response holds token "),
         (hears("none.wav"), "none.wav: there is no such file"),
         (hears("empty.wav"), "empty.wav: the file is empty"),

@@ -134,7 +134,7 @@ def _encode(
             )
 
     if row.messages is not None:  # ids are taken as they are given
-        for token in processor.placeholder_ids.intersection(input_ids[start:]):
+        for token in processor.placeholder_ids.intersection(labels):
             raise RowError(
                 f"the response holds token {token}, a placeholder of media: they stand before it"
             )
