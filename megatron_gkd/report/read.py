@@ -227,11 +227,11 @@ def loss_notes(record: RunRecord) -> list[str]:
     """
     without = [line for line in record.metrics if number(line.get("loss", 0)) is None]
     # a step that was skipped for its rollout has no batch, and no length
-    empty = [
-        line["step"]
+    is_empty = [
+        line.get("num_tokens") == 0 and bool(number(line.get("response_length")))
         for line in without
-        if line.get("num_tokens") == 0 and number(line.get("response_length"))
     ]
-    bad = [line["step"] for line in without if line["step"] not in empty]
+    empty = [line["step"] for line, is_one in zip(without, is_empty) if is_one]
+    bad = [line["step"] for line, is_one in zip(without, is_empty) if not is_one]
     found = (("no token carried a loss at", empty), ("the loss was not finite at", bad))
     return [f"{words} {_listed(steps, 'step')}" for words, steps in found if steps]
