@@ -38,5 +38,5 @@ flags=(
     --output_dir "$OUTPUT" --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true
 )
 
-"$python" -m megatron_gkd.config --check_layout 1 "${flags[@]}" "$@"
+"$python" -m megatron_gkd.plan --check --gpus 1 "${flags[@]}" "$@"
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m megatron_gkd.train "${flags[@]}" "$@"

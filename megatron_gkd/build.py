@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_gkd.adapters import add_lora, add_teacher, count_lora, open_teacher, resolve
-from megatron_gkd.config import Config, workload
+from megatron_gkd.config import Config
 from megatron_gkd.data import SampleDataset
 from megatron_gkd.data.batch import Packing
 from megatron_gkd.data.micro_batches import Budget
@@ -19,7 +19,6 @@ from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.loss.divergence import KINDS
 from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
-from megatron_gkd.memory import check_memory
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder, core_attention
@@ -27,6 +26,8 @@ from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
 from megatron_gkd.parallel import Parallel, log_rank_0
+from megatron_gkd.plan.memory import check_memory
+from megatron_gkd.plan.workload import workload
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
 from megatron_gkd.rollout.rollout import Rollout, make_rollout

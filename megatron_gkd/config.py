@@ -1,13 +1,10 @@
 """Every setting of a run, once: a few small dataclasses, one owner per field.
 
 flags.py turns them into flags, and each class checks its own values when it is built; some
-have files of their own. `python -m megatron_gkd.config
---check_layout RANKS FLAGS` prints the layout of a run, or why there is none. Refused is what cannot
-work; the guide's ranges are recommendations. Imports nothing slow, so that a misspelt flag is
-answered at once.
+have files of their own. Refused is what cannot work; the guide's ranges are recommendations.
+Imports nothing slow, so that a misspelt flag is answered at once.
 """
 
-import argparse
 import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -31,8 +28,7 @@ from megatron_gkd.flags import (
 from megatron_gkd.layout import ParallelConfig, describe_layout
 from megatron_gkd.lora_settings import LoraConfig
 from megatron_gkd.lora_targets import parse_layers, resolve_targets
-from megatron_gkd.memory import Workload, estimate
-from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.recipe import recipe_names, with_recipe
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.swift_flags import SWIFT_FLAGS, answer
@@ -326,64 +322,3 @@ def flag_targets(lora: LoraConfig, model_args: ModelArgs) -> list[str]:
     """
     layers = parse_layers(lora.lora_layers, model_args.num_layers) if lora.lora_layers else None
     return resolve_targets(lora.lora_target_modules or ["ALL"], model_args, layers)
-
-
-def workload(
-    config: Config,
-    model_args: ModelArgs,
-    *,
-    micro_batch_tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    writes: bool | None = None,
-    tower_bytes: int = 0,
-) -> Workload:
-    """What of these settings takes memory. micro_batch_tokens, prompt_tokens, writes: of the data,
-    where they are known: the most of a micro-batch, and of a prompt; whether any response is
-    written.
-    """
-    train, distill = config.train, config.distill
-    if writes is None:
-        writes = distill.writes_responses or bool(config.run.log_rollouts)
-    has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
-    teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
-    return Workload(
-        number_bytes=4 if config.model.torch_dtype == "float32" else 2,
-        lora_rank=config.lora.lora_rank or 8,
-        targets=flag_targets(config.lora, model_args),
-        has_teacher_adapter=has_teacher_adapter,
-        recompute=config.model.recompute != "none",
-        micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
-        batch_size=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
-        prompt_tokens=prompt_tokens or config.data.max_length,
-        completion_tokens=config.rollout.max_completion_length if writes else 0,
-        num_generations=config.rollout.num_generations,
-        prefill_tokens=config.rollout.rollout_prefill_tokens,
-        num_laid_out=1 + (has_teacher_adapter and teacher_writes),
-        tower_bytes=tower_bytes,
-    )
-
-
-def main() -> None:
-    """`python -m megatron_gkd.config --check_layout RANKS FLAGS`: the layout and the memory that a
-    rank needs, or exit status 2 and the reason.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_gkd.config",
-        allow_abbrev=False,
-        epilog="The other flags are those of megatron_gkd.train, whose --help lists them.",
-    )
-    parser.add_argument("--check_layout", type=int, required=True, metavar="RANKS")
-    own, flags = parser.parse_known_args()
-    config = parse_config_or_exit(flags)
-    try:
-        model_args = read_model_args(config.model.model)
-        print(layout_line(config, own.check_layout, model_args))
-        needed = estimate(model_args, config.parallel, workload(config, model_args))
-        print(f"Memory: at most about {needed.describe()}; towers not counted", flush=True)
-    except (ValueError, OSError) as error:
-        exit_with(error)
-
-
-if __name__ == "__main__":
-    main()

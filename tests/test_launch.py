@@ -41,7 +41,8 @@ def test_scripts_parse_and_call_what_exists(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     modules = re.findall(r"-m ((?:megatron_gkd|checkpoint_tools|demo|benchmarks)\.[\w.]+)", text)
-    called = [f"{module.replace('.', '/')}.py" for module in modules]
+    paths = [module.replace(".", "/") for module in modules]
+    called = [f"{p}/__main__.py" if (REPOSITORY / p).is_dir() else f"{p}.py" for p in paths]
     called += re.findall(r"(?<![\w./])(?:launch|demo|tests)/[\w/]+\.(?:sh|py)", text)
     assert [path for path in called if not (REPOSITORY / path).is_file()] == []
 

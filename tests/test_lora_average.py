@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd.config import parse_config, workload
+from megatron_gkd.config import parse_config
 from megatron_gkd.data import load_datasets
 from megatron_gkd.lora.grouped import LoraGrouped
 from megatron_gkd.lora.slots import STUDENT, TEACHER, lora_modules
-from megatron_gkd.memory import estimate
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.plan.memory import estimate
+from megatron_gkd.plan.workload import workload
 from megatron_gkd.zero_signal import check_trainable
 from tests.adapters import ALL, load_peft, load_thinker, random_adapter, write_adapter
 from tests.ranks import run_ranks

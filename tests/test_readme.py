@@ -38,7 +38,7 @@ FOREIGN_FLAGS = {
     "hf_model",
     "checkpoint",
     "output",
-    "check_layout",  # of megatron_gkd.config
+    "gpus",  # of megatron_gkd.plan
     "weight",
     "export",
     "merged",

@@ -104,7 +104,11 @@ def imports(*command) -> tuple[subprocess.CompletedProcess, set[str]]:
         (["megatron_gkd.train", "--help"], 0, "--tensor_model_parallel_size"),
         (["megatron_gkd.train", "--modl", "m"], 2, "--modl is not a setting; the nearest is"),
         (["megatron_gkd.train", "--model", "m"], 2, "required: --dataset"),
-        (["megatron_gkd.config", "--check_layout", "4"], 0, "Layout: 4 ranks = TP 1 x PP 1 x DP 4"),
+        (
+            ["megatron_gkd.plan", "--check", "--gpus", "4"],
+            0,
+            "Layout: 4 ranks = TP 1 x PP 1 x DP 4",
+        ),
         (["checkpoint_tools.hf_to_megatron", "--help"], 0, "--expert_model_parallel_size"),
         (["checkpoint_tools.megatron_to_hf", "--output", "d"], 2, "required: --checkpoint"),
         (["checkpoint_tools.merge_lora", "--outptu", "d"], 2, "the nearest is --output"),
@@ -120,7 +124,7 @@ def imports(*command) -> tuple[subprocess.CompletedProcess, set[str]]:
     ids=lambda value: " ".join(value).partition(".")[2] if isinstance(value, list) else "",
 )
 def test_an_answer_before_the_slow_imports(tiny_folder, command, status, says):
-    if "--check_layout" in command:
+    if "--gpus" in command:
         command = [*command, "--model", tiny_folder(**SMALLEST), "--dataset", "d"]
     done, packages = imports(*command)
     assert done.returncode == status and says in done.stdout + done.stderr

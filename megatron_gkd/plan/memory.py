@@ -1,5 +1,5 @@
 """The memory that a rank of a run needs, from the model's sizes, the layout and the flags: compared
-with the GPU's before weights are read, and printed by `--check_layout`. Imports nothing slow.
+with the GPU's before weights are read. Imports nothing slow.
 
 Bytes of the rank that needs most. L layers of a stage, T positions of the largest micro-batch, H
 hidden size, K experts a token, I their width, b bytes of a number of the base model, TP, EP, CP the
@@ -23,46 +23,22 @@ flight:
 A few percent are uncertain: what is refused needs more than there is by this count.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import targets_in
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.plan.parameters import (
+    attention_rows,
+    base_parameters,
+    expert_column_parameters,
+    laid_out_parameters,
+    lora_parameters,
+)
+from megatron_gkd.plan.workload import Workload
 
 GIB = 2**30
 LOSS_BYTES = 2**30  # of the loss's buffers on a GPU: CHUNK_BYTES of loss/linear.py
 LEAST_TOKENS = 512  # of a micro-batch that is proposed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What of a run's settings takes memory."""
-
-    number_bytes: int
-    """Of a number of the base model and of activations"""
-    lora_rank: int
-    targets: Sequence[str]
-    has_teacher_adapter: bool = False
-    recompute: bool
-    """Whether every layer may be run again"""
-    micro_batch_tokens: int
-    batch_size: int
-    accumulation: int
-    prompt_tokens: int
-    """Of the longest prompt"""
-    completion_tokens: int
-    """0: no step writes its responses"""
-    num_generations: int = 1
-    prefill_tokens: int = 0
-    num_laid_out: int = 1
-    """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
-    tower_bytes: int = 0
-
-    @property
-    def rows(self) -> int:
-        """That a rollout of a data-parallel rank writes."""
-        return self.batch_size * self.accumulation * self.num_generations
 
 
 @dataclass(frozen=True)
@@ -90,81 +66,6 @@ class Estimate:
         if self.rollout:
             phases.append(f"in rollouts {parts(self.rollout)}")
         return f"{self.total / GIB:.1f} GiB a rank: {parts(self.always)}; {'; '.join(phases)}"
-
-
-def attention_rows(args: ModelArgs, tp: int) -> tuple[int, int]:
-    """(query, key or value) rows of a rank, which has at least one whole key/value head."""
-    groups = max(args.num_key_value_heads / tp, 1)
-    return args.num_attention_heads // tp * args.head_dim, round(groups) * args.head_dim
-
-
-def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:
-    """Of a rank of the first or last stage, the fuller one."""
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    hidden = args.hidden_size
-    queries, keys = attention_rows(args, tp)
-    attention = hidden * (2 * queries + 2 * keys) + 2 * hidden + 2 * args.head_dim
-    experts = args.num_experts // layout.expert_model_parallel_size
-    layer = attention + args.num_experts * hidden
-    layer += experts * 3 * hidden * args.moe_intermediate_size
-    vocabulary = args.padded_vocab_size(tp) // tp * hidden
-    return args.num_layers // pp * layer + vocabulary * (2 if pp == 1 else 1)
-
-
-def of_fullest_stage(
-    args: ModelArgs, layout: ParallelConfig, load: Workload, of_layer: Callable[[list[str]], int]
-) -> int:
-    """The sum of `of_layer(names of its linears with LoRA)` over a stage's layers, the most of any
-    stage.
-    """
-    sizes = [of_layer(targets_in(load.targets, layer)) for layer in range(args.num_layers)]
-    length = args.num_layers // layout.pipeline_model_parallel_size
-    return max(sum(sizes[first : first + length]) for first in range(0, len(sizes), length))
-
-
-def lora_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of the rank with most; the lm_head's counted there too."""
-    tp = layout.tensor_model_parallel_size
-    hidden, inter = args.hidden_size, args.moe_intermediate_size
-    queries, keys = attention_rows(args, tp)
-    experts = args.num_experts // layout.expert_model_parallel_size
-    sizes = dict.fromkeys(("k_proj", "v_proj"), hidden + keys)
-    sizes |= dict.fromkeys(("q_proj", "o_proj"), hidden + queries)
-    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), experts * (hidden + inter))
-    of_layer = lambda names: load.lora_rank * sum(sizes[name] for name in names)
-    head = load.lora_rank * (hidden + args.padded_vocab_size(tp) // tp)
-    layers = of_fullest_stage(args, layout, load, of_layer)
-    return layers + (head if "lm_head" in load.targets else 0)
-
-
-def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of the experts' LoRA as training multiplies with it: W_up in columns behind the base's
-    weight, W_down beside it, ranks padded to multiples of 8.
-    """
-    return expert_parameters(args, layout, load, lambda rank: -(-rank // 8) * 8)
-
-
-def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of the experts' LoRA as decoding reads it: its ranks padded to powers of two, 16 or more."""
-    padded = lambda rank: max(16, 1 << (rank - 1).bit_length()) if rank else 0
-    return expert_parameters(args, layout, load, padded)
-
-
-def expert_parameters(
-    args: ModelArgs, layout: ParallelConfig, load: Workload, padded: Callable[[int], int]
-) -> int:
-    """Of the experts' LoRA on the rank with most, W_up and W_down of `padded(rank)` columns; gate
-    and up have theirs together.
-    """
-    hidden, inter = args.hidden_size, args.moe_intermediate_size
-
-    def of_layer(names: list[str]) -> int:
-        rank_of = lambda *of: padded(load.lora_rank * sum(name in names for name in of))
-        of_gate_up = rank_of("gate_proj", "up_proj") * (hidden + 2 * inter)
-        return of_gate_up + rank_of("down_proj") * (inter + hidden)
-
-    experts = args.num_experts // layout.expert_model_parallel_size
-    return experts * of_fullest_stage(args, layout, load, of_layer)
 
 
 def kept_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:

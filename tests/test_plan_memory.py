@@ -8,26 +8,28 @@ import pytest
 import torch
 
 from benchmarks.real_decoder import REAL_SHAPE
-from megatron_gkd.config import parse_config, workload
+from megatron_gkd.config import parse_config
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora.grouped import LoraGrouped
 from megatron_gkd.lora.slots import lora_modules
 from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.loss.linear import CHUNK_BYTES
-from megatron_gkd.memory import (
+from megatron_gkd.model.args import read_model_args
+from megatron_gkd.plan.memory import (
     GIB,
     LOSS_BYTES,
-    Workload,
-    base_parameters,
     check_memory,
     estimate,
-    expert_column_parameters,
     kept_bytes,
-    laid_out_parameters,
-    lora_parameters,
     training_parts,
 )
-from megatron_gkd.model.args import read_model_args
+from megatron_gkd.plan.parameters import (
+    base_parameters,
+    expert_column_parameters,
+    laid_out_parameters,
+    lora_parameters,
+)
+from megatron_gkd.plan.workload import Workload, workload
 from tests.ranks import run_ranks
 from tests.test_forward import micro_batches, pass_through
 from tests.train_runs import SMALL, arguments, build_parts, layout_flags, make_rows, write_rows

@@ -1,0 +1,75 @@
+"""What of a run's settings takes memory and time: all that the planner knows of a run beside the
+model's sizes and the layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_gkd.config import Config, flag_targets
+from megatron_gkd.model.args import ModelArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What of a run's settings takes memory and time."""
+
+    number_bytes: int
+    """Of a number of the base model and of activations"""
+    lora_rank: int
+    targets: Sequence[str]
+    has_teacher_adapter: bool = False
+    recompute: bool
+    """Whether every layer may be run again"""
+    micro_batch_tokens: int
+    batch_size: int
+    accumulation: int
+    prompt_tokens: int
+    """Of the longest prompt"""
+    completion_tokens: int
+    """0: no step writes its responses"""
+    num_generations: int = 1
+    prefill_tokens: int = 0
+    num_laid_out: int = 1
+    """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
+    tower_bytes: int = 0
+
+    @property
+    def rows(self) -> int:
+        """That a rollout of a data-parallel rank writes."""
+        return self.batch_size * self.accumulation * self.num_generations
+
+
+def workload(
+    config: Config,
+    model_args: ModelArgs,
+    *,
+    micro_batch_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    writes: bool | None = None,
+    tower_bytes: int = 0,
+) -> Workload:
+    """What of these settings takes memory. micro_batch_tokens, prompt_tokens, writes: of the data,
+    where they are known: the most of a micro-batch, and of a prompt; whether any response is
+    written.
+    """
+    train, distill = config.train, config.distill
+    if writes is None:
+        writes = distill.writes_responses or bool(config.run.log_rollouts)
+    has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
+    teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
+    return Workload(
+        number_bytes=4 if config.model.torch_dtype == "float32" else 2,
+        lora_rank=config.lora.lora_rank or 8,
+        targets=flag_targets(config.lora, model_args),
+        has_teacher_adapter=has_teacher_adapter,
+        recompute=config.model.recompute != "none",
+        micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        prompt_tokens=prompt_tokens or config.data.max_length,
+        completion_tokens=config.rollout.max_completion_length if writes else 0,
+        num_generations=config.rollout.num_generations,
+        prefill_tokens=config.rollout.rollout_prefill_tokens,
+        num_laid_out=1 + (has_teacher_adapter and teacher_writes),
+        tower_bytes=tower_bytes,
+    )
