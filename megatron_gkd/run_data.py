@@ -10,7 +10,7 @@ from megatron_gkd.config import Config, flag_targets, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.model.args import ModelArgs, read_model_args
-from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.parallel import Parallel, log_rank_0, world_max
 from megatron_gkd.run_folder import check_writable
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
@@ -41,15 +41,16 @@ def read_data(
 def load_data(
     config: Config, model_args: ModelArgs, parallel: Parallel
 ) -> tuple[SampleDataset, SampleDataset | None]:
-    """(train, evaluation or None). Raises DataError for bad rows. Collectives: two exchanges of
-    folder names.
+    """(train, evaluation or None). Raises DataError for bad rows. Collectives: two maxima of a
+    number over the world.
     """
     train_data, eval_data = load_datasets(
         config.data,
         config.model.model,
         model_args.vocab_size,
         config.train.seed,
-        all_gather_objects,
+        parallel.rank,
+        partial(world_max, device=parallel.device),
         writes_responses=config.distill.writes_responses,
         log=partial(log_rank_0, parallel),
     )

@@ -3,20 +3,21 @@ it.
 """
 
 import errno
-import json
 import os
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
-from megatron_gkd.data import DataError, dataset, load_datasets
+from megatron_gkd.data import DataError, dataset, load_datasets, shared_folder
 from megatron_gkd.data.shared_folder import made_once
-from megatron_gkd.parallel import all_gather_objects
+from megatron_gkd.parallel import world_max
 from tests import ranks
 from tests.test_data_dataset import firsts, ids_row, load, settings, write_jsonl
 
@@ -28,20 +29,21 @@ def temporary():
         yield Path(folder)
 
 
+MAX = partial(world_max, device=torch.device("cpu"))
+
+
 def _load_on_machines(rank, world_size, data, model, temporary, ranks_of_a_machine):
-    """A rank's rows, who opened the files, and what is left in its folder of temporary files."""
-    machine = temporary / f"machine-{rank // ranks_of_a_machine}"
-    machine.mkdir(exist_ok=True)
-    tempfile.tempdir = str(machine)
-    is_folder, opened, open_source = os.path.isdir, [], dataset.open_source
-    os.path.isdir = lambda path: (
-        is_folder(path) and ("machine-" not in str(path) or str(machine) in str(path))
-    )
+    """A rank's rows, who opened the files, and what is left in its folder of temporary files. All
+    machines have one file system there, on which locks between them do not work.
+    """
+    tempfile.tempdir = str(temporary)
+    shared_folder._machine = lambda: f"machine {rank // ranks_of_a_machine}"
+    opened, open_source = [], dataset.open_source
     dataset.open_source = lambda entry, *more: opened.append(entry) or open_source(entry, *more)
-    train, evaluation = load_datasets(data, model, 400, 0, all_gather_objects)
-    all_gather_objects(None)
+    train, evaluation = load_datasets(data, model, 400, 0, rank, MAX)
+    MAX(0)
     found = [train[index] for index in range(len(train))]
-    return found, firsts(evaluation), train.report, opened, os.listdir(machine)
+    return found, firsts(evaluation), train.report, opened, os.listdir(temporary)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -66,7 +68,7 @@ def test_one_rank_of_a_machine_prepares(tmp_path, temporary, ranks_of_a_machine,
 def _load_or_error(rank, world_size, data, model, temporary):
     tempfile.tempdir = str(temporary)
     try:
-        load_datasets(data, model, 400, 0, all_gather_objects)
+        load_datasets(data, model, 400, 0, rank, MAX)
     except DataError as error:
         return str(error)
 
@@ -121,21 +123,30 @@ def test_what_was_made_may_be_anything():
     )
 
 
-def file_gather(folder, rank):
-    """A `gather` of two ranks through files: no process group that a death would break."""
-    numbers = iter(range(2))
+def file_max(folder, rank):
+    """A `world_max` of two ranks through files: no process group that a death would break."""
+    calls = iter(range(2))
 
-    def gather(value):
-        number = next(numbers)
-        partial = folder / f"{number}-{rank}.partial"
-        partial.write_text(json.dumps(value))
-        partial.rename(folder / f"{number}-{rank}")
-        paths = [folder / f"{number}-{other}" for other in range(2)]
+    def largest(number):
+        call = next(calls)
+        partial_file = folder / f"{call}-{rank}.partial"
+        partial_file.write_text(str(number))
+        partial_file.rename(folder / f"{call}-{rank}")
+        paths = [folder / f"{call}-{other}" for other in range(2)]
         while not all(path.exists() for path in paths):
             time.sleep(0.01)
-        return [json.loads(path.read_text()) for path in paths]
+        return max(int(path.read_text()) for path in paths)
 
-    return gather
+    return largest
+
+
+def _start(target, *args):
+    processes = [ranks._context.Process(target=target, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 def _prepare_while_the_maker_dies(rank, folder, how):
@@ -152,7 +163,7 @@ def _prepare_while_the_maker_dies(rank, folder, how):
         os.kill(os.getpid(), how)
 
     try:
-        made_once(make, list, file_gather(folder, rank))
+        made_once(make, list, rank, file_max(folder, rank))
     except DataError as error:
         (folder / f"heard-{rank}").write_text(str(error))
 
@@ -162,52 +173,48 @@ def _prepare_while_the_maker_dies(rank, folder, how):
     [(signal.SIGKILL, -signal.SIGKILL, 1), (signal.SIGTERM, 128 + signal.SIGTERM, 0)],
 )
 def test_a_maker_that_dies_keeps_nobody_waiting(tmp_path, how, exit_code, left):
-    processes = [
-        ranks._context.Process(target=_prepare_while_the_maker_dies, args=(rank, tmp_path, how))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
+    exit_codes = _start(_prepare_while_the_maker_dies, tmp_path, how)
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
-    assert [process.exitcode for process in processes] == [exit_code, 0]
+    assert exit_codes == [exit_code, 0]
     assert "ended before it was done" in (tmp_path / "heard-1").read_text()
     assert len(list(tmp_path.glob("megatron_gkd-*"))) == left
 
 
-def _read_where_the_maker_does_not_see(rank, folder):
-    """Rank 0 sees its own folder alone, rank 1 both and reads slowly."""
-    tempfile.tempdir = str(folder / f"of-{rank}")
-    is_folder = os.path.isdir
-    os.path.isdir = lambda path: is_folder(path) and (rank == 1 or "of-1" not in str(path))
+def _read_slowly(rank, folder):
+    """Rank 1 needs a second."""
+    (folder / "temporary").mkdir(exist_ok=True)
+    tempfile.tempdir = str(folder / "temporary")
 
     def read(made):
         time.sleep(rank)
         assert os.path.isdir(made)
         return made
 
-    made = made_once(lambda own: own, read, file_gather(folder, rank))
+    made = made_once(lambda own: own, read, rank, file_max(folder, rank))
     (folder / f"read-{rank}").write_text(made)
 
 
 def test_a_folder_stays_until_all_have_read(tmp_path):
-    """Also where its owner does not see the folders of those who read."""
-    for rank in range(2):
-        (tmp_path / f"of-{rank}").mkdir()
-    processes = [
-        ranks._context.Process(target=_read_where_the_maker_does_not_see, args=(n, tmp_path))
-        for n in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
+    assert _start(_read_slowly, tmp_path) == [0, 0]
     first, second = [(tmp_path / f"read-{rank}").read_text() for rank in range(2)]
-    assert (
-        first == second and first.startswith(str(tmp_path / "of-0")) and not os.path.exists(first)
-    )
-    assert os.listdir(tmp_path / "of-0") == os.listdir(tmp_path / "of-1") == []
+    assert first == second and not os.path.exists(first)
+    assert os.listdir(tmp_path / "temporary") == []
+
+
+def _make_in_a_container(rank, folder):
+    """Each rank has a folder of its own for temporary files."""
+    tempfile.tempdir = str(folder / f"container-{rank}")
+    made = made_once(lambda own: f"made by {rank}", str, rank, file_max(folder, rank))
+    (folder / f"read-{rank}").write_text(made)
+
+
+def test_ranks_that_share_no_folder_make_their_own(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"container-{rank}").mkdir()
+    assert _start(_make_in_a_container, tmp_path) == [0, 0]
+    for rank in range(2):
+        assert (tmp_path / f"read-{rank}").read_text() == f"made by {rank}"
+        assert os.listdir(tmp_path / f"container-{rank}") == []
 
 
 def test_a_callers_way_with_sigterm_stays():
@@ -243,7 +250,7 @@ def test_a_disk_without_locks_is_named(temporary, monkeypatch):
     monkeypatch.setattr("megatron_gkd.data.shared_folder.fcntl.lockf", none)
     with pytest.raises(
         DataError,
-        match=f"{temporary}/.*/making cannot be locked .*TMPDIR=FOLDER names a local disk",
+        match=f"{temporary}/.*/rank-00000000 cannot be locked .*TMPDIR=FOLDER names a local disk",
     ):
         made_once(list, list)
     assert os.listdir(temporary) == []

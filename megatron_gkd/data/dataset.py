@@ -125,7 +125,8 @@ def load_datasets(
     model_dir: str,
     vocab_size: int,
     seed: int,
-    gather: Callable[[Any], list] = alone,
+    rank: int = 0,
+    world_max: Callable[[int], int] = alone,
     *,
     writes_responses: bool = True,
     log: Callable[[str], None] = lambda line: None,
@@ -134,13 +135,14 @@ def load_datasets(
     function of the files and the other arguments.
 
     Evaluation is `val_dataset`, or a seeded share of `split_dataset_ratio` of the training rows (at
-    least one). gather: one value per rank -> the list of all, if several ranks call this: of those
-    that see the same folder of temporary files (TMPDIR) one does the work, and all map its result.
-    writes_responses: whether training may write responses; if not, its rows must have them. log:
-    takes a line on rows that were prepared earlier, or are kept for the next start.
+    least one). rank, world_max: if several ranks call this, the number of this one, and what gives
+    the largest of their numbers: of those of a machine with the same folder for temporary files
+    (TMPDIR) one does the work, and all map its result. writes_responses: whether training may write
+    responses; if not, its rows must have them. log: takes a line on rows that were prepared
+    earlier, or are kept for the next start.
 
     Raises DataError that lists bad rows with file, line and reason (unless `skip_bad_rows`), or
-    says what cannot be opened. Collectives: two calls of `gather`.
+    says what cannot be opened. Collectives: two calls of `world_max`.
     """
     if data.val_dataset and data.split_dataset_ratio:
         raise DataError(
@@ -172,7 +174,7 @@ def load_datasets(
     def read(made: dict[str, Any]) -> tuple[list[StoredRows], list[str]]:
         return [StoredRows.open(SCHEMA, files) for files in made["files"]], made["notes"]
 
-    parts, notes = made_once(make, read, gather)
+    parts, notes = made_once(make, read, rank, world_max)
     for note in notes:
         log(note)
     train_rows, train_bad = separate(parts[: len(data.dataset)])

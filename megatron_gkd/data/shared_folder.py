@@ -5,9 +5,11 @@ machine, not once per rank, and all ranks memory-map the same files.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import tempfile
@@ -19,57 +21,62 @@ from typing import Any, TypeVar
 from megatron_gkd.errors import DataError
 
 Result = TypeVar("Result")
-_OUTCOME, _MAKING = "outcome.json", "making"
+_OUTCOME, _LOCK = "outcome.json", "rank-"
 
 
-def alone(value: Any) -> list:
-    """The `gather` of a single process."""
-    return [value]
+def alone(number: int) -> int:
+    """The `world_max` of a single process."""
+    return number
 
 
 def made_once(
-    make: Callable[[str], Any], read: Callable[[Any], Result], gather: Callable[[Any], list] = alone
+    make: Callable[[str], Any],
+    read: Callable[[Any], Result],
+    rank: int = 0,
+    world_max: Callable[[int], int] = alone,
 ) -> Result:
     """`read(made)` on every rank. `made` is the result of `make(folder)` on one rank: the lowest of
-    this machine whose temporary folder (in TMPDIR) this rank can see. It must fit into JSON, such
-    as names of files in `folder`.
+    this machine with the same folder for temporary files (TMPDIR) as this rank; what is in a
+    container of its own makes its own. It must fit into JSON, such as names of files in `folder`.
 
-    The folder is deleted afterwards; what `read` has opened or mapped stays readable. gather: one
-    value per rank -> the list of all, in rank order. Raises the error of `make`; the ranks that
-    wait for it raise a DataError with the same text.
+    The folder is deleted afterwards; what `read` has opened or mapped stays readable. world_max: a
+    number per rank -> the largest of them. Raises the error of `make`; the ranks that wait for it
+    raise a DataError with the same text.
 
-    Collectives: two calls of `gather`, both before the work. The work may take longer than the
-    timeout of a collective, so ranks wait for its end at a file lock, which is released even if
-    the process that holds it dies.
+    Collectives: two calls of `world_max`, both before the work: ranks meet in a folder whose name
+    holds a number that they have agreed on. The work may take longer than the timeout of a
+    collective, so ranks wait for its end at a file lock, which is released even if the process that
+    holds it dies.
     """
     with _sigterm_raises():
-        own, locks, readers = tempfile.mkdtemp(prefix="megatron_gkd-"), [], []
+        folder = _meeting_place(world_max(secrets.randbits(62)))
+        own, lock, locks = f"{_LOCK}{rank:08d}", None, []
         try:
-            locks.append(_Lock(own, _MAKING))
-            folders = gather([_machine(), own])
-            maker = next(
-                folder
-                for machine, folder in folders
-                if machine == _machine() and os.path.isdir(folder)
-            )
-            locks.append(_Lock(maker, os.path.basename(own)))  # until this rank has read
-            makers = gather(maker)
-            readers = [
-                os.path.basename(folder)
-                for (_, folder), chosen in zip(folders, makers)
-                if chosen == own
-            ]
-            if readers:
-                _make(make, own)
-            locks[0].release()
-            _wait(maker, _MAKING)
-            return read(_outcome(maker))
-        finally:
-            for lock in locks:
+            lock = _Lock(folder, own)  # until this rank has made, or has read
+            world_max(0)  # now every rank has its lock
+            locks = sorted(name for name in os.listdir(folder) if name.startswith(_LOCK))
+            if own == locks[0]:
+                _make(make, folder)
                 lock.release()
-            for reader in readers:
-                _wait(own, reader)
-            shutil.rmtree(own, ignore_errors=True)
+            _wait(folder, locks[0])
+            return read(_outcome(folder))
+        finally:
+            if lock:
+                lock.release()
+            if not locks or own == locks[0]:
+                for name in locks[1:]:
+                    _wait(folder, name)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _meeting_place(run: int) -> str:
+    """A folder for temporary files that the ranks of a run find which can share it: those of other
+    machines may have the same file system there, but locks only on some.
+    """
+    name = hashlib.blake2b(f"{run} {_machine()}".encode(), digest_size=8).hexdigest()
+    folder = os.path.join(tempfile.gettempdir(), f"megatron_gkd-{name}")
+    os.makedirs(folder, 0o700, exist_ok=True)
+    return folder
 
 
 def _machine() -> str:
