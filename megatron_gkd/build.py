@@ -196,7 +196,8 @@ def build_base(
 ) -> torch.nn.Module:
     """This rank's stage of the decoder with the weights of --model, room behind the experts' for
     the run's adapters (the student's and the teacher's), and as `model.towers` the towers that the
-    run needs. Raises ValueError or FileNotFoundError.
+    run needs. Raises ValueError or FileNotFoundError. Collectives: with --load_from_peers those of
+    `load_weights` and `build_towers`.
 
     audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is
     not built. teacher: the adapter of --teacher_adapter.
@@ -224,10 +225,12 @@ def build_base(
         spare_columns=expert_columns(adapters, model_args.num_layers),
     )
     started = time.perf_counter()
-    num_bytes = load_weights(model, model_args, parallel, config.model.model)
+    from_peers = config.model.load_from_peers
+    num_bytes = load_weights(model, model_args, parallel, config.model.model, from_peers=from_peers)
     log_rank_0(
         parallel,
-        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank in "
+        f"Read {num_bytes / 2**30:.2f} GiB of {config.model.model} on this rank"
+        f"{', with the rest from its peers,' if from_peers else ''} in "
         f"{time.perf_counter() - started:.1f} s",
     )
     if lora.lora_towers and not (audio or visual):
@@ -244,6 +247,7 @@ def build_base(
         audio=audio or lora.lora_towers,
         visual=visual or lora.lora_towers,
         attn_impl=config.model.attn_impl,
+        from_peers=from_peers,
     )
     return model
 

@@ -47,6 +47,11 @@ class ModelConfig:
     teacher_model: str | None = setting(
         None, "Only the same folder as --model: the teacher is the student with LoRA off."
     )
+    load_from_peers: bool = setting(
+        False,
+        "Of the ranks that hold the same weights each reads a part and gets the rest from the "
+        "others, over the network: the file system is read once (docs/startup.md).",
+    )
     train_type: str = setting(
         "lora", "Only lora: the frozen base is the teacher.", aliases=["--tuner_type"]
     )

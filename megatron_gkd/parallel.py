@@ -282,6 +282,21 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     return bool(world_max(int(condition), device))
 
 
+def first_error(error: str, device: torch.device) -> str:
+    """The text of the first rank whose `error` is not empty, the same on every rank, at most 1,024
+    bytes of it; "" where there is none. Collectives: a maximum of one number over the world; where
+    a rank has an error, a broadcast of these bytes.
+    """
+    size = torch.distributed.get_world_size()
+    found = world_max(size - torch.distributed.get_rank() if error else 0, device)
+    if not found:
+        return ""
+    text = error.encode()[:1024].ljust(1024, b"\0")
+    said = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(said, size - found)
+    return bytes(said.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
 def log_rank_0(parallel: Parallel, text: str) -> None:
     """Print a line on rank 0 alone."""
     if parallel.rank == 0:

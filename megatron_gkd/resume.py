@@ -80,8 +80,9 @@ def resume(
             log_rank_0(
                 parallel, f"Note: {name} was {settings.get(name)} and is {value}: {_WILL_DIFFER}"
             )
-    for note in changed_rows(state.get("data", {}), train_data, eval_data):
-        log_rank_0(parallel, note)
+    if parallel.rank == 0:  # it goes through all rows
+        for note in changed_rows(state.get("data", {}), train_data, eval_data):
+            log_rank_0(parallel, note)
     total_steps = config.train.max_steps
     log_rank_0(parallel, f"Resumed {folder} at step {state['step']} of {total_steps}")
     if state["step"] >= total_steps:

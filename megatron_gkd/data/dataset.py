@@ -56,6 +56,7 @@ class SampleDataset:
         self.skip_bad_rows = skip_bad_rows
         self.lengths = view_lengths(rows)
         self._views = views
+        self._digests: dict[int, list[str]] = {}  # every checkpoint has them
         made = views is not None
         self.report = make_report(rows, self.lengths, skipped or [], views_are_made=made)
 
@@ -85,6 +86,11 @@ class SampleDataset:
         """Of each block of so many rows one that stands for them and their order, whatever files
         they come from.
         """
+        if rows_of_block not in self._digests:
+            self._digests[rows_of_block] = self._find_digests(rows_of_block)
+        return self._digests[rows_of_block]
+
+    def _find_digests(self, rows_of_block: int) -> list[str]:
         table = self._rows.columns("digest", "template_row")
         digests = table["digest"].to_pylist()
         of_template = table["template_row"].to_pylist()

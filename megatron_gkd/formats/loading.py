@@ -1,4 +1,5 @@
-"""Model folder -> this rank's parameters, read directly: each rank reads only the slices it holds.
+"""Model folder -> this rank's parameters, read directly: each rank reads only the slices it holds,
+or only its part of those that others hold too (peers.py).
 
 A folder is Hugging Face's (safetensors_folder.py) or a Megatron checkpoint (megatron_folder.py),
 written at any parallel layout. `parameter_slices` pairs slices of the local parameters with slices
@@ -6,6 +7,7 @@ of the Hugging Face tensors, as the weight map says.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_gkd.formats.megatron_folder import MegatronFolder
+from megatron_gkd.formats.peers import read, read_with_peers
 from megatron_gkd.formats.safetensors_folder import SafetensorsFolder, check_tensors
 from megatron_gkd.formats.torch_dist import find_torch_dist
 from megatron_gkd.formats.weight_map import COLUMNS, ROWS, Entry, weight_map
@@ -94,16 +97,24 @@ def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder 
     return tensors
 
 
-def load_weights(model: Any, model_args: ModelArgs, parallel: Parallel, folder: str | Path) -> int:
+def load_weights(
+    model: Any,
+    model_args: ModelArgs,
+    parallel: Parallel,
+    folder: str | Path,
+    *,
+    from_peers: bool = False,
+) -> int:
     """Fill this stage's parameters from the folder's tensors, cast to their dtype. Returns the
-    bytes it read.
+    bytes it read. from_peers: of the ranks that hold the same slices (data- and context-parallel
+    ones, of an expert those that have it) each reads a part and gets the rest from the others.
 
     Raises FileNotFoundError or ValueError, the same on every rank, naming the file or tensor that
-    is missing, unexpected or misshapen. No collectives. On a terminal rank 0 shows a bar.
+    is missing, unexpected or misshapen. No collectives, with `from_peers` those of
+    `read_with_peers`. On a terminal rank 0 shows a bar.
     """
-    tensors = open_folder(folder, model_args)
     _zero_padding(model, model_args, parallel)
-    slices, num_bytes = list(parameter_slices(model, model_args, parallel)), 0
+    slices = list(parameter_slices(model, model_args, parallel))
     with tqdm(
         desc="Weights of this rank",
         total=sum(part.view.numel() for part in slices),
@@ -112,9 +123,15 @@ def load_weights(model: Any, model_args: ModelArgs, parallel: Parallel, folder: 
         disable=None if parallel.rank == 0 else True,
         leave=False,
     ) as bar:
-        for part in slices:
-            values = tensors.slice(part.stored.name)[part.stored.slices]
-            num_bytes += values.nbytes
-            part.view.copy_(values)
-            bar.update(values.numel())
-    return num_bytes
+        if not from_peers:
+            return read(slices, open_folder(folder, model_args), bar.update)
+        # of the experts a slice is in one of them: `where` begins with its number here
+        experts = [part for part in slices if isinstance(part.where[0], int)]
+        others = [part for part in slices if not isinstance(part.where[0], int)]
+        groups = parallel.groups
+        return read_with_peers(
+            [(others, groups.dp_cp), (experts, groups.expt_dp)],
+            partial(open_folder, folder, model_args),
+            parallel,
+            bar.update,
+        )

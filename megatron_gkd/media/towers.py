@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megatron_gkd.formats.loading import open_folder
-from megatron_gkd.formats.megatron_folder import MegatronFolder
-from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
+from megatron_gkd.formats.peers import Folder, read, read_with_peers
 from megatron_gkd.lora.modules import LoraLinear
 from megatron_gkd.media.chunks import (
     DOWNSAMPLING,
@@ -35,6 +34,7 @@ from megatron_gkd.media.features import MediaFeatures, join_features, split_feat
 from megatron_gkd.media.medium import Media
 from megatron_gkd.model.args import ModelArgs, read_config
 from megatron_gkd.model.decoder import check_deepstack
+from megatron_gkd.model.tensor_slice import ParameterSlice, TensorSlice
 from megatron_gkd.parallel import Parallel
 
 
@@ -294,9 +294,11 @@ def build_towers(
     visual: bool,
     attn_impl: str = "auto",
     shares: bool = True,
+    from_peers: bool = False,
 ) -> Towers | None:
     """The folder's towers that `audio` and `visual` ask for; None on later pipeline stages and if
-    there is none. No collectives.
+    there is none. No collectives; `from_peers`, where each rank of the first stage reads a part of
+    them, those of `read_with_peers`.
 
     Raises ValueError, the same on every rank: a tensor is missing, unexpected or misshapen (naming
     it), the towers' width is not the decoder's, or the first stage holds too few layers for
@@ -325,24 +327,41 @@ def build_towers(
     if visual:
         num_features = len(configs["visual"].deepstack_visual_indexes)
         check_deepstack(num_features, model_args.num_layers, parallel.pp_size)
+    modules: dict[str, Any] = {}
+
+    def opened() -> Folder:
+        tensors = open_folder(folder, model_args)
+        for name, module in modules.items():
+            _check(module, tensors, f"{found.prefix}{name}.")
+        return tensors
+
     if not parallel.is_first_stage:
+        if from_peers:
+            read_with_peers([], opened, parallel)
         return None
     options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
     with no_init_weights():  # every weight is read from the folder
-        modules = {}
         for tower in towers:
             tower_class: Any = tower.load_class()
             modules[tower.name] = tower_class._from_config(configs[tower.name], **options)
     built = Towers(parallel, modules.get("audio_tower"), modules.get("visual"), shares=shares)
-    tensors = open_folder(folder, model_args)
-    for name, module in modules.items():
-        _load(module, tensors, f"{found.prefix}{name}.")
-    return built.to(parallel.device)
+    built.to(parallel.device)
+    parts = [
+        ParameterSlice(TensorSlice(f"{found.prefix}{name}.{key}", rows), parameter, rows)
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+        for rows in [(slice(0, len(parameter)),)]
+    ]
+    if from_peers:
+        read_with_peers([(parts, parallel.groups.tp_dp_cp)], opened, parallel)
+    else:
+        read(parts, opened())
+    return built
 
 
-def _load(tower: nn.Module, tensors: SafetensorsFolder | MegatronFolder, prefix: str) -> None:
-    """Fill a tower's parameters from the folder's tensors under `prefix`, cast to their dtype. Its
-    buffers are computed, not read.
+def _check(tower: nn.Module, tensors: Folder, prefix: str) -> None:
+    """Raise ValueError unless the folder has the tower's parameters under `prefix`, of their
+    shapes, and nothing else there. Its buffers are computed, not read.
     """
     parameters = {prefix + name: parameter for name, parameter in tower.named_parameters()}
     computed = {prefix + name for name, _ in tower.named_buffers()}
@@ -363,4 +382,3 @@ def _load(tower: nn.Module, tensors: SafetensorsFolder | MegatronFolder, prefix:
                 f"{tensors.folder}: tensor {name} has shape {stored.get_shape()}, config.json asks "
                 f"for {list(parameter.shape)}"
             )
-        parameter.data.copy_(stored[(slice(None),)])

@@ -1,0 +1,76 @@
+"""What the ranks ask of each other until the first step: it does not grow with them."""
+
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train_runs import SMALL, arguments, layout_flags, make_rows, write_rows
+
+# megatron-core's, of the keys of its parameter groups: a number and some bytes of each rank, for
+# the decoder's optimizer and for that of the experts (docs/startup.md)
+OF_MEGATRON = [("all_gather", "world", 8), ("all_gather", "world", 24)] * 2
+
+
+def start(rank, world_size, argv):
+    """(name, group, bytes given, bytes that the rank has afterwards) of each collective of
+    `build_run`.
+    """
+    import torch
+
+    from megatron_gkd.build import build_run
+    from megatron_gkd.config import parse_config
+    from megatron_gkd.parallel import initialize
+    from tests.collectives import Collectives
+
+    config = parse_config(argv)
+    sizes = config.parallel
+    parallel = initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+    )
+    with Collectives(parallel.groups) as seen, redirect_stdout(StringIO()) as said:
+        run = build_run(config, parallel)
+    run.close()
+    weights = sum(x.nbytes for x in run.model.parameters() if not x.requires_grad)
+    calls = [(call.name, call.group, call.given, call.taken) for call in seen.of()]
+    return calls, weights, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
+)
+def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
+    """Three maxima of a number over the world, two for the data and one for the weights, and the
+    weights themselves once.
+    """
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
+    argv = arguments(
+        model=tiny_folder(**SMALL),
+        dataset=rows,
+        split_dataset_ratio=0.2,
+        lmbda=0.5,
+        load_from_peers="true",
+        output_dir=tmp_path / "out",
+        **layout_flags(**sizes),
+    )
+    replica, seen = sizes.get("tp", 1) * sizes.get("pp", 1), []
+    for dp in (1, 2, 4, *([] if sizes else [8])):
+        of_ranks = run_ranks(start, dp * replica, argv)
+        for calls, weights, _ in of_ranks:
+            of_megatron = [call[:3] for call in calls if call[0] == "all_gather"]
+            assert of_megatron == OF_MEGATRON
+            maxima = [call for call in calls if call[0] == "all_reduce"]
+            assert maxima == [("all_reduce", "world", 8, 8)] * 3
+            sent = sum(given for name, _, given, _ in calls if name == "broadcast")
+            assert len(calls) == len(maxima + of_megatron) + (2 if dp > 1 else 0)
+            assert (0.98 * weights < sent <= weights) if dp > 1 else not sent  # without padding
+        assert "with the rest from its peers" in of_ranks[0][2]
+        if dp > 1:
+            ends = of_ranks[0], of_ranks[-1]  # the same places in the layout at every size
+            own = [[c for c in calls if c[0] != "all_gather"] for calls, _, _ in ends]
+            seen.append(own)
+    assert len(seen) > 1 and all(own == seen[0] for own in seen)
