@@ -28,14 +28,15 @@ def measure(num_ranks: int, tp: int, pp: int, cp: int, ep: int) -> str:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    new_group, of_rank_0 = torch.distributed.new_group, []
+    distributed: Any = torch.distributed
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    new_group, of_rank_0 = distributed.new_group, []
 
     def counted(ranks: list[int], **settings: Any) -> Any:
         of_rank_0.append(0 in ranks)
         return new_group(ranks, **settings)
 
-    torch.distributed.new_group = counted
+    distributed.new_group = counted
     started = time.perf_counter()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,

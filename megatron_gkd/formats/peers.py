@@ -87,16 +87,17 @@ def read_with_peers(
     """
     all_buckets = [bucket for parts, group in shared for bucket in buckets(parts, group)]
     own = [part for bucket in all_buckets if bucket.is_read_here for part in bucket.parts]
-    num_bytes, error = 0, ""
+    num_bytes, error, mistake = 0, "", None
     try:
         if own:
             num_bytes = read(own, open_folder(), count)
-    except Exception as caught:  # of whatever kind, the other ranks wait
-        is_expected = isinstance(caught, (ValueError, OSError, SafetensorError))
-        error = str(caught) if is_expected else f"{type(caught).__name__}: {caught}"
-        error += f" (rank {parallel.rank}, on {platform.node()})"
-    if said := first_error(error, parallel.device):
-        raise ValueError(said)
+    except (ValueError, OSError, SafetensorError) as caught:
+        error = str(caught)
+    except Exception as caught:  # of this code: the other ranks wait all the same
+        error, mistake = f"{type(caught).__name__}: {caught}", caught
+    where = f" (rank {parallel.rank}, on {platform.node()})"
+    if said := first_error(error + where if error else "", parallel.device):
+        raise mistake or ValueError(said)
     for bucket in all_buckets:
         bucket.broadcast()
         if not bucket.is_read_here:
