@@ -92,7 +92,7 @@ def read_with_peers(
         if own:
             num_bytes = read(own, open_folder(), count)
     except (ValueError, OSError, SafetensorError) as caught:
-        error = str(caught)
+        error = str(caught) or type(caught).__name__
     except Exception as caught:  # of this code: the other ranks wait all the same
         error, mistake = f"{type(caught).__name__}: {caught}", caught
     where = f" (rank {parallel.rank}, on {platform.node()})"
