@@ -11,10 +11,11 @@ from benchmarks.meter import resident_bytes
 from benchmarks.real_decoder import SEED
 from megatron_gkd.data import Batch
 from megatron_gkd.forward import LossSettings, student_forward_backward, teacher_forward
+from megatron_gkd.gradients import in_gradient_reducer
 from megatron_gkd.loss import Divergence
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
+from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, seed_step
 
 GIB = 2**30

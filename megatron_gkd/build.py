@@ -15,6 +15,7 @@ from megatron_gkd.data.batch import Packing
 from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
+from megatron_gkd.gradients import in_gradient_reducer
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.loss.divergence import KINDS
@@ -24,7 +25,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
-from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
+from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.plan.memory import check_memory
 from megatron_gkd.plan.workload import workload

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import Tensor
@@ -30,16 +30,6 @@ def learning_rate(
         return peak
     progress = (step - warmup - 1) / max(total_steps - warmup, 1)
     return peak * (0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress)
-
-
-def in_gradient_reducer(model: torch.nn.Module) -> DistributedDataParallel:
-    """The model inside megatron-core's DistributedDataParallel, in training mode."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
-    )
-    ddp = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
-    ddp.train()
-    return ddp
 
 
 def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:

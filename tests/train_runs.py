@@ -121,17 +121,25 @@ def stable(lines: list[dict]) -> list[dict]:
     ]
 
 
-def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, visual: bool = False):
+def build_parts(
+    argv: list[str],
+    *,
+    again: bool = False,
+    audio: bool = False,
+    visual: bool = False,
+    bucket_bytes: int | None = None,
+):
     """Inside a rank: what a run with these flags trains, and with what, but not its data. again: in
-    the same groups; audio, visual: what the data would have.
+    the same groups; audio, visual: what the data would have; bucket_bytes: of the reduction of
+    gradients, in place of the package's.
     """
     import torch
 
     from megatron_gkd import adapters, build
     from megatron_gkd import parallel as layout
     from megatron_gkd.config import parse_config
+    from megatron_gkd.gradients import in_gradient_reducer, smallest_bucket
     from megatron_gkd.model.args import read_model_args
-    from megatron_gkd.optimizer import in_gradient_reducer
 
     config = parse_config(argv)
     if again:
@@ -150,7 +158,8 @@ def build_parts(argv: list[str], *, again: bool = False, audio: bool = False, vi
     model = build.build_base(config, model_args, parallel, audio=audio, visual=visual)
     adapters.add_lora(model, config, model_args, parallel, adapter)
     adapters.add_teacher(model, config, model_args, parallel, None, None)
-    ddp = in_gradient_reducer(model)
+    size = smallest_bucket if bucket_bytes is None else lambda num_ranks: bucket_bytes
+    ddp = in_gradient_reducer(model, size)
     return SimpleNamespace(
         parallel=parallel,
         model_args=model_args,
