@@ -14,6 +14,7 @@ is sharded so is the part of the sequence that a context-parallel rank has
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_gkd import cpu
 
@@ -270,11 +272,29 @@ def all_gather_objects(value: Any) -> list:
     return values
 
 
+def of_rank(value: Any, rank: int) -> Any:
+    """That rank's value, on every rank: for what is rare, since objects are pickled. Collectives:
+    two broadcasts over the world.
+    """
+    values = [value]
+    torch.distributed.broadcast_object_list(values, rank)
+    return values[0]
+
+
+def largest(
+    numbers: Sequence[int], device: torch.device, group: ProcessGroup | None = None
+) -> list[int]:
+    """The largest of the ranks' numbers, place by place. Collectives: a maximum of as many numbers
+    over the group, by default the world.
+    """
+    found = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    return found.tolist()
+
+
 def world_max(number: int, device: torch.device) -> int:
     """The largest of the ranks' numbers. Collectives: a maximum of one number over the world."""
-    largest = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return int(largest)
+    return largest([number], device)[0]
 
 
 def any_rank(condition: bool, device: torch.device) -> bool:

@@ -26,11 +26,16 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     (
         "deepspeed zero_hpz_partition_size deepspeed_autotp_size fsdp device_map max_memory "
         "sequence_parallel expert_tensor_parallel_size use_distributed_optimizer ddp_timeout "
-        "ddp_backend ddp_find_unused_parameters ddp_broadcast_buffers overlap_grad_reduce "
+        "ddp_backend ddp_find_unused_parameters ddp_broadcast_buffers "
         "overlap_param_gather overlap_p2p_comm tp_comm_overlap moe_token_dispatcher_type "
         "moe_enable_deepep",
         _ANY,
         "--tensor_, --expert_ and --pipeline_model_parallel_size shard the model",
+    ),
+    (
+        "overlap_grad_reduce",
+        _ANY,
+        "large gradients are summed while the backward goes on, small ones by one call after it",
     ),
     (
         "teacher_deepspeed offload_teacher_model",

@@ -7,11 +7,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config
-from megatron_gkd.data.micro_batches import Budget, attention_tokens, cut
+from megatron_gkd.data.micro_batches import Budget, attention_tokens, cut, cut_of_rank
 from megatron_gkd.run import step_budget
 
 RANKS = (1, 2, 3, 8)
@@ -49,7 +50,9 @@ def test_what_every_cut_holds(lengths, attention, at_least, num_ranks):
     """Every row once and in rising order, equal numbers of micro-batches, none above the budget
     unless it is one row; a rank that no row is left for has empty lists.
     """
-    ranks = cut(lengths, Budget(4096, attention, at_least), num_ranks)
+    budget = Budget(4096, attention, at_least)
+    ranks = cut(lengths, budget, num_ranks)
+    assert ranks == [cut_of_rank(lengths, budget, num_ranks, rank) for rank in range(num_ranks)]
     assert len(ranks) == num_ranks and len({len(of_rank) for of_rank in ranks}) == 1
     assert len(ranks[0]) >= at_least
     micro_batches = micro_batches_of(ranks)
@@ -77,6 +80,38 @@ def test_costs_are_balanced(attention, seed, num_ranks):
     assert len(flat) > 10 and max(flat) <= 1.35 * sum(flat) / len(flat)
     assert all(max(at_once) <= 1.1 * min(at_once) for at_once in zip(*costs))
     assert max(map(sum, costs)) <= 1.05 * min(map(sum, costs))
+
+
+def greedy(lengths: list[int], budget: Budget, num_bins: int) -> list[float] | None:
+    """The costs of the bins where one row after the other is put into the cheapest with room."""
+    costs, tokens = [0.0] * num_bins, [0] * num_bins
+    for length in sorted(lengths, reverse=True):
+        room = [i for i in range(num_bins) if tokens[i] + length <= budget.max_tokens]
+        if not room:
+            return None
+        best = min(room, key=lambda i: (costs[i], i))
+        costs[best] += budget.cost(length)
+        tokens[best] += length
+    return sorted(costs)
+
+
+def test_a_large_step_is_cut_as_row_by_row_and_many_rows_at_a_time(monkeypatch):
+    """Of 64 ranks the costs of a loop over the rows; of 1,024 ranks with 32 rows each a few dozen
+    rounds over whole arrays.
+    """
+    lengths, budget = long_tailed(64 * 32, 0), Budget(8192, 40_000.0)
+    ranks = cut(lengths, budget, 64)
+    costs = [sum(budget.cost(lengths[row]) for row in rows) for rows in micro_batches_of(ranks)]
+    assert sorted(costs) == pytest.approx(greedy(lengths, budget, len(costs)), rel=1e-12)
+    rounds, argsort = [0], np.argsort
+
+    def counted(*args, **options):
+        rounds[0] += 1
+        return argsort(*args, **options)
+
+    monkeypatch.setattr(np, "argsort", counted)
+    cut_of_rank(long_tailed(1024 * 32, 1), budget, 1024, 5)
+    assert 0 < rounds[0] < 40
 
 
 def test_few_micro_batches_are_made():

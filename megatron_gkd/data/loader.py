@@ -9,13 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_gkd.data.micro_batches import Budget, cut
+from megatron_gkd.data.micro_batches import Budget, cut_of_rank
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import DataError
 
@@ -141,11 +142,12 @@ def step_loader(
     cannot be read.
     """
 
+    # the rows are asked for ahead of the step in which they are trained on
+    @lru_cache(maxsize=64)
     def plan(step: int) -> list[list[tuple[int, int]]]:
-        rows = step_rows(step).tolist()
-        of_step = lengths(step)
-        mine = cut([int(of_step[row]) for row in rows], budget, dp_size)[dp_rank]
-        return [[(number, rows[number]) for number in micro] for micro in mine]
+        rows = step_rows(step)
+        mine = cut_of_rank(np.asarray(lengths(step))[rows], budget, dp_size, dp_rank)
+        return [[(number, int(rows[number])) for number in micro] for micro in mine]
 
     steps = range(start_step, num_steps)
     numbers = (pair for step in steps for micro in plan(step) for pair in micro)
@@ -170,6 +172,7 @@ def eval_loader(
     window, reader = EVAL_WINDOW * dp_size, _NumberedDataset(dataset)
     for first in range(0, len(rows), window):
         of_window = [int(row) for row in rows[first : first + window]]
-        for micro in cut([int(lengths[row]) for row in of_window], budget, dp_size)[dp_rank]:
+        of_rows = [int(lengths[row]) for row in of_window]
+        for micro in cut_of_rank(of_rows, budget, dp_size, dp_rank):
             found = [_checked(reader[of_window[place], of_window[place]]) for place in micro]
             yield found or [PADDING]

@@ -13,7 +13,7 @@ from megatron_gkd.forward import eval_mode
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.rollout.engine import Engine
-from megatron_gkd.rollout.generate import Response, generate, most_telling
+from megatron_gkd.rollout.generate import Response, generate, telling
 from megatron_gkd.rollout.prefill import PromptMedia
 
 Author = Literal["student", "teacher"]
@@ -138,7 +138,7 @@ class MegatronBackend:
             parts = [None] * parallel.cp_size
             torch.distributed.all_gather_object(parts, own, group=parallel.groups.cp)
         if errors := [part.error for part in parts if part.error]:
-            raise FloatingPointError(most_telling(errors))
+            raise FloatingPointError(max(errors, key=telling))
         count, joined = prompts.num_samples, []
         for prompt in range(len(prompts.token_ids)):
             index, part = divmod(prompt, parallel.cp_size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, world_max
+from megatron_gkd.parallel import Parallel, largest
 from megatron_gkd.rollout.cache import Rows
 from megatron_gkd.rollout.decode import Decoder, replicas_share_experts
 from megatron_gkd.rollout.graphs import Graphs
@@ -78,10 +78,17 @@ class Engine:
         return self._greedy
 
     def largest_of_ranks(self, number: int) -> int:
-        """The largest number of the ranks that need each other in every forward."""
-        if not replicas_share_experts(self.parallel):
+        """The largest number of the ranks that need each other in every forward: replicas that
+        share experts. Collectives: where there are such replicas, a maximum of one number over
+        them.
+        """
+        parallel = self.parallel
+        if not replicas_share_experts(parallel):
             return number
-        return world_max(number, self.parallel.device)
+        # where experts are shared by whole replicas, these and their other stages; else any others
+        is_whole = parallel.ep_size % (parallel.tp_size * parallel.cp_size) == 0
+        group = parallel.groups.tp_ep_pp if is_whole else None
+        return largest([number], parallel.device, group)[0]
 
     def batch_size(self, num_rows: int) -> int:
         """The bucket for so many rows."""

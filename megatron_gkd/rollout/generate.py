@@ -20,10 +20,11 @@ OTHER_RANKS_ROW = "a row of another rank"  # in an error that names no row of th
 _NOT_FINITE = 1 << 30  # more than any number of rows
 
 
-def most_telling(errors: Sequence[str]) -> str:
-    """Of what several ranks say of one failure: what names rows, most of them."""
-    of_rows = [text for text in errors if OTHER_RANKS_ROW not in text]
-    return max(of_rows or errors, key=len)
+def telling(error: str) -> int:
+    """How much it says: 0 without an error; what names rows is above what names none, and what
+    names more of them above others. Of several ranks the one with the largest number is heard.
+    """
+    return len(error) + bool(error) * (OTHER_RANKS_ROW not in error) * (1 << 30)
 
 
 class Response(NamedTuple):
@@ -58,7 +59,7 @@ def generate(
     Holds keys and values meanwhile: of P prompts as long as the longest, and of B responses as long
     as any so far (up to twice that, for a moment three times). Collectives: those
     of the forward for the prompts, of `RowBatch.write_token` for each token; where replicas
-    share experts, world-wide maxima of one number: three before, and one every 16 tokens.
+    share experts, maxima of one number over these: three before, and one every 16 tokens.
 
     Raises ValueError for an empty prompt or an id outside of the vocabulary;
     FloatingPointError, on all ranks that generate together, for logits that are not finite,

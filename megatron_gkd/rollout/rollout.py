@@ -17,11 +17,11 @@ from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, all_gather_objects, log_rank_0
+from megatron_gkd.parallel import Parallel, largest, log_rank_0, of_rank
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
-from megatron_gkd.rollout.generate import Response, most_telling
+from megatron_gkd.rollout.generate import Response, telling
 from megatron_gkd.rollout.prefill import PromptMedia
 from megatron_gkd.rollout.sampling import Sampling
 
@@ -80,9 +80,9 @@ class Rollout:
         prompt, cut into micro-batches anew: as many on every rank. Padding rows get none. media: of
         the batches that came, where they have any.
 
-        Collectives: those of the backend, and an exchange of errors and numbers of micro-batches
-        over the world; every rank calls it, with its data-parallel rank's batches. Raises
-        FloatingPointError, on all ranks, where the backend does on any.
+        Collectives: those of the backend, and a maximum of two numbers over the world; every rank
+        calls it, with its data-parallel rank's batches. Raises FloatingPointError, on all ranks,
+        where the backend does on any; one of these ranks broadcasts the text.
         """
         answered: list[tuple[int, Sample]] = []
         error = ""
@@ -93,10 +93,11 @@ class Rollout:
         lengths = [sample.num_tokens for _, sample in answered]
         (micro_batches,) = cut(lengths, self.budget)
         # replicas write apart, and must agree
-        found = all_gather_objects((error, len(micro_batches)))
-        if errors := [text for text, _ in found if text]:
-            raise FloatingPointError(most_telling(errors))
-        most = max(number for _, number in found)
+        ranks, rank = self.parallel.world_size, self.parallel.rank
+        own = [len(micro_batches), telling(error) * ranks + rank]
+        most, worst = largest(own, self.parallel.device)
+        if worst >= ranks:
+            raise FloatingPointError(of_rank(error, worst % ranks))
         if most > len(micro_batches):
             (finer,) = cut(lengths, replace(self.budget, at_least=most))
             # a greedy cut into more may need one more still
