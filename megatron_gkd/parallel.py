@@ -272,15 +272,6 @@ def all_gather_objects(value: Any) -> list:
     return values
 
 
-def of_rank(value: Any, rank: int) -> Any:
-    """That rank's value, on every rank: for what is rare, since objects are pickled. Collectives:
-    two broadcasts over the world.
-    """
-    values = [value]
-    torch.distributed.broadcast_object_list(values, rank)
-    return values[0]
-
-
 def largest(
     numbers: Sequence[int], device: torch.device, group: ProcessGroup | None = None
 ) -> list[int]:
@@ -302,6 +293,16 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     return bool(world_max(int(condition), device))
 
 
+def text_of_rank(text: str, rank: int, device: torch.device) -> str:
+    """That rank's text on every rank, at most 1,024 bytes of it. Collectives: a broadcast of these
+    bytes over the world.
+    """
+    padded = text.encode()[:1024].ljust(1024, b"\0")
+    said = torch.tensor(list(padded), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(said, rank)
+    return bytes(said.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
 def first_error(error: str, device: torch.device) -> str:
     """The text of the first rank whose `error` is not empty, the same on every rank, at most 1,024
     bytes of it; "" where there is none. Collectives: a maximum of one number over the world; where
@@ -309,12 +310,7 @@ def first_error(error: str, device: torch.device) -> str:
     """
     size = torch.distributed.get_world_size()
     found = world_max(size - torch.distributed.get_rank() if error else 0, device)
-    if not found:
-        return ""
-    text = error.encode()[:1024].ljust(1024, b"\0")
-    said = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    torch.distributed.broadcast(said, size - found)
-    return bytes(said.tolist()).rstrip(b"\0").decode(errors="ignore")
+    return text_of_rank(error, size - found, device) if found else ""
 
 
 def log_rank_0(parallel: Parallel, text: str) -> None:

@@ -17,7 +17,7 @@ from megatron_gkd.media.features import MediaFeatures, join_features
 from megatron_gkd.media.medium import PromptReferences
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, largest, log_rank_0, of_rank
+from megatron_gkd.parallel import Parallel, largest, log_rank_0, text_of_rank
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
@@ -97,7 +97,8 @@ class Rollout:
         own = [len(micro_batches), telling(error) * ranks + rank]
         most, worst = largest(own, self.parallel.device)
         if worst >= ranks:
-            raise FloatingPointError(of_rank(error, worst % ranks))
+            error = text_of_rank(error, worst % ranks, self.parallel.device)
+            raise FloatingPointError(error)
         if most > len(micro_batches):
             (finer,) = cut(lengths, replace(self.budget, at_least=most))
             # a greedy cut into more may need one more still
