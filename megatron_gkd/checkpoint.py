@@ -8,8 +8,7 @@ OUTPUT/checkpoint-STEP/
     trainer_state.json            step and counters; random state is a function of (seed, step)
 OUTPUT/latest_checkpoint          name of the last run's newest, empty before its first
 
-Each rank writes the slices that it owns, rank 0 joins them: no tensor travels over the network, but
-all ranks must see the output folder.
+All ranks write into these files (checkpoint_files.py), so all must see the output folder.
 """
 
 import json
@@ -18,32 +17,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from megatron_gkd.formats.job import sync
-from megatron_gkd.lora.adapter import (
-    adapter_slices,
-    adapter_tensors,
-    applied,
-    tower_loras,
-    tower_tensors,
+from megatron_gkd.checkpoint_files import (
+    OPTIMIZER,
+    STATE,
+    TEACHER_FOLDER,
+    check_written,
+    create_files,
+    num_places,
+    write_share,
 )
-from megatron_gkd.lora.peft_config import CONFIG, TENSORS, peft_config
-from megatron_gkd.lora.peft_writer import save_tensors, zero_tensors
+from megatron_gkd.formats.job import sync
+from megatron_gkd.lora.adapter import adapter_slices
+from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.tensor_slice import TensorSlice
 from megatron_gkd.optimizer import MOMENTS, Optimizer
-from megatron_gkd.parallel import Parallel, all_gather_objects
+from megatron_gkd.parallel import Parallel, agreed, from_rank_0
 from megatron_gkd.run_folder import write_atomically
 
-OPTIMIZER = "optimizer.safetensors"
-STATE = "trainer_state.json"
 LATEST = "latest_checkpoint"
-TEACHER_FOLDER = "teacher"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -137,37 +132,45 @@ def save_checkpoint(
 
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
-    half-written stays. Collectives: two barriers of the world and an exchange of what went wrong.
+    half-written stays. Collectives: four maxima of one number over the world, and a broadcast of
+    two numbers and one for each tower; where a rank has failed, a broadcast of its message.
     """
     final = checkpoint_folder(output_dir, step)
     partial = final.with_name(f".{final.name}.partial")
-    if parallel.rank == 0:
-        _tidy(Path(output_dir))
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
+    device, writes = parallel.device, f"rank {parallel.rank} cannot write its part of {partial}: "
+    places = [0] * num_places(model_args)
     try:
-        _write_slices(partial, model, model_args, parallel, optimizer, teacher=teacher)
-        if parallel.rank == 0:
-            _join_files(
-                partial,
-                model,
-                model_args,
-                parallel,
-                optimizer,
-                state | {"step": step},
-                alpha=alpha,
-                use_rslora=use_rslora,
-                dropout=dropout,
-                base_model=base_model,
-                teacher=teacher,
+        with agreed(device):
+            if parallel.rank == 0:
+                _tidy(Path(output_dir))
+                partial.mkdir(parents=True)
+                places = create_files(
+                    partial,
+                    model,
+                    model_args,
+                    optimizer,
+                    state | {"step": step},
+                    alpha=alpha,
+                    use_rslora=use_rslora,
+                    dropout=dropout,
+                    base_model=base_model,
+                    teacher=teacher,
+                )
+        places = from_rank_0(places, device)
+        with agreed(device, writes):
+            written = write_share(
+                partial, places, model, model_args, parallel, optimizer, teacher=teacher
             )
-            _replace(partial, final)
-            note_latest(output_dir, final)
+        with agreed(device, writes):
+            check_written(written)
+        with agreed(device):
+            if parallel.rank == 0:
+                _replace(partial, final)
+                note_latest(output_dir, final)
     except BaseException:  # a full disk: what was written so far would keep it full
         if parallel.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    torch.distributed.barrier()
     return final
 
 
@@ -181,90 +184,6 @@ def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None
         gone = path.with_name(f".{path.name}.partial")
         path.rename(gone)
         shutil.rmtree(gone)
-
-
-def _write_slices(
-    partial: Path,
-    model: nn.Module,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    optimizer: Optimizer | None,
-    *,
-    teacher: bool,
-) -> None:
-    """This rank's slices into its own file. What goes wrong on one rank is raised on all: else the
-    first to speak would be one that misses its files.
-    """
-    owned = [part for part in adapter_slices(model, model_args, parallel) if part.owned]
-    kinds = ["weight"] if optimizer is None else ["weight", *MOMENTS]
-    moments = {} if optimizer is None else optimizer.moments()
-    slices = {}
-    for part in owned:
-        for kind in kinds:
-            values = part.view if kind == "weight" else moments[part.parameter][kind][part.where]
-            slices[_slice_key(kind, part.stored)] = values.detach().cpu().contiguous()
-    for part in adapter_slices(model, model_args, parallel, TEACHER) if teacher else ():
-        if part.owned:
-            slices[_slice_key(TEACHER, part.stored)] = part.view.detach().cpu().contiguous()
-    error = ""
-    try:
-        save_file(slices, partial / f"rank-{parallel.rank}.safetensors")
-    except (OSError, SafetensorError) as caught:
-        error = f"rank {parallel.rank} cannot write its part of {partial}: {caught}"
-    errors = all_gather_objects(error)
-    if any(errors):
-        raise OSError(next(filter(None, errors)))
-
-
-def _join_files(
-    partial: Path,
-    model: nn.Module,
-    model_args: ModelArgs,
-    parallel: Parallel,
-    optimizer: Optimizer | None,
-    state: dict[str, Any],
-    *,
-    alpha: float,
-    use_rslora: bool,
-    dropout: float,
-    base_model: str,
-    teacher: bool,
-) -> None:
-    """The ranks' slices as the files of a checkpoint."""
-    rank, _, targets = applied(model)
-    towers = list(tower_loras(model))
-    shapes = adapter_tensors(model_args, rank, targets) | tower_tensors(model, model_args)
-    lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets}
-    lora["use_rslora"] = use_rslora
-    config = peft_config(
-        model_args.family, **lora, dropout=dropout, base_model=base_model, towers=towers
-    )
-    folders = {"weight": partial} | ({TEACHER: partial / TEACHER_FOLDER} if teacher else {})
-    for kind, folder in folders.items():
-        folder.mkdir(exist_ok=True)
-        weights = _join(partial, kind, shapes, parallel.world_size)
-        saved = weights | zero_tensors(model_args, rank, targets)
-        save_tensors(saved, folder, model_args.family, **lora)
-        sync(folder / TENSORS)
-        _save_json(config, folder / CONFIG)
-        sync(folder)
-    lora["dropout"] = dropout
-    if optimizer is not None:
-        joined = {
-            f"{name}.{kind}": t
-            for kind in MOMENTS
-            for name, t in _join(partial, kind, shapes, parallel.world_size).items()
-        }
-        save_file(joined, partial / OPTIMIZER, metadata={"format": "pt"})
-        sync(partial / OPTIMIZER)
-        full_state = state | {
-            "num_updates": optimizer.num_updates,
-            "loss_scale": optimizer.scaler_state(),
-            "teacher": teacher,
-        }
-        _save_json(full_state | {"lora": lora | {"towers": bool(towers)}}, partial / STATE)
-    for path in partial.glob("rank-*.safetensors"):
-        path.unlink()
 
 
 def load_checkpoint(
@@ -314,49 +233,6 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
-
-
-def _slice_key(kind: str, part: TensorSlice) -> str:
-    slices = [one for one in part.index if isinstance(one, slice)]  # all: it is of a matrix
-    index = ",".join(
-        f"{'' if s.start is None else s.start}:{'' if s.stop is None else s.stop}" for s in slices
-    )
-    return f"{kind}|{part.name}|{index}"
-
-
-def _parse_index(text: str) -> tuple[slice, ...]:
-    return tuple(
-        slice(*(int(number) if number else None for number in part.split(":")))
-        for part in text.split(",")
-    )
-
-
-def _join(
-    folder: Path, kind: str, shapes: dict[str, tuple[int, int]], num_ranks: int
-) -> dict[str, torch.Tensor]:
-    """The whole tensors of one kind from the ranks' files. A hole is our own error: every element
-    has one owner.
-    """
-    joined = {name: torch.empty(size) for name, size in shapes.items()}
-    missing = {name: size[0] * size[1] for name, size in shapes.items()}
-    for rank in range(num_ranks):
-        with safe_open(folder / f"rank-{rank}.safetensors", framework="pt") as file:
-            for key in file.keys():
-                slice_kind, name, index = key.split("|")
-                if slice_kind == kind:
-                    values = file.get_tensor(key)
-                    joined[name][_parse_index(index)] = values
-                    missing[name] -= values.numel()
-    holes = [name for name, number in missing.items() if number]
-    assert not holes, (
-        f"{holes[0]}: {missing[holes[0]]} elements without or with more than one owner"
-    )
-    return joined
-
-
-def _save_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    sync(path)
 
 
 def _replace(partial: Path, final: Path) -> None:

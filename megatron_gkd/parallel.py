@@ -14,7 +14,8 @@ is sharded so is the part of the sequence that a context-parallel rank has
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -311,6 +312,27 @@ def first_error(error: str, device: torch.device) -> str:
     size = torch.distributed.get_world_size()
     found = world_max(size - torch.distributed.get_rank() if error else 0, device)
     return text_of_rank(error, size - found, device) if found else ""
+
+
+@contextmanager
+def agreed(device: torch.device, before: str = "") -> Iterator[None]:
+    """Around what each rank does alone: an OSError of one is raised on all, as the text of the
+    first of them after `before`. Collectives: those of `first_error`, at the end.
+    """
+    own = None
+    try:
+        yield
+    except OSError as caught:
+        own = caught
+    if said := first_error(f"{before}{own}" if own else "", device):
+        raise OSError(said) from own
+
+
+def from_rank_0(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Rank 0's `numbers`, as many on every rank. Collectives: a broadcast over the world."""
+    sent = torch.tensor(numbers, device=device)
+    torch.distributed.broadcast(sent, 0)
+    return sent.tolist()
 
 
 def log_rank_0(parallel: Parallel, text: str) -> None:

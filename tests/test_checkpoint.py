@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd import checkpoint, flags
+from megatron_gkd import checkpoint, checkpoint_files, flags
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
 from tests.ranks import run_ranks
 from tests.train_runs import (
@@ -393,7 +393,7 @@ def _train_on_a_full_disk(rank, world_size, argv):
         raise OSError(28, "No space left on device")
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
-    checkpoint.save_tensors = full
+    checkpoint.create_files = full
     try:
         train.main(argv)
     except SystemExit as error:
@@ -422,7 +422,7 @@ def _save_where_one_rank_cannot(rank, world_size, argv):
     train.destroy = parallel.parallel_state.destroy_model_parallel
     flags.SECONDS_FOR_RANK_0 = 0
     if rank == 1:
-        checkpoint.save_file = full
+        checkpoint_files.write_runs = full
     try:
         train.main(argv)
     except SystemExit as error:

@@ -17,6 +17,7 @@ from megatron_gkd.formats.manifest import (
     describe_tensors,
     total_bytes,
 )
+from megatron_gkd.formats.safetensors_file import write_all, write_header
 from megatron_gkd.formats.safetensors_folder import INDEX, SafetensorsFolder
 from megatron_gkd.formats.sources import FolderSource
 from megatron_gkd.formats.stored_tensor import (
@@ -76,19 +77,6 @@ def write_hf_folder(
     return f"{len(source.tensors)} tensors in {output}"
 
 
-def write_header(path: Path, header: bytes, num_bytes: int) -> None:
-    """Make (or keep) a safetensors file of final size: its header, and room for `num_bytes` of
-    tensors.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(descriptor, 8 + len(header) + num_bytes)
-        write_all(descriptor, len(header).to_bytes(8, "little") + header, 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_shard(
     source: FolderSource, shard: Shard, targets: dict[str, StoredTensor], report: Report
 ) -> dict:
@@ -122,9 +110,3 @@ def _write_tensor(
     if source.expected:
         source.expected.check_tensor(name, read.hexdigest(), source.extra_files_folder)
     return (written if source.change else read).hexdigest()
-
-
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)

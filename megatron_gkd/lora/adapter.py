@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_gkd.lora.slots import STUDENT, LoraSlot, slot_of
 from megatron_gkd.lora_targets import HEAD, targets_in
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.model.tensor_slice import Index, ParameterSlice, TensorSlice, block
+from megatron_gkd.model.tensor_slice import Copies, Index, ParameterSlice, TensorSlice, block
 from megatron_gkd.parallel import Parallel
 
 _ALL = slice(None)
@@ -106,31 +106,33 @@ def adapter_slices(
     """
     tp_rank, tp_size = parallel.tp_rank, parallel.tp_size
     root, layers = model_args.family.adapter_root, model_args.family.adapter_layers
-    writes_sharded = parallel.is_first_replica
-    writes_replicated = writes_sharded and tp_rank == 0
-    writes_experts = parallel.groups.expt_dp.rank() == 0
+    replica, num_replicas = parallel.groups.dp_cp.rank(), parallel.groups.dp_cp.size()
+    sharded = Copies("tensor-parallel", replica, num_replicas)
+    replicated = Copies("stage", replica * tp_size + tp_rank, num_replicas * tp_size)
+    of_experts = parallel.groups.expt_dp
+    experts = Copies("experts", of_experts.rank(), of_experts.size())
 
     for linear, on_tower in tower_loras(model, slot).items():
         (down,), (up,) = on_tower.down.values(), on_tower.up.values()
-        yield _slice(f"{root}{linear}.lora_A", down, writes_replicated)
-        yield _slice(f"{root}{linear}.lora_B", up, writes_replicated)
+        yield _slice(f"{root}{linear}.lora_A", down, replicated)
+        yield _slice(f"{root}{linear}.lora_B", up, replicated)
     for layer in model.decoder.layers:
         base = f"{layers}{layer.layer_number - 1}"
         attention = f"{base}.self_attn"
         qkv, proj = layer.self_attention.linear_qkv, layer.self_attention.linear_proj
         if (matrices := slot_of(qkv, slot)) is not None:
             for name, down in matrices.down.items():
-                yield _slice(f"{attention}.{name}.lora_A", down, writes_replicated)
+                yield _slice(f"{attention}.{name}.lora_A", down, replicated)
             for name, up in matrices.up.items():
                 if qkv.is_shared(name):
-                    yield _slice(f"{attention}.{name}.lora_B", up, writes_replicated)
+                    yield _slice(f"{attention}.{name}.lora_B", up, replicated)
             for segment, first in qkv.target_segments(matrices):
                 if qkv.is_shared(segment.name):
                     continue
                 yield _slice(
                     f"{attention}.{segment.name}.lora_B",
                     matrices.up[segment.name],
-                    writes_sharded,
+                    sharded,
                     index=(*segment.index, _ALL),
                     where=(slice(first, first + segment.num_rows),),
                 )
@@ -139,28 +141,28 @@ def adapter_slices(
             yield _slice(
                 f"{attention}.o_proj.lora_A",
                 matrices.down["o_proj"],
-                writes_sharded,
+                sharded,
                 index=(_ALL, block(num_columns, tp_rank, tp_size)),
             )
-            yield _slice(f"{attention}.o_proj.lora_B", matrices.up["o_proj"], writes_replicated)
+            yield _slice(f"{attention}.o_proj.lora_B", matrices.up["o_proj"], replicated)
         for grouped in (layer.mlp.experts.gate_up, layer.mlp.experts.down):
             if (matrices := slot_of(grouped, slot)) is not None:
                 for name in matrices.down:
                     down, up = matrices.down[name], matrices.up[name]
                     for position, expert in enumerate(layer.mlp.local_expert_indices):
                         linear = f"{base}.mlp.experts.{expert}.{name}"
-                        yield _slice(f"{linear}.lora_A", down, writes_experts, where=(position,))
-                        yield _slice(f"{linear}.lora_B", up, writes_experts, where=(position,))
+                        yield _slice(f"{linear}.lora_A", down, experts, where=(position,))
+                        yield _slice(f"{linear}.lora_B", up, experts, where=(position,))
     if (matrices := slot_of(getattr(model, "head_lora", None), slot)) is not None:
         down, up = matrices.down[HEAD], matrices.up[HEAD]
-        yield _slice(f"{root}{HEAD}.lora_A", down, writes_replicated)
+        yield _slice(f"{root}{HEAD}.lora_A", down, replicated)
         first = tp_rank * len(up)
         num_rows = min(max(model_args.vocab_size - first, 0), len(up))  # the rest is padding
         if num_rows:
             yield _slice(
                 f"{root}{HEAD}.lora_B",
                 up,
-                writes_sharded,
+                sharded,
                 index=(slice(first, first + num_rows), _ALL),
                 where=(slice(0, num_rows),),
             )
@@ -169,12 +171,12 @@ def adapter_slices(
 def _slice(
     matrix: str,
     parameter: Tensor,
-    owned: bool,
+    copies: Copies,
     *,
     index: Index = (_ALL, _ALL),
     where: Index = (_ALL,),
 ) -> ParameterSlice:
-    return ParameterSlice(TensorSlice(f"{matrix}.weight", index), parameter, where, owned)
+    return ParameterSlice(TensorSlice(f"{matrix}.weight", index), parameter, where, copies)
 
 
 def applied(model: Any, slot: str = STUDENT) -> Applied:

@@ -4,20 +4,51 @@ loads under every version of transformers.
 
 import json
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_gkd.families import Family
-from megatron_gkd.formats.stored_tensor import SAFETENSORS_NAMES, memory
-from megatron_gkd.lora.adapter import adapter_tensors
-from megatron_gkd.lora.peft_config import TENSORS, saved_targets
+from megatron_gkd.formats.safetensors_file import (
+    Run,
+    Sizes,
+    first_bytes,
+    make_header,
+    total_bytes,
+    write_header,
+    write_runs,
+)
+from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora_targets import HEAD
-from megatron_gkd.model.args import ModelArgs
 
 RECORD = "megatron_gkd.lora"  # in the metadata of TENSORS: what adapter_config.json should say
+
+
+def stored_names(name: str, family: Family) -> list[str]:
+    """Under which names TENSORS has a tensor of the adapter. The lm_head's are there under every
+    root of the family: unlike the others' PEFT 0.21 looks for them on a part of the whole model
+    without its prefix.
+    """
+    if not name.startswith(f"{family.adapter_root}{HEAD}."):
+        return [name]
+    bare = name.removeprefix(family.adapter_root)
+    return [f"base_model.model.{root}{bare}" for root in family.adapter_roots]
+
+
+def stored_sizes(sizes: Sizes, family: Family) -> Sizes:
+    """Of every tensor in TENSORS, from those of the adapter's tensors."""
+    return {other: size for name, size in sizes.items() for other in stored_names(name, family)}
+
+
+def adapter_header(
+    stored: Sizes, *, rank: int, alpha: float, targets: list[str], use_rslora: bool = False
+) -> bytes:
+    """The header of TENSORS. Its metadata, which PEFT does not read, say what the tensors were
+    trained with. The same arguments give the same bytes.
+    """
+    trained = {"rank": rank, "alpha": alpha, "targets": targets}
+    record = json.dumps(trained | ({"use_rslora": True} if use_rslora else {}))
+    return make_header(stored, {"format": "pt", RECORD: record}, compact=False)
 
 
 def save_tensors(
@@ -30,37 +61,19 @@ def save_tensors(
     targets: list[str],
     use_rslora: bool = False,
 ) -> None:
-    """Write FOLDER/adapter_model.safetensors. Its metadata, which PEFT does not read, say what the
-    tensors were trained with. The lm_head's tensors are there under every root of the family:
-    unlike the others' PEFT 0.21 looks for them on a part of the whole model without its prefix.
-
-    The same arguments give the same bytes: safetensors' own save_file puts metadata in an order of
-    chance.
-    """
-    head = f"{family.adapter_root}{HEAD}."
-    tensors = tensors | {
-        f"base_model.model.{root}{name.removeprefix(family.adapter_root)}": tensor
-        for name, tensor in tensors.items()
-        for root in family.adapter_roots
-        if name.startswith(head)
-    }
-    trained = {"rank": rank, "alpha": alpha, "targets": targets}
-    record = json.dumps(trained | ({"use_rslora": True} if use_rslora else {}))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", RECORD: record}}
-    end = 0
-    for name in sorted(tensors):
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / TENSORS, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            file.write(memory(tensors[name].contiguous()))
+    """Write FOLDER/adapter_model.safetensors from whole tensors, fp32."""
+    sizes = stored_sizes({name: tensor.shape for name, tensor in tensors.items()}, family)
+    header = adapter_header(sizes, rank=rank, alpha=alpha, targets=targets, use_rslora=use_rslora)
+    write_header(folder / TENSORS, header, total_bytes(sizes))
+    starts = first_bytes(sizes)
+    write_runs(
+        folder / TENSORS,
+        [
+            Run(8 + len(header) + starts[stored], tensor.flatten())
+            for name, tensor in tensors.items()
+            for stored in stored_names(name, family)
+        ],
+    )
 
 
 def read_record(folder: Path) -> dict | None:
@@ -70,10 +83,3 @@ def read_record(folder: Path) -> dict | None:
     with safe_open(folder / TENSORS, framework="pt") as file:
         text = (file.metadata() or {}).get(RECORD)
     return json.loads(text) if text else None
-
-
-def zero_tensors(model_args: ModelArgs, rank: int, targets: list[str]) -> dict[str, Tensor]:
-    """The zero matrices of `saved_targets` that training does not have."""
-    trained = adapter_tensors(model_args, rank, targets).keys()
-    sizes = adapter_tensors(model_args, rank, saved_targets(targets))
-    return {name: torch.zeros(size) for name, size in sizes.items() if name not in trained}

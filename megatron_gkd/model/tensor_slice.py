@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -69,16 +70,26 @@ class SlicePair:
         return SlicePair(self.hf.narrow(first, last), self.mcore.narrow(first, last))
 
 
+class Copies(NamedTuple):
+    """Where several ranks hold the same numbers: this is copy `index` of `number` equal ones. `of`
+    tells apart what other ranks share with this one.
+    """
+
+    of: str = ""
+    index: int = 0
+    number: int = 1
+
+
 @dataclass(frozen=True)
 class ParameterSlice:
-    """`parameter[where]` of this rank holds `stored`, a slice of a tensor in a folder. `owned`:
-    this rank writes it, other ranks that hold it have copies (the frozen base is never written).
+    """`parameter[where]` of this rank holds `stored`, a slice of a tensor in a folder; each of its
+    `copies` writes a share of it (the frozen base is never written).
     """
 
     stored: TensorSlice
     parameter: Tensor
     where: Index
-    owned: bool = True
+    copies: Copies = Copies()
 
     @property
     def view(self) -> Tensor:
@@ -86,6 +97,14 @@ class ParameterSlice:
         change of the parameter: what was laid out of it is laid out anew (lora/grouped.py).
         """
         return self.parameter.detach()[self.where]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of a matrix or of a part of its rows."""
+        first, (*_, num_rows, num_columns) = self.where[0], self.parameter.shape
+        if isinstance(first, slice):
+            num_rows = len(range(*first.indices(num_rows)))
+        return num_rows, num_columns
 
 
 def cut_rows(stack: Iterable[TensorSlice], rows: slice) -> Iterator[tuple[TensorSlice, slice]]:
