@@ -6,6 +6,7 @@ writes more than the others. No tensor travels between ranks, and none is joined
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from megatron_gkd.families import Family
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.safetensors_file import (
     FLOAT32_BYTES,
@@ -54,7 +56,7 @@ class Written(NamedTuple):
 
 
 def create_files(
-    partial: Path,
+    folder: Path,
     model: nn.Module,
     model_args: ModelArgs,
     optimizer: Optimizer | None,
@@ -66,9 +68,9 @@ def create_files(
     base_model: str,
     teacher: bool,
 ) -> list[int]:
-    """On rank 0: all files of a checkpoint in the folder `partial`, whole but for the numbers of
-    the tensors that are trained. Returns what other ranks must know of them, `places`: bytes of
-    the headers of adapter and optimizer, and LoRA parameters of each tower.
+    """On rank 0: all files of a checkpoint in `folder`, whole but for the numbers of the tensors
+    that are trained. Returns what other ranks must know of them, `places`: bytes of the headers of
+    adapter and optimizer, and LoRA parameters of each tower.
     """
     rank, _, targets = applied(model)
     towers, of_towers = list(tower_loras(model)), tower_tensors(model, model_args)
@@ -79,22 +81,22 @@ def create_files(
     )
     sizes = _adapter_sizes(model_args, rank, targets, of_towers)
     header, of_optimizer = adapter_header(sizes, **lora), b""
-    for folder in [partial, partial / TEACHER_FOLDER] if teacher else [partial]:
-        folder.mkdir(exist_ok=True)
-        write_header(folder / TENSORS, header, total_bytes(sizes))
-        _save_json(config, folder / CONFIG)
-        sync(folder)
+    for of_adapter in [folder, folder / TEACHER_FOLDER] if teacher else [folder]:
+        of_adapter.mkdir(exist_ok=True)
+        write_header(of_adapter / TENSORS, header, total_bytes(sizes))
+        _save_json(config, of_adapter / CONFIG)
+        sync(of_adapter)
     if optimizer is not None:
         sizes = _optimizer_sizes(model_args, rank, targets, of_towers)
         of_optimizer = make_header(sizes, {"format": "pt"})
-        write_header(partial / OPTIMIZER, of_optimizer, total_bytes(sizes))
+        write_header(folder / OPTIMIZER, of_optimizer, total_bytes(sizes))
         full_state = state | {
             "num_updates": optimizer.num_updates,
             "loss_scale": optimizer.scaler_state(),
             "teacher": teacher,
             "lora": lora | {"dropout": dropout, "towers": bool(towers)},
         }
-        _save_json(full_state, partial / STATE)
+        _save_json(full_state, folder / STATE)
     of_each = [
         total_bytes({name: of_towers[name] for name in of_towers if name.startswith(prefix)})
         for prefix in _tower_prefixes(model_args)
@@ -108,7 +110,7 @@ def num_places(model_args: ModelArgs) -> int:
 
 
 def write_share(
-    partial: Path,
+    folder: Path,
     places: Sequence[int],
     model: nn.Module,
     model_args: ModelArgs,
@@ -130,29 +132,24 @@ def write_share(
     }
     stored = _adapter_sizes(model_args, rank, targets, of_towers)
     in_adapter = first_bytes(stored)
-    runs: dict[Path, list[Run]] = {}
+    moments = {} if optimizer is None else optimizer.moments()
+    of_moments = _optimizer_sizes(model_args, rank, targets, of_towers)
+    in_optimizer = {} if optimizer is None else first_bytes(of_moments)
+    runs: dict[Path, list[Run]] = defaultdict(list)
     for slot in (STUDENT, TEACHER) if teacher else (STUDENT,):
-        path = partial / TENSORS if slot == STUDENT else partial / TEACHER_FOLDER / TENSORS
-        runs[path] = [
-            run
-            for part, rows in shares(adapter_slices(model, model_args, parallel, slot))
-            for name in stored_names(part.stored.name, model_args.family)
-            for run in _runs(part, rows, part.view, 8 + header + in_adapter[name], stored[name])
-        ]
-    if optimizer is not None:
-        of_moments = _optimizer_sizes(model_args, rank, targets, of_towers)
-        in_optimizer, moments = first_bytes(of_moments), optimizer.moments()
-        runs[partial / OPTIMIZER] = [
-            run
-            for part, rows in shares(adapter_slices(model, model_args, parallel))
-            for kind in MOMENTS
-            for name in [f"{part.stored.name}.{kind}"]
-            for values in [moments[part.parameter][kind][part.where]]
-            for run in _runs(
-                part, rows, values, 8 + of_optimizer + in_optimizer[name], of_moments[name]
-            )
-        ]
-    return {path: Written(*write_runs(path, found)) for path, found in runs.items() if found}
+        path = folder / TENSORS if slot == STUDENT else folder / TEACHER_FOLDER / TENSORS
+        kinds = MOMENTS if optimizer is not None and slot == STUDENT else ()
+        parts = adapter_slices(model, model_args, parallel, slot)
+        for part, rows in shares(parts, model_args.family, len(kinds)):
+            for name in stored_names(part.stored.name, model_args.family):
+                start = 8 + header + in_adapter[name]
+                runs[path] += _runs(part, rows, part.view, start, stored[name])
+            for kind in kinds:
+                name = f"{part.stored.name}.{kind}"
+                values = moments[part.parameter][kind][part.where]
+                start = 8 + of_optimizer + in_optimizer[name]
+                runs[folder / OPTIMIZER] += _runs(part, rows, values, start, of_moments[name])
+    return {path: Written(*write_runs(path, found)) for path, found in runs.items()}
 
 
 def check_written(written: dict[Path, Written]) -> None:
@@ -163,25 +160,29 @@ def check_written(written: dict[Path, Written]) -> None:
         check_edges(path, edges)
 
 
-def shares(parts: Iterable[ParameterSlice]) -> Iterator[tuple[ParameterSlice, slice]]:
+def shares(
+    parts: Iterable[ParameterSlice], family: Family, num_moments: int
+) -> Iterator[tuple[ParameterSlice, slice]]:
     """What this rank writes of the slices that it holds: some with the rows of them. Where there
-    are N equal copies, copy k writes the k-th of N parts, equal to a row, of these slices in the
-    order of their names.
+    are N equal copies, copy k writes the k-th of N parts of these slices in the order of their
+    names: of equal bytes, but for one row. num_moments: that are written for each number.
     """
     by_copies = sorted(parts, key=lambda part: (part.copies, part.stored.name))
     for copies, group in groupby(by_copies, key=lambda part: part.copies):
-        held = [(part, *part.size) for part in group]
-        total = sum(num_rows * num_columns for _, num_rows, num_columns in held)
-        start = total * copies.index // copies.number
-        stop = total * (copies.index + 1) // copies.number
-        for part, num_rows, num_columns in held:
-            # rows whose first number is one of start to stop
-            first = min(max(-(-start // num_columns), 0), num_rows)
-            last = min(max(-(-stop // num_columns), 0), num_rows)
+        held = []
+        for part in group:
+            num_rows, num_columns = part.size
+            times = len(stored_names(part.stored.name, family)) + num_moments
+            held.append((part, num_rows, num_columns * times))
+        total = sum(num_rows * of_row for _, num_rows, of_row in held)
+        start, stop = (total * (copies.index + more) // copies.number for more in (0, 1))
+        for part, num_rows, of_row in held:
+            # rows that begin in start to stop, counted from this slice's first
+            first, last = (min(max(-(-at // of_row), 0), num_rows) for at in (start, stop))
             if first < last:
                 yield part, slice(first, last)
-            start -= num_rows * num_columns
-            stop -= num_rows * num_columns
+            start -= num_rows * of_row
+            stop -= num_rows * of_row
 
 
 def _runs(
@@ -202,14 +203,14 @@ def _runs(
 
 def _adapter_sizes(model_args: ModelArgs, rank: int, targets: list[str], of_towers: Sizes) -> Sizes:
     """Of TENSORS: also what `saved_targets` has and training has not, which stays zero."""
-    sizes = adapter_tensors(model_args, rank, saved_targets(targets)) | of_towers
+    sizes = {**adapter_tensors(model_args, rank, saved_targets(targets)), **of_towers}
     return stored_sizes(sizes, model_args.family)
 
 
 def _optimizer_sizes(
     model_args: ModelArgs, rank: int, targets: list[str], of_towers: Sizes
 ) -> Sizes:
-    sizes = adapter_tensors(model_args, rank, targets) | of_towers
+    sizes = {**adapter_tensors(model_args, rank, targets), **of_towers}
     return {f"{name}.{kind}": size for name, size in sizes.items() for kind in MOMENTS}
 
 

@@ -56,11 +56,17 @@ def make_header(sizes: Sizes, metadata: dict[str, str], *, compact: bool = True)
     """The header of a file of these tensors, to the bytes: safetensors' own save_file puts metadata
     in an order of chance. compact: without blanks, as save_file writes it.
     """
-    header: dict[str, dict] = {"__metadata__": metadata}
+    comma, colon = (",", ":") if compact else (", ", ": ")
+    entries = [f'"__metadata__"{colon}{json.dumps(metadata, separators=(comma, colon))}']
     for name, start in first_bytes(sizes).items():
+        shape = comma.join(map(str, sizes[name]))
         stop = start + FLOAT32_BYTES * math.prod(sizes[name])
-        header[name] = {"dtype": "F32", "shape": list(sizes[name]), "data_offsets": [start, stop]}
-    text = json.dumps(header, separators=(",", ":") if compact else None).encode()
+        # as json.dumps would, which takes a second for the tensors of a large model
+        entries.append(
+            f'{json.dumps(name)}{colon}{{"dtype"{colon}"F32"{comma}"shape"{colon}[{shape}]{comma}'
+            f'"data_offsets"{colon}[{start}{comma}{stop}]}}'
+        )
+    text = ("{" + comma.join(entries) + "}").encode()
     return text + b" " * (-len(text) % 8)
 
 
