@@ -175,7 +175,7 @@ def shares(
             times = len(stored_names(part.stored.name, family)) + num_moments
             held.append((part, num_rows, num_columns * times))
         total = sum(num_rows * of_row for _, num_rows, of_row in held)
-        start, stop = (total * (copies.index + more) // copies.number for more in (0, 1))
+        start, stop = (total * (copies.number + more) // copies.total for more in (0, 1))
         for part, num_rows, of_row in held:
             # rows that begin in start to stop, counted from this slice's first
             first, last = (min(max(-(-at // of_row), 0), num_rows) for at in (start, stop))

@@ -71,13 +71,13 @@ class SlicePair:
 
 
 class Copies(NamedTuple):
-    """Where several ranks hold the same numbers: this is copy `index` of `number` equal ones. `of`
-    tells apart what other ranks share with this one.
+    """Where several ranks hold the same numbers: this is copy `number` of `total`, from 0. `of`
+    tells apart what this rank shares with these ranks and with those.
     """
 
     of: str = ""
-    index: int = 0
-    number: int = 1
+    number: int = 0
+    total: int = 1
 
 
 @dataclass(frozen=True)
