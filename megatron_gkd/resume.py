@@ -4,7 +4,6 @@ when its steps have gone bad.
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,11 @@ def resume(
 NUM_BLOCKS = 64  # of rows, with a digest each
 
 
-@lru_cache(maxsize=1)
 def data_state(
     train_data: SampleDataset, eval_data: SampleDataset | None
 ) -> dict[str, dict[str, Any] | None]:
     """What a resumed run should have again: numbers of rows, and digests of NUM_BLOCKS parts of
-    what was made of them, by flag. Rows do not change in a run: they are read once.
+    what was made of them, by flag.
     """
     return {
         flag: {"rows": len(data), "digests": data.digests(_rows_of_block(len(data)))}
@@ -247,20 +245,17 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
         dropout=run.config.lora.lora_dropout,
         base_model=run.config.model.model,
         optimizer=None if run.config.run.save_only_model else run.optimizer,
-        state=_state(run) if run.parallel.rank == 0 else {},
+        state=vars(progress)
+        | {
+            "settings": run_settings(run.config, run.parallel),
+            "data": data_state(run.train_data, run.eval_data),
+        },
         teacher=run.config.distill.teacher_follows,
     )
     run.saved_step, run.save_owed = step, False
     log_rank_0(run.parallel, f"saved {folder}")
     if ends and not progress.bad_in_a_row:
         _prune(run)
-
-
-def _state(run: Run) -> dict[str, Any]:
-    """What trainer_state.json tells of the run, beside what the optimizer knows."""
-    settings = run_settings(run.config, run.parallel)
-    data = data_state(run.train_data, run.eval_data)
-    return vars(run.progress) | {"settings": settings, "data": data}
 
 
 def _prune(run: Run) -> None:
