@@ -22,9 +22,10 @@ import torch.multiprocessing
 from benchmarks.real_decoder import Shape, add_sizes, random_decoder, shape_of
 from benchmarks.report import table
 from megatron_gkd.checkpoint import save_checkpoint
+from megatron_gkd.gradients import in_gradient_reducer
 from megatron_gkd.lora.apply import num_adapter_parameters
 from megatron_gkd.lora_targets import LINEARS
-from megatron_gkd.optimizer import Optimizer, in_gradient_reducer
+from megatron_gkd.optimizer import Optimizer
 
 SHAPE = Shape(6, 64, 8, 512, 256, 8, 4, 64, 4096)
 

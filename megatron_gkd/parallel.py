@@ -266,13 +266,6 @@ def seed_step(seed: int, step: int, parallel: Parallel) -> None:
         torch.cuda.manual_seed(base)
 
 
-def all_gather_objects(value: Any) -> list:
-    """The values of all ranks, in rank order. Collectives: an object all-gather over the world."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def largest(
     numbers: Sequence[int], device: torch.device, group: ProcessGroup | None = None
 ) -> list[int]:

@@ -20,7 +20,7 @@ from megatron_gkd.data.sample import MediumPositions, View
 from megatron_gkd.forward import view_logits
 from megatron_gkd.loss.rows import IGNORED_LABEL
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, all_gather_objects
+from megatron_gkd.parallel import Parallel
 from megatron_gkd.verify.reference import decoder
 from megatron_gkd.verify.rows import Rows
 
@@ -115,7 +115,8 @@ def megatron_trace(
             features = model.towers.encode(rows.media)
         logits = padded(view_logits(model, model_args, parallel, view, features))
     writes = parallel.is_first_replica and parallel.tp_rank == 0
-    of_stages = all_gather_objects(layers if writes else {})
+    of_stages: list[Any] = [None] * parallel.world_size
+    torch.distributed.all_gather_object(of_stages, layers if writes else {})
     found = {number: hidden for of_stage in of_stages for number, hidden in of_stage.items()}
     whole = {
         number: padded(found[number][:, 0]).float()
