@@ -16,6 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below, which would warn of absent packages
+    startup.prepare_imports()
+
 import torch
 import torch.multiprocessing
 
