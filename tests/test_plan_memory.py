@@ -47,6 +47,9 @@ MEASURED_STEP = Workload(
     accumulation=1,
     prompt_tokens=1536,
     completion_tokens=0,
+    row_tokens=2048,
+    teacher_row_tokens=2048,
+    response_tokens=512,
 )
 
 

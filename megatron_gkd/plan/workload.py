@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_gkd.config import Config, flag_targets
+from megatron_gkd.distillation import DistillConfig, parse_schedule
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -32,6 +33,14 @@ class Workload:
     num_laid_out: int = 1
     """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
     tower_bytes: int = 0
+    row_tokens: int
+    """Of an average row, the student's view"""
+    teacher_row_tokens: int
+    """Of an average row, the teacher's view"""
+    response_tokens: int
+    """Trained tokens of an average row"""
+    on_policy_share: float = 0.0
+    """Of the steps that write their responses: --lmbda, or 1 with --seq_kd, where the teacher does"""
 
     @property
     def rows(self) -> int:
@@ -47,16 +56,22 @@ def workload(
     prompt_tokens: int | None = None,
     writes: bool | None = None,
     tower_bytes: int = 0,
+    row_tokens: int | None = None,
+    teacher_row_tokens: int | None = None,
+    response_tokens: int | None = None,
 ) -> Workload:
-    """What of these settings takes memory. micro_batch_tokens, prompt_tokens, writes: of the data,
-    where they are known: the most of a micro-batch, and of a prompt; whether any response is
-    written.
+    """What of these settings takes memory and time. micro_batch_tokens, prompt_tokens, writes: of
+    the data, where they are known: the most of a micro-batch, and of a prompt; whether any response
+    is written. row_tokens, teacher_row_tokens, response_tokens: of an average row; without them a
+    row is as long as --max_length allows in both views, its response as --max_completion_length.
     """
     train, distill = config.train, config.distill
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
     teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
+    row_tokens = row_tokens or config.data.max_length
+    response = min(config.rollout.max_completion_length, row_tokens - 1)
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
@@ -72,4 +87,20 @@ def workload(
         prefill_tokens=config.rollout.rollout_prefill_tokens,
         num_laid_out=1 + (has_teacher_adapter and teacher_writes),
         tower_bytes=tower_bytes,
+        row_tokens=row_tokens,
+        teacher_row_tokens=teacher_row_tokens or row_tokens,
+        response_tokens=response_tokens or response,
+        on_policy_share=on_policy_share(distill, train.max_steps),
     )
+
+
+def on_policy_share(distill: DistillConfig, max_steps: int) -> float:
+    """Of a run's steps, those that write their responses. A schedule counts with its mean over
+    max_steps; where these are not known (-1), with the value that it ends with.
+    """
+    if distill.seq_kd:
+        return 1.0
+    schedule = parse_schedule(distill.lmbda)
+    if max_steps < 1:
+        return schedule[-1][1]
+    return sum(distill.lmbda_at(step) for step in range(max_steps)) / max_steps
