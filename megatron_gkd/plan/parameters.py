@@ -5,13 +5,8 @@ from collections.abc import Callable
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import targets_in
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.workload import Workload
-
-
-def attention_rows(args: ModelArgs, tp: int) -> tuple[int, int]:
-    """(query, key or value) rows of a rank, which has at least one whole key/value head."""
-    groups = max(args.num_key_value_heads / tp, 1)
-    return args.num_attention_heads // tp * args.head_dim, round(groups) * args.head_dim
 
 
 def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:

@@ -17,6 +17,7 @@ class Workload:
     number_bytes: int
     """Of a number of the base model and of activations"""
     lora_rank: int
+    lora_dropout: float = 0.05
     targets: Sequence[str]
     has_teacher_adapter: bool = False
     recompute: bool
@@ -40,7 +41,7 @@ class Workload:
     response_tokens: int
     """Trained tokens of an average row"""
     on_policy_share: float = 0.0
-    """Of the steps that write their responses: --lmbda, or 1 with --seq_kd, where the teacher does"""
+    """Of the steps that write their responses: --lmbda, or 1 with --seq_kd (the teacher writes)"""
 
     @property
     def rows(self) -> int:
@@ -75,6 +76,7 @@ def workload(
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
+        lora_dropout=config.lora.lora_dropout,
         targets=flag_targets(config.lora, model_args),
         has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
