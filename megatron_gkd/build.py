@@ -19,7 +19,7 @@ from megatron_gkd.gradients import in_gradient_reducer
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.loss.divergence import KINDS
-from megatron_gkd.media.towers import Towers, build_towers, tower_parameters
+from megatron_gkd.media.towers import Towers, build_towers
 from megatron_gkd.metrics import Clock
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.decoder import build_decoder, core_attention
@@ -28,6 +28,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.plan.memory import check_memory
+from megatron_gkd.plan.towers import tower_parameters
 from megatron_gkd.plan.workload import workload
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
@@ -173,7 +174,7 @@ def check_fits(
     responses, be it for its evaluation; audio, visual: as for `build_base`.
     """
     wanted = (audio or config.lora.lora_towers, visual or config.lora.lora_towers)
-    num_parameters = tower_parameters(config.model.model, model_args, *wanted)
+    num_parameters = tower_parameters(config.model.model, *wanted)
     load = workload(
         config,
         model_args,
@@ -182,7 +183,9 @@ def check_fits(
         writes=writes,
         tower_bytes=DTYPES[config.model.torch_dtype].itemsize * num_parameters,
     )
-    needed = check_memory(model_args, config.parallel, load, available)
+    needed = check_memory(
+        model_args, config.parallel, load, available, world_size=parallel.world_size
+    )
     log_rank_0(parallel, f"Memory: about {needed.describe()}")
 
 

@@ -3,6 +3,7 @@ refused before weights are read.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,9 @@ def test_the_loss_counts_with_its_own_sizes():
 
 
 def _bytes_of_ranks(rank, world_size, argv):
-    """(base, LoRA, laid-out LoRA of the experts) numbers of this rank and its estimates."""
+    """Numbers of this rank and its estimates: base, LoRA, LoRA laid out for decoding, and as the
+    experts' products read it.
+    """
     from megatron_gkd.rollout.weights import StageWeights
 
     parts, config = build_parts(argv), parse_config(argv)
@@ -94,10 +97,10 @@ def _bytes_of_ranks(rank, world_size, argv):
     batches = micro_batches(parts, parallel, (8,))
     load = workload(config, args, micro_batch_tokens=batches[0].student.size)
     pass_through(parts, parallel, batches)
-    experts = [
+    laid_out = [
         matrix
         for layer in StageWeights(model, args, parallel).layers
-        for linear in (layer.gate_up, layer.down)
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
         for matrix in linear[1:]
     ]
     products = [
@@ -109,7 +112,7 @@ def _bytes_of_ranks(rank, world_size, argv):
     found = (
         sum(p.numel() for p in model.parameters() if not p.requires_grad),
         sum(p.numel() for p in lora),
-        sum(matrix.numel() for matrix in experts),
+        sum(matrix.numel() for matrix in laid_out),
         sum(products),
     )
     estimates = (
@@ -195,6 +198,7 @@ def test_layers_with_lora_count_alone():
         in_stages = ParallelConfig(1, 4, 1, 1)
         assert part(args, in_stages, lora(*layers)) == part(args, in_stages, MEASURED_STEP)
     assert expert_column_parameters(args, ONE, lora("q_proj", "3.o_proj")) == 0
+    assert laid_out_parameters(args, ONE, lora("router")) == 0
 
 
 def test_towers_count_and_a_refusal_names_the_card(tiny_folder, tmp_path, monkeypatch):
@@ -204,30 +208,21 @@ def test_towers_count_and_a_refusal_names_the_card(tiny_folder, tmp_path, monkey
     config, said = parse_config(argv), []
     args = read_model_args(config.model.model)
     monkeypatch.setattr(build, "log_rank_0", lambda parallel, text: said.append(text))
-    monkeypatch.setattr(build, "tower_parameters", lambda *which: 2**28 * sum(which[2:]))
+    monkeypatch.setattr(build, "tower_parameters", lambda *which: 2**28 * sum(which[1:]))
 
     def check(available, audio, visual):
         data = dict(micro_batch_tokens=4096, prompt_tokens=100, writes=True)
-        build.check_fits(config, args, None, available, **data, audio=audio, visual=visual)
+        build.check_fits(
+            config,
+            args,
+            SimpleNamespace(world_size=1),
+            available,
+            **data,
+            audio=audio,
+            visual=visual,
+        )
 
     check(2**40, audio=True, visual=False)
     assert said[0].startswith("Memory: about") and "towers 1.0" in said[0]
     with pytest.raises(ValueError, match=r"towers 2\.0.* more than the 2\.0 GiB"):
         check(2**31, audio=True, visual=True)
-
-
-def test_tower_parameters_are_those_of_the_towers(tiny_folder):
-    folder = tiny_folder(**SMALL)
-    ((both, audio, built),) = run_ranks(_towers, 1, folder)
-    assert 0 < audio < both == built
-
-
-def _towers(rank, world_size, folder):
-    from megatron_gkd import parallel as layout
-    from megatron_gkd.media.towers import build_towers, tower_parameters
-
-    args = read_model_args(folder)
-    place = layout.initialize(torch.device("cpu"))
-    towers = build_towers(folder, args, place, torch.float32, audio=True, visual=True)
-    both, audio = (tower_parameters(folder, args, True, visual) for visual in (True, False))
-    return both, audio, sum(p.numel() for p in towers.parameters())

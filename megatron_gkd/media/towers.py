@@ -267,23 +267,6 @@ class StepMedia:
         return self.towers.encode(self.media[index])
 
 
-def tower_parameters(folder: str | Path, model_args: ModelArgs, audio: bool, visual: bool) -> int:
-    """Of the towers that `build_towers` would make on the first stage, by the headers of the
-    folder's files.
-    """
-    wanted = {"audio_tower": audio, "visual": visual}
-    names = [tower.name for tower in model_args.family.towers if wanted[tower.name]]
-    if not names:
-        return 0
-    prefixes = tuple(f"{read_config(folder).prefix}{name}." for name in names)
-    tensors = open_folder(folder, model_args).tensors
-    return sum(
-        math.prod(tensor.get_shape())
-        for name, tensor in tensors.items()
-        if name.startswith(prefixes)
-    )
-
-
 def build_towers(
     folder: str | Path,
     model_args: ModelArgs,

@@ -26,7 +26,7 @@ from megatron_gkd.plan.parameters import (
     laid_out_parameters,
     lora_parameters,
 )
-from megatron_gkd.plan.rollout_memory import rollout_parts
+from megatron_gkd.plan.rollout_memory import rollout_parts, sampler_bytes
 from megatron_gkd.plan.shapes import Device
 from megatron_gkd.plan.training_memory import training_parts
 from megatron_gkd.plan.workload import Workload
@@ -105,6 +105,7 @@ def estimate(
     if load.completion_tokens:
         laid_out = laid_out_parameters(args, layout, load) * load.number_bytes
         always["LoRA laid out"] = load.num_laid_out * laid_out
+        always["sampler"] = sampler_bytes(args, layout, load)
     outside = {}
     if device == "cuda" and whole_card:
         groups = num_communicators(layout, world_size)

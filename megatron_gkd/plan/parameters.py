@@ -56,9 +56,24 @@ def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Work
 
 
 def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of the experts' LoRA as decoding reads it: its ranks padded to powers of two, 16 or more."""
+    """Of LoRA as decoding reads it (rollout/weights.py): of experts ranks are padded to powers of
+    two, 16 or more; of attention W_down's to multiples of 32, W_up's of 8.
+    """
     padded = lambda rank: max(16, 1 << (rank - 1).bit_length()) if rank else 0
-    return expert_parameters(args, layout, load, padded)
+    experts = expert_parameters(args, layout, load, padded)
+    queries, keys = attention_rows(args, layout.tensor_model_parallel_size)
+
+    def of_layer(names: list[str]) -> int:
+        total = 0
+        for of, inputs, outputs in (
+            (("q_proj", "k_proj", "v_proj"), args.hidden_size, queries + 2 * keys),
+            (("o_proj",), queries, args.hidden_size),
+        ):
+            rank = load.lora_rank * sum(name in names for name in of)
+            total += -(-rank // 32) * 32 * inputs + -(-rank // 8) * 8 * outputs
+        return total
+
+    return experts + of_fullest_stage(args, layout, load, of_layer)
 
 
 def expert_parameters(

@@ -1,7 +1,11 @@
-"""What a rollout holds of a stage beside weights and LoRA: keys and values, the prompts' forward,
-sampling.
+"""What a rollout holds of a stage beside weights and LoRA: keys and values, and at different times
+the prompts' forward, sampling, longer room for keys and values.
+
+Legend: P prompts, B places of rows that are written, W positions of the longest prompt, C positions
+that responses have room for.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_gkd.layout import ParallelConfig
@@ -12,6 +16,22 @@ from megatron_gkd.plan.training_memory import layers_of_stage
 from megatron_gkd.plan.workload import Workload
 
 CAPACITY = 512  # response positions that the cache starts with (rollout/cache.py)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # places, then multiples of 64 (engine.py)
+
+
+def places(layout: ParallelConfig, load: Workload) -> int:
+    """B: the bucket of a data-parallel rank's rows."""
+    tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+    multiple = tp if tp % ep else 1  # experts are spread over replicas
+    sizes = [size for size in BUCKETS if size >= load.rows and size % multiple == 0]
+    step = 64 * multiple
+    return sizes[0] if sizes else -(-load.rows // step) * step
+
+
+def sampler_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+    """Of which tokens each row has seen, kept from rollout to rollout."""
+    tp = layout.tensor_model_parallel_size
+    return places(layout, load) * (args.padded_vocab_size(tp) // tp + 16)
 
 
 def rollout_parts(
@@ -20,19 +40,46 @@ def rollout_parts(
     """At the highest moment, by kind; empty where no step writes."""
     if not load.completion_tokens:
         return {}
+    moments = rollout_moments(args, layout, load, device=device)
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def rollout_moments(
+    args: ModelArgs,
+    layout: ParallelConfig,
+    load: Workload,
+    *,
+    device: Device = "cuda",
+    routed_rows: int | None = None,
+) -> Iterator[dict[str, int]]:
+    """The prompts' forward, the first tokens drawn, longer room for keys and values; on a CPU also
+    their copies. routed_rows: in the prompts' forward, where they are known.
+    """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     _, keys = attention_rows(args, tp)
     position = args.num_layers // pp * 2 * keys * load.number_bytes
-    prompts = load.batch_size * load.accumulation * load.prompt_tokens
-    # the cache of responses doubles from 512 positions on: old and new for a moment
-    grows = 1.5 if load.completion_tokens > CAPACITY else 1
-    positions = prompts + load.rows * load.completion_tokens * grows
+    num_prompts, rows = load.batch_size * load.accumulation, places(layout, load)
+    prompts = position * num_prompts * load.prompt_tokens
+    responses = position * rows * min(load.completion_tokens, CAPACITY)
+
+    total = num_prompts * load.prompt_tokens
     layer = layers_of_stage(args, layout, load, 0, device=device)[0]
-    shapes = replace(layer.shapes, tokens=min(load.prefill_tokens, prompts))
-    of_prompts = forward(replace(layer, shapes=shapes))
-    sampling = 16 * load.rows * args.padded_vocab_size(tp) // tp
-    return {
-        "keys and values": round(position * positions),
-        "prompts": of_prompts,
-        "sampling": sampling,
+    tokens = min(max(load.prefill_tokens, load.prompt_tokens), total)
+    # every context-parallel rank reads its own prompts, whole
+    alone = replace(layout, context_parallel_size=1)
+    shapes = replace(layer.shapes, layout=alone, tokens=tokens, routed_rows=routed_rows)
+    last = num_prompts * args.hidden_size * load.number_bytes
+    yield {
+        "keys and values": prompts + responses,
+        "prompts": forward(replace(layer, shapes=shapes)) + last,
     }
+    logits = rows * args.padded_vocab_size(tp) // tp * 4
+    seen = sampler_bytes(args, layout, load)  # the prompts' tokens, beside the sampler's own
+    yield {"keys and values": prompts + responses, "sampling": logits + seen}
+    if load.completion_tokens > CAPACITY:  # it doubles until it is enough
+        longest = position * rows * load.completion_tokens
+        yield {"keys and values": prompts + longest + longest // 2}
+    if device == "cpu":  # each row's prompt is copied before its response
+        joined = position * rows * load.prompt_tokens + responses
+        yield {"keys and values": joined, "sampling": 5 * logits}
+        yield {"keys and values": prompts + responses + 2 * joined}
