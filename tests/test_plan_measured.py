@@ -40,6 +40,17 @@ LAYOUTS = [  # ranks, TP, PP, EP, CP, targets
     pytest.param(2, (1, 1, 1, 1), None, id="DP2", marks=extended),
     pytest.param(4, (2, 1, 4, 2), None, id="TP2 CP2 EP4"),
 ]
+IN_CI = ("1 rank", "TP2 CP2 EP4")  # with recomputation too
+CASES = [
+    pytest.param(
+        *layout.values,
+        recompute,
+        id=f"{layout.id}, {recompute}",
+        marks=extended if recompute == "full" and layout.id not in IN_CI else layout.marks,
+    )
+    for layout in LAYOUTS
+    for recompute in ("none", "full")
+]
 
 
 def samples(number, seed=0, one_length=False):
@@ -141,8 +152,8 @@ def _saved(rank, world_size, argv, number_bytes):
 
 def _step(rank, world_size, argv, device="cpu", number=8, memory=None):
     """Of the second step of a run, measured and counted: bytes that each layer saves, the most that
-    is alive in the teacher's forward, in the forward with the loss and in the backward, weights
-    included. number: of rows. device: whose kernels run.
+    is alive in the teacher's forward, in the forward with the loss and in the backward beside what
+    is counted to stand always; and this. number: of rows. device: whose kernels run.
     """
     from megatron_gkd import forward
     from megatron_gkd.parallel import seed_step
@@ -196,14 +207,14 @@ def _step(rank, world_size, argv, device="cpu", number=8, memory=None):
     def of_stage(routed_rows):
         stage = (args, config.parallel, load, parallel.pp_rank)
         found = list(moments(*stage, device=device, routed_rows=routed_rows))
-        return [always + sum(parts.values()) for parts in found]
+        return [sum(parts.values()) for parts in found]
 
     counted = {"teacher": of_stage([max(of_teacher)] * layers)[0]}
     counted["backward"] = of_stage(rows[:layers])[-1]
     if parallel.is_last_stage:
         counted["loss"] = of_stage(rows[:layers])[1]
-    measured = {name: weights + found for name, found in measured.items()}
-    return (saved, measured), (kept, counted)
+    measured = {name: weights + found - always for name, found in measured.items()}
+    return (saved, measured), (kept, counted), always
 
 
 def flags_of(folder, tmp_path, layout, targets, **more):
@@ -213,24 +224,28 @@ def flags_of(folder, tmp_path, layout, targets, **more):
     return arguments(**flags, **layout_flags(*layout)) + words
 
 
-def compare(ranks, recompute):
-    """Of each layer what it saves, of each moment the rank that has most."""
-    for (saved, _), (kept, _) in ranks:
+def compare(ranks, recompute, rel=None):
+    """Of each layer what it saves; of each moment, for the rank that has most, what it holds with
+    weights and LoRA within 2 %, and where `rel` is given beside them within that.
+    """
+    for (saved, _), (kept, _), _ in ranks:
         if recompute == "none":
             assert kept == pytest.approx(saved, rel=0.001)
-    most = lambda which, name: max(rank[which][1].get(name, 0) for rank in ranks)
+    always = max(always for _, _, always in ranks)
     for name in ("teacher", "loss", "backward"):
-        assert most(1, name) == pytest.approx(most(0, name), rel=0.02), name
+        own, counted = (max(rank[which][1].get(name, 0) for rank in ranks) for which in (0, 1))
+        assert counted + always == pytest.approx(own + always, rel=0.02), name
+        if rel is not None:
+            assert counted == pytest.approx(own, rel=rel), name
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("world_size, layout, targets", LAYOUTS)
+@pytest.mark.parametrize("world_size, layout, targets, recompute", CASES)
 def test_a_step_holds_what_the_planner_counts(
     world_size, layout, targets, recompute, tiny_folder, tmp_path
 ):
     """At each of its moments, with as many routed rows as there were."""
     argv = flags_of(tiny_folder(**SIZES), tmp_path, layout, targets, recompute=recompute)
-    compare(run_ranks(_step, world_size, argv), recompute)
+    compare(run_ranks(_step, world_size, argv), recompute, 0.01 if world_size == 1 else None)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
@@ -268,4 +283,4 @@ def test_a_step_with_the_kernels_of_a_gpu_holds_what_the_planner_counts(tiny_fol
     """With dropout, which those draw in registers. Attention and norms are a CPU's."""
     folder = tiny_folder(**SIZES | dict(num_hidden_layers=2))
     argv = flags_of(folder, tmp_path, (1, 1, 1, 1), None, lora_dropout=0.1)
-    compare([in_a_process(_with_gpu_kernels, argv, interpret_triton=True)], "none")
+    compare([in_a_process(_with_gpu_kernels, argv, interpret_triton=True)], "none", 0.02)

@@ -19,9 +19,13 @@ from megatron_gkd.loss.linear import WEIGHT_BLOCK_ROWS, _chunk_rows
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.plan import passes
 from megatron_gkd.plan.memory import (
+    COMMUNICATOR_BYTES,
+    CONTEXT_BYTES,
     GIB,
     check_memory,
     estimate,
+    kept_layers_that_fit,
+    num_communicators,
 )
 from megatron_gkd.plan.parameters import (
     base_parameters,
@@ -185,6 +189,31 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     assert "left. --expert_model_parallel_size 2 on 2 or more ranks" in message
     assert "left. use more ranks" in refused(MEASURED_STEP, available=GIB)
     assert estimate(args, ParallelConfig(8, 1, 8, 1), MEASURED_STEP).total < 12 * GIB
+
+
+def test_layers_keep_activations_as_far_as_they_fit():
+    """As many more as another layer's activations go into the memory that is added."""
+    args = REAL_SHAPE.model_args()
+    fits = lambda size: kept_layers_that_fit(args, ONE, MEASURED_STEP, size, whole_card=False)
+    total = lambda number: (
+        estimate(args, ONE, MEASURED_STEP, kept_layers=number, whole_card=False).total
+    )
+    assert fits(total(0) - 1) is None and fits(total(0)) == 0 and fits(2**60) == 48
+    assert fits(total(20)) == 20 and fits(total(21) - 1) == 20
+    unlimited = replace(MEASURED_STEP, recompute=False)
+    assert total(48) == estimate(args, ONE, unlimited, whole_card=False).total
+
+
+def test_what_lies_outside_of_torch_counts_for_a_whole_card():
+    """A group of ranks for each kind of parallelism, where it has several."""
+    args, layout = REAL_SHAPE.model_args(), ParallelConfig(8, 1, 8, 1)
+    assert num_communicators(ONE, 1) == 0 and num_communicators(ONE, 4) == 3
+    assert num_communicators(layout) == 3 and num_communicators(layout, 64) == 5
+    whole, left = (
+        estimate(args, layout, MEASURED_STEP, whole_card=whole) for whole in (True, False)
+    )
+    assert whole.total - left.total == CONTEXT_BYTES + 3 * COMMUNICATOR_BYTES
+    assert whole.allocated == left.allocated
 
 
 def test_layers_with_lora_count_alone():

@@ -25,6 +25,7 @@ from megatron_gkd.plan.parameters import (
     expert_column_parameters,
     laid_out_parameters,
     lora_parameters,
+    place_bytes,
 )
 from megatron_gkd.plan.rollout_memory import rollout_parts, sampler_bytes
 from megatron_gkd.plan.shapes import Device
@@ -97,6 +98,7 @@ def estimate(
     always = {
         "base": base_parameters(args, layout) * load.number_bytes,
         "LoRA, gradients, AdamW": lora * (16 + 4 * load.has_teacher_adapter),
+        "places of LoRA's numbers": place_bytes(args, layout, load),
         "LoRA inside the experts' products": load.number_bytes
         * expert_column_parameters(args, layout, load)
         * (1 + load.has_teacher_adapter),

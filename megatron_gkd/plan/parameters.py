@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import targets_in
+from megatron_gkd.lora_targets import names_of, targets_in
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.workload import Workload
@@ -53,6 +53,17 @@ def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Work
     weight, W_down beside it, ranks padded to multiples of 8.
     """
     return expert_parameters(args, layout, load, lambda rank: -(-rank // 8) * 8)
+
+
+def place_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+    """Of the indices with which the W_ups of q, k and v are laid out for the fused projection,
+    int64, the same for all layers (lora/up_product.py).
+    """
+    queries, keys = attention_rows(args, layout.tensor_model_parallel_size)
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    names = [name for name in rows if name in names_of(load.targets)]
+    laid_out = (queries + 2 * keys) * len(names)
+    return 8 * load.lora_rank * (laid_out + sum(rows[name] for name in names))
 
 
 def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
