@@ -41,7 +41,7 @@ class Workload:
     response_tokens: int
     """Trained tokens of an average row"""
     on_policy_share: float = 0.0
-    """Of the steps that write their responses: --lmbda, or 1 with --seq_kd (the teacher writes)"""
+    """Of the steps that write responses: --lmbda, or 1 with --seq_kd, where the teacher writes"""
 
     @property
     def rows(self) -> int:
