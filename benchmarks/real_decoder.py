@@ -84,6 +84,7 @@ def random_decoder(
     tensor_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
     seed: int = SEED,
 ) -> tuple[Parallel, ModelArgs, GPTModel]:
     """This process's place in the layout, the sizes, and its part of a decoder with LoRA on
@@ -100,6 +101,7 @@ def random_decoder(
         tensor_model_parallel_size=tensor_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
         seed=seed,
     )
     model_args, targets = shape.model_args(), list(targets)

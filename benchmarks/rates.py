@@ -1,0 +1,318 @@
+"""What this machine does in a second, as the planner reads it (megatron_gkd/plan/rates.py).
+
+    python -m benchmarks.rates --output rates.json [--ranks 2] [--device auto] [--seconds 60]
+    torchrun --nproc_per_node 8 -m benchmarks.rates --output rates.json
+
+Products, attention, the package's kernels, launches of a layer, AdamW, and with several ranks
+collectives by size. Ranks share a machine's memory and its cores, so all of them measure at the
+same time: on CPU --ranks starts so many, each with one thread; on GPUs torchrun does. Every run of
+the same thing is timed until its share of --seconds is over; the lower quartile counts, so that
+what other programs disturb does not.
+
+What is measured is small things, never a training step at the sizes that are predicted with them.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd import startup
+
+if __name__ == "__main__":  # before the imports below, which would warn of absent packages
+    startup.prepare_imports()
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.rate_kernels import all_timed
+from benchmarks.real_decoder import Shape, random_batch, random_decoder
+from benchmarks.report import commit, machine
+from benchmarks.rollout_real import SAMPLED, RolloutBench
+from benchmarks.training_step import Training
+from megatron_gkd.forward import student_forward_backward, teacher_forward
+from megatron_gkd.lora import as_student
+from megatron_gkd.parallel import Parallel, destroy, resolve_device
+from megatron_gkd.plan import layer_work, rollout_work, step_work
+from megatron_gkd.plan.rates import rates_of
+from megatron_gkd.rollout.row_batch import RowBatch
+
+# Layers whose work is nothing: what their pass takes is its launches.
+TINY = Shape(
+    num_layers=6,
+    num_experts=4,
+    num_experts_per_tok=2,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    vocab_size=256,
+)
+MESSAGES = (2**12, 2**16, 2**19, 2**22, 2**24)  # bytes of a collective
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
+
+
+class Clock:
+    """Seconds of a run; the device waited for, all ranks started together."""
+
+    def __init__(self, device: torch.device, share: float):
+        self.device, self.share = device, share
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def samples(self, run: Callable[[], Any], number: int | None = None) -> list[float]:
+        """Of at least five runs, as many as the share of the time allows."""
+        for _ in range(2):
+            run()
+        started, found = self._now(), []
+        repeats = 1
+        while len(found) < 5 or (number is None and self._now() - started < self.share):
+            before = self._now()
+            for _ in range(repeats):
+                run()
+            seconds = (self._now() - before) / repeats
+            found.append(seconds)
+            repeats = max(1, min(1000, round(2e-3 / seconds)))  # what is short is run in a row
+            if number is not None and len(found) >= number:
+                break
+        return found
+
+    def __call__(self, run: Callable[[], Any], number: int | None = None) -> float:
+        """number: of samples, the same on all ranks of a collective."""
+        return quartile(self.samples(run, number))
+
+
+def quartile(samples: Sequence[float]) -> float:
+    """The lower one."""
+    return statistics.quantiles(samples, n=4, method="inclusive")[0]
+
+
+def compute_entries(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
+    """name -> rate, or points [size, rate]. FLOP/s, b/s."""
+    groups_of = lambda entry: entry.startswith(("grouped.", "outer."))
+    points: dict[str, list] = defaultdict(list)
+    for timed in all_timed(clock.device, dtype):
+        with torch.set_grad_enabled(timed.entry.endswith("backward")):
+            seconds = clock(timed.run)
+        rate = timed.amount / seconds
+        points[timed.entry].append([timed.size, rate])
+    found: dict[str, Any] = {
+        name: sorted(of) if of[0][0] is not None else of[0][1] for name, of in points.items()
+    }
+    found["grouped.group"] = 0.0  # part of the rates by rows of an expert
+    assert any(map(groups_of, found))
+    return found
+
+
+def launch_entries(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of a launch as a layer of almost no work makes it, megatron-core's and autograd's
+    Python included.
+    """
+    parallel, model_args, model = random_decoder(
+        TINY, device=clock.device.type, dtype=dtype, lora_dropout=0.0
+    )
+    training = Training(parallel, model_args, model)
+    batch = random_batch(TINY.vocab_size, parallel, num_rows=2, length=8, response=2, seed=0)
+    forward = clock(lambda: teacher_forward(model, [batch], parallel))
+    teacher = teacher_forward(model, [batch], parallel)
+    run = lambda: student_forward_backward(
+        training.reduced, [batch], teacher, training.loss, parallel
+    )
+    both = clock(run)
+    layers = TINY.num_layers
+    per_launch = forward / (layers * layer_work.BASE_LAUNCHES + step_work.PASS_LAUNCHES)
+    of_student = layers * (layer_work.BASE_LAUNCHES + layer_work.LORA_LAUNCHES)
+    of_backward = layers * layer_work.BACKWARD_LAUNCHES + step_work.LOSS_LAUNCHES
+    rest = both - (of_student + step_work.PASS_LAUNCHES) * per_launch
+    return {
+        "launch.forward": per_launch,
+        "launch.backward": max(rest, 0.0) / of_backward,
+        **token_entries(clock, parallel, model_args, model),
+    }
+
+
+@torch.no_grad()
+def token_entries(clock: Clock, parallel: Parallel, model_args: Any, model: Any) -> dict:
+    """The same for a token of a rollout: launched one by one, and as a graph where there is one."""
+    bench = RolloutBench(parallel, model_args, model, TINY, lambda **_: None)
+    launches = rollout_work.TOKEN_LAYER_LAUNCHES * TINY.num_layers + rollout_work.TOKEN_LAUNCHES
+    found = {}
+    for name, graphs in (("eager", False), ("graph", True)):
+        with as_student(model):
+            engine = bench.engine(SAMPLED, 400, graphs=graphs)
+            batch = RowBatch(engine, bench.prompts(2, 8), None, 1, 2, 0, [0, 1])
+            batch.cache.reserve(300)
+            numbers = iter(range(300))
+            write = lambda batch=batch, numbers=numbers: batch.write_token(next(numbers))
+            seconds = clock(write, number=20)
+        found[f"launch.{name}"] = seconds / launches
+    return found
+
+
+def collective_entries(clock: Clock, ranks: int) -> dict[str, float]:
+    """Seconds of a step and b/s of each kind between the ranks of this machine."""
+    rank, found = dist.get_rank(), {}
+    steps = {"all_to_all": ranks - 1, "send": 1, "all_reduce": 2 * math.ceil(math.log2(ranks))}
+    for kind in KINDS:
+        taken = []
+        for size in MESSAGES:
+            x = torch.zeros(size // 4 // ranks * ranks, device=clock.device)
+            part = torch.zeros(len(x) // ranks, device=clock.device)
+            runs: dict[str, Callable[[], Any]] = {
+                "all_gather": lambda x=x, part=part: dist.all_gather_into_tensor(x, part),
+                "reduce_scatter": lambda x=x, part=part: dist.reduce_scatter_tensor(part, x),
+                "all_reduce": lambda x=x: dist.all_reduce(x),
+                "all_to_all": lambda x=x: dist.all_to_all_single(torch.empty_like(x), x),
+                "send": lambda x=x: _to_and_fro(x, rank, ranks),
+            }
+            dist.barrier()
+            taken.append(clock(runs[kind], number=20))
+        if kind == "send":
+            taken = [seconds / 2 for seconds in taken]
+        share = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(kind, (ranks - 1) / ranks)
+        step = taken[0]
+        # of the bytes between the largest two messages, where the steps no longer matter
+        rate = share * (MESSAGES[-1] - MESSAGES[-3]) / max(taken[-1] - taken[-3], 1e-9)
+        found[f"node.{kind}.step"] = step / steps.get(kind, math.ceil(math.log2(ranks)))
+        found[f"node.{kind}"] = rate
+    found["node.any"] = min(found[f"node.{kind}"] for kind in KINDS)
+    found["node.any.step"] = max(found[f"node.{kind}.step"] for kind in KINDS)
+    return found
+
+
+def _to_and_fro(x: torch.Tensor, rank: int, ranks: int) -> None:
+    peer = rank ^ 1
+    if peer < ranks:
+        for sends in (rank < peer, rank > peer):
+            (dist.send if sends else dist.recv)(x, peer)
+
+
+def measure(device: torch.device, ranks: int, seconds: float) -> dict[str, Any]:
+    """All entries, of this rank; every rank calls it at the same time."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    clock = Clock(device, share=seconds / 80)
+    found = compute_entries(clock, dtype)
+    if ranks > 1:
+        dist.barrier()
+    found |= launch_entries(clock, dtype)
+    if ranks > 1:
+        found |= collective_entries(clock, ranks)
+    destroy()
+    return found
+
+
+UNITS = {
+    "dense": "[side, FLOP/s]",
+    "grouped": "[side, FLOP/s]",
+    "outer": "[side, FLOP/s]",
+    "attention": "[positions of a row, FLOP/s]",
+    "bytes": "B/s",
+    "launch": "s",
+}
+
+
+def _unit(name: str) -> str:
+    if name.endswith(".step") or name in ("wait", "grouped.group"):
+        return "s"
+    return UNITS.get(name.split(".")[0], "B/s")
+
+
+def as_file(found: dict[str, Any], device: torch.device, ranks: int) -> dict[str, Any]:
+    """JSON-able: what read_rates reads. What cannot be measured here says so as its source."""
+    name = f"{machine(device.type)}, {ranks} rank{'s' if ranks > 1 else ''} at once"
+    measured = f"measured, torch {torch.__version__}, commit {commit()}"
+    entries = {
+        key: {"value": value, "unit": _unit(key), "source": measured}
+        for key, value in found.items()
+    }
+    known = {
+        "gpu_memory_bytes": (_memory(device), "B", "the device says so"),
+        "gpus_per_node": (ranks, "ranks", "as many as measured at once"),
+        "nics_per_gpu": (1, "NICs", "not known here; change it where it is another number"),
+        "wait": (0.0 if device.type == "cpu" else 2e-5, "s", "assumed"),
+    }
+    for key, (value, unit, source) in known.items():
+        entries[key] = {"value": value, "unit": unit, "source": source}
+    return {"name": name, "device": device.type, "machine": machine(device.type)} | {
+        "ranks_at_once": ranks,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "entries": entries,
+    }
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
+    """A process of its own, on CPU."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    found = measure(torch.device("cpu"), ranks, seconds)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+
+
+def measure_on_cpu(ranks: int, seconds: float) -> dict[str, Any]:
+    """A file's content: what so many ranks of one thread each do at once. Raises RuntimeError where
+    one of them fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, folder, seconds), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"a rank failed: exit codes {[p.exitcode for p in processes]}")
+        found = json.loads(Path(folder, "found.json").read_text())
+    return as_file(found, torch.device("cpu"), ranks)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--ranks", type=int, default=1, help="on CPU")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all of it, about")
+    arguments = parser.parse_args(argv)
+    device = resolve_device(arguments.device)
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device.type == "cpu" and ranks == 1:
+        file = measure_on_cpu(arguments.ranks, arguments.seconds)
+    else:
+        if ranks > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        file = as_file(measure(device, ranks, arguments.seconds), device, ranks)
+    if rank == 0:
+        rates_of(file, arguments.output)  # what is written can be read
+        Path(arguments.output).write_text(json.dumps(file, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,226 @@
+"""What a machine does in a second: products, attention, kernels, launches, collectives.
+
+A file of rates is JSON, {"name", "device", "entries": {name: {"value", "unit", "source"}}, ...}.
+`python -m benchmarks.rates` measures one on any machine; that of an H100 SXM ships with the package
+(h100_sxm.json: published figures and measured ones, each with its source). Entries, b/s: bytes a
+second:
+
+    gpu_memory_bytes, gpus_per_node, nics_per_gpu
+    dense.SIDE, grouped.SIDE   FLOP/s of products by their smallest side, which is SIDE: rows,
+                               columns or inner (experts: rows or inner of one expert); points
+                               [size, FLOP/s], between which logarithms are interpolated
+    grouped.group              seconds that each expert of a product takes besides
+    attention.forward, .backward   FLOP/s by the positions of a row; half of the square is computed
+    bytes.KERNEL               b/s read and written; of a kernel without an entry bytes.copy's
+    launch.KIND                seconds of a kernel's launch: forward, backward, eager, graph
+    wait                       seconds of a wait of the host besides the device's work
+    node.KIND, network.KIND    b/s of a rank in a collective inside a machine, and of a NIC between
+                               machines: all_gather, reduce_scatter, all_reduce, all_to_all, send,
+                               broadcast, and "any" for those without an entry
+    node.KIND.step, network.KIND.step   seconds of each step of it, whatever its size
+
+A collective of N ranks on n machines, g of them on each, with S bytes (work.py), where B is the
+node's rate and A that of a rank's NICs together. It takes its steps' seconds and the slower of the
+two links':
+
+    all_gather, reduce_scatter   (N - 1) / N S / B;  (n - 1) / n S / (g A);  ceil(log2 N) steps
+    all_reduce                   twice that
+    all_to_all                   (g - 1) / N S / B;  (N - g) / N S / A;      N - 1 steps
+    broadcast, send              S / B, or S / A where it leaves the machine; 1 step
+
+A ring over machines uses the NICs of all its ranks there (NCCL); an exchange of pairs only those of
+the rank that sends. Imports nothing slow.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.plan.placement import Group
+from megatron_gkd.plan.work import (
+    Attention,
+    Collective,
+    Item,
+    Launches,
+    Moved,
+    Product,
+    Waits,
+)
+
+SHIPPED = {"h100": "h100_sxm.json"}
+Points = tuple[tuple[float, float], ...]
+# Entries that a file must have.
+NEEDED = (
+    *("gpu_memory_bytes", "gpus_per_node", "nics_per_gpu"),
+    *(f"{kind}.{side}" for kind in ("dense", "grouped") for side in ("rows", "columns", "inner")),
+    *("grouped.group", "attention.forward", "attention.backward", "bytes.copy", "wait"),
+    *(f"launch.{kind}" for kind in ("forward", "backward", "eager", "graph")),
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one machine; see the file's docstring. Change one with dataclasses.replace."""
+
+    name: str
+    device: str
+    """cuda, where launches go ahead of the device's work, or cpu, where they are part of it"""
+    gpu_memory_bytes: int
+    gpus_per_node: int
+    nics_per_gpu: float
+    entries: dict[str, float | Points]
+
+    def number(self, name: str) -> float:
+        value = self.entries[name]
+        assert isinstance(value, float), name
+        return value
+
+    def at(self, name: str, size: float) -> float:
+        """Of an entry with points: at this size."""
+        points = self.entries[name]
+        return points if isinstance(points, float) else interpolate(points, size)
+
+    def bytes_per_second(self, kernel: str) -> float:
+        name = f"bytes.{kernel}"
+        return self.number(name if name in self.entries else "bytes.copy")
+
+    def seconds(self, item: Item, groups: dict[str, Group]) -> float:
+        """Of all times of an item, alone."""
+        if isinstance(item, Product):
+            return self._product(item)
+        if isinstance(item, Attention):
+            kind = "backward" if item.backward else "forward"
+            return item.flops / self.at(f"attention.{kind}", item.row) if item.flops else 0.0
+        if isinstance(item, Moved):
+            return item.times * item.num_bytes / self.bytes_per_second(item.kernel)
+        if isinstance(item, Launches):
+            return item.times * self.number(f"launch.{item.kind}")
+        if isinstance(item, Waits):
+            return item.times * self.number("wait")
+        assert isinstance(item, Collective), item
+        return item.times * self.collective(item.kind, item.num_bytes, groups[item.group])
+
+    def _product(self, item: Product) -> float:
+        """The slower of its multiplications and its bytes."""
+        if not item.flops:
+            return 0.0
+        groups = max(item.groups, 1)
+        sides = {
+            "rows": item.rows if item.outer else item.rows / groups,
+            "columns": item.columns,
+            "inner": item.inner / groups if item.outer else item.inner,
+        }
+        side = min(sides, key=lambda name: sides[name])
+        kind = "grouped" if item.groups else "dense"
+        found = max(
+            item.flops / self.at(f"{kind}.{side}", sides[side]),
+            item.num_bytes / self.bytes_per_second("product"),
+        )
+        return found + item.times * item.groups * self.number("grouped.group")
+
+    def collective(self, kind: str, num_bytes: float, group: Group) -> float:
+        """Seconds of one collective; of a group of one none."""
+        size, nodes, on_node = group.size, group.nodes, group.ranks_per_node
+        if size == 1:
+            return 0.0
+        link = "network" if nodes > 1 else "node"
+        inside = self._link("node", kind) if on_node > 1 else math.inf
+        outside = self.nics_per_gpu * self._link("network", kind) if nodes > 1 else math.inf
+        share, between = (size - 1) / size, (nodes - 1) / nodes
+        steps = math.ceil(math.log2(size))
+        if kind == "all_to_all":
+            own, other = (on_node - 1) / size / inside, (size - on_node) / size / outside
+            steps = size - 1
+        elif kind in ("broadcast", "send"):
+            own, other, steps = (1 / inside if nodes == 1 else 0.0), 1 / outside, 1
+        else:
+            own, other = share / inside, between / (on_node * outside)
+            if kind == "all_reduce":
+                own, other, steps = 2 * own, 2 * other, 2 * steps
+        return steps * self._step(link, kind) + num_bytes * max(own, other)
+
+    def _link(self, link: str, kind: str) -> float:
+        name = f"{link}.{kind}"
+        return self.number(name if name in self.entries else f"{link}.any")
+
+    def _step(self, link: str, kind: str) -> float:
+        name = f"{link}.{kind}.step"
+        return self.number(name if name in self.entries else f"{link}.any.step")
+
+
+def interpolate(points: Points, size: float) -> float:
+    """Between the two points around `size`, of logarithms; beyond the ends the end's."""
+    (low, value), *rest = points
+    if size <= low:
+        return value
+    for high, other in rest:
+        if size <= high:
+            share = math.log(size / low) / math.log(high / low)
+            return value * (other / value) ** share
+        low, value = high, other
+    return value
+
+
+def read_rates(name_or_path: str) -> Rates:
+    """`h100`, or a file that benchmarks/rates.py wrote. Raises ValueError naming the file and the
+    entry that is missing or no number.
+    """
+    shipped = SHIPPED.get(name_or_path)
+    path = Path(__file__).parent / shipped if shipped else Path(name_or_path)
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(SHIPPED)
+        raise ValueError(
+            f"{name_or_path}: no such file, and none of the rates that ship ({known}); "
+            f"python -m benchmarks.rates --output {name_or_path} measures those of a machine"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from None
+    return rates_of(file, str(path))
+
+
+def rates_of(file: Any, path: str) -> Rates:
+    """Of a file's content. Raises as `read_rates`."""
+    if not isinstance(file, dict) or not isinstance(file.get("entries"), dict):
+        raise ValueError(f'{path}: no rates: "entries" is missing')
+    entries: dict[str, float | Points] = {}
+    for name, entry in file["entries"].items():
+        value = entry.get("value") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not entry.get("source") or not entry.get("unit"):
+            raise ValueError(f"{path}: {name} has no value, unit and source")
+        entries[name] = _value(value, f"{path}: {name}")
+    for name in NEEDED:
+        if name not in entries:
+            raise ValueError(f"{path}: {name} is missing")
+    device = file.get("device")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"{path}: device is {device!r}, it must be cuda or cpu")
+    number = lambda name: _number(entries[name], f"{path}: {name}")
+    return Rates(
+        name=str(file.get("name", path)),
+        device=device,
+        gpu_memory_bytes=int(number("gpu_memory_bytes")),
+        gpus_per_node=int(number("gpus_per_node")),
+        nics_per_gpu=number("nics_per_gpu"),
+        entries=entries,
+    )
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{where} is {value!r}, it must be a number, 0 or more")
+    return float(value)
+
+
+def _value(value: Any, where: str) -> float | Points:
+    if not isinstance(value, list):
+        return _number(value, where)
+    if not value or not all(isinstance(point, list) and len(point) == 2 for point in value):
+        raise ValueError(f"{where} must be points [size, rate]")
+    points = tuple((_number(size, where), _number(rate, where)) for size, rate in value)
+    if list(points) != sorted(points) or not all(size and rate for size, rate in points):
+        raise ValueError(f"{where}: its points must ascend, above 0")
+    return points
