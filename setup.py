@@ -116,6 +116,7 @@ setup(
     packages=find_packages(include=["megatron_gkd*", "checkpoint_tools*", "demo*"]),
     package_data={
         "megatron_gkd": [
+            "plan/*.json",
             "recipes/*.yaml",
             "report/*.jinja",
             "report/*.css",

@@ -4,6 +4,7 @@ each with the FLOPs or bytes that the planner counts for it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_gkd.loss import Divergence, linear_divergence
-from megatron_gkd.model import expert_torch, experts, norm_rotary
+from megatron_gkd.model import experts, norm_rotary
 from megatron_gkd.model.dispatcher import Chosen
 from megatron_gkd.model.grouped import grouped_outer, grouped_product
 from megatron_gkd.plan.step_work import LOSS_PASSES, UPDATE_PASSES
@@ -56,7 +57,7 @@ SIZES = {
     "cpu": Sizes(
         side=512,
         sides=(8, 24, 64, 192, 512),
-        group_rows=(4, 16, 64, 256),
+        group_rows=(1, 4, 16, 64, 256),
         tokens=512,
         hidden=512,
         inter=384,
@@ -71,7 +72,7 @@ SIZES = {
     "cuda": Sizes(
         side=4096,
         sides=(16, 64, 128, 512, 4096),
-        group_rows=(16, 64, 256, 1024),
+        group_rows=(1, 4, 16, 64, 256, 1024),
         tokens=8192,
         hidden=2048,
         inter=768,
@@ -101,11 +102,15 @@ class Data:
 def dense(data: Data, sizes: Sizes) -> Iterator[Timed]:
     side = sizes.side
     for name, shape in (("rows", (None, side, side)), ("columns", (side, None, side))):
-        for small in sizes.sides:
+        few = (1, 2, 4) if name == "rows" else ()  # tokens of a rollout
+        for small in (*few, *sizes.sides):
             rows, columns, inner = (small if s is None else s for s in shape)
-            x, weight = data(rows, inner), data(columns, inner)
+            x = data(rows, inner)
+            # a token's weights come from memory, not from a cache that has just read them
+            number = 16 if name == "rows" and small < 64 else 1
+            weights = cycle([data(columns, inner) for _ in range(number)])
             flops = 2.0 * rows * columns * inner
-            yield Timed(f"dense.{name}", small, flops, lambda x=x, w=weight: F.linear(x, w))
+            yield Timed(f"dense.{name}", small, flops, lambda x=x, w=weights: F.linear(x, next(w)))
     for small in sizes.sides:  # as LoRA's update: added to an output
         x, weight, out = data(side, small), data(small, side), data(side, side)
         run = lambda x=x, w=weight, out=out: out.addmm_(x, w)
@@ -262,10 +267,10 @@ def update(data: Data, sizes: Sizes) -> Iterator[Timed]:
     yield Timed("bytes.adamw", None, UPDATE_PASSES * size, adam.step)
 
 
-def all_timed(device: torch.device, dtype: torch.dtype) -> Iterator[Timed]:
-    data, sizes = Data(device, dtype), SIZES[device.type]
+def all_timed(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None
+) -> Iterator[Timed]:
+    """Everything, of the device's own sizes or of others."""
+    data, sizes = Data(device, dtype), sizes or SIZES[device.type]
     for kind in (dense, grouped, attention, kernels, update):
         yield from kind(data, sizes)
-
-
-__all__ = ["SIZES", "Sizes", "Timed", "all_timed", "expert_torch"]

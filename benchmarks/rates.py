@@ -6,13 +6,14 @@
 Products, attention, the package's kernels, launches of a layer, AdamW, and with several ranks
 collectives by size. Ranks share a machine's memory and its cores, so all of them measure at the
 same time: on CPU --ranks starts so many, each with one thread; on GPUs torchrun does. Every run of
-the same thing is timed until its share of --seconds is over; the lower quartile counts, so that
-what other programs disturb does not.
+the same thing is timed until its share of --seconds is over, on CPU in the processor's time of this
+process, but for collectives; the lower quartile counts. So what other programs take does not.
 
 What is measured is small things, never a training step at the sizes that are predicted with them.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -58,12 +59,13 @@ TINY = Shape(
     head_dim=32,
     vocab_size=256,
 )
+LIBC = ctypes.CDLL(None)
 MESSAGES = (2**12, 2**16, 2**19, 2**22, 2**24)  # bytes of a collective
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 
 
 class Clock:
-    """Seconds of a run; the device waited for, all ranks started together."""
+    """Seconds of a run, the device waited for; on CPU the processor's of this process."""
 
     def __init__(self, device: torch.device, share: float):
         self.device, self.share = device, share
@@ -71,28 +73,36 @@ class Clock:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
 
-    def samples(self, run: Callable[[], Any], number: int | None = None) -> list[float]:
-        """Of at least five runs, as many as the share of the time allows."""
+    def __call__(self, run: Callable[[], Any], number: int | None = None) -> float:
+        """The lower quartile of `number` runs, else of five or as many as the share of the time
+        allows; what is short counts as runs in a row.
+        """
         for _ in range(2):
             run()
-        started, found = self._now(), []
-        repeats = 1
-        while len(found) < 5 or (number is None and self._now() - started < self.share):
+        started, found, repeats = self._now(), [], 1
+        while len(found) < (number or 5) or (not number and self._now() - started < self.share):
             before = self._now()
             for _ in range(repeats):
                 run()
-            seconds = (self._now() - before) / repeats
-            found.append(seconds)
-            repeats = max(1, min(1000, round(2e-3 / seconds)))  # what is short is run in a row
-            if number is not None and len(found) >= number:
-                break
-        return found
+            found.append((self._now() - before) / repeats)
+            if not number:
+                repeats = max(1, min(1000, round(2e-3 / max(found[-1], 1e-7))))
+        return quartile(found)
 
-    def __call__(self, run: Callable[[], Any], number: int | None = None) -> float:
-        """number: of samples, the same on all ranks of a collective."""
-        return quartile(self.samples(run, number))
+
+def message_seconds(device: torch.device, run: Callable[[], Any], number: int) -> float:
+    """Of a collective: the clock on the wall, so many runs on every rank, each waited for."""
+    found = []
+    for _ in range(number + 2):
+        before = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - before)
+    return quartile(found[2:])
 
 
 def quartile(samples: Sequence[float]) -> float:
@@ -102,7 +112,6 @@ def quartile(samples: Sequence[float]) -> float:
 
 def compute_entries(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     """name -> rate, or points [size, rate]. FLOP/s, b/s."""
-    groups_of = lambda entry: entry.startswith(("grouped.", "outer."))
     points: dict[str, list] = defaultdict(list)
     for timed in all_timed(clock.device, dtype):
         with torch.set_grad_enabled(timed.entry.endswith("backward")):
@@ -112,9 +121,24 @@ def compute_entries(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: sorted(of) if of[0][0] is not None else of[0][1] for name, of in points.items()
     }
+    if clock.device.type == "cpu":
+        found["bytes.fresh"] = fresh_memory(clock)
     found["grouped.group"] = 0.0  # part of the rates by rows of an expert
-    assert any(map(groups_of, found))
     return found
+
+
+def fresh_memory(clock: Clock) -> float:
+    """b/s of memory that the system hands out page by page as it is first written, beside the
+    writing.
+    """
+    size = 2**26
+    used = torch.empty(size, dtype=torch.uint8)
+
+    def fresh() -> None:
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+        LIBC.malloc_trim(0)
+
+    return size / max(clock(fresh) - clock(lambda: used.fill_(1)), 1e-9)
 
 
 def launch_entries(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
@@ -162,15 +186,15 @@ def token_entries(clock: Clock, parallel: Parallel, model_args: Any, model: Any)
     return found
 
 
-def collective_entries(clock: Clock, ranks: int) -> dict[str, float]:
+def collective_entries(device: torch.device, ranks: int) -> dict[str, float]:
     """Seconds of a step and b/s of each kind between the ranks of this machine."""
     rank, found = dist.get_rank(), {}
     steps = {"all_to_all": ranks - 1, "send": 1, "all_reduce": 2 * math.ceil(math.log2(ranks))}
     for kind in KINDS:
         taken = []
         for size in MESSAGES:
-            x = torch.zeros(size // 4 // ranks * ranks, device=clock.device)
-            part = torch.zeros(len(x) // ranks, device=clock.device)
+            x = torch.zeros(size // 4 // ranks * ranks, device=device)
+            part = torch.zeros(len(x) // ranks, device=device)
             runs: dict[str, Callable[[], Any]] = {
                 "all_gather": lambda x=x, part=part: dist.all_gather_into_tensor(x, part),
                 "reduce_scatter": lambda x=x, part=part: dist.reduce_scatter_tensor(part, x),
@@ -179,7 +203,7 @@ def collective_entries(clock: Clock, ranks: int) -> dict[str, float]:
                 "send": lambda x=x: _to_and_fro(x, rank, ranks),
             }
             dist.barrier()
-            taken.append(clock(runs[kind], number=20))
+            taken.append(message_seconds(device, runs[kind], 30))
         if kind == "send":
             taken = [seconds / 2 for seconds in taken]
         share = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(kind, (ranks - 1) / ranks)
@@ -209,7 +233,7 @@ def measure(device: torch.device, ranks: int, seconds: float) -> dict[str, Any]:
         dist.barrier()
     found |= launch_entries(clock, dtype)
     if ranks > 1:
-        found |= collective_entries(clock, ranks)
+        found |= collective_entries(device, ranks)
     destroy()
     return found
 

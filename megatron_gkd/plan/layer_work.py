@@ -211,6 +211,20 @@ def share_with_lora(targets: Sequence[str]) -> float:
     )
 
 
+def kept_numbers(of: Layer) -> float:
+    """That a layer keeps for its backward: inputs and results of the norms, the projection, rotated
+    queries and keys, attention's result, gate_up's output.
+    """
+    (queries, keys), args = of.widths, of.args
+    of_sequence = 4 * of.shard * args.hidden_size + of.tokens * (3 * queries + 3 * keys)
+    return of_sequence + of.pairs * 2 * args.moe_intermediate_size
+
+
+def passing_numbers(of: Layer) -> float:
+    """That a layer's experts need besides, one pass after the other."""
+    return of.pairs * 2 * (of.args.hidden_size + of.args.moe_intermediate_size)
+
+
 def forward(of: Layer) -> Work:
     """A layer's forward, of the base alone or with LoRA."""
     args, (queries, keys) = of.args, of.widths

@@ -9,9 +9,13 @@ second:
     dense.SIDE, grouped.SIDE   FLOP/s of products by their smallest side, which is SIDE: rows,
                                columns or inner (experts: rows or inner of one expert); points
                                [size, FLOP/s], between which logarithms are interpolated
+    outer.SIDE                 the same of products over the rows of an expert (gradients of
+                               matrices); without it grouped.SIDE
     grouped.group              seconds that each expert of a product takes besides
     attention.forward, .backward   FLOP/s by the positions of a row; half of the square is computed
     bytes.KERNEL               b/s read and written; of a kernel without an entry bytes.copy's
+    bytes.fresh                b/s of memory that the system hands out anew, as a CPU's does in each
+                               step; without it that costs nothing (CUDA's is kept by torch)
     launch.KIND                seconds of a kernel's launch: forward, backward, eager, graph
     wait                       seconds of a wait of the host besides the device's work
     node.KIND, network.KIND    b/s of a rank in a collective inside a machine, and of a NIC between
@@ -40,6 +44,7 @@ from typing import Any
 
 from megatron_gkd.plan.placement import Group
 from megatron_gkd.plan.work import (
+    FRESH,
     Attention,
     Collective,
     Item,
@@ -93,6 +98,12 @@ class Rates:
         if isinstance(item, Attention):
             kind = "backward" if item.backward else "forward"
             return item.flops / self.at(f"attention.{kind}", item.row) if item.flops else 0.0
+        if (
+            isinstance(item, Moved)
+            and item.kernel == FRESH
+            and f"bytes.{FRESH}" not in self.entries
+        ):
+            return 0.0
         if isinstance(item, Moved):
             return item.times * item.num_bytes / self.bytes_per_second(item.kernel)
         if isinstance(item, Launches):
@@ -114,6 +125,8 @@ class Rates:
         }
         side = min(sides, key=lambda name: sides[name])
         kind = "grouped" if item.groups else "dense"
+        if item.outer and f"outer.{side}" in self.entries:
+            kind = "outer"
         found = max(
             item.flops / self.at(f"{kind}.{side}", sides[side]),
             item.num_bytes / self.bytes_per_second("product"),

@@ -11,9 +11,18 @@ from dataclasses import dataclass, replace
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import EXPERTS, HEAD, targets_in
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.plan.layer_work import Layer, backward, forward
+from megatron_gkd.plan.layer_work import Layer, backward, forward, kept_numbers, passing_numbers
 from megatron_gkd.plan.parameters import lora_parameters, of_fullest_stage
-from megatron_gkd.plan.work import Collective, Launches, Moved, Product, Waits, Work, repeated
+from megatron_gkd.plan.work import (
+    FRESH,
+    Collective,
+    Launches,
+    Moved,
+    Product,
+    Waits,
+    Work,
+    repeated,
+)
 from megatron_gkd.plan.workload import Workload
 
 # Rows of the rank whose experts have most, over the mean. Stated, not measured: a trained router
@@ -93,6 +102,18 @@ class Step:
         kinds = self.layers(tokens, row, with_lora=with_lora)
         return [item for layer, number in kinds for item in repeated(of_layer(layer), number)]
 
+    def fresh(self, tokens: float, row: float, *, keeps: bool) -> Moved:
+        """Memory that a pass over a micro-batch takes, and gives back."""
+        kinds = self.layers(tokens, row, with_lora=keeps)
+        numbers = max(passing_numbers(layer) for layer, _ in kinds)
+        if keeps and self.load.recompute:
+            numbers += max(kept_numbers(layer) for layer, _ in kinds)
+            numbers += sum(number * layer.shard * self.args.hidden_size for layer, number in kinds)
+        elif keeps:
+            numbers += sum(number * kept_numbers(layer) for layer, number in kinds)
+        num_bytes = numbers * self.load.number_bytes
+        return Moved(part="memory from the system", kernel=FRESH, num_bytes=num_bytes)
+
     def messages(self, tokens: float) -> Work:
         """To the next stage, and the shape that goes ahead of it; the receiver waits for both."""
         if self.stages == 1:
@@ -150,6 +171,7 @@ def teacher(step: Step) -> Work:
         *step.around_layers(tokens, backward=False),
         *step.of_response_rows("all_gather", load.teacher_row_tokens),
         *step.messages(tokens),
+        step.fresh(tokens, load.teacher_row_tokens, keeps=False),
     ]
 
 
@@ -165,6 +187,7 @@ def student(step: Step) -> Work:
     if load.recompute:
         work += through(forward)
     work += step.around_layers(tokens, backward=False) + step.around_layers(tokens, backward=True)
+    work.append(step.fresh(tokens, load.row_tokens, keeps=True))
     return [*work, *repeated(step.messages(tokens), 2)]
 
 

@@ -109,6 +109,7 @@ class Collective(Item):
     num_bytes: float
 
 
+FRESH = "fresh"  # the kernel of memory that the system hands out
 Work = list[Item]
 
 
