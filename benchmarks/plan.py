@@ -1,6 +1,6 @@
 """The planner's seconds against those of whole steps, on this machine's CPU.
 
-    python -m benchmarks.plan [--output docs/benchmarks/plan.md] [--seconds 60] [--steps 12]
+    python -m benchmarks.plan [--output docs/benchmarks/plan.md] [--seconds 40] [--steps 12]
 
 First the rates of the machine (benchmarks/rates.py), of one rank and of two at once; beside the
 page they are kept as JSON. Then steps of two decoders at seven layouts, two ranks of one thread
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_gkd import startup
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
 import torch
 import torch.distributed as dist
 
-from benchmarks.rates import measure_on_cpu, quartile
+from benchmarks.rates import measure_on_cpu, quartile, wait_for
 from benchmarks.real_decoder import LORA_RANK, Shape, random_batch, random_decoder
 from benchmarks.report import commit, machine, table
 from benchmarks.rollout_real import SAMPLED, RolloutBench
@@ -129,20 +130,16 @@ def all_cases() -> list[Case]:
     for layout in LAYOUTS:
         rows = 2 if "DP" in layout else 4
         found.append(Case("small", layout, rows, 32, 8))
-        found.append(Case("larger", layout, rows, 192, 48, recompute=layout == "TP 2"))
+        found.append(Case("larger", layout, rows, 256, 64, recompute=layout == "TP 2"))
     found += [Case("larger", layout, 4, 64, 32, writes=True) for layout in ("1 rank", "TP 2")]
     return found
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
     """phase -> seconds, the lower quartile of so many steps; the processor's of the whole step."""
+    settings: dict[str, Any] = {"recompute": case.recompute, **LAYOUTS[case.layout]}
     parallel, model_args, model = random_decoder(
-        case.shape,
-        device="cpu",
-        dtype=torch.float32,
-        lora_dropout=0.0,
-        recompute=case.recompute,
-        **LAYOUTS[case.layout],
+        case.shape, device="cpu", dtype=torch.float32, lora_dropout=0.0, **settings
     )
     training = Training(parallel, model_args, model)
     bench = RolloutBench(parallel, model_args, model, case.shape, lambda **_: None)
@@ -203,12 +200,7 @@ def run(ranks: int, cases: list[Case], steps: int) -> list[list[dict[str, float]
             context.Process(target=_rank, args=(rank, ranks, folder, cases, steps), daemon=True)
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"a rank failed: exit codes {[p.exitcode for p in processes]}")
+        wait_for(processes)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -300,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", metavar="FILE.md")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the rates of each number")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for the rates of each number")
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args(argv)
     lines: dict[Case, tuple[list[str], float]] = {}

@@ -4,6 +4,7 @@ each with the FLOPs or bytes that the planner counts for it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -99,6 +100,10 @@ class Data:
         return x.normal_(generator=self.generator)
 
 
+def _linear(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return F.linear(x, next(weights))
+
+
 def dense(data: Data, sizes: Sizes) -> Iterator[Timed]:
     side = sizes.side
     for name, shape in (("rows", (None, side, side)), ("columns", (side, None, side))):
@@ -110,10 +115,10 @@ def dense(data: Data, sizes: Sizes) -> Iterator[Timed]:
             number = 16 if name == "rows" and small < 64 else 1
             weights = cycle([data(columns, inner) for _ in range(number)])
             flops = 2.0 * rows * columns * inner
-            yield Timed(f"dense.{name}", small, flops, lambda x=x, w=weights: F.linear(x, next(w)))
+            yield Timed(f"dense.{name}", small, flops, partial(_linear, x, weights))
     for small in sizes.sides:  # as LoRA's update: added to an output
         x, weight, out = data(side, small), data(small, side), data(side, side)
-        run = lambda x=x, w=weight, out=out: out.addmm_(x, w)
+        run = partial(out.addmm_, x, weight)
         yield Timed("dense.inner", small, 2.0 * side * side * small, run)
 
 
@@ -143,15 +148,15 @@ def grouped(data: Data, sizes: Sizes) -> Iterator[Timed]:
             left, right = data(usual * groups, small), data(usual * groups, hidden)
             offsets = _offsets(usual, groups, data.device)
             flops = 2.0 * usual * groups * small * hidden
-            run = lambda x=left, y=right, offsets=offsets: grouped_outer(x, y, offsets)
+            run = partial(grouped_outer, left, right, offsets)
             yield Timed("outer.rows", small, flops, run)
-            run = lambda x=left, y=right, offsets=offsets: grouped_outer(y, x, offsets)
+            run = partial(grouped_outer, right, left, offsets)
             yield Timed("outer.columns", small, flops, run)
     for rows in sizes.group_rows:
         left, right = data(rows * groups, hidden), data(rows * groups, hidden)
         offsets = _offsets(rows, groups, data.device)
         flops = 2.0 * rows * groups * hidden * hidden
-        run = lambda x=left, y=right, offsets=offsets: grouped_outer(x, y, offsets)
+        run = partial(grouped_outer, left, right, offsets)
         yield Timed("outer.inner", rows, flops, run)
 
 
@@ -164,17 +169,17 @@ def attention(data: Data, sizes: Sizes) -> Iterator[Timed]:
             data(number, sizes.key_heads, row, sizes.head_dim).requires_grad_() for _ in range(2)
         )
         pairs = number * row * row / 2
-        forward = lambda q=query, k=key, v=value: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=sizes.heads > sizes.key_heads
+        grouped_queries: dict[str, Any] = dict(
+            is_causal=True, enable_gqa=sizes.heads > sizes.key_heads
         )
+        forward = partial(F.scaled_dot_product_attention, query, key, value, **grouped_queries)
         with torch.no_grad():
             yield Timed("attention.forward", row, 4 * pairs * width, torch.no_grad()(forward))
         with torch.enable_grad():
             out = forward()
         gradient = torch.randn_like(out)
-        run = lambda o=out, x=(query, key, value), g=gradient: torch.autograd.grad(
-            o, x, g, retain_graph=True
-        )
+        inputs = (query, key, value)
+        run = partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True)
         yield Timed("attention.backward", row, 10 * pairs * width, run)
 
 
@@ -193,7 +198,7 @@ def kernels(data: Data, sizes: Sizes) -> Iterator[Timed]:
     yield of("rms_norm", 2 * x.numel(), torch.no_grad()(norm))
     with torch.enable_grad():
         out = norm()
-    backward = lambda out=out, leaf=leaf, g=y: torch.autograd.grad(out, leaf, g, retain_graph=True)
+    backward = partial(torch.autograd.grad, out, leaf, y, retain_graph=True)
     yield of("rms_norm_backward", 3 * x.numel(), backward)
 
     groups, dim = sizes.key_heads, sizes.head_dim
@@ -206,7 +211,7 @@ def kernels(data: Data, sizes: Sizes) -> Iterator[Timed]:
     with torch.enable_grad():
         results = rotate()
     upstream = [torch.randn_like(result) for result in results]
-    backward = lambda: torch.autograd.grad(results, qkv, upstream, retain_graph=True)
+    backward = partial(torch.autograd.grad, results, qkv, upstream, retain_graph=True)
     yield of("norm_rotary_backward", 3 * qkv.numel(), backward)
 
     module = experts.select_kernels(data.device)
@@ -224,8 +229,8 @@ def kernels(data: Data, sizes: Sizes) -> Iterator[Timed]:
     activate = lambda: module.activation(gate_up, chances, order, inter + 8)
     yield of("activation", pairs * (3 * inter + 8), activate)
     of_a = data(pairs, inter + 8)
-    backward = lambda: module.activation_backward(gate_up, chances, of_a, order)
-    yield of("activation_backward", pairs * 6 * inter, backward)
+    activate_backward = lambda: module.activation_backward(gate_up, chances, of_a, order)
+    yield of("activation_backward", pairs * 6 * inter, activate_backward)
     yield router(data, sizes, ids)
 
 

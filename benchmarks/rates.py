@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 
 from benchmarks.rate_kernels import all_timed
 from benchmarks.real_decoder import Shape, random_batch, random_decoder
@@ -59,6 +65,7 @@ TINY = Shape(
     head_dim=32,
     vocab_size=256,
 )
+CACHE_BYTES = 4 * 2**20  # above a core's own caches
 LIBC = ctypes.CDLL(None)
 MESSAGES = (2**12, 2**16, 2**19, 2**22, 2**24)  # bytes of a collective
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
@@ -69,6 +76,7 @@ class Clock:
 
     def __init__(self, device: torch.device, share: float):
         self.device, self.share = device, share
+        self.scratch = torch.zeros(CACHE_BYTES // 4)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -78,31 +86,44 @@ class Clock:
 
     def __call__(self, run: Callable[[], Any], number: int | None = None) -> float:
         """The lower quartile of `number` runs, else of five or as many as the share of the time
-        allows; what is short counts as runs in a row.
+        allows; on a GPU what is short counts as runs in a row. On CPU other numbers go through the
+        caches before each of the latter, as in a step.
         """
         for _ in range(2):
             run()
-        started, found, repeats = self._now(), [], 1
+        found: list[float] = []
+        started, repeats = self._now(), 1
+        is_cpu = self.device.type == "cpu"
         while len(found) < (number or 5) or (not number and self._now() - started < self.share):
+            if is_cpu and not number:
+                self.scratch.add_(1)
             before = self._now()
             for _ in range(repeats):
                 run()
             found.append((self._now() - before) / repeats)
-            if not number:
+            if not number and not is_cpu:
                 repeats = max(1, min(1000, round(2e-3 / max(found[-1], 1e-7))))
         return quartile(found)
 
 
 def message_seconds(device: torch.device, run: Callable[[], Any], number: int) -> float:
-    """Of a collective: the clock on the wall, so many runs on every rank, each waited for."""
-    found = []
+    """Of a collective between products, as layers have it: each rank comes to it from work of its
+    own, and must be woken where it waits. By the clock on the wall, the lower quartile of so many
+    runs on every rank.
+    """
+    x = torch.ones(256, 256, device=device)
+    found: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(number + 2):
-        before = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - before)
-    return quartile(found[2:])
+        for calls in found:
+            before = time.perf_counter()
+            x @ x
+            if calls:
+                run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found[calls].append(time.perf_counter() - before)
+    with_it, without = (quartile(found[calls][2:]) for calls in found)
+    return max(with_it - without, 1e-7)
 
 
 def quartile(samples: Sequence[float]) -> float:
@@ -150,12 +171,13 @@ def launch_entries(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     )
     training = Training(parallel, model_args, model)
     batch = random_batch(TINY.vocab_size, parallel, num_rows=2, length=8, response=2, seed=0)
-    forward = clock(lambda: teacher_forward(model, [batch], parallel))
+    # so many times on every rank: a pass ends with the gradients' sum
+    forward = clock(lambda: teacher_forward(model, [batch], parallel), number=40)
     teacher = teacher_forward(model, [batch], parallel)
     run = lambda: student_forward_backward(
         training.reduced, [batch], teacher, training.loss, parallel
     )
-    both = clock(run)
+    both = clock(run, number=40)
     layers = TINY.num_layers
     per_launch = forward / (layers * layer_work.BASE_LAUNCHES + step_work.PASS_LAUNCHES)
     of_student = layers * (layer_work.BASE_LAUNCHES + layer_work.LORA_LAUNCHES)
@@ -187,20 +209,24 @@ def token_entries(clock: Clock, parallel: Parallel, model_args: Any, model: Any)
 
 
 def collective_entries(device: torch.device, ranks: int) -> dict[str, float]:
-    """Seconds of a step and b/s of each kind between the ranks of this machine."""
-    rank, found = dist.get_rank(), {}
+    """Seconds of a step and b/s of each kind between the ranks of this machine, as layers call
+    them: with megatron-core's Python and a gradient to come.
+    """
+    rank, world, found = dist.get_rank(), dist.group.WORLD, {}
     steps = {"all_to_all": ranks - 1, "send": 1, "all_reduce": 2 * math.ceil(math.log2(ranks))}
     for kind in KINDS:
         taken = []
         for size in MESSAGES:
-            x = torch.zeros(size // 4 // ranks * ranks, device=device)
-            part = torch.zeros(len(x) // ranks, device=device)
+            x = torch.zeros(size // 4 // ranks * ranks, device=device, requires_grad=True) * 1.0
+            part = x[: len(x) // ranks].contiguous()
             runs: dict[str, Callable[[], Any]] = {
-                "all_gather": lambda x=x, part=part: dist.all_gather_into_tensor(x, part),
-                "reduce_scatter": lambda x=x, part=part: dist.reduce_scatter_tensor(part, x),
-                "all_reduce": lambda x=x: dist.all_reduce(x),
-                "all_to_all": lambda x=x: dist.all_to_all_single(torch.empty_like(x), x),
-                "send": lambda x=x: _to_and_fro(x, rank, ranks),
+                "all_gather": partial(gather_from_sequence_parallel_region, part, group=world),
+                "reduce_scatter": partial(
+                    reduce_scatter_to_sequence_parallel_region, x, group=world
+                ),
+                "all_reduce": partial(dist.all_reduce, x.detach()),
+                "all_to_all": partial(all_to_all, world, x),
+                "send": partial(_to_and_fro, x.detach(), rank, ranks),
             }
             dist.barrier()
             taken.append(message_seconds(device, runs[kind], 30))
@@ -295,6 +321,29 @@ def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
         Path(folder, "found.json").write_text(json.dumps(found))
 
 
+def wait_for(processes: Sequence[Any], most_seconds: float = 900.0) -> None:
+    """Start them and wait for all. Raises RuntimeError where one fails or none ends any more; none
+    outlives the call.
+    """
+    for process in processes:
+        process.start()
+    started = time.monotonic()
+    try:
+        while any(process.is_alive() for process in processes):
+            failed = [process.exitcode for process in processes if process.exitcode]
+            if failed:
+                raise RuntimeError(f"a rank failed with exit code {failed[0]}")
+            if time.monotonic() - started > most_seconds:
+                raise RuntimeError(f"the ranks did not end within {most_seconds:g} s")
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"a rank failed: exit codes {[p.exitcode for p in processes]}")
+
+
 def measure_on_cpu(ranks: int, seconds: float) -> dict[str, Any]:
     """A file's content: what so many ranks of one thread each do at once. Raises RuntimeError where
     one of them fails.
@@ -305,12 +354,7 @@ def measure_on_cpu(ranks: int, seconds: float) -> dict[str, Any]:
             context.Process(target=_rank, args=(rank, ranks, folder, seconds), daemon=True)
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise RuntimeError(f"a rank failed: exit codes {[p.exitcode for p in processes]}")
+        wait_for(processes)
         found = json.loads(Path(folder, "found.json").read_text())
     return as_file(found, torch.device("cpu"), ranks)
 

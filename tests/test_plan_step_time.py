@@ -161,3 +161,37 @@ def test_a_cpu_does_one_thing_after_the_other():
 def test_a_world_that_does_not_divide():
     with pytest.raises(ValueError, match="6 ranks do not divide into TP 4"):
         planned(world_size=6, tensor_model=4)
+
+
+def page_table(header):
+    """First column -> the others, of the table in docs/step_time.md whose first row begins so."""
+    lines = (REPOSITORY / "docs/step_time.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {header}"))
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        first, *rest = (cell.strip().replace(",", "") for cell in line.strip("|").split("|"))
+        found[first] = [float(cell) for cell in rest]
+    return found
+
+
+def test_the_pages_tables_are_the_models():
+    tokens = records("token")
+    for name, (measured, modelled) in page_table("ms a token").items():
+        rows = int(name.split()[0])
+        load = replace(ROLLOUT, batch_size=rows, completion_tokens=64, response_tokens=64)
+        load = replace(load, row_tokens=tokens[rows]["keys"])
+        seconds = planned(load).phases["rollout decode"].seconds / 64
+        assert (measured, modelled) == (
+            pytest.approx(tokens[rows]["ms_a_token"], abs=0.051),
+            pytest.approx(1e3 * seconds, abs=0.051),
+        )
+    for name, cells in page_table("EP | a step").items():
+        rates = replace(H100, nics_per_gpu=1 + ("two NICs" in name))
+        found = planned(world_size=64, rates=rates, expert_model=int(name.split()[0]))
+        exchange = sum(found.phases[phase].communication for phase in ("teacher", "student"))
+        values = found.seconds, exchange, found.tokens_per_second_per_gpu
+        assert cells == [
+            pytest.approx(value, abs=margin) for value, margin in zip(values, (0.006, 0.006, 60))
+        ]

@@ -154,7 +154,5 @@ def token_head(step: Step) -> Work:
         work.append(Collective(part=part, kind="broadcast", group="pp", num_bytes=rows * 16))
     if step.layout.expert_model_parallel_size > tp:
         times = 1 / LOOK
-        work.append(
-            Collective(part=part, kind="all_reduce", group="world", num_bytes=8, times=times)
-        )
+        work.append(Collective(part=part, kind="all_reduce", group="ep", num_bytes=16, times=times))
     return work

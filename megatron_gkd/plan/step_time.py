@@ -2,9 +2,11 @@
 rates.
 
 On a GPU the host launches ahead: a phase takes the longer of its launches and of what the device
-does one after the other. On a CPU both add up. Collectives overlap with nothing, and the reduction
-of gradients follows the backward. Pipeline stages: of m micro-batches over p stages each stage
-waits p - 1 times for its neighbours; a token of a rollout goes through one stage after the other.
+does one after the other. On a CPU both add up. Collectives overlap with nothing but for the
+reduction of gradients: where they make several buckets (gradients.py), all but the last go on
+beside the last micro-batch's backward, which is taken as half of that micro-batch. Pipeline stages:
+of m micro-batches over p stages each stage waits p - 1 times for its neighbours; a token of a
+rollout goes through one stage after the other.
 """
 
 from collections import defaultdict
@@ -86,7 +88,8 @@ def step_time(
         phases["rollout decode"] = phase(repeated(token, load.completion_tokens))
     phases["teacher"] = pipelined(step_work.teacher(step), [], micro_batches)
     phases["student"] = pipelined(step_work.student(step), step_work.loss(step), micro_batches)
-    phases["gradient reduction"] = phase(step_work.reduction(step))
+    of_backward = phases["student"].seconds / micro_batches / 2
+    phases["gradient reduction"] = _exposed(step_work.reduction(step), of_backward, rates, groups)
     phases["optimizer"] = phase(step_work.optimizer(step))
     shares = {name: load.on_policy_share if "rollout" in name else 1.0 for name in phases}
     seconds = sum(shares[name] * phase.seconds for name, phase in phases.items())
@@ -118,6 +121,22 @@ def _phase(work: Iterable[Item], rates: Rates, groups: dict[str, Group]) -> Phas
         largest = max(of_device, key=lambda name: of_device[name], default="")
         bottleneck = HOST if host > device else largest
     return Phase(seconds, dict(parts), bottleneck, communication)
+
+
+def _exposed(work: Work, backward: float, rates: Rates, groups: dict[str, Group]) -> Phase:
+    """What of the gradients' reduction is left when the backward is over."""
+    last, early = [], 0.0
+    for item in work:
+        assert isinstance(item, Collective)
+        buckets = max(1, int(item.num_bytes // step_work.smallest_bucket(groups[item.group].size)))
+        early += rates.seconds(item, groups) * (1 - 1 / buckets)
+        last += repeated([item], 1 / buckets)
+    found = _phase(last, rates, groups)
+    late = max(early - backward, 0.0)
+    if not late:
+        return found
+    part = "gradients that the backward does not hide"
+    return Phase(found.seconds + late, found.parts | {part: late}, part, found.communication + late)
 
 
 def _where(group: Group, rates: Rates) -> str:

@@ -246,6 +246,13 @@ def replicated_sizes(step: Step) -> int:
     return step.load.lora_rank * (layers + args.hidden_size * (HEAD in step.load.targets))
 
 
+def smallest_bucket(num_ranks: int) -> int:
+    """Bytes of gradients that are worth a collective of their own, as gradients.py cuts them: what
+    is less than two such buckets is reduced at once, after the backward.
+    """
+    return max(64 * 2**20, 512 * 2**10 * num_ranks)
+
+
 def reduction(step: Step) -> Work:
     """LoRA's gradients, in fp32: over the ranks that hold the same parameters."""
     dense, experts = lora_sizes(step)

@@ -70,7 +70,7 @@ class Attention(Item):
 class Moved(Item):
     """Bytes that a kernel reads and writes, if it is one."""
 
-    part: str = "other kernels"
+    part: str = "elementwise kernels"
     kernel: str
     num_bytes: float
 
