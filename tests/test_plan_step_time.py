@@ -10,8 +10,11 @@ import pytest
 
 from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config
+from megatron_gkd.gradients import smallest_bucket
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import ATTENTION, LINEARS
+from megatron_gkd.plan import step_work
+from megatron_gkd.plan.placement import Group
 from megatron_gkd.plan.rates import read_rates
 from megatron_gkd.plan.step_time import BUBBLE, PHASES, step_time
 from megatron_gkd.plan.workload import Workload, on_policy_share
@@ -146,6 +149,12 @@ def test_more_replicas_reduce_their_gradients():
     alone, two, many = (planned(world_size=size) for size in (1, 8, 1024))
     reduction = lambda found: found.phases["gradient reduction"].seconds
     assert reduction(alone) == 0 < reduction(two) < reduction(many)
+    # buckets beside the backward: what is left is the last one
+    sizes = (8, 128, 256, 1024)
+    assert [step_work.smallest_bucket(size) for size in sizes] == list(map(smallest_bucket, sizes))
+    whole = {item.group: item for item in step_work.reduction(step_work.Step(ARGS, ONE, LOAD))}
+    one_bucket = H100.collective("all_reduce", whole["expt_dp"].num_bytes, Group(8, 1, 8, 1))
+    assert reduction(two) < 0.1 * one_bucket
     only_attention = planned(replace(LOAD, targets=ATTENTION), world_size=1024)
     assert reduction(only_attention) < 0.2 * reduction(many)
 

@@ -198,6 +198,9 @@ def _compare_collectives(work, found):
         if key[1] in ("tp", "ep", "cp", "pp", "dp_cp", "expt_dp") and total > 1000
     }
     assert sized <= {*counted, ("recv", "pp")}, (sized, counted)
+    if ("send", "pp") in counted:  # of the last stage: what it receives and what it sends
+        both = [[ranks.get((kind, "pp"), (0, 0)) for kind in ("send", "recv")] for ranks in found]
+        assert both and {tuple(map(sum, zip(*one))) for one in both} == {counted["send", "pp"]}
     for kind, group in sized - {("recv", "pp"), ("send", "pp")}:
         (calls,) = {ranks[kind, group][0] for ranks in found}
         mean = sum(ranks[kind, group][1] for ranks in found) / len(found)
