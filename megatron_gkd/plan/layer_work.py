@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.plan.parameters import attention_rows
+from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.work import (
     Attention,
     Collective,
