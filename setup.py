@@ -121,6 +121,7 @@ setup(
             "report/*.jinja",
             "report/*.css",
             "report/*.js",
+            "plan/*.sh",
         ],
         "demo": ["**/*.txt", "**/*.json", "**/*.jinja", "*.sh"],
     },

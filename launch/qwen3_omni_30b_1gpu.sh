@@ -13,6 +13,11 @@
 # --max_tokens_per_micro_batch 4096 about 2, a smaller --gradient_accumulation_steps makes rollouts smaller.
 set -euo pipefail
 
+check=
+if [ "${1-}" = --check ]; then # layout and memory alone: no data set is needed
+    check=1 && DATASET=${DATASET:-none} && shift
+fi
+
 MODEL=${MODEL:?the folder of Qwen3-Omni-30B-A3B-Instruct}
 DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name with the flag --download_datasets true; NAME#2000 takes 2000 samples}
 OUTPUT=${OUTPUT:-output}
@@ -39,4 +44,5 @@ flags=(
 )
 
 "$python" -m megatron_gkd.plan --check --gpus 1 "${flags[@]}" "$@"
+[ -z "$check" ] || exit 0
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m megatron_gkd.train "${flags[@]}" "$@"

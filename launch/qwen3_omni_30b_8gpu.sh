@@ -3,7 +3,7 @@
 #
 #   MODEL=/models/Qwen3-Omni-30B-A3B-Instruct DATASET=train.jsonl bash launch/qwen3_omni_30b_8gpu.sh [flags]
 #
-# Flags on the command line override those below.
+# Flags on the command line override those below. With --check as the first, layout and memory are checked and nothing starts.
 #
 # In the rows the teacher must see more than the student (teacher_messages or teacher_prompt): with the same view the
 # student with fresh LoRA equals the teacher, nothing can be learned, and the run is refused. For plain rows, such as the
@@ -13,6 +13,11 @@
 # and EP 8 gives each GPU 16 of the 128 experts: the layout with the least memory per GPU.
 # launch/qwen3_omni_30b_8gpu_tp4.sh keeps two model copies, with collectives among 4 ranks instead of 8.
 set -euo pipefail
+
+check=
+if [ "${1-}" = --check ]; then # layout and memory alone: no data set is needed
+    check=1 && DATASET=${DATASET:-none} && shift
+fi
 
 MODEL=${MODEL:?the folder of Qwen3-Omni-30B-A3B-Instruct}
 DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name with the flag --download_datasets true; NAME#2000 takes 2000 samples}
@@ -74,5 +79,6 @@ flags=(
 )
 
 "$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" "${flags[@]}" "$@"
+[ -z "$check" ] || exit 0
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" \
     -m megatron_gkd.train "${flags[@]}" "$@"

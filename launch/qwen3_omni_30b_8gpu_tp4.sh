@@ -9,6 +9,11 @@
 # That script explains the flags, and what rows without a teacher's view need.
 set -euo pipefail
 
+check=
+if [ "${1-}" = --check ]; then # layout and memory alone: no data set is needed
+    check=1 && DATASET=${DATASET:-none} && shift
+fi
+
 MODEL=${MODEL:?the folder of Qwen3-Omni-30B-A3B-Instruct}
 DATASET=${DATASET:?a .jsonl or .parquet file, or a datasets name with the flag --download_datasets true; NAME#2000 takes 2000 samples}
 OUTPUT=${OUTPUT:-output}
@@ -36,5 +41,6 @@ flags=(
 )
 
 "$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" "${flags[@]}" "$@"
+[ -z "$check" ] || exit 0
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" \
     -m megatron_gkd.train "${flags[@]}" "$@"

@@ -15,6 +15,9 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
+if [ "${1-}" = --check ]; then # layout and memory alone, where this is typed: NNODES=2 bash launch/slurm.sh --check
+    NNODES=${NNODES:-2} exec bash "${SLURM_SUBMIT_DIR:-.}/launch/multi_node.sh" "$@"
+fi
 OUTPUT=${OUTPUT:-output}
 export OUTPUT
 nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}")

@@ -6,6 +6,7 @@ Imports nothing slow, so that a misspelt flag is answered at once.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ from megatron_gkd.recipe import recipe_names, with_recipe
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.swift_flags import SWIFT_FLAGS, answer
 from megatron_gkd.trackers import TrackerName
+
+Recompute = Literal["none", "full", "auto"]
 
 
 @dataclass
@@ -71,7 +74,7 @@ class ModelConfig:
         "cannot carry LoRA inside the product.",
     )
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: cuda where there is one.")
-    recompute: Literal["none", "full", "auto"] = setting(
+    recompute: Recompute = setting(
         "none",
         "full: run each layer again in backward, for less memory; auto: only as many layers as "
         "the memory that is left asks for, measured in the first step.",
@@ -274,31 +277,45 @@ def default_settings() -> dict[str, Any]:
     return found
 
 
-def parse_config(argv: list[str]) -> Config:
-    """Settings from `argv` (without the program's name), the YAML file that --config names and
-    --recipe; the flags win, then the file.
+def command_line(
+    argv: Sequence[str], *, prog: str, usage: str, others: Sequence[type] = ()
+) -> tuple[Parser, list[str]]:
+    """The parser of a run's settings, after those of the dataclasses `others`, and the words that
+    it is to parse: of --recipe, of the YAML file that --config names, and `argv`; the last of a
+    name holds.
 
     Raises ValueError for unknown flags (with the nearest valid names) and those of ms-swift that
-    have another name here, all at once, a line each; of one line for an unknown key of the file, a
-    missing flag, a bad value. Rank 0 prints a line for each of ms-swift's flags without effect, and
-    where settings came from if there is a recipe.
+    have another name here, all at once, a line each; of one line for an unknown key of the file.
+    Rank 0 prints a line for each of ms-swift's flags without effect, and where settings came from
+    if there is a recipe.
     """
     groups: list[Any] = [group.type for group in fields(Config)]
-    parser = Parser(
-        groups,
-        prog="torchrun -m megatron_gkd.train",
-        usage="%(prog)s --model DIR --dataset FILE [FILE ...] [flags]",
-    )
+    parser = Parser([*others, *groups], prog=prog, usage=usage)
     parser.add_argument(
         "--config",
         metavar="FILE.yaml",
         help="Settings as `flag: value` lines; flags on the command line win.",
     )
-    answered = answer(with_recipe(argv, parser, SWIFT_FLAGS))
+    own = {each.name for other in others for each in fields(other)}
+    foreign = {name: SWIFT_FLAGS[name] for name in SWIFT_FLAGS if name not in own}
+    answered = answer(with_recipe(argv, parser, foreign), foreign)
     refuse_unknown(answered.words, parser, answered.refused)
-    settings, _ = parser.parse(answered.words)
     if answered.notes and os.environ.get("RANK", "0") == "0":
         print("\n".join(answered.notes), flush=True)
+    return parser, answered.words
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """Settings of a run from `argv` (without the program's name), the YAML file that --config
+    names and --recipe; the flags win, then the file. Raises ValueError as `command_line`, and of
+    one line for a missing flag or a bad value.
+    """
+    parser, words = command_line(
+        argv,
+        prog="torchrun -m megatron_gkd.train",
+        usage="%(prog)s --model DIR --dataset FILE [FILE ...] [flags]",
+    )
+    settings, _ = parser.parse(words)
     return Config(*settings)
 
 

@@ -1,5 +1,5 @@
 """The parallel layout: its sizes as settings, whether ranks and model divide into it, and one line
-about it. Imports nothing slow: `--check_layout` answers before torch would be loaded.
+about it. Imports nothing slow: the planner answers before torch would be loaded.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ compared. Imports nothing slow.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from megatron_gkd.families import Family
 from megatron_gkd.model.args import ModelArgs
@@ -40,6 +41,12 @@ def names_of(targets: Iterable[str]) -> list[str]:
 def targets_in(targets: Collection[str], layer: int) -> list[str]:
     """The names of the linears of decoder layer `layer` that carry LoRA."""
     return [name for name in LINEARS if name in targets or f"{layer}.{name}" in targets]
+
+
+@lru_cache
+def linears_of_layers(targets: tuple[str, ...], num_layers: int) -> tuple[tuple[str, ...], ...]:
+    """`targets_in` of each decoder layer."""
+    return tuple(tuple(targets_in(targets, layer)) for layer in range(num_layers))
 
 
 def layers_of(targets: Collection[str], name: str) -> list[int] | None:

@@ -3,7 +3,7 @@ their place. All of a command's are answered at once. Imports nothing slow.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megatron_gkd.flags import FLAG
@@ -329,8 +329,8 @@ class Answered(NamedTuple):
     notes: list[str]
 
 
-def answer(words: Sequence[str]) -> Answered:
-    """Takes the flags of this table and their values out of a command's words."""
+def answer(words: Sequence[str], flags: Mapping[str, Answer] = SWIFT_FLAGS) -> Answered:
+    """Takes the `flags` of this table and their values out of a command's words."""
     found = Answered([], [], [])
     values: list[str] | None = None  # of the flag that was read last, if it is one of the table
     taken: list[tuple[str, list[str]]] = []
@@ -339,7 +339,7 @@ def answer(words: Sequence[str]) -> Answered:
         if re.fullmatch(FLAG, word):
             known = name[2:].replace("-", "_") if name.startswith("--") else ""
             values = None
-            if known in SWIFT_FLAGS:
+            if known in flags:
                 values = [value] if equals else []
                 taken.append((known, values))
                 continue
@@ -348,7 +348,7 @@ def answer(words: Sequence[str]) -> Answered:
         else:
             values.append(word)
     for name, given in taken:
-        instead, harmless = SWIFT_FLAGS[name]
+        instead, harmless = flags[name]
         text = " ".join(given) or "true"  # a flag alone is a switch
         if harmless is None or text.lower() in harmless:
             found.notes.append(f"--{name} has no effect here: {instead}.")

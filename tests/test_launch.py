@@ -195,6 +195,39 @@ def test_impossible_runs_are_refused_before_they_start(
 
 
 @pytest.mark.parametrize(
+    "script, line",
+    [
+        ("qwen3_omni_30b_1gpu.sh", "1 ranks = TP 1"),
+        ("qwen3_omni_30b_8gpu.sh", "8 ranks = TP 8"),
+        ("qwen3_omni_30b_8gpu_tp4.sh", "8 ranks = TP 4"),
+        ("qwen3_omni_30b_8gpu_long_audio.sh", "8 ranks = TP 4 x PP 1 x CP 2"),
+        ("multi_node.sh", "16 ranks = TP 8"),
+        ("slurm.sh", "16 ranks = TP 8"),
+    ],
+)
+def test_check_starts_nothing(script, line, environment, tmp_path):
+    """And needs neither data nor another node; what does not fit ends it."""
+    names = ("DATASET", "MASTER_ADDR", "NODE_RANK", "SLURM_JOB_NODELIST")
+    variables = {name: value for name, value in environment.items() if name not in names}
+    variables |= {"NNODES": "2", "EXPERT_PARALLEL": "8"}
+    variables |= {"SLURM_SUBMIT_DIR": str(REPOSITORY), "OUTPUT": str(tmp_path / "out")}
+    command = ["bash", str(REPOSITORY / "launch" / script), "--check"]
+
+    def check(*flags):
+        done = subprocess.run(
+            [*command, *flags], env=variables, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    status, said, errors = check()
+    assert status == 0, errors
+    assert f"Layout: {line}" in said and "GiB a rank: " in said
+    status, said, errors = check("--gpu_memory", "0.5")
+    assert status == 2 and "0.5 GiB" in errors
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
     "script", ["qwen3_omni_30b_8gpu.sh", "qwen3_omni_30b_8gpu_tp4.sh", "multi_node.sh"]
 )
 def test_torchrun_gives_a_stopped_run_time_to_save(script, environment, tmp_path):

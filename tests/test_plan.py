@@ -1,5 +1,8 @@
-"""`python -m megatron_gkd.plan`."""
+"""`python -m megatron_gkd.plan`: what it prints and writes, what it refuses, and --check."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,8 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 )
 
 from megatron_gkd.plan.__main__ import main
+from megatron_gkd.plan.table import MOST_COLUMNS
+from tests.plans import REAL
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -95,3 +100,146 @@ def test_check_of_a_folder_that_is_no_model(tmp_path, monkeypatch, capsys, conte
         and str(tmp_path) in said
         and part in said
     )
+
+
+def plan(monkeypatch, capsys, *flags) -> str:
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    main()
+    return capsys.readouterr().out
+
+
+def refusal(monkeypatch, capsys, *flags) -> str:
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_plan_can_be_read(monkeypatch, capsys):
+    """Short and narrow: the best layout with its parts, ten layouts, reasons."""
+    flags = ["--pipeline_model_parallel_size", "1", "--context_parallel_size", "1"]
+    said = plan(monkeypatch, capsys, "--model", REAL, "--gpus", "64", *flags)
+    lines = said.splitlines()
+    assert len(lines) < 75 and max(map(len, lines)) <= MOST_COLUMNS
+    assert "64 GPUs of " in lines[0] and "256 samples a step" in said
+    number = int(re.search(r"Best of (\d+) possible layouts", said)[1])
+    refused = int(re.search(r"Impossible are ([\d,]+) layouts", said)[1].replace(",", ""))
+    assert number + refused == 7**2
+    assert "  EP inside a node; DP over 8 nodes" in lines
+    assert re.search(r"  EP 8: 4 takes .*; 16 over 2 nodes takes \+[\d.]+ s ", said)
+    table = lines[lines.index(next(line for line in lines if line.startswith("TP "))) + 1 :][:10]
+    sizes = [list(map(int, line.split()[:5])) for line in table]
+    assert all(tp * pp * cp * dp == 64 for tp, _, pp, cp, dp in sizes)
+    steps = [float(line.split()[-2]) for line in table]
+    assert steps == sorted(steps)
+    for phase in ("rollout prefill", "rollout decode", "teacher", "student", "optimizer"):
+        assert re.search(rf"^ *[\d.]+ +[\d.]+  {phase} ", said, re.MULTILINE), phase
+
+
+def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
+    """--json has all of them, --all prints each choice."""
+    file = tmp_path / "plan.json"
+    flags = ["--model", REAL, "--gpus", "8", "--gpu_memory", "40", "--context_parallel_size", "1"]
+    said = plan(monkeypatch, capsys, *flags, "--json", str(file), "--all")
+    numbers = json.loads(file.read_text())
+    for choice in numbers["possible"]:
+        memory = choice["memory_bytes"]
+        most = max(sum(memory["training"].values()), sum(memory["rollout"].values()))
+        allocated = sum(memory["always"].values()) + most + sum(memory["outside"].values())
+        assert allocated <= memory["total"] <= 40 * 2**30
+        parts = choice["time"]["phases"].values()
+        assert all(0 <= phase["seconds"] < 1e4 for phase in parts)
+        samples = choice["per_device_train_batch_size"] * choice["gradient_accumulation_steps"]
+        assert samples * choice["dp"] == numbers["samples"] == 32
+    assert all(choice["time"] is None for choice in numbers["too_large"])
+    layouts = {tuple(one[name] for name in ("tp", "ep", "pp", "cp")) for one in numbers["possible"]}
+    assert len(layouts) + len(numbers["impossible"]) == 4**3
+    every = said.partition("possible choices, the fastest first:\n")[2].splitlines()
+    assert len(every) >= len(numbers["possible"]) + len(numbers["impossible"])
+    again = refusal(monkeypatch, capsys, *flags, "--json", str(file))
+    assert f"{file} is there already" in again
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ("--gpus 8 --gpu_memry 80", "--gpu_memry is not a setting; the nearest is --gpu_memory"),
+        ("--gpus 8 --lora_rnk 4", "--lora_rnk is not a setting; the nearest is --lora_rank"),
+        ("", "required: --gpus"),
+        ("--gpus 0", "--gpus 0: must be 1 or more"),
+        ("--gpus 12", "--gpus 12 are no whole nodes of 8 GPUs"),
+        ("--gpus 8 --gpu v100", "v100"),
+        ("--gpus 8 --row_tokens 100 --response_tokens 200", "must be below --row_tokens 100"),
+        ("--gpus 8 --gpu_memory 1", "GiB or more, the GPU has 1.0"),
+        ("--gpus 8 --tensor_model_parallel_size 3", "= 3 ranks"),
+        ("--gpus 8 --max_new_tokens 9", "--max_new_tokens 9 is ms-swift's"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(flags, part, monkeypatch, capsys):
+    said = refusal(monkeypatch, capsys, "--model", REAL, *flags.split())
+    assert said.startswith("megatron_gkd: error: ") and part in said
+
+
+def test_settings_may_come_from_a_file_and_a_recipe(tmp_path, monkeypatch, capsys):
+    """What they give stays as it is, and --global_batch_size is the planner's."""
+    file, numbers = tmp_path / "run.yaml", tmp_path / "plan.json"
+    file.write_text("tensor_model_parallel_size: 2\nrecipe: opsd\n")
+    flags = ["--model", REAL, "--gpus", "8", "--config", str(file)]
+    flags += ["--global_batch_size", "16", "--json", str(numbers)]
+    said = plan(monkeypatch, capsys, *flags)
+    assert "16 samples a step" in said and "Settings from --recipe opsd" in said
+    found = json.loads(numbers.read_text())
+    assert {choice["tp"] for choice in found["possible"]} == {2}
+    assert found["load"]["lora_rank"] == 64
+
+
+# --- --check against a GPU ---
+
+SMI = """#!/bin/sh
+test "$1" = --query-gpu=name,memory.total || exit 9
+printf 'NVIDIA H100 80GB HBM3, 81559\nNVIDIA A100-SXM4-40GB, 40960\n' | head -n %s
+"""
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """`card(n)`: nvidia-smi lists one card, or two."""
+
+    def put(number: int | str) -> None:
+        (tmp_path / "bin").mkdir()
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.write_text(SMI % number)
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+ONE_GPU = ["--check", "--gpus", "1", "--max_length", "2048", "--recompute"]
+
+
+def test_check_compares_with_the_card_that_is_there(card, tmp_path, monkeypatch, capsys):
+    card(1)
+    model = ["--model", REAL]
+    said = plan(monkeypatch, capsys, *model, *ONE_GPU, "auto", "--lmbda", "0")
+    assert "; fits NVIDIA H100 80GB HBM3, 79.6 GiB" in said
+    said = refusal(monkeypatch, capsys, *model, *ONE_GPU, "none")
+    assert said.startswith("megatron_gkd: error: NVIDIA H100 80GB HBM3, 79.6 GiB: the run needs")
+    assert "--recompute auto" in said and "base 56.9" in said
+    flags = [*ONE_GPU, "none", "--gpu_memory", "200"]  # what is named comes first
+    assert "; fits --gpu_memory, 200.0 GiB" in plan(monkeypatch, capsys, *model, *flags)
+    flags = [*ONE_GPU, "none", "--device", "cpu"]
+    assert "; --device cpu, not compared" in plan(monkeypatch, capsys, *model, *flags)
+
+
+@pytest.mark.parametrize("cards, part", [(2, "40.0 GiB"), ("x", None), (0, None)])
+def test_check_takes_the_smallest_card_and_none_is_no_limit(
+    cards, part, card, tmp_path, monkeypatch, capsys
+):
+    card(cards)
+    flags = ["--model", REAL, *ONE_GPU, "none"]
+    if part:
+        assert part in refusal(monkeypatch, capsys, *flags)
+    else:
+        assert "; no GPU here to compare with" in plan(monkeypatch, capsys, *flags)

@@ -4,6 +4,7 @@ rows, and the checks before a commit are those of CI.
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from megatron_gkd.config import parse_config
 from megatron_gkd.data.rows import check_row
+from megatron_gkd.plan.settings import PlanSettings
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -30,7 +32,6 @@ FOREIGN_FLAGS = {
     "adapters",
     "help",
     "nproc_per_node",
-    "check",
     # vLLM
     "omni",
     "port",
@@ -38,7 +39,7 @@ FOREIGN_FLAGS = {
     "hf_model",
     "checkpoint",
     "output",
-    "gpus",  # of megatron_gkd.plan
+    *(one.name for one in fields(PlanSettings)),
     "weight",
     "export",
     "merged",

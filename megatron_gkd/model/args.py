@@ -1,7 +1,7 @@
 """A Hugging Face `config.json` -> the sizes of the decoder.
 
 Read as plain JSON, with transformers' defaults as the model's family states them: transformers and
-torch take seconds to import, and `--check_layout` needs neither. What this decoder cannot represent
+torch take seconds to import, and the planner needs neither. What this decoder cannot represent
 is refused by the name of the setting, never approximated.
 """
 

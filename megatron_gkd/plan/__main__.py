@@ -1,34 +1,56 @@
-"""`python -m megatron_gkd.plan --check --gpus RANKS FLAGS`: the layout and the memory that a rank
-needs, or exit status 2 and the reason.
+"""`python -m megatron_gkd.plan --model DIR --gpus 64 --gpu h100 [flags of megatron_gkd.train]`:
+every possible layout with its memory and time, the best one and why, the reasons against the
+others; with --script the best as a launch script. `--check`: the one layout that the flags name.
 """
 
-import argparse
+import json
+import os
+import shlex
+import sys
 
-from megatron_gkd.config import layout_line, parse_config_or_exit
 from megatron_gkd.flags import exit_with
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.plan.memory import estimate
-from megatron_gkd.plan.workload import workload
+from megatron_gkd.plan.check import check
+from megatron_gkd.plan.layouts import Plan, make_job, make_plan
+from megatron_gkd.plan.rates import read_rates
+from megatron_gkd.plan.script import script_of, write_new
+from megatron_gkd.plan.settings import PlanSettings, parse_plan
+from megatron_gkd.plan.table import everything, impossible, numbers, summary
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_gkd.plan",
-        allow_abbrev=False,
-        epilog="The other flags are those of megatron_gkd.train, whose --help lists them.",
-    )
-    parser.add_argument("--check", action="store_true", required=True)
-    parser.add_argument("--gpus", type=int, required=True, metavar="RANKS")
-    own, flags = parser.parse_known_args()
-    config = parse_config_or_exit(flags)
     try:
-        model_args = read_model_args(config.model.model)
-        print(layout_line(config, own.gpus, model_args))
-        needed = estimate(model_args, config.parallel, workload(config, model_args))
-        print(f"Memory: at most about {needed.describe()}; towers not counted", flush=True)
+        own, config, given = parse_plan(sys.argv[1:])
+        if own.check:
+            print("\n".join(check(own, config)), flush=True)
+            return
+        args = read_model_args(config.model.model)
+        plan = make_plan(make_job(own, config, given, args, read_rates(own.gpu or "h100")))
+        if own.json:
+            text = json.dumps(numbers(plan), indent=1)
+            write_new(own.json, text + "\n", overwrite=own.overwrite)
+        if not plan.choices:
+            raise ValueError("\n".join(["no layout is possible.", *impossible(plan)]))
+        print("\n".join(summary(plan)))
+        if own.all:
+            print("\n".join(["", *everything(plan)]))
+        write_script(own, plan)
+    except BrokenPipeError:  # a pager or head that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         exit_with(error)
+
+
+def write_script(own: PlanSettings, plan: Plan) -> None:
+    """Of the pick, or where there is none how to get it."""
+    if not own.script:
+        print("\n--script FILE writes it as a launch script, --all prints every layout")
+        return
+    text = script_of(plan.job, plan.pick, own.script)
+    write_new(own.script, text, overwrite=own.overwrite, executable=True)
+    name = shlex.quote(own.script)
+    print(f"\nWritten: {name}; on the machine of the run, bash {name} --check checks it")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Numbers that a rank holds: weights, LoRA, LoRA as training and decoding read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import names_of, targets_in
+from megatron_gkd.lora_targets import linears_of_layers, names_of
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.workload import Workload
@@ -23,12 +23,17 @@ def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:
 
 
 def of_fullest_stage(
-    args: ModelArgs, layout: ParallelConfig, load: Workload, of_layer: Callable[[list[str]], int]
+    args: ModelArgs,
+    layout: ParallelConfig,
+    load: Workload,
+    of_layer: Callable[[Collection[str]], int],
 ) -> int:
     """The sum of `of_layer(names of its linears with LoRA)` over a stage's layers, the most of any
     stage.
     """
-    sizes = [of_layer(targets_in(load.targets, layer)) for layer in range(args.num_layers)]
+    layers = linears_of_layers(tuple(load.targets), args.num_layers)
+    of_kind = {names: of_layer(names) for names in set(layers)}
+    sizes = [of_kind[names] for names in layers]
     length = args.num_layers // layout.pipeline_model_parallel_size
     return max(sum(sizes[first : first + length]) for first in range(0, len(sizes), length))
 
@@ -74,7 +79,7 @@ def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload)
     experts = expert_parameters(args, layout, load, padded)
     queries, keys = attention_rows(args, layout.tensor_model_parallel_size)
 
-    def of_layer(names: list[str]) -> int:
+    def of_layer(names: Collection[str]) -> int:
         total = 0
         for of, inputs, outputs in (
             (("q_proj", "k_proj", "v_proj"), args.hidden_size, queries + 2 * keys),
@@ -95,7 +100,7 @@ def expert_parameters(
     """
     hidden, inter = args.hidden_size, args.moe_intermediate_size
 
-    def of_layer(names: list[str]) -> int:
+    def of_layer(names: Collection[str]) -> int:
         rank_of = lambda *of: padded(load.lora_rank * sum(name in names for name in of))
         of_gate_up = rank_of("gate_proj", "up_proj") * (hidden + 2 * inter)
         return of_gate_up + rank_of("down_proj") * (inter + hidden)

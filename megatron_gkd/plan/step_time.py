@@ -70,11 +70,11 @@ def step_time(
     groups = placement(layout, world_size, rates.gpus_per_node)
     step = step_work.Step(args, layout, load, imbalance)
     stages, micro_batches = step.stages, step.micro_batches
-    phase = lambda work: _phase(work, rates, groups)
+    phase = lambda work, times=1: _phase(work, rates, groups, times)
 
     def pipelined(of_stage: Work, of_last: Work, number: int) -> Phase:
         """`number` micro-batches through the stages; the last one also does `of_last`."""
-        once = phase(repeated(of_stage, number) + repeated(of_last, number))
+        once = phase(of_stage + of_last, number)
         if stages == 1:
             return once
         bubble = (stages - 1) * phase(of_stage).seconds
@@ -85,7 +85,7 @@ def step_time(
         chunk, chunks = rollout_work.prefill(step)
         phases["rollout prefill"] = pipelined(chunk, [], chunks)
         token = repeated(rollout_work.token(step), stages) + rollout_work.token_head(step)
-        phases["rollout decode"] = phase(repeated(token, load.completion_tokens))
+        phases["rollout decode"] = phase(token, load.completion_tokens)
     phases["teacher"] = pipelined(step_work.teacher(step), [], micro_batches)
     phases["student"] = pipelined(step_work.student(step), step_work.loss(step), micro_batches)
     of_backward = phases["student"].seconds / micro_batches / 2
@@ -97,11 +97,12 @@ def step_time(
     return StepTime(phases, seconds, tokens / seconds / world_size)
 
 
-def _phase(work: Iterable[Item], rates: Rates, groups: dict[str, Group]) -> Phase:
+def _phase(work: Iterable[Item], rates: Rates, groups: dict[str, Group], times: float = 1) -> Phase:
+    """Of so many times the work."""
     parts: dict[str, float] = defaultdict(float)
     host = communication = 0.0
     for item in work:
-        seconds = rates.seconds(item, groups)
+        seconds = times * rates.seconds(item, groups)
         if isinstance(item, Collective):
             if not seconds:
                 continue

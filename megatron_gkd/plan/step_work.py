@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import EXPERTS, HEAD, targets_in
+from megatron_gkd.lora_targets import EXPERTS, HEAD, linears_of_layers
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.layer_work import Layer, backward, forward, kept_numbers, passing_numbers
 from megatron_gkd.plan.parameters import lora_parameters, of_fullest_stage
@@ -77,10 +77,8 @@ class Step:
     def layers(self, tokens: float, row: float, *, with_lora: bool) -> list[tuple[Layer, float]]:
         """Kinds of layers of the stage that has most LoRA, each with its number."""
         length = self.args.num_layers // self.stages
-        kinds = [
-            tuple(targets_in(self.load.targets, layer)) if with_lora else ()
-            for layer in range(self.args.num_layers)
-        ]
+        targets = tuple(self.load.targets) if with_lora else ()
+        kinds = linears_of_layers(targets, self.args.num_layers)
         stages = [kinds[first : first + length] for first in range(0, len(kinds), length)]
         fullest = max(stages, key=lambda stage: sum(map(len, stage)))
         of = lambda targets: Layer(

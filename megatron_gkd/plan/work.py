@@ -6,7 +6,7 @@ rates (rates.py) make seconds of them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,4 +115,11 @@ Work = list[Item]
 
 def repeated(work: Iterable[Item], times: float) -> Work:
     """The same work so many times."""
-    return [replace(item, times=item.times * times) for item in work]
+    return [_repeated(item, times) for item in work]
+
+
+def _repeated(item: Item, times: float) -> Item:
+    """What dataclasses.replace would give, in a fraction of its time: plans make millions."""
+    again = object.__new__(type(item))
+    again.__dict__.update(item.__dict__, times=item.times * times)
+    return again

@@ -1,0 +1,111 @@
+"""Why the pick is the pick, and why other layouts are impossible, in a few lines."""
+
+import re
+from collections.abc import Sequence
+
+from megatron_gkd.plan.layouts import Choice, Job, Plan, Refusal, Sizes
+from megatron_gkd.plan.memory import GIB
+from megatron_gkd.plan.placement import placement
+
+NAMES = dict(zip(Sizes._fields, ("TP", "EP", "PP", "CP")))
+
+
+def grouped(refusals: Sequence[Refusal]) -> list[tuple[int, str, list[Refusal]]]:
+    """(number, reason, refusals) of those whose reasons differ in numbers and factors alone, the
+    most common first; the reason is that of the layout with the smallest sizes.
+    """
+    groups: dict[str, list[Refusal]] = {}
+    for refusal in refusals:
+        words = re.sub(r" x --\w+|[\d.,]*\d", "", refusal.reason).split()
+        groups.setdefault(" ".join(words), []).append(refusal)
+    found = []
+    for members in groups.values():
+        members.sort(key=lambda refusal: (sum(refusal.sizes), refusal.sizes))
+        found.append((len(members), members[0].reason, members))
+    return sorted(found, key=lambda group: -group[0])
+
+
+def why(plan: Plan) -> list[tuple[str, str]]:
+    """(what was chosen, what its next smaller and next larger value would bring) of each size that
+    has such a neighbour and of recomputation and micro-batches, the others staying as they are.
+    """
+    best, found = plan.pick, []
+    for name in Sizes._fields:
+        sides = [side for side in (neighbour(plan, name, way) for way in (-1, 1)) if side]
+        if sides:
+            found.append((f"{NAMES[name]} {getattr(best.sizes, name)}", "; ".join(sides)))
+    same = [c for c in [*plan.choices, *plan.too_large] if c.sizes == best.sizes]
+    others = [c for c in same if c.recompute != best.recompute]
+    if others:
+        other = min(others, key=lambda choice: choice.seconds)
+        found.append((f"recompute {best.recompute}", f"{other.recompute} {compared(plan, other)}"))
+    tokens = best.micro_batch_tokens
+    cuts = {c.micro_batch_tokens: c for c in same if c.recompute == best.recompute}
+    sides = [f"{n} {compared(plan, cuts[n])}" for n in (tokens // 2, 2 * tokens) if n in cuts]
+    if sides:
+        found.append((f"micro-batches of {tokens}", "; ".join(sides)))
+    return found
+
+
+def neighbour(plan: Plan, name: str, way: int) -> str:
+    """What the next smaller (-1) or larger (1) possible value of a size brings; empty where there
+    is none.
+    """
+    best = plan.pick.sizes
+    alike = lambda sizes: all(
+        getattr(sizes, other) == getattr(best, other) for other in Sizes._fields if other != name
+    )
+    beyond = lambda sizes: way * (getattr(sizes, name) - getattr(best, name)) > 0
+    nearest: dict[int, Choice] = {}
+    for choice in plan.choices:
+        if alike(choice.sizes) and beyond(choice.sizes):
+            nearest.setdefault(getattr(choice.sizes, name), choice)
+    for refusal in plan.refusals:
+        if refusal.nearest and alike(refusal.sizes) and beyond(refusal.sizes):
+            nearest[getattr(refusal.sizes, name)] = refusal.nearest
+    if not nearest:
+        return ""
+    value = min(nearest, key=lambda size: abs(size - getattr(best, name)))
+    other, over = nearest[value], ""
+    nodes = nodes_of(plan.job, other.sizes)[name]
+    if nodes > nodes_of(plan.job, best)[name]:
+        over = f" over {nodes} nodes"
+    return f"{value}{over} {compared(plan, other)}"
+
+
+def nodes_of(job: Job, sizes: Sizes) -> dict[str, int]:
+    """Machines that a group of each kind lies on."""
+    groups = placement(sizes.parallel(), job.gpus, job.rates.gpus_per_node)
+    return {name: groups[name].nodes for name in Sizes._fields}
+
+
+def where(job: Job, sizes: Sizes) -> str:
+    """`EP inside a node; DP over 8 nodes`, of groups of several ranks."""
+    groups = placement(sizes.parallel(), job.gpus, job.rates.gpus_per_node)
+    names = {**NAMES, "dp": "DP"}
+    several = {name: groups[kind].nodes for kind, name in names.items() if groups[kind].size > 1}
+    inside = [name for name, nodes in several.items() if nodes == 1]
+    across = [f"{name} over {nodes} nodes" for name, nodes in several.items() if nodes > 1]
+    return "; ".join([f"{', '.join(inside)} inside a node"] * bool(inside) + across)
+
+
+def compared(plan: Plan, other: Choice) -> str:
+    """`takes +0.310 s (student +0.200)` beside the pick, or `needs 91.2 GiB`."""
+    best = plan.pick.time
+    if other.time is None or best is None:
+        return f"needs {other.memory.total / GIB:.1f} GiB"
+    more = other.time.seconds - best.seconds
+    if abs(more) < 0.001 * best.seconds:
+        return f"takes as long and {other.memory.total / GIB:.1f} GiB"
+    differences = {
+        name: of_step(plan, name) * (phase.seconds - best.phases[name].seconds)
+        for name, phase in other.time.phases.items()
+    }
+    name = max(differences, key=lambda phase: abs(differences[phase]))
+    memory = f" and {other.memory.total / GIB:.1f} GiB" if more < 0 else ""
+    return f"takes {more:+.3f} s ({name} {differences[name]:+.3f}){memory}"
+
+
+def of_step(plan: Plan, phase: str) -> float:
+    """The share of the steps that have this phase."""
+    return plan.job.load.on_policy_share if phase.startswith("rollout") else 1.0

@@ -1,0 +1,121 @@
+"""The planner's own settings, and what of a command line is the run's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from megatron_gkd.config import Config, command_line
+from megatron_gkd.flags import require, require_at_least, require_not_empty, setting
+from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.plan.towers import tower_parameters
+from megatron_gkd.plan.workload import Workload, workload
+from megatron_gkd.recipe import given_values
+
+NO_DATA = "(no data set)"  # stands for --dataset, which the planner does not read
+
+
+@dataclass
+class PlanSettings:
+    _argument_group_name = "planner"
+
+    gpus: int = field(metadata={"help": "Ranks of the run, one a GPU."})
+    gpu: str | None = setting(
+        None,
+        "Of which machine the rates and the memory are: h100, or a file that benchmarks/rates.py "
+        "wrote. Default: h100; of --check what nvidia-smi says of this machine, and where it says "
+        "nothing there is no limit.",
+    )
+    gpus_per_node: int | None = setting(None, "Default: as --gpu has them.")
+    gpu_memory: float | None = setting(None, "GiB of a GPU. Default: as --gpu has.")
+    global_batch_size: int | None = setting(
+        None,
+        "Samples of a step over all ranks, the same in all layouts; batch and accumulation of a "
+        "rank follow. Default: --per_device_train_batch_size x --gradient_accumulation_steps for "
+        "each model copy of the sizes that are given, so 4 a GPU without any flag.",
+    )
+    row_tokens: int | None = setting(
+        None, "Tokens of an average row, prompt and response. Default: --max_length."
+    )
+    teacher_row_tokens: int | None = setting(
+        None, "The same of the teacher's view. Default: as the student's."
+    )
+    response_tokens: int | None = setting(
+        None, "Trained tokens of an average row. Default: --max_completion_length."
+    )
+    media: list[Literal["audio", "image", "video"]] = setting(
+        [],
+        "Kinds that the rows have, whose towers a run holds on its first pipeline stage. Default: "
+        "text alone.",
+    )
+    check: bool = setting(
+        False,
+        "Plan nothing: print the layout that the flags name and its memory, and end with status 2 "
+        "where it is impossible or does not fit.",
+    )
+    all: bool = setting(
+        False,
+        "Print every possible layout with each recomputation and micro-batch, and every "
+        "impossible one.",
+    )
+    json: str | None = setting(None, "Write all numbers to this file.")
+    script: str | None = setting(None, "Write the pick to this file, as a launch script.")
+    overwrite: bool = setting(False, "Replace the files of --script and --json.")
+
+    def __post_init__(self):
+        require_at_least(self, 1, "gpus")
+        for flag in ("gpus_per_node", "global_batch_size", "row_tokens", "teacher_row_tokens"):
+            if getattr(self, flag) is not None:
+                require_at_least(self, 1, flag)
+        require_not_empty(self, "gpu", "json", "script")
+        memory, responses = self.gpu_memory, self.response_tokens
+        require(memory is None or 0 < memory < 2**20, "gpu_memory", memory, "GiB, above 0")
+        if responses is not None:
+            require_at_least(self, 1, "response_tokens")
+            row = self.row_tokens
+            below = row is None or responses < row
+            require(below, "response_tokens", responses, f"below --row_tokens {row}")
+
+
+def workload_of(own: PlanSettings, config: Config, args: ModelArgs) -> Workload:
+    """Of a run with these settings, as far as the flags tell: averages of the rows, the towers.
+    Raises as `read_config`.
+    """
+    towers = config.lora.lora_towers
+    numbers = tower_parameters(
+        config.model.model,
+        audio="audio" in own.media or towers,
+        visual=bool({"image", "video"} & {*own.media}) or towers,
+    )
+    load = workload(
+        config,
+        args,
+        row_tokens=own.row_tokens,
+        teacher_row_tokens=own.teacher_row_tokens,
+        response_tokens=own.response_tokens,
+    )
+    return replace(load, tower_bytes=numbers * load.number_bytes)
+
+
+def parse_plan(argv: Sequence[str]) -> tuple[PlanSettings, Config, frozenset[str]]:
+    """(the planner's settings, those of the run, the names of the run's that were given by flags,
+    a file or a recipe). --dataset may be left out, --model may be a config.json. Raises ValueError
+    as `parse_config`.
+    """
+    parser, words = command_line(
+        argv,
+        prog="python -m megatron_gkd.plan",
+        usage="%(prog)s --model DIR --gpus N [--gpu h100] [flags of megatron_gkd.train]",
+        others=[PlanSettings],
+    )
+    given = frozenset(given_values(words, parser))
+    data = [] if "dataset" in given else ["--dataset", NO_DATA]
+    (own, *settings), _ = parser.parse([*data, *words])
+    config = Config(*settings)
+    model = Path(config.model.model)
+    if model.name == "config.json" and model.is_file():
+        teacher = config.model.teacher_model
+        teacher = str(model.parent) if teacher else None
+        named = replace(config.model, model=str(model.parent), teacher_model=teacher)
+        config = replace(config, model=named)
+    return own, config, given
