@@ -47,7 +47,7 @@ class Bucket:
     group: ProcessGroup
     parameters: frozenset[nn.Parameter]
     place: int
-    """In the backward's order: of its last parameter"""
+    """In the backward's order: of its last parameter, counted from the model's end"""
     starts_early: bool
     """Whether it may start before the backward is over"""
     missing: set[nn.Parameter] = field(default_factory=set)
@@ -77,17 +77,14 @@ class GradientReducer(DistributedDataParallel):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         towers = getattr(model, "towers", None)
         late = set() if towers is None else set(towers.parameters())
-        # the towers are in front of the decoder, wherever they are in the model
-        order = [parameter for parameter in reversed(trained) if parameter not in late]
-        order += [parameter for parameter in reversed(trained) if parameter in late]
-        places = {parameter: place for place, parameter in enumerate(order)}
+        places = {parameter: place for place, parameter in enumerate(reversed(trained))}
         self.buckets = sorted(
             (
                 bucket
                 for buffer in (*self.buffers, *self.expert_parallel_buffers)
                 for bucket in _cut(buffer, places, late, bucket_bytes)
             ),
-            key=lambda bucket: bucket.place,
+            key=lambda bucket: (not bucket.starts_early, bucket.place),
         )
         for bucket in self.buckets:
             bucket.reset()
@@ -153,31 +150,31 @@ def _cut(
     bucket_bytes: Callable[[int], int],
 ) -> Iterator[Bucket]:
     """The buckets of one of megatron-core's buffers: about equal ones, each at least about
-    `bucket_bytes` unless it is the only one; parameters of the towers are in a bucket of their own.
+    `bucket_bytes` unless there is no more; parameters of the towers are in a bucket of their own,
+    and so is what lies apart from the rest because of them (the lm_head's).
     """
     group, data = buffer.data_parallel_group, buffer.grad_data
     if group.size() == 1:
         return
-    for is_late in (False, True):
-        # first number and end of each parameter, one behind the other
-        spans = sorted(
-            (span[0], span[1], places[parameter], parameter)
-            for parameter, span in buffer.param_index_map.items()
-            if (parameter in late) == is_late
-        )
-        if not spans:
-            continue
-        first, size = spans[0][0], spans[-1][1] - spans[0][0]
-        number = max(1, size * data.element_size() // bucket_bytes(group.size()))
-        number = 1 if is_late else number
-        for _, part in groupby(spans, key=lambda span: (span[0] - first) * number // size):
+    smallest = bucket_bytes(group.size()) / data.element_size()
+    # first number and end of each parameter, one behind the other
+    spans = sorted(
+        (span[0], span[1], places[parameter], parameter)
+        for parameter, span in buffer.param_index_map.items()
+    )
+    in_time = sum(stop - start for start, stop, _, parameter in spans if parameter not in late)
+    for is_late, run in groupby(spans, key=lambda span: span[3] in late):
+        stretch = list(run)
+        first, size = stretch[0][0], stretch[-1][1] - stretch[0][0]
+        number = 1 if is_late else max(1, int(size / smallest))
+        for _, part in groupby(stretch, key=lambda span: (span[0] - first) * number // size):
             starts, ends, of_part, parameters = zip(*part)
             yield Bucket(
                 gradients=data[starts[0] : ends[-1]],
                 group=group,
                 parameters=frozenset(parameters),
                 place=max(of_part),
-                starts_early=number > 1,
+                starts_early=not is_late and in_time >= 2 * smallest,
             )
 
 

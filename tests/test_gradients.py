@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gkd.gradients import smallest_bucket
+from megatron_gkd.lora_targets import HEAD
 from tests.media_rows import write_rows as write_media_rows
 from tests.ranks import run_ranks
 from tests.reference_step import ATTENTION, EXPERTS, reference_gradients, write_adapter
@@ -205,7 +206,8 @@ def check_runs(runs: dict[str, list[str]], tmp_path, world_size=2):
 
 def test_runs_are_the_same_to_the_last_bit(flags, tiny_folder, tmp_path):
     """At DP 2: float16 with its loss scale, dropout, rollouts, --recompute auto, evaluation, steps
-    without a token; and LoRA on towers, of which some steps and ranks have no media.
+    without a token; and LoRA on towers, of which some steps and ranks have no media, and on the
+    lm_head, whose gradients lie on the other side of theirs.
     """
     more = dict(max_steps=3, learning_rate=1e-3, per_device_train_batch_size=4, lora_dropout=0.1)
     more |= dict(lmbda="0:0,2:1", max_completion_length=4, recompute="auto", eval_steps=3)
@@ -217,6 +219,7 @@ def test_runs_are_the_same_to_the_last_bit(flags, tiny_folder, tmp_path):
     media_rows, _ = write_media_rows(tmp_path / "media", media_model)
     media = dict(model=media_model, dataset=media_rows, val_dataset=media_rows, lora_rank=4)
     media |= more | dict(lora_towers="true", per_device_train_batch_size=1, max_steps=4)
+    media |= dict(lora_target_modules=",".join([*ATTENTION, *EXPERTS, HEAD]))
     runs = {
         "half": text | split | dict(torch_dtype="float16"),
         "empty": text | dict(skip_first_tokens=6, per_device_train_batch_size=1, lmbda=0),
