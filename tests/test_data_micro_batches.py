@@ -82,27 +82,37 @@ def test_costs_are_balanced(attention, seed, num_ranks):
     assert max(map(sum, costs)) <= 1.05 * min(map(sum, costs))
 
 
-def greedy(lengths: list[int], budget: Budget, num_bins: int) -> list[float] | None:
-    """The costs of the bins where one row after the other is put into the cheapest with room."""
+def greedy(lengths: list[int], budget: Budget, num_bins: int) -> list[list[int]] | None:
+    """The bins where one row after the other is put into the cheapest with room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
     costs, tokens = [0.0] * num_bins, [0] * num_bins
-    for length in sorted(lengths, reverse=True):
-        room = [i for i in range(num_bins) if tokens[i] + length <= budget.max_tokens]
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        room = [i for i in range(num_bins) if tokens[i] + lengths[row] <= budget.max_tokens]
         if not room:
             return None
         best = min(room, key=lambda i: (costs[i], i))
-        costs[best] += budget.cost(length)
-        tokens[best] += length
-    return sorted(costs)
+        bins[best].append(row)
+        costs[best] += budget.cost(lengths[row])
+        tokens[best] += lengths[row]
+    return sorted(sorted(rows) for rows in bins)
 
 
 def test_a_large_step_is_cut_as_row_by_row_and_many_rows_at_a_time(monkeypatch):
-    """Of 64 ranks the costs of a loop over the rows; of 1,024 ranks with 32 rows each a few dozen
-    rounds over whole arrays.
+    """The micro-batches of a loop over the rows, also where long rows cost so much that a full one
+    of short rows is cheaper; of 1,024 ranks with 32 rows each in a few dozen rounds over whole
+    arrays.
     """
-    lengths, budget = long_tailed(64 * 32, 0), Budget(8192, 40_000.0)
-    ranks = cut(lengths, budget, 64)
-    costs = [sum(budget.cost(lengths[row]) for row in rows) for rows in micro_batches_of(ranks)]
-    assert sorted(costs) == pytest.approx(greedy(lengths, budget, len(costs)), rel=1e-12)
+    budget = Budget(8192, 40_000.0)
+    for seed, of_cut, num_ranks in (
+        *((0, budget, 64), (1, Budget(4096, 13_824.0), 8), (2, Budget(4096, 1500.0), 1)),
+        *((3, Budget(4096, 300.0), 8), (4, Budget(5000), 3), (5, Budget(4096, 1500.0, 8), 8)),
+    ):
+        lengths = long_tailed(num_ranks * 32, seed)
+        found = micro_batches_of(cut(lengths, of_cut, num_ranks))
+        assert sorted(found) == greedy(lengths, of_cut, len(found))
+        assert len(found) == max(of_cut.at_least, 1) * num_ranks or not greedy(
+            lengths, of_cut, len(found) - num_ranks
+        )
     rounds, argsort = [0], np.argsort
 
     def counted(*args, **options):

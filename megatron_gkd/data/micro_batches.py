@@ -114,23 +114,31 @@ class _Bins(NamedTuple):
 def _fill(
     tokens: np.ndarray, row_costs: np.ndarray, max_tokens: int, num_bins: int
 ) -> _Bins | None:
-    """Rows, the costliest first -> each into the cheapest bin with room; None where one has none.
+    """Rows, the costliest first -> each into the cheapest bin with room, the first of equal ones;
+    None where one has none.
 
-    Many rows at a time: those that find bins with room for the first of them, until one of these
-    bins, with its row, is cheaper than the next.
+    Many rows at a time: those that find bins with room for the first of them, until there is a
+    cheaper one than the next of these bins: one of them with its row, or one whose room is too
+    small for the first row and large enough for this.
     """
     costs, filled = np.zeros(num_bins), np.zeros(num_bins, dtype=np.int64)
     of_row = np.empty(len(tokens), dtype=np.int64)
     start = 0
     while start < len(tokens):
-        room = np.flatnonzero((filled + tokens[start] <= max_tokens) | (filled == 0))
+        has_room = (filled + tokens[start] <= max_tokens) | (filled == 0)
+        room, others = np.flatnonzero(has_room), np.flatnonzero(~has_room)
         if not len(room):
             return None
         chosen = room[np.argsort(costs[room], kind="stable")][: len(tokens) - start]
+        rows = slice(start, start + len(chosen))
         before = costs[chosen]
-        after = before + row_costs[start : start + len(chosen)]
-        is_dearer = before[1:] > np.minimum.accumulate(after)[:-1]
-        size = int(is_dearer.argmax()) + 1 if is_dearer.any() else len(chosen)
+        after = before + row_costs[rows]
+        others = others[np.argsort(filled[others])]
+        cheapest = np.minimum.accumulate(np.append(np.inf, costs[others]))
+        num_others = np.searchsorted(filled[others], max_tokens - tokens[rows], side="right")
+        is_dearer = before >= cheapest[num_others]
+        is_dearer[1:] |= before[1:] >= np.minimum.accumulate(after)[:-1]
+        size = int(is_dearer.argmax()) if is_dearer.any() else len(chosen)
         chosen = chosen[:size]
         of_row[start : start + size] = chosen
         costs[chosen] = after[:size]
