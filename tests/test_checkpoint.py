@@ -3,6 +3,7 @@ is said where it cannot be written or read.
 """
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -387,23 +388,47 @@ def test_rows_are_compared_and_not_their_paths(data, tmp_path):
         assert [note.split(": the resumed")[0] for note in notes] == expected
 
 
-def _train_on_a_full_disk(rank, world_size, argv):
+def _full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def _overwritten(*args, write=checkpoint.write_share, **kwargs):
+    """As where another machine took the whole page behind the header for its own."""
+    written = write(*args, **kwargs)
+    path = next(path for path in written if path.name == "optimizer.safetensors")
+    first = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    with open(path, "r+b") as file:
+        file.seek(first)
+        file.write(b"\xff" * 64)
+    return written
+
+
+def _train_where(rank, world_size, argv, name, replacement):
     from megatron_gkd import parallel, train
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
     train.destroy = parallel.parallel_state.destroy_model_parallel
-    checkpoint.create_files = full
+    setattr(checkpoint, name, replacement)
     try:
         train.main(argv)
     except SystemExit as error:
         return error.code, str(error.__cause__)
 
 
-def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
+@pytest.mark.parametrize(
+    "name, replacement, why",
+    [
+        pytest.param("create_files", _full, r"\[Errno 28\] No space left on device", id="full"),
+        pytest.param(
+            *("write_share", _overwritten),
+            r"rank 0 cannot write its part of .*optimizer.*loses writes of several machines",
+            id="overwritten",
+        ),
+    ],
+)
+def test_a_failed_save_leaves_nothing_half_written(data, tmp_path, name, replacement, why):
     flags = flags_of_run(data, tmp_path, max_steps=1, lmbda=0)
-    assert run_ranks(_train_on_a_full_disk, 1, flags) == [(2, "[Errno 28] No space left on device")]
+    ((code, error),) = run_ranks(_train_where, 1, flags, name, replacement)
+    assert code == 2 and re.match(why, error)
     assert not list(tmp_path.glob("*checkpoint-1*"))
 
 

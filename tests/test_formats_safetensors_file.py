@@ -2,6 +2,8 @@
 write, and what another writer has taken is seen.
 """
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,12 +38,17 @@ def made_file(tensors, path):
     return {name: 8 + len(header) + start for name, start in first_bytes(sizes).items()}
 
 
-def test_the_file_is_that_of_safetensors(tensors, tmp_path):
+def test_the_file_is_that_of_safetensors(tensors, tmp_path, monkeypatch):
+    """Its header and its numbers are each on the disk when the call that writes them returns."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file, sync=os.fsync: synced.append(sync(file)))
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     starts = made_file(tensors, tmp_path / "ours")
     assert not any(tensor.any() for tensor in load_file(tmp_path / "ours").values())
+    assert len(synced) == 1
     runs = [Run(starts[name], tensor.flatten()) for name, tensor in tensors.items()]
     num_bytes, edges = write_runs(tmp_path / "ours", runs)
+    assert len(synced) == 2
     assert num_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     check_edges(tmp_path / "ours", edges)
