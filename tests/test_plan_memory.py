@@ -212,8 +212,19 @@ def test_what_lies_outside_of_torch_counts_for_a_whole_card():
     whole, left = (
         estimate(args, layout, MEASURED_STEP, whole_card=whole) for whole in (True, False)
     )
-    assert whole.total - left.total == CONTEXT_BYTES + 3 * COMMUNICATOR_BYTES
+    assert whole.total - left.total == CONTEXT_BYTES
+    assert left.outside == {"CUDA context": 0, "communicators": 3 * COMMUNICATOR_BYTES}
     assert whole.allocated == left.allocated
+
+
+def test_a_run_refuses_what_the_planner_does():
+    """To the byte: communicators are not there yet when a run checks, the CUDA context is."""
+    args, layout, ranks = REAL_SHAPE.model_args(), ParallelConfig(2, 1, 8, 1), 64
+    needed = estimate(args, layout, MEASURED_STEP, world_size=ranks).total
+    left = needed - CONTEXT_BYTES
+    assert check_memory(args, layout, MEASURED_STEP, left, world_size=ranks)
+    with pytest.raises(ValueError, match="communicators 1.2"):
+        check_memory(args, layout, MEASURED_STEP, left - 1, world_size=ranks)
 
 
 def test_layers_with_lora_count_alone():

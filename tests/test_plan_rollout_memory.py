@@ -36,7 +36,7 @@ def _rollout(rank, world_size, argv, number):
     draw = random.Random(parallel.dp_rank)
     prompts = [
         [draw.randrange(VOCABULARY) for _ in range(LENGTH - row % 3)] for row in range(number)
-    ]
+    ][parallel.cp_rank :: parallel.cp_size]  # as a run shares them
     tensors = [*model.parameters(), *model.buffers()]
     memory.ignore(tensors)
     storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
@@ -58,7 +58,7 @@ def _rollout(rank, world_size, argv, number):
         writer = make_engine(model, args, parallel, **settings)
         for _ in range(2):
             memory.begin()
-            generate(writer, prompts, seed=0, row_ids=range(number), num_samples=SAMPLES)
+            generate(writer, prompts, seed=0, row_ids=range(len(prompts)), num_samples=SAMPLES)
     load = replace(
         workload(config, args),
         batch_size=number,
@@ -89,6 +89,7 @@ def _rollout(rank, world_size, argv, number):
         pytest.param(1, (1, 1, 1, 1), 40, id="1 rank, 40 prompts", marks=pytest.mark.extended),
         pytest.param(2, (2, 1, 2, 1), 6, id="TP2 EP2", marks=pytest.mark.extended),
         pytest.param(2, (1, 1, 2, 1), 6, id="DP2 EP2", marks=pytest.mark.extended),
+        pytest.param(2, (1, 1, 1, 2), 11, id="CP2", marks=pytest.mark.extended),
     ],
 )
 def test_a_rollout_holds_what_the_planner_counts(world_size, layout, number, tiny_folder, tmp_path):
@@ -107,6 +108,20 @@ def test_places_are_the_engines():
             multiple = 1 if tp % ep == 0 else tp
             found = places(layout, replace(MEASURED_STEP, batch_size=rows))
             assert found == engine.bucket(rows, multiple)
+
+
+def test_context_parallel_ranks_share_a_rollout():
+    """Its prompts, with all their samples: of five prompts over two ranks one writes three."""
+    load = replace(MEASURED_STEP, batch_size=5, num_generations=4, prompt_tokens=1536)
+    load = replace(load, completion_tokens=512, prefill_tokens=1536)
+    two, keys = ParallelConfig(context_parallel_size=2), "keys and values"
+    alone = replace(load, batch_size=3)
+    assert places(two, load) == places(ParallelConfig(), alone) == 16
+    shared, own = (
+        estimate(REAL_SHAPE.model_args(), layout, of).rollout
+        for layout, of in ((two, load), (ParallelConfig(), alone))
+    )
+    assert shared[keys] == own[keys]
 
 
 RECORDS = Path(__file__).parents[1] / "docs" / "benchmarks" / "rollout_h100.jsonl"

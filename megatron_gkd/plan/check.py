@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from megatron_gkd.config import Config, layout_line
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.plan.memory import GIB, check_memory, estimate
+from megatron_gkd.plan.memory import CONTEXT_BYTES, GIB, check_memory, estimate
 from megatron_gkd.plan.rates import read_rates
 from megatron_gkd.plan.settings import PlanSettings, workload_of
 
@@ -63,7 +63,7 @@ def check(own: PlanSettings, config: Config) -> list[str]:
     found = "--device cpu, not compared" if is_cpu else "no GPU here to compare with"
     if gpu:
         name = f"{gpu.name}, {gpu.memory / GIB:.1f} GiB"
-        left = gpu.memory - sum(needed.outside.values())
+        left = gpu.memory - CONTEXT_BYTES
         try:
             check_memory(args, config.parallel, load, left, world_size=own.gpus)
         except ValueError as error:

@@ -92,7 +92,8 @@ def estimate(
     world_size: without it as many ranks as the layout needs. device: a CPU's functions hold other
     things for a moment, and there is nothing outside of torch. kept_layers: of a stage's layers,
     how many keep their activations; None: all, or none with load.recompute. whole_card: whether
-    what lies outside of torch's allocator counts; False where it is taken already.
+    the CUDA context counts; False where it has taken its part already (communicators take theirs
+    when their groups first talk, which most of them do in the first step).
     """
     lora = lora_parameters(args, layout, load)
     always = {
@@ -109,9 +110,10 @@ def estimate(
         always["LoRA laid out"] = load.num_laid_out * laid_out
         always["sampler"] = sampler_bytes(args, layout, load)
     outside = {}
-    if device == "cuda" and whole_card:
+    if device == "cuda":
         groups = num_communicators(layout, world_size)
-        outside = {"CUDA context": CONTEXT_BYTES, "communicators": groups * COMMUNICATOR_BYTES}
+        outside = {"CUDA context": CONTEXT_BYTES * whole_card}
+        outside["communicators"] = groups * COMMUNICATOR_BYTES
     return Estimate(
         always,
         training_parts(args, layout, load, device=device, kept_layers=kept_layers),
@@ -178,7 +180,7 @@ def check_memory(
     found = estimate(args, layout, load, world_size=world_size, whole_card=False)
     if found.total <= available:
         return found
-    flags = ways_out(args, layout, load, available)
+    flags = ways_out(args, layout, load, available, world_size=world_size)
     way_out = f"{' '.join(flags)} needs less than that" if flags else "use more ranks"
     raise ValueError(
         f"the run needs about {found.describe()}; with a reserve that is more than the "
@@ -187,15 +189,24 @@ def check_memory(
     )
 
 
-def ways_out(args: ModelArgs, layout: ParallelConfig, load: Workload, available: int) -> list[str]:
+def ways_out(
+    args: ModelArgs,
+    layout: ParallelConfig,
+    load: Workload,
+    available: int,
+    *,
+    world_size: int | None = None,
+) -> list[str]:
     """Flags that make it fit, the least costly first, each as far as it helps; empty where they do
-    not. available: as for `check_memory`.
+    not. available, world_size: as for `check_memory`.
     """
     flags: dict[str, object] = {}
     share = 0.9  # more ranks come first where weights and LoRA leave less than a tenth
 
     def found() -> Estimate:
-        return estimate(args, layout, load, whole_card=False)
+        experts = layout.expert_model_parallel_size * layout.pipeline_model_parallel_size
+        ranks = world_size and max(world_size, experts)
+        return estimate(args, layout, load, world_size=ranks, whole_card=False)
 
     experts = layout.expert_model_parallel_size
     while sum(found().always.values()) > share * available:

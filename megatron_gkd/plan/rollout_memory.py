@@ -20,12 +20,13 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # places, then multiples of
 
 
 def places(layout: ParallelConfig, load: Workload) -> int:
-    """B: the bucket of a data-parallel rank's rows."""
+    """B: the bucket of a rank's rows."""
     tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
     multiple = tp if tp % ep else 1  # experts are spread over replicas
-    sizes = [size for size in BUCKETS if size >= load.rows and size % multiple == 0]
+    rows = load.written_rows(layout)
+    sizes = [size for size in BUCKETS if size >= rows and size % multiple == 0]
     step = 64 * multiple
-    return sizes[0] if sizes else -(-load.rows // step) * step
+    return sizes[0] if sizes else -(-rows // step) * step
 
 
 def sampler_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
@@ -58,7 +59,7 @@ def rollout_moments(
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     _, keys = attention_rows(args, tp)
     position = args.num_layers // pp * 2 * keys * load.number_bytes
-    num_prompts, rows = load.batch_size * load.accumulation, places(layout, load)
+    num_prompts, rows = load.prompts_of_rank(layout), places(layout, load)
     prompts = position * num_prompts * load.prompt_tokens
     responses = position * rows * min(load.completion_tokens, CAPACITY)
 

@@ -1,6 +1,6 @@
 """What a rank does in a rollout: the prompts' forward, and one token of every row.
 
-Legend: R rows that a data-parallel rank writes, H hidden size, E experts of a layer, K a token.
+Legend: R rows that a rank writes, H hidden size, E experts of a layer, K a token.
 """
 
 import math
@@ -21,17 +21,11 @@ def prompt_tokens(step: Step) -> float:
     return max(step.load.row_tokens - step.load.response_tokens, 1)
 
 
-def written_rows(step: Step) -> float:
-    """R: rows that a rank writes; context-parallel ranks share a replica's."""
-    return step.load.rows / step.layout.context_parallel_size
-
-
 def prefill(step: Step) -> tuple[Work, int]:
     """(a chunk of prompts through the training forward, how many of them); each prompt once,
     whatever the number of its samples.
     """
-    load, cp = step.load, step.layout.context_parallel_size
-    prompts = load.batch_size * load.accumulation / cp
+    load, prompts = step.load, step.load.prompts_of_rank(step.layout)
     length = prompt_tokens(step)
     chunks = max(math.ceil(prompts * length / max(load.prefill_tokens, length)), 1)
     tokens = prompts * length / chunks
@@ -65,7 +59,7 @@ def token(step: Step) -> Work:
     kind = "eager" if step.stages > 1 else "graph"
     work.append(Launches(kind=kind, times=TOKEN_LAYER_LAUNCHES * length))
     if step.stages > 1:
-        size = written_rows(step) * step.args.hidden_size * load.number_bytes
+        size = step.load.written_rows(step.layout) * step.args.hidden_size * load.number_bytes
         part = "messages between stages"
         work.append(Collective(part=part, kind="send", group="pp", num_bytes=size))
     return work
@@ -75,7 +69,7 @@ def _token_of_layer(step: Step, of: Layer, keys: float) -> Work:
     """Weights are read once, those of experts where a row has chosen them: few rows are bound by
     memory.
     """
-    args, load, rows = step.args, step.load, written_rows(step)
+    args, load, rows = step.args, step.load, step.load.written_rows(step.layout)
     (queries, groups), hidden = of.widths, args.hidden_size
     inner, width = args.moe_intermediate_size, queries + 2 * groups
     product = lambda part, rows, columns, inner, groups=0: Product(
@@ -131,7 +125,7 @@ def _token_of_layer(step: Step, of: Layer, keys: float) -> Work:
 def token_head(step: Step) -> Work:
     """The lm_head and the draw, on the last stage, and what all stages need of it."""
     args, load, tp = step.args, step.load, step.layout.tensor_model_parallel_size
-    rows, columns = written_rows(step), args.padded_vocab_size(tp) // tp
+    rows, columns = step.load.written_rows(step.layout), args.padded_vocab_size(tp) // tp
     kind = "eager" if step.stages > 1 else "graph"
     work: Work = [
         Product(

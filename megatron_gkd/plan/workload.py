@@ -4,9 +4,11 @@ model's sizes and the layout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from megatron_gkd.config import Config, flag_targets
 from megatron_gkd.distillation import DistillConfig, parse_schedule
+from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.model.args import ModelArgs
 
 
@@ -47,6 +49,14 @@ class Workload:
     def rows(self) -> int:
         """That a rollout of a data-parallel rank writes."""
         return self.batch_size * self.accumulation * self.num_generations
+
+    def prompts_of_rank(self, layout: ParallelConfig) -> int:
+        """Of a rollout, on the rank that has most: context-parallel ranks share a replica's."""
+        return ceil(self.batch_size * self.accumulation / layout.context_parallel_size)
+
+    def written_rows(self, layout: ParallelConfig) -> int:
+        """Of a rollout, on the rank that has most."""
+        return self.prompts_of_rank(layout) * self.num_generations
 
 
 def workload(
