@@ -83,6 +83,9 @@ def test_check(tmp_path):
             '{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_experts": "many"}}',
             "num_experts",
         ),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 10000000}', "at most 1024"),
+        ('{"model_type": "qwen3_moe", "num_experts_per_tok": 0}', "num_experts_per_tok = 0"),
+        ('{"model_type": "qwen3_moe", "moe_intermediate_size": 0}', "moe_intermediate_size = 0"),
     ],
 )
 def test_check_of_a_folder_that_is_no_model(tmp_path, monkeypatch, capsys, content, part):
@@ -135,6 +138,23 @@ def test_a_plan_can_be_read(monkeypatch, capsys):
     assert steps == sorted(steps)
     for phase in ("rollout prefill", "rollout decode", "teacher", "student", "optimizer"):
         assert re.search(rf"^ *[\d.]+ +[\d.]+  {phase} ", said, re.MULTILINE), phase
+
+
+def test_a_plan_of_one_gpu_says_what_auto_keeps(monkeypatch, capsys):
+    """And a comparison with other micro-batches names them."""
+    said = plan(monkeypatch, capsys, "--model", REAL, "--gpus", "1")
+    assert "Best of 1 possible layout (" in said
+    assert re.search(r"recompute auto: can keep the activations of [1-4]\d of 48 layers, ", said)
+    assert re.search(r", which its time leaves out; none needs \d", said)
+    said = plan(monkeypatch, capsys, "--model", REAL, "--gpus", "8", "--gpu_memory", "40")
+    assert "  recompute none: auto in micro-batches of 8192 takes +" in said
+
+
+def test_where_nothing_fits_the_least_is_named(monkeypatch, capsys):
+    flags = ["--gpus", "8", "--gpu_memory", "8", "--pipeline_model_parallel_size", "1"]
+    said = refusal(monkeypatch, capsys, "--model", REAL, *flags)
+    least = r"TP \d .*EP 8, .* need least of all, ([\d.]+) GiB a rank: base .*the GPU has 8\.0\."
+    assert 8 < float(re.search(least, said)[1]) < 16
 
 
 def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from megatron_gkd.plan.layouts import (
     cut,
     data_parallel_size,
     grid,
+    load_of,
     make_plan,
 )
 from megatron_gkd.plan.memory import estimate
@@ -176,11 +177,28 @@ def test_reasons_are_counted_by_kind():
     (memory,) = (members for _, reason, members in groups if "GiB or more" in reason)
     for refusal in memory:
         assert refusal.nearest.memory.total > 40 * 2**30
-        smallest = choice_of(job, refusal.sizes, refusal.nearest.dp, "auto", 2048)
+        smallest = choice_of(job, refusal.sizes, refusal.nearest.dp, "auto", 2048, {})
         assert smallest.memory.total == refusal.nearest.memory.total
         assert refusal.sizes.ep < 4 and f"{refusal.nearest.memory.total / 2**30:.1f}" in (
             refusal.reason
         )
+
+
+def test_the_choices_of_a_layout_share_a_rollout():
+    """Its time is that of each choice alone."""
+    job = job_of("--gpus", "8", "--pipeline_model_parallel_size", "2", "--num_generations", "2")
+    plan = make_plan(job)
+    of_layout = [choice for choice in plan.choices if choice.sizes == plan.pick.sizes]
+    assert len(of_layout) > 3
+    for choice in of_layout:
+        load = load_of(
+            job,
+            choice.recompute,
+            choice.micro_batch_tokens,
+            choice.batch_size,
+            choice.accumulation,
+        )
+        assert choice.time == step_time(job.args, choice.sizes.parallel(), load, 8, job.rates)
 
 
 def test_a_world_that_is_no_whole_nodes_is_refused():

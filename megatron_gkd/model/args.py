@@ -36,6 +36,7 @@ _TYPES: dict[str, type] = {
     "use_sliding_window": bool,
 }
 _MAY_BE_NULL = ("head_dim", "mlp_only_layers", "sliding_window", "use_sliding_window")
+MOST_LAYERS = 1024  # more are a mistake in the file, or an attack
 _DEFAULT_MROPE_SECTION = (24, 20, 20)  # transformers' own
 
 
@@ -197,9 +198,13 @@ def read_model_args(folder: str | Path) -> ModelArgs:
         "num_attention_heads",
         "num_key_value_heads",
         "vocab_size",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
     ):
         if text[setting] < 1:
             refuse(setting, text[setting], "at least one")
+    if text["num_hidden_layers"] > MOST_LAYERS:
+        refuse("num_hidden_layers", text["num_hidden_layers"], f"at most {MOST_LAYERS}")
     head_dim = text["head_dim"]
     head_dim = text["hidden_size"] // text["num_attention_heads"] if head_dim is None else head_dim
     if head_dim < 2 or head_dim % 2:

@@ -15,7 +15,7 @@ from megatron_gkd.plan.layouts import Plan, make_job, make_plan
 from megatron_gkd.plan.rates import read_rates
 from megatron_gkd.plan.script import script_of, write_new
 from megatron_gkd.plan.settings import PlanSettings, parse_plan
-from megatron_gkd.plan.table import everything, impossible, numbers, summary
+from megatron_gkd.plan.table import closest, everything, impossible, numbers, summary
 
 
 def main() -> None:
@@ -31,7 +31,9 @@ def main() -> None:
             text = json.dumps(numbers(plan), indent=1)
             write_new(own.json, text + "\n", overwrite=own.overwrite)
         if not plan.choices:
-            raise ValueError("\n".join(["no layout is possible.", *impossible(plan)]))
+            raise ValueError(
+                "\n".join(["no layout is possible.", *closest(plan), *impossible(plan)])
+            )
         print("\n".join(summary(plan)))
         if own.all:
             print("\n".join(["", *everything(plan)]))

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from megatron_gkd.config import Config, Recompute
 from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.plan.memory import GIB, Estimate, estimate
+from megatron_gkd.plan.memory import GIB, Estimate, estimate, kept_layers_that_fit
 from megatron_gkd.plan.rates import Rates
 from megatron_gkd.plan.settings import PlanSettings, workload_of
-from megatron_gkd.plan.step_time import StepTime, step_time
+from megatron_gkd.plan.step_time import ROLLOUT, Phase, StepTime, step_time
 from megatron_gkd.plan.workload import Workload
 
 
@@ -272,46 +272,74 @@ def choices_of(job: Job, sizes: Sizes, dp: int) -> Iterator[Choice]:
     """
     ascending, descending = budgets(job, sizes, job.samples // dp)
     any_fits = False
+    rollout: dict[str, Phase] = {}
     for tokens in ascending:
-        *others, last = at_budget(job, sizes, dp, tokens)
+        *others, last = at_budget(job, sizes, dp, tokens, rollout)
         yield from [*others, last]
         if not last.time:
             break
         any_fits = True
     for tokens in [] if any_fits else descending:
-        *others, last = at_budget(job, sizes, dp, tokens)
+        *others, last = at_budget(job, sizes, dp, tokens, rollout)
         yield from [*others, last]
         if last.time:
             break
 
 
-def at_budget(job: Job, sizes: Sizes, dp: int, tokens: int) -> Iterator[Choice]:
-    """With the recomputations that come into question, up to the first that fits."""
+def at_budget(
+    job: Job, sizes: Sizes, dp: int, tokens: int, rollout: dict[str, Phase]
+) -> Iterator[Choice]:
+    """With the recomputations that come into question, up to the first that fits. rollout: see
+    `choice_of`.
+    """
     recomputes: list[Recompute] = ["none", "auto"]
     if "recompute" in job.given:
         recomputes = [job.config.model.recompute]
     for recompute in recomputes:
-        choice = choice_of(job, sizes, dp, recompute, tokens)
+        choice = choice_of(job, sizes, dp, recompute, tokens, rollout)
         yield choice
         if choice.time:
             return
 
 
-def choice_of(job: Job, sizes: Sizes, dp: int, recompute: Recompute, tokens: int) -> Choice:
-    """With what it needs."""
+def choice_of(
+    job: Job,
+    sizes: Sizes,
+    dp: int,
+    recompute: Recompute,
+    tokens: int,
+    rollout: dict[str, Phase],
+) -> Choice:
+    """With what it needs. rollout: the phases of a rollout, the same for all choices of a layout;
+    the first one that fits fills it.
+    """
     batch, accumulation = cut(job.samples // dp, tokens, job.config.data.max_length)
-    load = replace(
-        job.load,
-        recompute=recompute != "none",
-        micro_batch_tokens=tokens,
-        batch_size=batch,
-        accumulation=accumulation,
-    )
+    load = load_of(job, recompute, tokens, batch, accumulation)
     layout, time = sizes.parallel(), None
     memory = estimate(job.args, layout, load, world_size=job.gpus)
     if memory.total <= job.available:
-        time = step_time(job.args, layout, load, job.gpus, job.rates)
+        time = step_time(job.args, layout, load, job.gpus, job.rates, rollout=rollout)
+        rollout |= {name: time.phases[name] for name in ROLLOUT}
     return Choice(sizes, dp, recompute, tokens, batch, accumulation, memory, time)
+
+
+def load_of(
+    job: Job, recompute: Recompute, tokens: int, batch_size: int, accumulation: int
+) -> Workload:
+    return replace(
+        job.load,
+        recompute=recompute != "none",
+        micro_batch_tokens=tokens,
+        batch_size=batch_size,
+        accumulation=accumulation,
+    )
+
+
+def kept_layers(job: Job, choice: Choice) -> int | None:
+    """Of a stage, those whose activations --recompute auto can keep."""
+    load = load_of(job, "auto", choice.micro_batch_tokens, choice.batch_size, choice.accumulation)
+    layout = choice.sizes.parallel()
+    return kept_layers_that_fit(job.args, layout, load, job.available, world_size=job.gpus)
 
 
 def memory_reason(job: Job, least: Choice) -> str:

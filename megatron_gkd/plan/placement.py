@@ -6,6 +6,7 @@ and a group's ranks lie one stride apart.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_gkd.layout import ParallelConfig
 
@@ -55,6 +56,7 @@ def placement(layout: ParallelConfig, world_size: int, gpus_per_node: int) -> di
     }
 
 
+@cache  # layouts of one plan have most of their groups in common
 def _most_spread(size: int, stride: int, world_size: int, gpus_per_node: int) -> Group:
     """Of the groups of `size` ranks, `stride` apart, that the world is cut into."""
     found = []

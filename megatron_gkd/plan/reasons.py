@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from megatron_gkd.plan.layouts import Choice, Job, Plan, Refusal, Sizes
+from megatron_gkd.plan.layouts import Choice, Job, Plan, Refusal, Sizes, kept_layers
 from megatron_gkd.plan.memory import GIB
 from megatron_gkd.plan.placement import placement
 
@@ -27,7 +27,8 @@ def grouped(refusals: Sequence[Refusal]) -> list[tuple[int, str, list[Refusal]]]
 
 def why(plan: Plan) -> list[tuple[str, str]]:
     """(what was chosen, what its next smaller and next larger value would bring) of each size that
-    has such a neighbour and of recomputation and micro-batches, the others staying as they are.
+    has such a neighbour, with the recomputation and micro-batches that are fastest there, and of
+    these two at the pick's sizes.
     """
     best, found = plan.pick, []
     for name in Sizes._fields:
@@ -35,11 +36,21 @@ def why(plan: Plan) -> list[tuple[str, str]]:
         if sides:
             found.append((f"{NAMES[name]} {getattr(best.sizes, name)}", "; ".join(sides)))
     same = [c for c in [*plan.choices, *plan.too_large] if c.sizes == best.sizes]
-    others = [c for c in same if c.recompute != best.recompute]
-    if others:
-        other = min(others, key=lambda choice: choice.seconds)
-        found.append((f"recompute {best.recompute}", f"{other.recompute} {compared(plan, other)}"))
+    others, sides = [c for c in same if c.recompute != best.recompute], []
     tokens = best.micro_batch_tokens
+    if best.recompute == "auto":
+        length = plan.job.args.num_layers // best.sizes.pp
+        kept = kept_layers(plan.job, best)
+        sides = [
+            f"can keep the activations of {kept} of {length} layers, which its time leaves out"
+        ]
+    if others:
+        other = min(others, key=lambda c: (c.micro_batch_tokens != tokens, c.seconds))
+        cut = other.micro_batch_tokens
+        of_tokens = f" in micro-batches of {cut}" if cut != tokens else ""
+        sides.append(f"{other.recompute}{of_tokens} {compared(plan, other)}")
+    if sides:
+        found.append((f"recompute {best.recompute}", "; ".join(sides)))
     cuts = {c.micro_batch_tokens: c for c in same if c.recompute == best.recompute}
     sides = [f"{n} {compared(plan, cuts[n])}" for n in (tokens // 2, 2 * tokens) if n in cuts]
     if sides:

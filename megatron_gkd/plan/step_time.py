@@ -21,10 +21,8 @@ from megatron_gkd.plan.rates import Rates
 from megatron_gkd.plan.work import Collective, Item, Launches, Waits, Work, repeated
 from megatron_gkd.plan.workload import Workload
 
-PHASES = (
-    *("rollout prefill", "rollout decode", "teacher", "student"),
-    *("gradient reduction", "optimizer"),
-)
+ROLLOUT = ("rollout prefill", "rollout decode")
+PHASES = (*ROLLOUT, "teacher", "student", "gradient reduction", "optimizer")
 HOST, BUBBLE = "launches", "pipeline bubble"
 
 
@@ -63,9 +61,12 @@ def step_time(
     rates: Rates,
     *,
     imbalance: float = step_work.IMBALANCE,
+    rollout: dict[str, Phase] | None = None,
 ) -> StepTime:
     """Of the rank that has most to do. imbalance: rows of the rank whose experts have most, over
-    the mean. Raises ValueError where the world does not divide into the layout.
+    the mean. rollout: the two phases of a rollout where they are known, of the same layout and
+    samples: they depend neither on micro-batches nor on recomputation. Raises ValueError where the
+    world does not divide into the layout.
     """
     groups = placement(layout, world_size, rates.gpus_per_node)
     step = step_work.Step(args, layout, load, imbalance)
@@ -77,15 +78,20 @@ def step_time(
         once = phase(of_stage + of_last, number)
         if stages == 1:
             return once
-        bubble = (stages - 1) * phase(of_stage).seconds
-        return _with_bubble(once, bubble)
+        of_one = phase(of_stage).seconds if of_last else once.seconds / number
+        return _with_bubble(once, (stages - 1) * of_one)
+
+    def written() -> dict[str, Phase]:
+        chunk, chunks = rollout_work.prefill(step)
+        token = repeated(rollout_work.token(step), stages) + rollout_work.token_head(step)
+        return {
+            "rollout prefill": pipelined(chunk, [], chunks),
+            "rollout decode": phase(token, load.completion_tokens),
+        }
 
     phases = dict.fromkeys(PHASES, Phase(0.0, {}, ""))
     if load.completion_tokens and load.on_policy_share:
-        chunk, chunks = rollout_work.prefill(step)
-        phases["rollout prefill"] = pipelined(chunk, [], chunks)
-        token = repeated(rollout_work.token(step), stages) + rollout_work.token_head(step)
-        phases["rollout decode"] = phase(token, load.completion_tokens)
+        phases |= rollout or written()
     phases["teacher"] = pipelined(step_work.teacher(step), [], micro_batches)
     phases["student"] = pipelined(step_work.student(step), step_work.loss(step), micro_batches)
     of_backward = phases["student"].seconds / micro_batches / 2

@@ -50,8 +50,8 @@ def summary(plan: Plan) -> list[str]:
     lines = [
         *heading(plan),
         "",
-        f"Best of {len(layouts):,} possible layouts ({len(plan.choices):,} with recomputation and "
-        "micro-batches):",
+        f"Best of {len(layouts):,} possible layout{'s' * (len(layouts) > 1)} "
+        f"({len(plan.choices):,} with recomputation and micro-batches):",
         f"  {layout_name(best.sizes, best.dp)}; --recompute {best.recompute}; micro-batches of "
         f"{best.micro_batch_tokens} tokens; {best.batch_size} x {best.accumulation} samples a rank",
         f"  {best.seconds:.2f} s a step, {speed(best)} tokens/s a GPU; "
@@ -64,8 +64,8 @@ def summary(plan: Plan) -> list[str]:
         "A step, seconds; exposed: communication that nothing hides",
         *time_table(best),
         "",
-        f"The {len(shown)} best of different TP, EP, PP, each as it is fastest (seconds; rollouts "
-        "as an on-policy step has them):",
+        "The best of different TP, EP, PP, each as it is fastest (seconds; rollouts as an "
+        "on-policy step has them):",
         *choices_table(shown),
         "",
         *impossible(plan),
@@ -138,6 +138,19 @@ def choices_table(choices: Sequence[Choice]) -> list[str]:
         row += [f"{choice.time.phases[name].seconds:.2f}" for name in phases]
         rows.append([*row, f"{choice.seconds:.2f}", speed(choice)])
     return columns(headings, rows)
+
+
+def closest(plan: Plan) -> list[str]:
+    """Where nothing is possible: the layout that needs least, with its parts."""
+    nearest = [refusal.nearest for refusal in plan.refusals if refusal.nearest]
+    if not nearest:
+        return []
+    least = min(nearest, key=lambda choice: choice.memory.total)
+    return [
+        f"{layout_name(least.sizes, least.dp)}, --recompute {least.recompute}, micro-batches of "
+        f"{least.micro_batch_tokens} tokens need least of all, {least.memory.describe()}; the GPU "
+        f"has {gib(plan.job.available)}. More GPUs, a lower --max_length or --lora_rank need less"
+    ]
 
 
 def impossible(plan: Plan) -> list[str]:
