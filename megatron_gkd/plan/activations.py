@@ -18,6 +18,8 @@ On a CPU norms of 16-bit inputs keep a copy in fp32, and the context of several 
 row's call gave it beside the joined one.
 """
 
+from collections.abc import Sequence
+
 from megatron_gkd.plan.shapes import Shapes, low_numbers
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -25,7 +27,7 @@ GATE_UP = ("gate_proj", "up_proj")
 
 
 def kept_by_layer(
-    shapes: Shapes, names: list[str], rank: int, *, drops: bool = True
+    shapes: Shapes, names: Sequence[str], rank: int, *, drops: bool = True
 ) -> dict[str, int]:
     """Bytes by kind. names: the layer's linears with LoRA of this rank; drops: whether LoRA has
     dropout, which keeps W_down as it is, in fp32.
@@ -84,7 +86,7 @@ def router_bytes(shapes: Shapes) -> int:
     return shapes.shard * of_token
 
 
-def expert_bytes(shapes: Shapes, names: list[str], rank: int) -> int:
+def expert_bytes(shapes: Shapes, names: Sequence[str], rank: int) -> int:
     """Of the experts' block (model/experts.py) and of their dispatcher."""
     args, rows, b = shapes.args, shapes.rows, shapes.number_bytes
     low = low_numbers(names, rank, GATE_UP) + low_numbers(names, rank, ("down_proj",))

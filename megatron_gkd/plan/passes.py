@@ -28,7 +28,7 @@ class Layer:
     """A decoder layer: the sizes of a micro-batch in it, its linears with LoRA and their rank."""
 
     shapes: Shapes
-    names: list[str]
+    names: Sequence[str]
     rank: int
     drops: bool = True
     """Whether LoRA has dropout"""

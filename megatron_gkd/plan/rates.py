@@ -118,17 +118,17 @@ class Rates:
         if not item.flops:
             return 0.0
         groups = max(item.groups, 1)
-        sides = {
-            "rows": item.rows if item.outer else item.rows / groups,
-            "columns": item.columns,
-            "inner": item.inner / groups if item.outer else item.inner,
-        }
-        side = min(sides, key=lambda name: sides[name])
+        side, size = "rows", item.rows if item.outer else item.rows / groups
+        if item.columns < size:
+            side, size = "columns", item.columns
+        inner = item.inner / groups if item.outer else item.inner
+        if inner < size:
+            side, size = "inner", inner
         kind = "grouped" if item.groups else "dense"
         if item.outer and f"outer.{side}" in self.entries:
             kind = "outer"
         found = max(
-            item.flops / self.at(f"{kind}.{side}", sides[side]),
+            item.flops / self.at(f"{kind}.{side}", size),
             item.num_bytes / self.bytes_per_second("product"),
         )
         return found + item.times * item.groups * self.number("grouped.group")

@@ -5,6 +5,7 @@ context-parallel rank, n = S / TP in a tensor-parallel rank's shard; H hidden si
 expert, K experts a token; Q and G columns of a rank's queries and of its keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,7 +94,7 @@ class Shapes:
         return self.rows if self.exchanges else self.shard
 
 
-def low_numbers(names: list[str], rank: int, of: tuple[str, ...]) -> int:
+def low_numbers(names: Sequence[str], rank: int, of: tuple[str, ...]) -> int:
     """Of the linear of experts that holds the projections `of`: its LoRA's low numbers, R, a
     multiple of 8 (lora/grouped.py). names: those with LoRA.
     """

@@ -181,9 +181,7 @@ def student(step: Step) -> Work:
     through = lambda of_layer: step.through_layers(
         of_layer, tokens, load.row_tokens, with_lora=True
     )
-    work = through(forward) + through(backward)
-    if load.recompute:
-        work += through(forward)
+    work = repeated(through(forward), 1 + load.recompute) + through(backward)
     work += step.around_layers(tokens, backward=False) + step.around_layers(tokens, backward=True)
     work.append(step.fresh(tokens, load.row_tokens, keeps=True))
     return [*work, *repeated(step.messages(tokens), 2)]

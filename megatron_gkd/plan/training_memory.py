@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import HEAD, targets_in
+from megatron_gkd.lora_targets import HEAD, linears_of_layers
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.passes import Layer, backward, forward, kept_of_stage, loss, residual
 from megatron_gkd.plan.shapes import Device, Shapes
@@ -99,21 +99,23 @@ def layers_of_stage(
     length = args.num_layers // layout.pipeline_model_parallel_size
     known: dict[tuple, Layer] = {}
 
-    def layer(number: int, rows: int | None) -> Layer:
-        names = targets_in(load.targets, number)
-        of_layer = replace(shapes, routed_rows=rows)
-        made = Layer(of_layer, names, load.lora_rank, drops=load.lora_dropout > 0)
-        return known.setdefault((*names, rows), made)
+    def layer(names: tuple[str, ...], rows: int | None) -> Layer:
+        if (names, rows) not in known:
+            of_layer = replace(shapes, routed_rows=rows)
+            drops = load.lora_dropout > 0
+            known[names, rows] = Layer(of_layer, names, load.lora_rank, drops=drops)
+        return known[names, rows]
 
+    linears = linears_of_layers(tuple(load.targets), args.num_layers)
     rows: Sequence[int | None] = routed_rows or [None] * length
-    return [layer(stage * length + number, rows[number]) for number in range(length)]
+    return list(map(layer, linears[stage * length : (stage + 1) * length], rows))
 
 
 def teacher_layer(layers: list[Layer], load: Workload) -> Layer:
     """One that the teacher's forward runs, with as many tokens as its view has."""
     layer, shapes = layers[-1], layers[-1].shapes
     tokens = ceil(shapes.tokens * load.teacher_row_tokens / load.row_tokens)
-    names = layer.names if load.has_teacher_adapter else []
+    names = layer.names if load.has_teacher_adapter else ()
     return replace(layer, shapes=replace(shapes, tokens=tokens), names=names)
 
 
