@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 8 -m benchmarks.rates --output rates.json
 
 Products, attention, the package's kernels, launches of a layer, AdamW, and with several ranks
-collectives by size. Ranks share a machine's memory and its cores, so all of them measure at the
-same time: on CPU --ranks starts so many, each with one thread; on GPUs torchrun does. Every run of
-the same thing is timed until its share of --seconds is over, on CPU in the processor's time of this
-process, but for collectives; the lower quartile counts. So what other programs take does not.
+collectives by size. Ranks share a machine's memory and its cores, so all of them do the same thing
+at the same time: on CPU --ranks starts so many, each with one thread; on GPUs torchrun does. On CPU
+the processor's time of this process counts, but for collectives, and of many runs the lower
+quartile: so what other programs take does not. Of collectives the mean wait counts too.
 
 What is measured is small things, never a training step at the sizes that are predicted with them.
 """
@@ -48,7 +48,7 @@ from benchmarks.rollout_real import SAMPLED, RolloutBench
 from benchmarks.training_step import Training
 from megatron_gkd.forward import student_forward_backward, teacher_forward
 from megatron_gkd.lora import as_student
-from megatron_gkd.parallel import Parallel, destroy, resolve_device
+from megatron_gkd.parallel import Parallel, destroy, largest, resolve_device
 from megatron_gkd.plan import layer_work, rollout_work, step_work
 from megatron_gkd.plan.rates import rates_of
 from megatron_gkd.rollout.row_batch import RowBatch
@@ -65,7 +65,8 @@ TINY = Shape(
     head_dim=32,
     vocab_size=256,
 )
-CACHE_BYTES = 4 * 2**20  # above a core's own caches
+CACHE_BYTES = 32 * 2**20  # of the last level, which ranks share
+MOST_RUNS = 100  # of one thing
 LIBC = ctypes.CDLL(None)
 MESSAGES = (2**12, 2**16, 2**19, 2**22, 2**24)  # bytes of a collective
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
@@ -74,8 +75,8 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 class Clock:
     """Seconds of a run, the device waited for; on CPU the processor's of this process."""
 
-    def __init__(self, device: torch.device, share: float):
-        self.device, self.share = device, share
+    def __init__(self, device: torch.device, share: float, ranks: int):
+        self.device, self.share, self.ranks = device, share, ranks
         self.scratch = torch.zeros(CACHE_BYTES // 4)
 
     def _now(self) -> float:
@@ -87,29 +88,43 @@ class Clock:
     def __call__(self, run: Callable[[], Any], number: int | None = None) -> float:
         """The lower quartile of `number` runs, else of five or as many as the share of the time
         allows; on a GPU what is short counts as runs in a row. On CPU other numbers go through the
-        caches before each of the latter, as in a step.
+        caches before each of the latter, as in a step, and all ranks begin it together: as in a
+        step they want the same of the memory at the same time.
         """
         for _ in range(2):
             run()
-        found: list[float] = []
-        started, repeats = self._now(), 1
-        is_cpu = self.device.type == "cpu"
-        while len(found) < (number or 5) or (not number and self._now() - started < self.share):
-            if is_cpu and not number:
-                self.scratch.add_(1)
-            before = self._now()
-            for _ in range(repeats):
-                run()
-            found.append((self._now() - before) / repeats)
-            if not number and not is_cpu:
-                repeats = max(1, min(1000, round(2e-3 / max(found[-1], 1e-7))))
+        if number is not None:
+            return quartile([self._seconds(run) for _ in range(number)])
+        first = max(self._seconds(run), 1e-7)
+        if self.device.type == "cuda":
+            repeats = max(1, min(1000, round(2e-3 / first)))
+            number = max(5, round(self.share / first / repeats))
+            return quartile([self._seconds(run, repeats) for _ in range(number)])
+        number = max(5, min(MOST_RUNS, round(self.share / first)))
+        if self.ranks > 1:
+            (number,) = largest([number], self.device)
+        found = []
+        for _ in range(number):
+            self.scratch.add_(1)
+            if self.ranks > 1:
+                dist.barrier()
+            found.append(self._seconds(run))
         return quartile(found)
 
+    def _seconds(self, run: Callable[[], Any], repeats: int = 1) -> float:
+        before = self._now()
+        for _ in range(repeats):
+            run()
+        return (self._now() - before) / repeats
 
-def message_seconds(device: torch.device, run: Callable[[], Any], number: int) -> float:
+
+def message_seconds(
+    device: torch.device, run: Callable[[], Any], number: int
+) -> tuple[float, float]:
     """Of a collective between products, as layers have it: each rank comes to it from work of its
-    own, and must be woken where it waits. By the clock on the wall, the lower quartile of so many
-    runs on every rank.
+    own, and must be woken where it waits. By the clock on the wall, of so many runs on every rank
+    the lower quartile, and the mean without the slowest twentieth: a step has hundreds of them, so
+    that the rare long waits for a rank that the system has put to sleep are part of each step.
     """
     x = torch.ones(256, 256, device=device)
     found: dict[bool, list[float]] = {True: [], False: []}
@@ -122,8 +137,9 @@ def message_seconds(device: torch.device, run: Callable[[], Any], number: int) -
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             found[calls].append(time.perf_counter() - before)
-    with_it, without = (quartile(found[calls][2:]) for calls in found)
-    return max(with_it - without, 1e-7)
+    usual = lambda samples: statistics.mean(sorted(samples)[: len(samples) * 19 // 20])
+    least, mean = (of(found[True][2:]) - of(found[False][2:]) for of in (quartile, usual))
+    return max(least, 1e-7), max(mean, 1e-7)
 
 
 def quartile(samples: Sequence[float]) -> float:
@@ -229,13 +245,14 @@ def collective_entries(device: torch.device, ranks: int) -> dict[str, float]:
                 "send": partial(_to_and_fro, x.detach(), rank, ranks),
             }
             dist.barrier()
-            taken.append(message_seconds(device, runs[kind], 30))
-        if kind == "send":
-            taken = [seconds / 2 for seconds in taken]
+            number = 100 if size == MESSAGES[0] else 30
+            there_and_back = 1 + (kind == "send")
+            least, mean = message_seconds(device, runs[kind], number)
+            taken.append((least / there_and_back, mean / there_and_back))
         share = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(kind, (ranks - 1) / ranks)
-        step = taken[0]
-        # of the bytes between the largest two messages, where the steps no longer matter
-        rate = share * (MESSAGES[-1] - MESSAGES[-3]) / max(taken[-1] - taken[-3], 1e-9)
+        step = taken[0][1]
+        # of the bytes between two large messages, where the steps no longer matter
+        rate = share * (MESSAGES[-1] - MESSAGES[-3]) / max(taken[-1][0] - taken[-3][0], 1e-9)
         found[f"node.{kind}.step"] = step / steps.get(kind, math.ceil(math.log2(ranks)))
         found[f"node.{kind}"] = rate
     found["node.any"] = min(found[f"node.{kind}"] for kind in KINDS)
@@ -253,7 +270,7 @@ def _to_and_fro(x: torch.Tensor, rank: int, ranks: int) -> None:
 def measure(device: torch.device, ranks: int, seconds: float) -> dict[str, Any]:
     """All entries, of this rank; every rank calls it at the same time."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    clock = Clock(device, share=seconds / 80)
+    clock = Clock(device, share=seconds / 80, ranks=ranks)
     found = compute_entries(clock, dtype)
     if ranks > 1:
         dist.barrier()
@@ -288,8 +305,11 @@ def as_file(found: dict[str, Any], device: torch.device, ranks: int) -> dict[str
         key: {"value": value, "unit": _unit(key), "source": measured}
         for key, value in found.items()
     }
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
     known = {
-        "gpu_memory_bytes": (_memory(device), "B", "the device says so"),
+        "gpu_memory_bytes": (memory, "B", "the device says so"),
         "gpus_per_node": (ranks, "ranks", "as many as measured at once"),
         "nics_per_gpu": (1, "NICs", "not known here; change it where it is another number"),
         "wait": (0.0 if device.type == "cpu" else 2e-5, "s", "assumed"),
@@ -302,12 +322,6 @@ def as_file(found: dict[str, Any], device: torch.device, ranks: int) -> dict[str
         "commit": commit(),
         "entries": entries,
     }
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _rank(rank: int, ranks: int, folder: str, seconds: float) -> None:
