@@ -157,6 +157,19 @@ def test_where_nothing_fits_the_least_is_named(monkeypatch, capsys):
     assert 8 < float(re.search(least, said)[1]) < 16
 
 
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ("--gpus 1000000", "--gpus 1000000: must be 65536 or less"),
+        ("--gpus 8 --response_tokens 4096", "below the 2048 tokens of a row"),
+        ("--gpus 1 --json /no/such/plan.json", "/no/such/plan.json: /no/such is no folder"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_line(monkeypatch, capsys, flags, part):
+    said = refusal(monkeypatch, capsys, "--model", REAL, *flags.split())
+    assert part in said and said.count("\n") == 1
+
+
 def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
     """--json has all of them, --all prints each choice."""
     file = tmp_path / "plan.json"
@@ -190,7 +203,7 @@ def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
         ("--gpus 0", "--gpus 0: must be 1 or more"),
         ("--gpus 12", "--gpus 12 are no whole nodes of 8 GPUs"),
         ("--gpus 8 --gpu v100", "v100"),
-        ("--gpus 8 --row_tokens 100 --response_tokens 200", "must be below --row_tokens 100"),
+        ("--gpus 8 --row_tokens 100 --response_tokens 200", "below the 100 tokens of a row"),
         ("--gpus 8 --gpu_memory 1", "GiB or more, the GPU has 1.0"),
         ("--gpus 8 --tensor_model_parallel_size 3", "= 3 ranks"),
         ("--gpus 8 --max_new_tokens 9", "--max_new_tokens 9 is ms-swift's"),

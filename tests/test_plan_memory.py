@@ -191,6 +191,25 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     assert estimate(args, ParallelConfig(8, 1, 8, 1), MEASURED_STEP).total < 12 * GIB
 
 
+def test_a_row_is_never_cut(tiny_folder):
+    """A micro-batch has room for a row, whatever the flag; and no smaller one is proposed."""
+    argv = arguments(model=tiny_folder(**SMALL), dataset="d", max_tokens_per_micro_batch=100)
+    config = parse_config([*argv, "--max_length", "2048"])
+    load = workload(config, read_model_args(config.model.model))
+    assert load.micro_batch_tokens == 2048
+    step = replace(MEASURED_STEP, micro_batch_tokens=65536, prompt_tokens=32768)
+    needs = lambda tokens: (
+        estimate(
+            REAL_SHAPE.model_args(),
+            ONE,
+            replace(step, micro_batch_tokens=tokens),
+            whole_card=False,
+        ).total
+    )
+    assert "--max_tokens_per_micro_batch 32768 needs less" in refused(step, needs(32768))
+    assert "use more ranks" in refused(step, needs(32768) - 1)
+
+
 def test_layers_keep_activations_as_far_as_they_fit():
     """As many more as another layer's activations go into the memory that is added."""
     args = REAL_SHAPE.model_args()

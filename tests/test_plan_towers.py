@@ -1,5 +1,9 @@
 """The towers' sizes, counted from config.json, against towers that are built and transformers'."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
 from megatron_gkd.families import families
@@ -15,6 +19,17 @@ def test_tower_parameters_are_those_of_the_towers(tiny_folder):
     assert tower_parameters(folder, False, True) == visual > 0
     assert tower_parameters(folder, True, True) == audio + visual
     assert tower_parameters(tiny_folder(family="qwen3_moe", **SMALL), True, True) == 0
+
+
+@pytest.mark.parametrize("value", ["many", -3, 0, 1.5, True, None])
+def test_a_size_of_a_tower_that_is_none_is_refused(value, tiny_folder, tmp_path):
+    config = json.loads((Path(tiny_folder(**SMALL)) / "config.json").read_text())
+    of_audio = config.get("thinker_config", config)["audio_config"]
+    of_audio["encoder_layers"] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json: audio_config.encoder_layers = "):
+        tower_parameters(tmp_path, True, False)
+    assert tower_parameters(tmp_path, False, True) > 0
 
 
 def _built(rank, world_size, folder):

@@ -329,7 +329,7 @@ def load_of(
     return replace(
         job.load,
         recompute=recompute != "none",
-        micro_batch_tokens=tokens,
+        micro_batch_tokens=max(tokens, job.config.data.max_length),  # a row is never cut
         batch_size=batch_size,
         accumulation=accumulation,
     )

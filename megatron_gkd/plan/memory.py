@@ -222,7 +222,8 @@ def ways_out(
             break
         load = replace(load, accumulation=load.accumulation // 2)
         flags["gradient_accumulation_steps"] = load.accumulation
-    while found().total > available and load.micro_batch_tokens >= 2 * LEAST_TOKENS:
+    least = max(LEAST_TOKENS, load.prompt_tokens)  # rows, which are never cut, are longer
+    while found().total > available and load.micro_batch_tokens >= 2 * least:
         load = replace(load, micro_batch_tokens=load.micro_batch_tokens // 2)
         flags["max_tokens_per_micro_batch"] = load.micro_batch_tokens
     if found().total > available:

@@ -109,6 +109,8 @@ def write_new(path: str, text: str, *, overwrite: bool, executable: bool = False
     target = Path(path)
     if target.exists() and not overwrite:
         raise ValueError(f"{path} is there already; name another file, or add --overwrite")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: {target.parent} is no folder; make it first")
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from megatron_gkd.plan.towers import tower_parameters
 from megatron_gkd.plan.workload import Workload, workload
 from megatron_gkd.recipe import given_values
 
+MOST_GPUS = 2**16
 NO_DATA = "(no data set)"  # stands for --dataset, which the planner does not read
 
 
@@ -64,6 +65,7 @@ class PlanSettings:
 
     def __post_init__(self):
         require_at_least(self, 1, "gpus")
+        require(self.gpus <= MOST_GPUS, "gpus", self.gpus, f"{MOST_GPUS} or less")
         for flag in ("gpus_per_node", "global_batch_size", "row_tokens", "teacher_row_tokens"):
             if getattr(self, flag) is not None:
                 require_at_least(self, 1, flag)
@@ -72,15 +74,15 @@ class PlanSettings:
         require(memory is None or 0 < memory < 2**20, "gpu_memory", memory, "GiB, above 0")
         if responses is not None:
             require_at_least(self, 1, "response_tokens")
-            row = self.row_tokens
-            below = row is None or responses < row
-            require(below, "response_tokens", responses, f"below --row_tokens {row}")
 
 
 def workload_of(own: PlanSettings, config: Config, args: ModelArgs) -> Workload:
     """Of a run with these settings, as far as the flags tell: averages of the rows, the towers.
-    Raises as `read_config`.
+    Raises as `tower_parameters`, or ValueError for a response that is no part of a row.
     """
+    row, response = own.row_tokens or config.data.max_length, own.response_tokens
+    if response and response >= row:
+        raise ValueError(f"--response_tokens {response}: must be below the {row} tokens of a row")
     towers = config.lora.lora_towers
     numbers = tower_parameters(
         config.model.model,

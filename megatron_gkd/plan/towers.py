@@ -55,12 +55,19 @@ COUNTS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], int]]] = {
 
 def tower_parameters(folder: str | Path, audio: bool, visual: bool) -> int:
     """Of the towers of FOLDER/config.json that are asked for, on the first stage. Raises as
-    `read_config`.
+    `read_config`, or ValueError for a size that is none.
     """
     config, wanted = read_config(folder), {"audio_tower": audio, "visual": visual}
     total = 0
     for tower in config.family.towers:
         if wanted[tower.name]:
             defaults, count = COUNTS[tower.name]
-            total += count(defaults | config.settings.get(tower.config, {}))
+            sizes = defaults | config.settings.get(tower.config, {})
+            for name, default in defaults.items():
+                if isinstance(default, int) and not (type(sizes[name]) is int and sizes[name] > 0):
+                    raise ValueError(
+                        f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
+                        "(a tower has a whole number of at least one)"
+                    )
+            total += count(sizes)
     return total

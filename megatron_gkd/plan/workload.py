@@ -82,6 +82,7 @@ def workload(
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
     teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
     row_tokens = row_tokens or config.data.max_length
+    budget = train.micro_batch_tokens(config.data.max_length)  # a longer row is one by itself
     response = min(config.rollout.max_completion_length, row_tokens - 1)
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
@@ -90,7 +91,7 @@ def workload(
         targets=flag_targets(config.lora, model_args),
         has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
-        micro_batch_tokens=micro_batch_tokens or train.micro_batch_tokens(config.data.max_length),
+        micro_batch_tokens=micro_batch_tokens or max(budget, config.data.max_length),
         batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
         prompt_tokens=prompt_tokens or config.data.max_length,
