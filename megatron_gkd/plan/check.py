@@ -71,4 +71,4 @@ def check(own: PlanSettings, config: Config) -> list[str]:
         found = f"fits {name}"
     if not load.tower_bytes and args.family.towers:
         found += "; towers not counted (--media)"
-    return [*lines, f"Memory: at most about {needed.describe()}; {found}"]
+    return [*lines, f"Memory: about {needed.describe()}; {found}"]

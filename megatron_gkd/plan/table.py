@@ -82,12 +82,19 @@ def folded(line: str) -> list[str]:
 def heading(plan: Plan) -> list[str]:
     job, load = plan.job, plan.job.load
     share = f"{load.on_policy_share:.0%} of the steps write responses"
+    others = []
+    if job.config.model.device == "cpu" != job.rates.device:
+        others = [
+            "These are the rates and the memory of a GPU, and --device is cpu: --gpu FILE takes "
+            "those of this machine, which python -m benchmarks.rates --output FILE measures."
+        ]
     return [
         f"{job.gpus} GPU{'s' * (job.gpus > 1)} of {gib(job.available)} GiB ({job.rates.name}), "
         f"{min(job.gpus, job.rates.gpus_per_node)} a node; {job.samples} samples a step of "
         f"{load.row_tokens} tokens (teacher {load.teacher_row_tokens}, response "
         f"{load.response_tokens}); {share}.",
         "Memory and time are modelled (docs/scaling.md), not measured on these GPUs.",
+        *others,
     ]
 
 
