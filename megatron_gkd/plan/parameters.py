@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import linears_of_layers, names_of
+from megatron_gkd.lora_targets import EXPERTS, linears_of_layers, names_of
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.workload import Workload
@@ -38,17 +38,23 @@ def of_fullest_stage(
     return max(sum(sizes[first : first + length]) for first in range(0, len(sizes), length))
 
 
+def lora_sizes(args: ModelArgs, tp: int = 1, ep: int = 1) -> dict[str, int]:
+    """Of each linear of a layer the inputs and outputs that a rank's LoRA has, those of all its
+    experts together: times the rank they are parameters.
+    """
+    hidden, inter = args.hidden_size, args.moe_intermediate_size
+    queries, keys = attention_rows(args, tp)
+    sizes = dict.fromkeys(("k_proj", "v_proj"), hidden + keys)
+    sizes |= dict.fromkeys(("q_proj", "o_proj"), hidden + queries)
+    return sizes | dict.fromkeys(EXPERTS, args.num_experts // ep * (hidden + inter))
+
+
 def lora_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """Of the rank with most; the lm_head's counted there too."""
     tp = layout.tensor_model_parallel_size
-    hidden, inter = args.hidden_size, args.moe_intermediate_size
-    queries, keys = attention_rows(args, tp)
-    experts = args.num_experts // layout.expert_model_parallel_size
-    sizes = dict.fromkeys(("k_proj", "v_proj"), hidden + keys)
-    sizes |= dict.fromkeys(("q_proj", "o_proj"), hidden + queries)
-    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), experts * (hidden + inter))
+    sizes = lora_sizes(args, tp, layout.expert_model_parallel_size)
     of_layer = lambda names: load.lora_rank * sum(sizes[name] for name in names)
-    head = load.lora_rank * (hidden + args.padded_vocab_size(tp) // tp)
+    head = load.lora_rank * (args.hidden_size + args.padded_vocab_size(tp) // tp)
     layers = of_fullest_stage(args, layout, load, of_layer)
     return layers + (head if "lm_head" in load.targets else 0)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import EXPERTS, HEAD, names_of, targets_in
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.plan.parameters import lora_sizes
 
 HEADER_BYTES = 160  # of a tensor in a file's header: a long name and its offsets
 NUM_COLLECTIVES = 5  # of a save, each of a few numbers, whatever the world
@@ -82,9 +83,13 @@ def share_bytes(
     # the head's tensors are in an adapter under several names (lora/peft_writer.py)
     num_names = 1, len(args.family.adapter_roots)
     of_number, of_head = (4 * (adapters * names + moments) for names in num_names)
+    sizes = lora_sizes(args)
+    layers = [
+        lora_rank * sum(sizes[name] for name in targets_in(targets, layer))
+        for layer in range(args.num_layers)
+    ]
     parameters = [
-        sum(_layer_parameters(args, lora_rank, targets, first + layer) for layer in range(length))
-        for first in range(0, args.num_layers, length)
+        sum(layers[first : first + length]) for first in range(0, args.num_layers, length)
     ]
     parameters[0] += tower_parameters
     shares = [of_number * number / stage_size for number in parameters for _ in range(stage_size)]
@@ -103,17 +108,6 @@ def num_tensors(args: ModelArgs, targets: Sequence[str]) -> int:
         for name in targets_in(targets, layer):
             of_layers += 2 * (args.num_experts if name in EXPERTS else 1)
     return of_layers + 2 * (HEAD in names_of(targets))
-
-
-def _layer_parameters(args: ModelArgs, rank: int, targets: Sequence[str], layer: int) -> int:
-    """LoRA of a decoder layer, rank x (inputs + outputs) a linear."""
-    hidden, inter = args.hidden_size, args.moe_intermediate_size
-    queries = args.num_attention_heads * args.head_dim
-    keys = args.num_key_value_heads * args.head_dim
-    sizes = dict.fromkeys(("q_proj", "o_proj"), hidden + queries)
-    sizes |= dict.fromkeys(("k_proj", "v_proj"), hidden + keys)
-    sizes |= dict.fromkeys(EXPERTS, args.num_experts * (hidden + inter))
-    return rank * sum(sizes[name] for name in targets_in(targets, layer))
 
 
 def _vocabulary_rows(args: ModelArgs, tp: int, tp_rank: int) -> int:
