@@ -55,6 +55,7 @@ def saving_rank(rank: int, world_size: int, folder: str, arguments: argparse.Nam
     )
     optimizer = Optimizer(
         in_gradient_reducer(model),
+        parallel,
         dtype=torch.bfloat16,
         beta1=0.9,
         beta2=0.99,

@@ -44,7 +44,7 @@ class Training:
         self.parallel, self.model = parallel, model
         self.reduced = in_gradient_reducer(model)
         adam = dict(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, max_grad_norm=1.0)
-        self.optimizer = Optimizer(self.reduced, dtype=model.config.params_dtype, **adam)
+        self.optimizer = Optimizer(self.reduced, parallel, dtype=model.config.params_dtype, **adam)
         divergence = Divergence("jsd", beta=0.5, temperature=2.0)
         self.loss = LossSettings(divergence, 0.0, model_args.vocab_size)
         self.clock = Clock(parallel.device)

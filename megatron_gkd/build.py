@@ -91,7 +91,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     for note in settings_notes(config):
         log_rank_0(parallel, note)
     ddp = in_gradient_reducer(model)
-    optimizer = build_optimizer(config, ddp)
+    optimizer = build_optimizer(config, ddp, parallel)
     if parallel.rank == 0:
         write_description(config, num_parameters, parallel)
     progress = resume(
@@ -328,11 +328,12 @@ def make_rollouts(
     return rollout, eval_rollout, rollout_log
 
 
-def build_optimizer(config: Config, ddp: DistributedDataParallel) -> Optimizer:
+def build_optimizer(config: Config, ddp: DistributedDataParallel, parallel: Parallel) -> Optimizer:
     """AdamW on the LoRA parameters."""
     train_config = config.train
     return Optimizer(
         ddp,
+        parallel,
         dtype=DTYPES[config.model.torch_dtype],
         beta1=train_config.adam_beta1,
         beta2=train_config.adam_beta2,

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 from torch.autograd.graph import increment_version
+
+from megatron_gkd.parallel import Parallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,11 +33,6 @@ def learning_rate(
         return peak
     progress = (step - warmup - 1) / max(total_steps - warmup, 1)
     return peak * (0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress)
-
-
-def _keeps_step_by_parameter(adam: torch.optim.Optimizer) -> bool:
-    """torch's Adam does, Transformer Engine's and Apex's keep one number for a group."""
-    return isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _step_count(value: int, parameter: Tensor) -> Tensor:
@@ -57,7 +55,9 @@ class Update:
 
 
 class Optimizer:
-    """megatron-core's optimizer on the trainable parameters of `model`, a DistributedDataParallel.
+    """AdamW on the trainable parameters of `model`, a DistributedDataParallel: torch's, fused, in
+    megatron-core's FP32Optimizer, one for the dense parameters and one for the experts'. (Its
+    get_megatron_optimizer would make the same, and gather objects of all ranks for it.)
 
     Weights and moments are fp32 whatever the base's dtype; a float16 base brings dynamic loss
     scaling. One scale serves dense and expert parameters (megatron-core keeps two, which may
@@ -67,6 +67,7 @@ class Optimizer:
     def __init__(
         self,
         model: DistributedDataParallel,
+        parallel: Parallel,
         *,
         dtype: torch.dtype,
         beta1: float,
@@ -78,22 +79,21 @@ class Optimizer:
         self.model = model
         self.max_grad_norm = max_grad_norm
         self._num_updates = 0  # Adam counts by parameter, and a stage may have none
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=0.0,
-            min_lr=0.0,
-            weight_decay=weight_decay,
-            adam_beta1=beta1,
-            adam_beta2=beta2,
-            adam_eps=epsilon,
-            params_dtype=torch.float32,
-            clip_grad=0.0,  # done in step(), between the check for NaN and the update
-            use_distributed_optimizer=False,
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adam: dict[str, Any] = dict(
+            lr=0.0, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay
         )
-        self.inner = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
-        for adam, group in self._groups():
-            if _keeps_step_by_parameter(adam):
-                group["fused"] = True  # all parameters in one kernel, on CPU and on CUDA
+        self._parts = []
+        # clipping is done in step(), between the check for NaN and the update
+        config = OptimizerConfig(params_dtype=torch.float32, clip_grad=0.0)
+        for is_dense, group in ((True, parallel.groups.mp), (False, parallel.groups.tp_ep_pp)):
+            parameters = [p for p in trained if getattr(p, "allreduce", True) == is_dense]
+            # empty where LoRA is on experts alone, or on attention alone
+            inner = torch.optim.AdamW([{"params": parameters}], **adam, fused=True)
+            part: Any = FP32Optimizer(inner, config, None)
+            part.grad_stats_parallel_group = group
+            part.tp_group, part.expert_tp_group = parallel.groups.tp, parallel.groups.expt_tp
+            self._parts.append(part)
         self.scaler = None
         if dtype == torch.float16:
             self.scaler = DynamicGradScaler(
@@ -109,7 +109,8 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Gradients and their buffers to zero: before the first micro-batch of a step."""
         self.model.zero_grad_buffer()
-        self.inner.zero_grad()
+        for part in self._parts:
+            part.zero_grad()
 
     def step(self, learning_rate: float, loss: float) -> Update:
         """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf
@@ -119,7 +120,8 @@ class Optimizer:
         scale. Collectives: sums of the norm over the ranks that hold different parameters; a
         maximum of one number over the world.
         """
-        self.inner.prepare_grads()
+        for part in self._parts:
+            part.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0
         norm = self._grad_norm()
         is_bad = torch.full_like(norm, not math.isfinite(loss)).logical_or(~norm.isfinite())
@@ -134,14 +136,14 @@ class Optimizer:
         factor = min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) / scale
         if factor != 1.0:
             self.model.scale_gradients(factor)  # a product for each buffer, on the device
-        for group in self.inner.param_groups:
+        for part in self._parts:
+            (group,) = part.param_groups
             group["lr"] = learning_rate
-        self.inner.step_with_ready_grads()
+            part.step_with_ready_grads()
+            # fused kernels do not count their changes of a tensor: by them the experts see that
+            # W_up is a new one (lora/grouped.py)
+            increment_version(group["params"])
         self._num_updates += 1
-        for part in self.inner.param_groups:
-            # fused kernels do not count their changes of a tensor, torch's own neither: by them the
-            # experts see that W_up is a new one (lora/grouped.py)
-            increment_version(part["params"])
         return Update(True, grad_norm)
 
     def _grad_norm(self) -> Tensor:
@@ -150,7 +152,7 @@ class Optimizer:
         Transformer Engine, fetches the norm of every parameter.
         """
         squares = []
-        for part in self._parts():
+        for part in self._parts:
             find = getattr(part, "get_grads_for_grad_norm", None)  # its name before 0.19:
             gradients = (find or part.get_main_grads_for_grad_norm)()
             if gradients:
@@ -162,28 +164,22 @@ class Optimizer:
             squares.append(square)
         return torch.stack(squares).sum().sqrt()
 
-    def _parts(self) -> list[Any]:
-        """megatron-core's optimizers: of the dense parameters, of the experts'."""
-        return getattr(self.inner, "chained_optimizers", [self.inner])
-
-    def _groups(self) -> Iterator[tuple[torch.optim.Optimizer, dict]]:
-        for part in self._parts():
-            # no group where LoRA is on experts alone, or on attention alone
+    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, Tensor]]:
+        for part in self._parts:
             for group in part.param_groups:
-                yield part.optimizer, group
+                yield from ((part.optimizer, parameter) for parameter in group["params"])
 
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """AdamW's state of each parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape;
         zero where there is none yet.
         """
         found = {}
-        for adam, group in self._groups():
-            for parameter in group["params"]:
-                state = found[parameter] = adam.state[parameter]
-                if not state and _keeps_step_by_parameter(adam):
-                    state["step"] = _step_count(0, parameter)
-                for name in MOMENTS:
-                    state.setdefault(name, torch.zeros_like(parameter))
+        for adam, parameter in self._parameters():
+            state = found[parameter] = adam.state[parameter]
+            if not state:
+                state["step"] = _step_count(0, parameter)
+            for name in MOMENTS:
+                state.setdefault(name, torch.zeros_like(parameter))
         return found
 
     @property
@@ -196,13 +192,8 @@ class Optimizer:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         self._num_updates = value
-        # torch keeps it by parameter, fused Adam by group
-        for adam, group in self._groups():
-            if _keeps_step_by_parameter(adam):
-                for parameter in group["params"]:
-                    adam.state[parameter]["step"] = _step_count(value, parameter)
-            else:
-                group["step"] = value
+        for adam, parameter in self._parameters():
+            adam.state[parameter]["step"] = _step_count(value, parameter)
 
     def scaler_state(self) -> dict:
         """Loss scale and its counters as plain numbers, empty without loss scaling."""

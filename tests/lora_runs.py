@@ -94,9 +94,10 @@ def in_reducer(model):
     return DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
 
 
-def make_optimizer(ddp):
+def make_optimizer(ddp, parallel):
     return Optimizer(
         ddp,
+        parallel,
         dtype=torch.float32,
         beta1=0.9,
         beta2=0.99,

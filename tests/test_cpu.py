@@ -218,7 +218,7 @@ def train_beside_gpu_kernels(rank, world_size, folder):
     place = initialize(1, 1, 1)
     _, model = build(place, folder, rank=4, alpha=8, targets=["q_proj", "down_proj"], seed=0)
     model = in_reducer(model.train())
-    adam = make_optimizer(model)
+    adam = make_optimizer(model, place)
     run_schedule(place, model, make_batches(VOCAB_SIZE)[:1])
     return adam.step(1e-3, 1.0)
 

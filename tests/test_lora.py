@@ -89,7 +89,7 @@ def lora_at_layout(rank, world_size, tp, pp, ep, runs):
         base = run_schedule(place, in_reducer(model), batches, backward=False)
         add_lora(place, model_args, model, adapter)
         ddp = in_reducer(model)
-        optimizer = make_optimizer(ddp)
+        optimizer = make_optimizer(ddp, place)
         optimizer.zero_grad()
         logits = run_schedule(place, ddp, batches)
         gradients = gradients_of(model, model_args, place)

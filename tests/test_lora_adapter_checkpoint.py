@@ -50,7 +50,7 @@ def write_checkpoints(rank, world_size, tp, pp, ep, output, runs):
         model_args, model = build(place, folder, adapter, **lora)
         ddp = in_reducer(model)
         if train:
-            optimizer = make_optimizer(ddp)
+            optimizer = make_optimizer(ddp, place)
             for _ in range(2):
                 optimizer.zero_grad()
                 run_schedule(place, ddp, batches)

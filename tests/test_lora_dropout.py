@@ -62,7 +62,7 @@ def train_with_dropout(rank, world_size, tp, pp, ep, folder):
     start = [
         parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad
     ]
-    optimizer = make_optimizer(ddp.train())
+    optimizer = make_optimizer(ddp.train(), place)
     for step in range(20):
         parallel.seed_step(42, step, place)
         optimizer.zero_grad()

@@ -179,7 +179,7 @@ def distil(rank, world_size, tp, pp, ep, recompute, folder, student, teachers):
         load_teacher(model, model_args, place, opened)
         logits, counted = probed(model, model_args), num_teacher_parameters(model_args, model)
         ddp = in_reducer(model).train()
-        optimizer, batches = make_optimizer(ddp), micro_batches(place)
+        optimizer, batches = make_optimizer(ddp, place), micro_batches(place)
         before = {slot: copies(model, slot) for slot in (STUDENT, TEACHER)}
         norms = []
         for step in range(3):

@@ -151,7 +151,7 @@ def run_layout(rank, world_size, folder, adapter, output, tp, pp, recompute, cp=
         logits = logits_of(place, model_args, model, batches)
     ddp = in_reducer(model)
     ddp.train()
-    optimizer = make_optimizer(ddp)
+    optimizer = make_optimizer(ddp, place)
     optimizer.zero_grad()
     media = StepMedia(model.towers, [batch.media for batch in batches])
     teacher = teacher_forward(model, batches, place, media)
@@ -303,7 +303,7 @@ def resume(rank, world_size, folder, saved, tp):
     place = initialize(tp, 1, 1)
     model_args, model = make_model(place, folder)
     ddp = in_reducer(model)
-    optimizer = make_optimizer(ddp)
+    optimizer = make_optimizer(ddp, place)
     load_checkpoint(
         Path(saved), model=model, model_args=model_args, parallel=place, optimizer=optimizer
     )

@@ -165,6 +165,6 @@ def build_parts(
         model_args=model_args,
         model=model,
         ddp=ddp,
-        optimizer=build.build_optimizer(config, ddp),
+        optimizer=build.build_optimizer(config, ddp, parallel),
         loss=build.loss_settings(config, model_args),
     )
