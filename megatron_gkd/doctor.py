@@ -18,8 +18,8 @@ from megatron_gkd.startup import import_problem
 
 # Optional package -> what it is for. None of them is required.
 OPTIONAL = {
-    "transformer_engine": ("attention on GPU (--attn_impl auto, te); megatron-core's fused Adam"),
-    "apex": "fused Adam and gradient clipping where Transformer Engine is missing",
+    "transformer_engine": "attention on GPU (--attn_impl auto, te)",
+    "apex": "megatron-core imports it where Transformer Engine is missing; nothing here needs it",
     "flash_attn": (
         "one of the kernels Transformer Engine's attention chooses from; torch has flash kernels "
         "of its own"
