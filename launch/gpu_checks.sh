@@ -44,6 +44,7 @@ determinism 45 two equal backward passes with --deterministic true
 sanitizer   90 memory accesses of the kernels of the loss and of an expert layer (compute-sanitizer)
 decode      75 tokens of a rollout by batch size, graph against eager
 rollout     75 rollouts of a small model against transformers
+rates       75 what the GPU does in a second, and what the planner makes of it
 "
 names() { awk 'NF { print $1 }' <<<"$STAGES"; }
 field() { awk -v name="$1" -v from="$2" '$1 == name { if (from == 2) print $2; else { $1 = $2 = ""; sub(/^ +/, ""); print } }' <<<"$STAGES"; }
@@ -57,6 +58,7 @@ if [ "$SIZE" = small ]; then
     equal="--layers 2 $shape --batch 2 --length 32 --response 8 --steps 1"
     rollout="--batches 2 --tokens 4 --prompt 4 --experts 8 --experts_per_token 2 --rounds 1"
     demo="--max_steps 1"
+    rates="--seconds 4"
     ways="--dtype float32 --heads 4 --groups 2 --head_dim 16 --rounds 1 --calls 2 --lengths 16x2 --lengths 7,20"
 else
     step="--layers 48 --recompute --rollout 32"
@@ -67,6 +69,7 @@ else
     equal="--layers 8 --recompute --batch 1 --steps 1"
     rollout="--dtype bfloat16"
     demo=""
+    rates="--seconds 30"
     ways=""
 fi
 pytest() { "$python" -m pytest -q -p no:cacheprovider --tb=short "$@"; }
@@ -94,6 +97,11 @@ ragged() { "$python" -m benchmarks.ragged --device "$DEVICE" $ragged --output "$
 decode() { "$python" -m benchmarks.rollout_real --device "$DEVICE" $decode --profile "$OUT/token_profile.txt" --records "$OUT/rollout.jsonl"; }
 rollout() {
     "$python" -m benchmarks.rollout --device "$DEVICE" $rollout
+}
+rates() {
+    "$python" -m benchmarks.rates --device "$DEVICE" $rates --output "$OUT/rates.json" &&
+        "$python" -m megatron_gkd.plan --model docs/qwen3_omni_30b --gpus 1 --gpu "$OUT/rates.json" --gpu_memory 79 \
+            --recompute full --max_tokens_per_micro_batch 8192 --lmbda 0
 }
 demo() {
     # torchrun would wait longer for its ranks than a stopped stage waits for torchrun
