@@ -88,7 +88,7 @@ def test_a_stage_that_is_run_again_replaces_its_section(checks):
     assert status == 0 and list(page) == ["kernels", "peers"]
     assert "passed" in page["kernels"] and "commit def5678" in page["kernels"]
     assert "commit abc1234" in page["peers"]
-    assert list(checks("--from", "rollout", TESTS="1")[3]) == ["kernels", "peers", "rollout"]
+    assert list(checks("--from", "rates", TESTS="1")[3]) == ["kernels", "peers", "rates"]
 
 
 def test_a_time_limit_ends_a_stage_and_not_the_run(checks, tmp_path):
