@@ -13,7 +13,7 @@ from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora.modules import has_head_lora
 from megatron_gkd.lora_targets import HEAD, LINEARS
 from megatron_gkd.model.args import read_model_args
-from megatron_gkd.plan.saving import HEADER_BYTES, NUM_COLLECTIVES, saved_bytes, share_bytes
+from megatron_gkd.plan.saving import HEADER_BYTES, NUM_COLLECTIVES, saved_bytes
 from tests.collectives import Collectives
 from tests.ranks import run_ranks
 from tests.sizes import SMALLEST
@@ -200,7 +200,7 @@ def test_what_must_not_grow(saved, model_folder, layout):
     settings = dict(world_size=world_size, lora_rank=RANK, targets=TARGETS, teacher_follows=True)
     settings |= dict(layout=ParallelConfig(**layout_flags(tp, pp, ep, cp)), tower_parameters=towers)
     args = read_model_args(model_folder)
-    expected = share_bytes(args, **settings)
+    expected = saved_bytes(args, **settings).shares
     written = [
         sum(stop - start for of_file in ranges.values() for start, stop in of_file if start)
         for _, ranges, *_ in ranks

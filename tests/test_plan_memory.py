@@ -33,28 +33,14 @@ from megatron_gkd.plan.parameters import (
     laid_out_parameters,
     lora_parameters,
 )
-from megatron_gkd.plan.workload import Workload, workload
+from megatron_gkd.plan.workload import workload
+from tests.plans import GUIDE_STEP
 from tests.ranks import run_ranks
 from tests.test_forward import micro_batches, pass_through
 from tests.train_runs import SMALL, arguments, build_parts, layout_flags, make_rows, write_rows
 
 ONE = ParallelConfig()
 CARD = round(78.6 * GIB)  # free on an H100 of 80 GB once CUDA is there
-# 4 x 2048 tokens, 512 response tokens a row, LoRA of rank 8 on all linears, bf16.
-MEASURED_STEP = Workload(
-    number_bytes=2,
-    lora_rank=8,
-    targets=LINEARS,
-    recompute=True,
-    micro_batch_tokens=8192,
-    batch_size=4,
-    accumulation=1,
-    prompt_tokens=1536,
-    completion_tokens=0,
-    row_tokens=2048,
-    teacher_row_tokens=2048,
-    response_tokens=512,
-)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +52,9 @@ def test_a_step_is_what_a_gpu_showed(layers, built, with_optimizer, peaks):
     gradient until the next forward, and whose products had no columns for LoRA: docs/memory.md.
     """
     args = replace(REAL_SHAPE, num_layers=layers).model_args()
-    held = layers * 2 * MEASURED_STEP.micro_batch_tokens * args.hidden_size * 2
-    found = estimate(args, ONE, MEASURED_STEP)
-    base, lora = base_parameters(args, ONE) * 2, lora_parameters(args, ONE, MEASURED_STEP)
+    held = layers * 2 * GUIDE_STEP.micro_batch_tokens * args.hidden_size * 2
+    found = estimate(args, ONE, GUIDE_STEP)
+    base, lora = base_parameters(args, ONE) * 2, lora_parameters(args, ONE, GUIDE_STEP)
     columns = found.always["LoRA inside the experts' products"]
     assert (base + 8 * lora) / GIB == pytest.approx(built, rel=0.01)
     assert (base + 16 * lora + held) / GIB == pytest.approx(with_optimizer, rel=0.01)
@@ -165,12 +151,12 @@ def test_an_evaluation_that_writes_takes_the_memory_of_a_rollout(tiny_folder):
 def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     """The flags that are named do: alone or together."""
     args, rollouts = REAL_SHAPE.model_args(), dict(completion_tokens=512, prefill_tokens=8192)
-    assert check_memory(args, ONE, MEASURED_STEP, CARD).total < CARD
+    assert check_memory(args, ONE, GUIDE_STEP, CARD).total < CARD
     # 32 rows of a rollout beside the model
-    step = replace(MEASURED_STEP, accumulation=8, **rollouts)
+    step = replace(GUIDE_STEP, accumulation=8, **rollouts)
     assert check_memory(args, ONE, step, CARD).total > 0.93 * CARD
 
-    message = refused(replace(MEASURED_STEP, recompute=False))
+    message = refused(replace(GUIDE_STEP, recompute=False))
     assert "78.6 GiB" in message and "--recompute auto needs less" in message
     assert "base 56.9" in message and "LoRA, gradients, AdamW 6.3" in message
 
@@ -180,15 +166,15 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
     assert "keys and values" in message
     assert check_memory(args, ONE, replace(step, accumulation=8), CARD)
 
-    step = replace(MEASURED_STEP, micro_batch_tokens=65536, recompute=False)
+    step = replace(GUIDE_STEP, micro_batch_tokens=65536, recompute=False)
     message = refused(step)
     assert "--recompute auto --max_tokens_per_micro_batch 32768 needs less" in message
     assert check_memory(args, ONE, replace(step, recompute=True, micro_batch_tokens=32768), CARD)
 
-    message = refused(MEASURED_STEP, available=CARD // 2)
+    message = refused(GUIDE_STEP, available=CARD // 2)
     assert "left. --expert_model_parallel_size 2 on 2 or more ranks" in message
-    assert "left. use more ranks" in refused(MEASURED_STEP, available=GIB)
-    assert estimate(args, ParallelConfig(8, 1, 8, 1), MEASURED_STEP).total < 12 * GIB
+    assert "left. use more ranks" in refused(GUIDE_STEP, available=GIB)
+    assert estimate(args, ParallelConfig(8, 1, 8, 1), GUIDE_STEP).total < 12 * GIB
 
 
 def test_a_row_is_never_cut(tiny_folder):
@@ -197,7 +183,7 @@ def test_a_row_is_never_cut(tiny_folder):
     config = parse_config([*argv, "--max_length", "2048"])
     load = workload(config, read_model_args(config.model.model))
     assert load.micro_batch_tokens == 2048
-    step = replace(MEASURED_STEP, micro_batch_tokens=65536, prompt_tokens=32768)
+    step = replace(GUIDE_STEP, micro_batch_tokens=65536, prompt_tokens=32768)
     needs = lambda tokens: (
         estimate(
             REAL_SHAPE.model_args(),
@@ -213,13 +199,13 @@ def test_a_row_is_never_cut(tiny_folder):
 def test_layers_keep_activations_as_far_as_they_fit():
     """As many more as another layer's activations go into the memory that is added."""
     args = REAL_SHAPE.model_args()
-    fits = lambda size: kept_layers_that_fit(args, ONE, MEASURED_STEP, size, whole_card=False)
+    fits = lambda size: kept_layers_that_fit(args, ONE, GUIDE_STEP, size, whole_card=False)
     total = lambda number: (
-        estimate(args, ONE, MEASURED_STEP, kept_layers=number, whole_card=False).total
+        estimate(args, ONE, GUIDE_STEP, kept_layers=number, whole_card=False).total
     )
     assert fits(total(0) - 1) is None and fits(total(0)) == 0 and fits(2**60) == 48
     assert fits(total(20)) == 20 and fits(total(21) - 1) == 20
-    unlimited = replace(MEASURED_STEP, recompute=False)
+    unlimited = replace(GUIDE_STEP, recompute=False)
     assert total(48) == estimate(args, ONE, unlimited, whole_card=False).total
 
 
@@ -228,9 +214,7 @@ def test_what_lies_outside_of_torch_counts_for_a_whole_card():
     args, layout = REAL_SHAPE.model_args(), ParallelConfig(8, 1, 8, 1)
     assert num_communicators(ONE, 1) == 0 and num_communicators(ONE, 4) == 3
     assert num_communicators(layout) == 3 and num_communicators(layout, 64) == 5
-    whole, left = (
-        estimate(args, layout, MEASURED_STEP, whole_card=whole) for whole in (True, False)
-    )
+    whole, left = (estimate(args, layout, GUIDE_STEP, whole_card=whole) for whole in (True, False))
     assert whole.total - left.total == CONTEXT_BYTES
     assert left.outside == {"CUDA context": 0, "communicators": 3 * COMMUNICATOR_BYTES}
     assert whole.allocated == left.allocated
@@ -239,23 +223,23 @@ def test_what_lies_outside_of_torch_counts_for_a_whole_card():
 def test_a_run_refuses_what_the_planner_does():
     """To the byte: communicators are not there yet when a run checks, the CUDA context is."""
     args, layout, ranks = REAL_SHAPE.model_args(), ParallelConfig(2, 1, 8, 1), 64
-    needed = estimate(args, layout, MEASURED_STEP, world_size=ranks).total
+    needed = estimate(args, layout, GUIDE_STEP, world_size=ranks).total
     left = needed - CONTEXT_BYTES
-    assert check_memory(args, layout, MEASURED_STEP, left, world_size=ranks)
+    assert check_memory(args, layout, GUIDE_STEP, left, world_size=ranks)
     with pytest.raises(ValueError, match="communicators 1.2"):
-        check_memory(args, layout, MEASURED_STEP, left - 1, world_size=ranks)
+        check_memory(args, layout, GUIDE_STEP, left - 1, world_size=ranks)
 
 
 def test_layers_with_lora_count_alone():
     """Of the stage that has most of them."""
     args = REAL_SHAPE.model_args()
-    lora = lambda *targets: replace(MEASURED_STEP, targets=targets)
+    lora = lambda *targets: replace(GUIDE_STEP, targets=targets)
     parts = (lora_parameters, expert_column_parameters, laid_out_parameters)
     layers = [f"{layer}.{name}" for layer in range(12) for name in LINEARS]
     for part in parts:
-        assert part(args, ONE, lora(*layers)) * 4 == part(args, ONE, MEASURED_STEP)
+        assert part(args, ONE, lora(*layers)) * 4 == part(args, ONE, GUIDE_STEP)
         in_stages = ParallelConfig(1, 4, 1, 1)
-        assert part(args, in_stages, lora(*layers)) == part(args, in_stages, MEASURED_STEP)
+        assert part(args, in_stages, lora(*layers)) == part(args, in_stages, GUIDE_STEP)
     assert expert_column_parameters(args, ONE, lora("q_proj", "3.o_proj")) == 0
     assert laid_out_parameters(args, ONE, lora("router")) == 0
 

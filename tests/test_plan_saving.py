@@ -10,7 +10,7 @@ import pytest
 from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import HEAD, LINEARS
-from megatron_gkd.plan.saving import saved_bytes, share_bytes
+from megatron_gkd.plan.saving import saved_bytes
 
 PAGE = Path(__file__).parents[1] / "docs/benchmarks/save.md"
 
@@ -27,7 +27,7 @@ def test_the_table_of_the_docs(world_size):
     args, sizes = REAL_SHAPE.model_args(), layout(ep=min(world_size, 8))
     settings = dict(world_size=world_size, lora_rank=8, targets=LINEARS)
     found = saved_bytes(args, sizes, **settings)
-    share = share_bytes(args, sizes, **settings)[-1]
+    share = saved_bytes(args, sizes, **settings).shares[-1]
     assert share * world_size == 3 * 4 * 421_920_768
     row = next(
         line
@@ -49,8 +49,8 @@ def test_every_layout_writes_as_much(sizes):
     args = REAL_SHAPE.model_args()
     for targets, most in ((LINEARS, 1.0), ([*LINEARS, HEAD], 1.2)):
         settings = dict(world_size=1024, lora_rank=8, targets=targets, teacher_follows=True)
-        shares = share_bytes(args, sizes, **settings)
-        alone = share_bytes(args, layout(), **settings | dict(world_size=1))
+        shares = saved_bytes(args, sizes, **settings).shares
+        alone = saved_bytes(args, layout(), **settings | dict(world_size=1)).shares
         assert sum(shares) == pytest.approx(sum(alone))
         assert max(shares) <= most * sum(shares) / len(shares) * (1 + 1e-9)
 
@@ -59,9 +59,9 @@ def test_what_is_left_out():
     """--save_only_model writes a third; LoRA on some layers leaves the other stages nothing."""
     args, settings = REAL_SHAPE.model_args(), dict(world_size=64, lora_rank=8)
     whole, alone = (
-        sum(share_bytes(args, layout(), **settings, targets=LINEARS, has_optimizer=has))
+        sum(saved_bytes(args, layout(), **settings, targets=LINEARS, has_optimizer=has).shares)
         for has in (True, False)
     )
     assert whole == 3 * alone
-    shares = share_bytes(args, layout(pp=2), **settings, targets=["0.q_proj", "23.q_proj"])
+    shares = saved_bytes(args, layout(pp=2), **settings, targets=["0.q_proj", "23.q_proj"]).shares
     assert shares[:32] == [3 * 4 * 2 * 8 * (2048 + 4096) / 32] * 32 and not any(shares[32:])

@@ -12,29 +12,16 @@ from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config
 from megatron_gkd.gradients import smallest_bucket
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import ATTENTION, LINEARS
+from megatron_gkd.lora_targets import ATTENTION
 from megatron_gkd.plan import step_work
 from megatron_gkd.plan.placement import Group
 from megatron_gkd.plan.rates import read_rates
 from megatron_gkd.plan.step_time import BUBBLE, PHASES, step_time
-from megatron_gkd.plan.workload import Workload, on_policy_share
+from megatron_gkd.plan.workload import on_policy_share
+from tests.plans import GUIDE_STEP
 
 ARGS, H100, ONE = REAL_SHAPE.model_args(), read_rates("h100"), ParallelConfig()
-LOAD = Workload(
-    number_bytes=2,
-    lora_rank=8,
-    targets=LINEARS,
-    recompute=True,
-    micro_batch_tokens=8192,
-    batch_size=4,
-    accumulation=1,
-    prompt_tokens=1536,
-    completion_tokens=0,
-    prefill_tokens=8192,
-    row_tokens=2048,
-    teacher_row_tokens=2048,
-    response_tokens=512,
-)
+LOAD = replace(GUIDE_STEP, prefill_tokens=8192)
 ROLLOUT = replace(LOAD, completion_tokens=512, on_policy_share=1.0)
 REPOSITORY = Path(__file__).parents[1]
 

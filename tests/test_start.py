@@ -6,28 +6,20 @@ from io import StringIO
 import pytest
 
 from tests.ranks import run_ranks
-from tests.train_runs import SMALL, arguments, layout_flags, make_rows, write_rows
+from tests.train_runs import SMALL, arguments, initialize, layout_flags, make_rows, write_rows
 
 
 def start(rank, world_size, argv):
     """(name, group, bytes given, bytes that the rank has afterwards) of each collective of
     `build_run`.
     """
-    import torch
 
     from megatron_gkd.build import build_run
     from megatron_gkd.config import parse_config
-    from megatron_gkd.parallel import initialize
     from tests.collectives import Collectives
 
     config = parse_config(argv)
-    sizes = config.parallel
-    parallel = initialize(
-        torch.device("cpu"),
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        expert_model_parallel_size=sizes.expert_model_parallel_size,
-    )
+    parallel = initialize(config)
     with Collectives(parallel.groups) as seen, redirect_stdout(StringIO()) as said:
         run = build_run(config, parallel)
     run.close()

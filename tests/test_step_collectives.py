@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from tests.train_runs import SMALL, arguments, layout_flags, make_rows, write_rows
+from tests.train_runs import SMALL, arguments, initialize, layout_flags, make_rows, write_rows
 
 KINDS = ("off-policy", "on-policy")
 PAGE_VERSION = "0.16.1"  # of megatron-core, with which the page counted
@@ -22,21 +22,13 @@ def collectives_of_steps(rank, world_size, argv):
     """Of the first and the second step of a run, from when the loop has its rows to when it has the
     next step's: (name, group, bytes given, bytes taken) -> calls.
     """
-    import torch
 
     from megatron_gkd import train
     from megatron_gkd.config import parse_config
-    from megatron_gkd.parallel import initialize
     from tests.collectives import Collectives
 
     config = parse_config(argv)
-    sizes = config.parallel
-    parallel = initialize(
-        torch.device("cpu"),
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        expert_model_parallel_size=sizes.expert_model_parallel_size,
-    )
+    parallel = initialize(config)
     train_step, found = train.train_step, []
 
     def begin(run, batches):

@@ -121,6 +121,22 @@ def stable(lines: list[dict]) -> list[dict]:
     ]
 
 
+def initialize(config):
+    """Inside a rank: the groups of a run with these settings."""
+    import torch
+
+    from megatron_gkd.parallel import initialize
+
+    sizes = config.parallel
+    return initialize(
+        torch.device("cpu"),
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+    )
+
+
 def build_parts(
     argv: list[str],
     *,
@@ -133,7 +149,6 @@ def build_parts(
     the same groups; audio, visual: what the data would have; bucket_bytes: of the reduction of
     gradients, in place of the package's.
     """
-    import torch
 
     from megatron_gkd import adapters, build
     from megatron_gkd import parallel as layout
@@ -144,14 +159,7 @@ def build_parts(
     config = parse_config(argv)
     if again:
         layout.parallel_state.destroy_model_parallel()
-    sizes = config.parallel
-    parallel = layout.initialize(
-        torch.device("cpu"),
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        expert_model_parallel_size=sizes.expert_model_parallel_size,
-        context_parallel_size=sizes.context_parallel_size,
-    )
+    parallel = initialize(config)
     layout.seed_step(0, 0, parallel)
     model_args = read_model_args(config.model.model)
     config, adapter, _ = adapters.resolve(config, model_args, parallel, has_media=audio or visual)

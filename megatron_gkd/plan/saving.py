@@ -28,6 +28,8 @@ class SavedBytes:
     """By the rank that writes most"""
     node: float
     """By the machine that writes most"""
+    shares: list[float]
+    """Of tensors alone, by rank"""
 
 
 def saved_bytes(
@@ -46,37 +48,6 @@ def saved_bytes(
 
     has_optimizer: without --save_only_model; tower_parameters: of LoRA on the towers.
     """
-    of_ranks = share_bytes(
-        args,
-        layout,
-        world_size=world_size,
-        lora_rank=lora_rank,
-        targets=targets,
-        has_optimizer=has_optimizer,
-        teacher_follows=teacher_follows,
-        tower_parameters=tower_parameters,
-    )
-    tensors = num_tensors(args, targets)
-    of_ranks[0] += HEADER_BYTES * tensors * (1 + teacher_follows + 2 * has_optimizer)
-    of_nodes = [
-        sum(of_ranks[first : first + ranks_of_node])
-        for first in range(0, world_size, ranks_of_node)
-    ]
-    return SavedBytes(sum(of_ranks), max(of_ranks), max(of_nodes))
-
-
-def share_bytes(
-    args: ModelArgs,
-    layout: ParallelConfig,
-    *,
-    world_size: int,
-    lora_rank: int,
-    targets: Sequence[str],
-    has_optimizer: bool = True,
-    teacher_follows: bool = False,
-    tower_parameters: int = 0,
-) -> list[float]:
-    """Of tensors, by rank."""
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     stage_size, length = world_size // pp, args.num_layers // pp
     adapters, moments = 1 + teacher_follows, 2 * has_optimizer
@@ -98,7 +69,14 @@ def share_bytes(
             shares[rank] += of_head * lora_rank * args.hidden_size / stage_size
             rows = _vocabulary_rows(args, tp, rank % tp)
             shares[rank] += of_head * lora_rank * rows / (stage_size // tp)
-    return shares
+    tensors = num_tensors(args, targets)
+    headers = HEADER_BYTES * tensors * (1 + teacher_follows + 2 * has_optimizer)
+    of_ranks = [shares[0] + headers, *shares[1:]]
+    of_nodes = [
+        sum(of_ranks[first : first + ranks_of_node])
+        for first in range(0, world_size, ranks_of_node)
+    ]
+    return SavedBytes(sum(of_ranks), max(of_ranks), max(of_nodes), shares)
 
 
 def num_tensors(args: ModelArgs, targets: Sequence[str]) -> int:
