@@ -10,7 +10,8 @@ from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.plan.memory import GIB, estimate, kept_layers_that_fit
 from megatron_gkd.plan.parameters import base_parameters, lora_parameters
 from megatron_gkd.plan.training_memory import layers_of_stage
-from tests.test_plan_memory import CARD, MEASURED_STEP, ONE
+from tests.plans import GUIDE_STEP
+from tests.test_plan_memory import CARD, ONE
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 ROLLOUTS = dict(accumulation=8, completion_tokens=512, prefill_tokens=8192)
@@ -27,7 +28,7 @@ def has_lines(expected):
 
 
 def test_the_parts_of_a_run():
-    found = estimate(ARGS, ONE, replace(MEASURED_STEP, **ROLLOUTS), whole_card=False)
+    found = estimate(ARGS, ONE, replace(GUIDE_STEP, **ROLLOUTS), whole_card=False)
     parts = found.always | found.training | found.rollout
     kinds = [
         ("weights", "base"),
@@ -49,7 +50,7 @@ def test_the_parts_of_a_run():
 
 
 def test_what_fits_on_a_card():
-    step, rollouts = MEASURED_STEP, replace(MEASURED_STEP, **ROLLOUTS)
+    step, rollouts = GUIDE_STEP, replace(GUIDE_STEP, **ROLLOUTS)
     one_row = replace(step, batch_size=1, micro_batch_tokens=2048, recompute=False)
     lines = []
     for title, load in (
@@ -71,9 +72,9 @@ def test_beside_an_h100():
     columns = []
     for layers in (48, 8):
         args = replace(REAL_SHAPE, num_layers=layers).model_args()
-        found = estimate(args, ONE, MEASURED_STEP)
-        base, lora = base_parameters(args, ONE) * 2, lora_parameters(args, ONE, MEASURED_STEP)
-        held = layers * 2 * MEASURED_STEP.micro_batch_tokens * args.hidden_size * 2
+        found = estimate(args, ONE, GUIDE_STEP)
+        base, lora = base_parameters(args, ONE) * 2, lora_parameters(args, ONE, GUIDE_STEP)
+        held = layers * 2 * GUIDE_STEP.micro_batch_tokens * args.hidden_size * 2
         inside = found.always["LoRA inside the experts' products"]
         peak = found.allocated
         columns.append(
@@ -93,7 +94,7 @@ def test_beside_an_h100():
 
 
 def test_what_a_layer_keeps():
-    lines, load = [], replace(MEASURED_STEP, micro_batch_tokens=65536)
+    lines, load = [], replace(GUIDE_STEP, micro_batch_tokens=65536)
     for tp, ep in ((1, 1), (2, 2), (4, 8), (8, 8)):
         (layer, *_) = layers_of_stage(ARGS, ParallelConfig(tp, 1, ep, 1), load, 0)
         of_token = [round(size / load.micro_batch_tokens) for size in layer.kept.values()]

@@ -15,10 +15,10 @@ from megatron_gkd.plan.rollout_memory import BUCKETS, CAPACITY, places, rollout_
 from megatron_gkd.plan.workload import workload
 from megatron_gkd.rollout import cache, engine
 from tests.live_bytes import LiveBytes
+from tests.plans import GUIDE_STEP
 from tests.ranks import run_ranks
 from tests.rollouts import make_engine, make_sampling
 from tests.test_plan_measured import SIZES, VOCABULARY, flags_of
-from tests.test_plan_memory import MEASURED_STEP
 from tests.train_runs import build_parts
 
 LENGTH, WRITTEN, SAMPLES = 60, 24, 2
@@ -106,13 +106,13 @@ def test_places_are_the_engines():
         for tp, ep in ((1, 1), (2, 2), (2, 4), (8, 8)):
             layout = ParallelConfig(tp, 1, ep, 1)
             multiple = 1 if tp % ep == 0 else tp
-            found = places(layout, replace(MEASURED_STEP, batch_size=rows))
+            found = places(layout, replace(GUIDE_STEP, batch_size=rows))
             assert found == engine.bucket(rows, multiple)
 
 
 def test_context_parallel_ranks_share_a_rollout():
     """Its prompts, with all their samples: of five prompts over two ranks one writes three."""
-    load = replace(MEASURED_STEP, batch_size=5, num_generations=4, prompt_tokens=1536)
+    load = replace(GUIDE_STEP, batch_size=5, num_generations=4, prompt_tokens=1536)
     load = replace(load, completion_tokens=512, prefill_tokens=1536)
     two, keys = ParallelConfig(context_parallel_size=2), "keys and values"
     alone = replace(load, batch_size=3)
@@ -149,7 +149,7 @@ def test_a_rollout_is_what_a_gpu_showed(rows, length, written, is_student, peak)
     """
     args, one = REAL_SHAPE.model_args(), ParallelConfig()
     sizes = dict(prompt_tokens=length, completion_tokens=written, prefill_tokens=8192)
-    load = replace(MEASURED_STEP, batch_size=rows, **sizes)
+    load = replace(GUIDE_STEP, batch_size=rows, **sizes)
     found = estimate(args, one, load)
     held = found.always["base"] + found.always["LoRA, gradients, AdamW"] // 4
     held += found.always["LoRA laid out"] * is_student + found.always["sampler"]
