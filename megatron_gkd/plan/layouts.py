@@ -191,11 +191,11 @@ def data_parallel_size(job: Job, sizes: Sizes) -> int:
     """Raises ValueError where a run would refuse the layout, a step's samples do not divide, or
     rows are not cut so small without being told to.
     """
-    args = job.args
-    replace(job.config, parallel=sizes.parallel())  # its checks
+    args, parallel = job.args, sizes.parallel()
+    job.config.check_parallel(parallel)
     dp = check_layout(
         job.gpus,
-        sizes.parallel(),
+        parallel,
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_key_value_heads,
         num_experts=args.num_experts,

@@ -166,8 +166,9 @@ def impossible(plan: Plan) -> list[str]:
     if not total:
         return ["No layout is impossible."]
     lines = [f"Impossible are {total:,} layouts:"]
-    for number, reason, members in grouped(plan.refusals):
-        lines += [f"  {number:,}: such as {sizes_name(members[0].sizes)}: {reason}"]
+    for smallest, members in grouped(plan.refusals):
+        such_as = f"such as {sizes_name(smallest.sizes)}: {smallest.reason}"
+        lines.append(f"  {len(members):,}: {such_as}")
     if plan.too_large:
         lines.append(
             f"  {len(plan.too_large):,} recomputations and micro-batches of possible layouts need "
