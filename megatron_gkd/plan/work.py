@@ -109,7 +109,9 @@ class Collective(Item):
     num_bytes: float
 
 
-FRESH = "fresh"  # the kernel of memory that the system hands out
+# Kernels that a CPU has alone: of memory that the system hands out, and of LoRA's matrices that are
+# copied beside each other for each pair of a token and an expert (rollout/torch_kernels.py).
+FRESH, PAIR_MATRICES = "fresh", "pair_matrices"
 Work = list[Item]
 
 
