@@ -5,8 +5,9 @@ On a GPU the host launches ahead: a phase takes the longer of its launches and o
 does one after the other. On a CPU both add up. Collectives overlap with nothing but for the
 reduction of gradients: where they make several buckets (gradients.py), all but the last go on
 beside the last micro-batch's backward, which is taken as half of that micro-batch. Pipeline stages:
-of m micro-batches over p stages each stage waits p - 1 times for its neighbours; a token of a
-rollout goes through one stage after the other.
+of m micro-batches over p stages each stage waits p - 1 times for its neighbours, of teacher and
+student together once: a stage that has passed on the teacher's last micro-batch begins with the
+student's first. A token of a rollout goes through one stage after the other.
 """
 
 from collections import defaultdict
@@ -92,7 +93,7 @@ def step_time(
     phases = dict.fromkeys(PHASES, Phase(0.0, {}, ""))
     if load.completion_tokens and load.on_policy_share:
         phases |= rollout or written()
-    phases["teacher"] = pipelined(step_work.teacher(step), [], micro_batches)
+    phases["teacher"] = phase(step_work.teacher(step), micro_batches)
     phases["student"] = pipelined(step_work.student(step), step_work.loss(step), micro_batches)
     of_backward = phases["student"].seconds / micro_batches / 2
     phases["gradient reduction"] = _exposed(step_work.reduction(step), of_backward, rates, groups)
