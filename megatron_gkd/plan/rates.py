@@ -115,7 +115,8 @@ class Rates:
 
     def _product(self, item: Product) -> float:
         """The slower of its multiplications and its bytes."""
-        if not item.flops:
+        flops = item.flops
+        if not flops:
             return 0.0
         groups = max(item.groups, 1)
         side, size = "rows", item.rows if item.outer else item.rows / groups
@@ -127,10 +128,8 @@ class Rates:
         kind = "grouped" if item.groups else "dense"
         if item.outer and f"outer.{side}" in self.entries:
             kind = "outer"
-        found = max(
-            item.flops / self.at(f"{kind}.{side}", size),
-            item.num_bytes / self.bytes_per_second("product"),
-        )
+        of_bytes = item.num_bytes / self.bytes_per_second("product")
+        found = max(flops / self.at(f"{kind}.{side}", size), of_bytes)
         return found + item.times * item.groups * self.number("grouped.group")
 
     def collective(self, kind: str, num_bytes: float, group: Group) -> float:

@@ -74,9 +74,9 @@ def neighbour(plan: Plan, name: str, way: int) -> str:
     for choice in plan.choices:
         if alike(choice.sizes) and beyond(choice.sizes):
             nearest.setdefault(getattr(choice.sizes, name), choice)
-    for refusal in plan.refusals:
-        if refusal.nearest and alike(refusal.sizes) and beyond(refusal.sizes):
-            nearest[getattr(refusal.sizes, name)] = refusal.nearest
+    for sizes, choice in plan.nearest.items():
+        if alike(sizes) and beyond(sizes):
+            nearest[getattr(sizes, name)] = choice
     if not nearest:
         return ""
     value = min(nearest, key=lambda size: abs(size - getattr(best, name)))

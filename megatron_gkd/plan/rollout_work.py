@@ -20,9 +20,10 @@ from megatron_gkd.plan.work import (
 
 # Launches of a token, by docs/rollout.md: of a layer, and beside the layers 744 - 48 x 13.
 TOKEN_LAYER_LAUNCHES, TOKEN_LAUNCHES = 13, 120
-# More of them where ranks share a layer, and where they share the vocabulary: of the operations
-# that a CPU makes of these (58 and 128 on one rank) 9 to 13 and 21, in proportion.
-SHARED_LAYER_LAUNCHES, SHARED_LAUNCHES = 3, 20
+# More of them where ranks share the experts (the parts of a sum are added up before it goes to the
+# others, places of other ranks' rows are zeroed), where they share attention, and where they share
+# the vocabulary. On a CPU 12 or 13 operations more than the 58 of a layer, and 21 than 128 beside.
+EXPERTS_LAUNCHES, ATTENTION_LAUNCHES, VOCABULARY_LAUNCHES = 2, 1, 20
 CANDIDATES = 50  # of a rank's columns for each row: the default of --top_k
 SAMPLER_PASSES = 4  # over the logits in fp32
 LOOK = 16  # tokens between two looks of the host at what was written (rollout/cache.py)
@@ -69,8 +70,10 @@ def token(step: Step) -> Work:
         for item in repeated(_token_of_layer(step, layer, keys), number)
     ]
     kind = "eager" if step.stages > 1 else "graph"
-    shared = step.layout.tensor_model_parallel_size * step.layout.expert_model_parallel_size > 1
-    launches = TOKEN_LAYER_LAUNCHES + SHARED_LAYER_LAUNCHES * shared
+    tp, ep = step.layout.tensor_model_parallel_size, step.layout.expert_model_parallel_size
+    launches = (
+        TOKEN_LAYER_LAUNCHES + EXPERTS_LAUNCHES * (tp * ep > 1) + ATTENTION_LAUNCHES * (tp > 1)
+    )
     work.append(Launches(kind=kind, times=launches * length))
     if step.stages > 1:
         size = step.load.written_rows(step.layout) * step.args.hidden_size * load.number_bytes
@@ -154,7 +157,7 @@ def token_head(step: Step) -> Work:
             number_bytes=load.number_bytes,
         ),
         Moved(part="sampler", kernel="copy", num_bytes=SAMPLER_PASSES * rows * columns * 4),
-        Launches(kind=kind, times=TOKEN_LAUNCHES + SHARED_LAUNCHES * (tp > 1)),
+        Launches(kind=kind, times=TOKEN_LAUNCHES + VOCABULARY_LAUNCHES * (tp > 1)),
     ]
     part = "sums over ranks"
     if tp > 1:  # of each candidate score, logit and column, in fp64; the row's log-sum

@@ -149,10 +149,9 @@ def choices_table(choices: Sequence[Choice]) -> list[str]:
 
 def closest(plan: Plan) -> list[str]:
     """Where nothing is possible: the layout that needs least, with its parts."""
-    nearest = [refusal.nearest for refusal in plan.refusals if refusal.nearest]
-    if not nearest:
+    if not plan.nearest:
         return []
-    least = min(nearest, key=lambda choice: choice.memory.total)
+    least = min(plan.nearest.values(), key=lambda choice: choice.memory.total)
     return [
         f"{layout_name(least.sizes, least.dp)}, --recompute {least.recompute}, micro-batches of "
         f"{least.micro_batch_tokens} tokens need least of all, {least.memory.describe()}; the GPU "
