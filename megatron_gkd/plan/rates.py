@@ -130,6 +130,8 @@ class Rates:
             kind = "outer"
         of_bytes = item.num_bytes / self.bytes_per_second("product")
         found = max(flops / self.at(f"{kind}.{side}", size), of_bytes)
+        if not item.groups:
+            return found
         return found + item.times * item.groups * self.number("grouped.group")
 
     def collective(self, kind: str, num_bytes: float, group: Group) -> float:

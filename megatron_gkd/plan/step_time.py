@@ -26,6 +26,7 @@ ROLLOUT = ("rollout prefill", "rollout decode")
 PHASES = (*ROLLOUT, "teacher", "student", "gradient reduction", "optimizer")
 OF_LAYOUT = (*ROLLOUT, "optimizer")  # depend neither on micro-batches nor on recomputation
 HOST, BUBBLE = "launches", "pipeline bubble"
+OF_HOST = (Launches, Waits)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _phase(work: Iterable[Item], rates: Rates, groups: dict[str, Group], times: 
             communication += seconds
         else:
             name = item.part
-            host += seconds * (isinstance(item, Launches | Waits) and not item.of_device)
+            host += seconds * (isinstance(item, OF_HOST) and not item.of_device)
         parts[name] += seconds
     device = sum(parts.values()) - host
     if rates.device == "cpu":
