@@ -6,12 +6,12 @@ import os
 from dataclasses import replace
 from functools import partial
 
+from megatron_gkd.checkpoint import check_output_dir
 from megatron_gkd.config import Config, flag_targets, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.parallel import Parallel, log_rank_0, world_max
-from megatron_gkd.run_folder import check_writable
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
 
@@ -20,8 +20,8 @@ def read_data(
     config: Config, parallel: Parallel
 ) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
     """(sizes of the model, training data, evaluation data or None), once it is clear that the
-    layout fits the model and that --output_dir is writable. Raises ValueError, OSError or
-    DataError; see `load_data`.
+    layout fits the model and that all ranks can write into --output_dir. Raises ValueError, OSError
+    or DataError. Collectives: those of `check_output_dir` and `load_data`.
     """
     model_args = read_model_args(config.model.model)
     if config.lora.lora_towers and not model_args.family.towers:
@@ -32,7 +32,7 @@ def read_data(
     flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:
-        check_writable(config.run.output_dir)
+        check_output_dir(config.run.output_dir, parallel)
         check_installed(config.run.report_to)
     train_data, eval_data = load_data(config, model_args, parallel)
     return model_args, train_data, eval_data

@@ -2,12 +2,15 @@
 after it gives, and what the float64 reference says; in whatever step a run may have.
 """
 
+import re
 import shutil
 from functools import partial
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_gkd.gradients import smallest_bucket
 from megatron_gkd.lora_targets import HEAD
@@ -38,6 +41,11 @@ def flags(tiny_folder, tmp_path_factory):
         dataset=write_rows(root / "rows.jsonl", make_rows(2)),
         output_dir=root,
     )
+
+
+def sizes_of(replica, idle):
+    """Rows of each micro-batch of this data-parallel rank."""
+    return (0,) * len(SIZES) if replica in idle else SIZES
 
 
 def watched_pass(parts, sizes):
@@ -81,12 +89,13 @@ def watched_pass(parts, sizes):
     ]
 
 
-def both_ways(rank, world_size, argv):
+def both_ways(rank, world_size, argv, idle):
     """With one bucket a buffer, with many, then a step without a row; and bytes of the buffers."""
     whole = build_parts(argv)
-    found = dict(whole=watched_pass(whole, SIZES))
+    sizes = sizes_of(whole.parallel.dp_rank, idle)
+    found = dict(whole=watched_pass(whole, sizes))
     cut = build_parts(argv, again=True, bucket_bytes=SMALL_BUCKET)
-    found |= dict(cut=watched_pass(cut, SIZES), nothing=watched_pass(cut, (0, 0, 0)))
+    found |= dict(cut=watched_pass(cut, sizes), nothing=watched_pass(cut, (0, 0, 0)))
     of_groups = dict(dp_cp=cut.ddp.buffers, expt_dp=cut.ddp.expert_parallel_buffers)
     num_bytes = {
         group: sum(buffer.grad_data.nbytes for buffer in buffers)
@@ -94,6 +103,14 @@ def both_ways(rank, world_size, argv):
         if buffers and buffers[0].data_parallel_group.size() > 1
     }
     return found, num_bytes, len(cut.ddp.grad_accs)
+
+
+def check_gradients(found, expected, grad_norm):
+    """A rank's slices of the gradients are the reference's."""
+    for name, index, gradient in found:
+        wanted = expected[name][index]
+        error = (gradient - wanted).norm().item()
+        assert error <= 1e-3 * wanted.norm().item() + 1e-6 * grad_norm, name
 
 
 @pytest.mark.parametrize(
@@ -130,7 +147,7 @@ def test_buckets_that_start_early(flags, tmp_path, world_size, layout, targets, 
     num_replicas = world_size // replica
     rows = [row for rank in range(num_replicas) for row in make_rows(sum(SIZES), seed=rank)]
     means, expected = reference_gradients(flags["model"], adapter, rows)
-    for found, num_bytes, num_parameters in run_ranks(both_ways, world_size, argv):
+    for found, num_bytes, num_parameters in run_ranks(both_ways, world_size, argv, ()):
         reductions = {name: seen for name, (seen, _) in found.items()}
         assert [(group, size) for group, size, *_ in reductions["whole"]] == [
             (group, num_bytes[group]) for group in ("expt_dp", "dp_cp") if group in num_bytes
@@ -143,15 +160,66 @@ def test_buckets_that_start_early(flags, tmp_path, world_size, layout, targets, 
         assert len(reductions["cut"]) > len(num_bytes)
         assert all(before > 2 * num_parameters for _, _, before, _ in reductions["cut"])
         assert reductions["cut"][0][3] > num_parameters / 3  # still to come
-        errors = []
-        for (name, index, whole), (_, _, cut) in zip(found["whole"][1], found["cut"][1]):
-            errors.append(float((whole - cut).abs().max()))
-            wanted = expected[name][index]
-            error = (cut - wanted).norm().item()
-            assert error <= 1e-3 * wanted.norm().item() + 1e-6 * means["grad_norm"], name
+        check_gradients(found["cut"][1], expected, means["grad_norm"])
+        errors = [
+            float((whole - cut).abs().max())
+            for (_, _, whole), (_, _, cut) in zip(found["whole"][1], found["cut"][1])
+        ]
         # of two ranks' numbers there is one sum; of four, gloo's order depends on the place
         assert max(errors) <= (0 if num_replicas <= 2 else 1e-6 * means["grad_norm"])
         assert not any(gradient.any() for *_, gradient in found["nothing"][1])
+
+
+FIRST_ATTENTION_THEN_EXPERTS = r"layers\.0\.mlp|layers\.1\.self_attn"
+
+
+@pytest.mark.parametrize(
+    "world_size, layout, left_out, idle, more",
+    [
+        pytest.param(*(4, dict(pp=2), FIRST_ATTENTION_THEN_EXPERTS, (1,), {}), id="PP2 DP2"),
+        *(
+            pytest.param(*case, id=name, marks=pytest.mark.extended)
+            for name, case in {
+                "TP4 EP2 DP2": (8, dict(tp=4, ep=2), "nothing", (), {}),
+                "TP2 EP8 DP4": (8, dict(tp=2, ep=8), "nothing", (1,), {}),
+                "TP2 CP2 EP2": (8, dict(tp=2, cp=2, ep=2), "nothing", (1,), dict(recompute="full")),
+                "TP2 PP2 EP4": (
+                    8,
+                    dict(tp=2, pp=2, ep=4),
+                    r"layers\.1\.",
+                    (0,),
+                    dict(recompute="full"),
+                ),
+                "DP4 EP4": (4, dict(ep=4), r"layers\.1\.self_attn\.[qko]", (0, 2), {}),
+            }.items()
+        ),
+    ],
+)
+def test_where_some_have_nothing(flags, tmp_path, world_size, layout, left_out, idle, more):
+    """LoRA on the lm_head and on some linears of some layers, so that a pipeline stage may have
+    none of a kind; data-parallel ranks whose micro-batches of a step are all empty.
+    """
+    targets = (*ATTENTION, *EXPERTS, HEAD)
+    adapter = write_adapter(tmp_path / "adapter", flags["model"], rank=3, alpha=5, targets=targets)
+    weights = Path(adapter, "adapter_model.safetensors")
+    tensors = load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if not re.search(left_out, name)}
+    save_file(kept, weights)
+    argv = arguments(**flags, **more, adapter=adapter, **layout_flags(**layout))
+    num_replicas = world_size // prod(layout.get(size, 1) for size in ("tp", "pp", "cp"))
+    rows = [
+        row
+        for replica in range(num_replicas)
+        for row in make_rows(sum(sizes_of(replica, idle)), seed=replica)
+    ]
+    means, expected = reference_gradients(flags["model"], adapter, rows)
+    compared = set()
+    for found, *_ in run_ranks(both_ways, world_size, argv, idle):
+        for gradients in (found["whole"][1], found["cut"][1]):
+            check_gradients(gradients, expected, means["grad_norm"])
+            compared |= {name for name, *_ in gradients}
+        assert not any(gradient.any() for *_, gradient in found["nothing"][1])
+    assert compared == expected.keys()
 
 
 def test_what_is_worth_a_bucket():

@@ -32,8 +32,8 @@ def start(rank, world_size, argv):
     "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
 )
 def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
-    """Three maxima of a number over the world, two for the data and one for the weights, and the
-    weights themselves once.
+    """Of a number over the world five maxima and a broadcast, for the output folder, the data and
+    the weights; and the weights themselves once.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
     argv = arguments(
@@ -50,9 +50,12 @@ def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
         of_ranks = run_ranks(start, dp * replica, argv)
         for calls, weights, _ in of_ranks:
             maxima = [call for call in calls if call[0] == "all_reduce"]
-            assert maxima == [("all_reduce", "world", 8, 8)] * 3
-            sent = sum(given for name, _, given, _ in calls if name == "broadcast")
-            assert len(calls) == len(maxima) + (2 if dp > 1 else 0)
+            assert maxima == [("all_reduce", "world", 8, 8)] * 5
+            broadcasts = [call for call in calls if call[0] == "broadcast"]
+            assert broadcasts.pop(0) == ("broadcast", "world", 8, 8)
+            sent = sum(given for _, _, given, _ in broadcasts)
+            assert len(broadcasts) == (2 if dp > 1 else 0)
+            assert len(calls) == len(maxima) + 1 + len(broadcasts)
             assert (0.98 * weights < sent <= weights) if dp > 1 else not sent  # without padding
         assert "with the rest from its peers" in of_ranks[0][2]
         if dp > 1:

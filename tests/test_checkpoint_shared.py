@@ -1,0 +1,78 @@
+"""The folder that all machines must share: one that they do not is refused at the start, one that
+shows a change late to some of them makes no rank go on from another checkpoint.
+"""
+
+import os
+import time
+
+import torch
+
+from megatron_gkd import parallel
+from megatron_gkd.checkpoint import check_output_dir, latest_of_rank_0, note_latest
+from megatron_gkd.formats import safetensors_file
+from megatron_gkd.lora.peft_config import TENSORS
+from tests.ranks import run_ranks
+
+
+def in_folders(rank, world_size, shared, folders):
+    """Of the shared folder and of a folder of the rank's own: what is wrong with it, the latest
+    checkpoint there.
+    """
+    safetensors_file.SECONDS_TO_APPEAR = 0
+    place, found = parallel.initialize(torch.device("cpu")), []
+    for folder in (shared, folders[rank]):
+        said = None
+        try:
+            check_output_dir(folder, place)
+        except OSError as error:
+            said = str(error)
+        found.append((said, latest_of_rank_0(folder, place)))
+    return found
+
+
+def make_checkpoint(output, step):
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / TENSORS).touch()
+    note_latest(output, folder)
+    return folder
+
+
+def test_one_folder_for_all_ranks(tmp_path):
+    """A rank that has the name and not the folder is found; all take rank 0's latest."""
+    shared, own = tmp_path / "shared", [tmp_path / name for name in "012"]
+    for step, rank in ((7, 0), (3, 1), (7, 2)):
+        make_checkpoint(own[rank], step)
+    (of_0, *others) = run_ranks(in_folders, 3, str(shared), [str(folder) for folder in own])
+    assert of_0[0] == (None, None) and all(of_rank[0] == of_0[0] for of_rank in others)
+    assert list(shared.iterdir()) == []
+    for rank, (_, (said, latest)) in enumerate([of_0, *others]):
+        assert said.startswith(
+            f"--output_dir {own[1]} must be one folder for all ranks: rank 1 (on "
+        )
+        assert "[Errno 2] No such file or directory" in said and "\n" not in said
+        assert latest == own[rank] / "checkpoint-7"
+        assert not list(own[rank].glob(".shown-*"))
+
+
+def test_a_folder_that_rank_0_cannot_make(tmp_path):
+    (tmp_path / "file").touch()
+    of_ranks = run_ranks(in_folders, 2, str(tmp_path / "file"), [str(tmp_path / "file")] * 2)
+    for of_rank in of_ranks:
+        for said, latest in of_rank:
+            before = f"--output_dir {tmp_path / 'file'}: rank 0 cannot write there: "
+            assert said == f"{before}it is a file, choose another name"
+            assert latest is None
+
+
+def test_a_file_that_another_machine_shows_late(tmp_path, monkeypatch):
+    path, waited = tmp_path / "made by rank 0", []
+
+    def sleep(seconds):
+        waited.append(path.exists())
+        if len(waited) == 3:
+            path.touch()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    os.close(safetensors_file.open_to_write(path))
+    assert waited == [False] * 3
