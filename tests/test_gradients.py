@@ -7,13 +7,15 @@ import shutil
 from functools import partial
 from math import prod
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd.gradients import smallest_bucket
+from megatron_gkd.gradients import GradientReducer, smallest_bucket
 from megatron_gkd.lora_targets import HEAD
+from tests.collectives import Collectives
 from tests.media_rows import write_rows as write_media_rows
 from tests.ranks import run_ranks
 from tests.reference_step import ATTENTION, EXPERTS, reference_gradients, write_adapter
@@ -55,7 +57,6 @@ def watched_pass(parts, sizes):
     """
     from megatron_gkd.forward import student_forward_backward, teacher_forward
     from megatron_gkd.lora.adapter import adapter_slices
-    from tests.collectives import Collectives
 
     parallel = parts.parallel
     samples, batches = make_samples(sum(sizes), seed=parallel.dp_rank), []
@@ -296,3 +297,77 @@ def test_runs_are_the_same_to_the_last_bit(flags, tiny_folder, tmp_path):
     check_runs(
         {name: arguments(output_dir=tmp_path / name, **run) for name, run in runs.items()}, tmp_path
     )
+
+
+def gradients_in_any_order(rank, world_size, argv):
+    """Steps in which the backward is a loop over the parameters, so that each gets what it gets
+    when the test says so: in the model's order, then with some left out and in another order on
+    each rank, then all again. Wrong sums; of each step the reductions in their order; how many had
+    begun after each gradient of the first step, and how many could have.
+    """
+    ddp = build_parts(argv, bucket_bytes=SMALL_BUCKET).ddp
+    trained = [parameter for parameter in ddp.parameters() if parameter.requires_grad][::-1]
+    number = {parameter: place for place, parameter in enumerate(trained)}
+
+    def order_on(rank, step):
+        if step == 0:
+            return trained
+        drawn = Random(10 * step + rank)
+        kept = [parameter for parameter in trained if step % 2 == 0 or drawn.random() < 0.6]
+        return drawn.sample(kept, len(kept))
+
+    def value(rank, parameter):
+        return (rank + 1) * (number[parameter] + 1)  # whose sums are exact
+
+    wrong, reductions, begun = [], [], []
+    ends = sorted(max(map(number.get, bucket.parameters)) for bucket in ddp.buckets)
+    for step in range(5):
+        ddp.zero_grad_buffer()
+        with Collectives() as seen:
+            for parameter in order_on(rank, step):
+                (parameter * value(rank, parameter)).sum().backward()
+                if step == 0:
+                    place = number[parameter]
+                    begun.append((len(seen.of()), sum(end <= place for end in ends)))
+            ddp.finish_grad_sync()
+        reductions.append(seen.of())
+        orders = [set(order_on(other, step)) for other in range(world_size)]
+        for parameter in trained:
+            expected = sum(value(r, parameter) for r, has in enumerate(orders) if parameter in has)
+            if not (parameter.main_grad == expected).all():
+                wrong.append((step, number[parameter]))
+    for parameter in trained:
+        parameter.sum().backward()
+    with pytest.raises(RuntimeError, match="a LoRA parameter got a second gradient"):
+        trained[0].sum().backward()
+    return wrong, reductions, begun
+
+
+def test_whatever_order_gradients_come_in(flags):
+    """All ranks reduce in one order, each bucket as soon as it and those before it are complete; a
+    gradient that comes too late for its sum is refused.
+    """
+    argv = arguments(**flags, lora_rank=3)
+    of_ranks = run_ranks(gradients_in_any_order, 2, argv)
+    for wrong, reductions, begun in of_ranks:
+        assert wrong == []
+        assert reductions == of_ranks[0][1] and all(each == reductions[0] for each in reductions)
+        assert len(reductions[0]) > 4
+        assert all(number == expected for number, expected in begun)
+
+
+def cut_into(rank, world_size, argv, shares):
+    """For each smallest bucket, a share of the buffer's bytes: whether each bucket starts early."""
+    model = build_parts(argv).model
+    (whole,) = GradientReducer(model, lambda num_ranks: 2**40).buckets
+    cuts = [
+        GradientReducer(model, lambda _, n=share * whole.gradients.nbytes: n) for share in shares
+    ]
+    return [[bucket.starts_early for bucket in ddp.buckets] for ddp in cuts]
+
+
+def test_what_is_cut(flags):
+    """A buffer of two buckets or more; a smaller one is reduced at once, after the backward."""
+    argv = arguments(**flags, lora_rank=3, lora_target_modules=",".join(ATTENTION))
+    for cuts in run_ranks(cut_into, 2, argv, [0.9, 0.52, 0.48, 0.24]):
+        assert cuts == [[False], [False], [True] * 2, [True] * 4]
