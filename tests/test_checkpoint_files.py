@@ -196,7 +196,8 @@ def test_what_a_crash_of_the_machine_leaves(saved):
     partial, lasting = ".checkpoint-3.partial", of_0[-1]
     named = lasting.index(f"{partial} -> checkpoint-3")
     names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
-    assert {partial, *(f"{partial}/{name}" for name in names)} <= set(lasting[:named])
+    assert {f"{partial}/{name}" for name in names} <= set(lasting[:named])
+    assert lasting[named - 1] == partial  # with the names of all files
     (latest,) = (
         place for place, what in enumerate(lasting) if what.endswith("-> latest_checkpoint")
     )

@@ -76,14 +76,17 @@ def test_neighbours_are_one_write(tensors, tmp_path, monkeypatch, block_bytes, n
     assert not found[other].any()
 
 
-def test_a_writer_that_took_a_whole_page(tensors, tmp_path):
-    starts = made_file(tensors, tmp_path / "file")
-    first, second = sorted(tensors)[:2]
-    _, edges = write_runs(tmp_path / "file", [Run(starts[second], tensors[second].flatten())])
+@pytest.mark.parametrize("place, more", [(0, 0), (2, -1)])
+def test_a_writer_that_took_a_whole_page(tensors, tmp_path, place, more):
+    """The neighbour in front writes a byte too many at its end, the one behind at its start."""
+    starts, names = made_file(tensors, tmp_path / "file"), sorted(tensors)
+    middle, other = names[1], names[place]
+    _, edges = write_runs(tmp_path / "file", [Run(starts[middle], tensors[middle].flatten())])
+    check_edges(tmp_path / "file", edges)
     with open(tmp_path / "file", "r+b") as file:
-        file.seek(starts[first])
-        file.write(bytes(tensors[first].nbytes + 1))
-    with pytest.raises(OSError, match=f"bytes {starts[second]} to .* loses writes"):
+        file.seek(starts[other] + more)
+        file.write(b"\xff" * (tensors[other].nbytes + 1))
+    with pytest.raises(OSError, match="bytes .* loses writes"):
         check_edges(tmp_path / "file", edges)
 
 
