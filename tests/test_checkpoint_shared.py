@@ -8,10 +8,15 @@ import time
 import torch
 
 from megatron_gkd import parallel
+from megatron_gkd.adapters import resolve
 from megatron_gkd.checkpoint import check_output_dir, latest_of_rank_0, note_latest
+from megatron_gkd.config import parse_config
 from megatron_gkd.formats import safetensors_file
 from megatron_gkd.lora.peft_config import TENSORS
+from megatron_gkd.model.args import read_model_args
 from tests.ranks import run_ranks
+from tests.reference_step import write_adapter
+from tests.train_runs import SMALL, arguments, initialize
 
 
 def in_folders(rank, world_size, shared, folders):
@@ -76,3 +81,26 @@ def test_a_file_that_another_machine_shows_late(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
     os.close(safetensors_file.open_to_write(path))
     assert waited == [False] * 3
+
+
+def resumed(rank, world_size, argument_lists):
+    """The checkpoint that a rank goes on from, or why it cannot."""
+    config = parse_config(argument_lists[rank])
+    place = initialize(config)
+    try:
+        return resolve(config, read_model_args(config.model.model), place)[2]
+    except FileNotFoundError as error:
+        return str(error)
+
+
+def test_all_ranks_go_on_from_one_checkpoint(tiny_folder, tmp_path):
+    """One that rank 1 does not see, as yet, ends it, although it has an earlier one."""
+    model, own, argvs = tiny_folder(**SMALL), [tmp_path / "0", tmp_path / "1"], []
+    for folder in own:
+        write_adapter(folder / "checkpoint-1", model, rank=2, alpha=4)
+        flags = dict(model=model, dataset="none", output_dir=folder)
+        argvs.append(arguments(**flags, resume_from_checkpoint="latest"))
+    write_adapter(own[0] / "checkpoint-2", model, rank=2, alpha=4)
+    of_0, of_1 = run_ranks(resumed, 2, argvs)
+    assert of_0 == own[0] / "checkpoint-2"
+    assert f"{own[1] / 'checkpoint-2'}: no adapter_config.json" in of_1

@@ -299,13 +299,15 @@ def test_runs_are_the_same_to_the_last_bit(flags, tiny_folder, tmp_path):
     )
 
 
-def gradients_in_any_order(rank, world_size, argv):
+def gradients_in_any_order(rank, world_size, argv, towers):
     """Steps in which the backward is a loop over the parameters, so that each gets what it gets
     when the test says so: in the model's order, then with some left out and in another order on
     each rank, then all again. Wrong sums; of each step the reductions in their order; how many had
     begun after each gradient of the first step, and how many could have.
     """
-    ddp = build_parts(argv, bucket_bytes=SMALL_BUCKET // 2).ddp  # whose order is not that of starts
+    # of a size at which buckets do not end in the order in which they start
+    sizes = dict(audio=towers, visual=towers, bucket_bytes=SMALL_BUCKET // 2)
+    ddp = build_parts(argv, **sizes).ddp
     trained = [parameter for parameter in ddp.parameters() if parameter.requires_grad][::-1]
     number = {parameter: place for place, parameter in enumerate(trained)}
 
@@ -320,7 +322,8 @@ def gradients_in_any_order(rank, world_size, argv):
         return (rank + 1) * (number[parameter] + 1)  # whose sums are exact
 
     wrong, reductions, begun = [], [], []
-    ends = sorted(max(map(number.get, bucket.parameters)) for bucket in ddp.buckets)
+    early = [bucket for bucket in ddp.buckets if bucket.starts_early]
+    ends = sorted(max(map(number.get, bucket.parameters)) for bucket in early)
     for step in range(5):
         ddp.zero_grad_buffer()
         with Collectives() as seen:
@@ -339,16 +342,20 @@ def gradients_in_any_order(rank, world_size, argv):
     for parameter in trained:
         parameter.sum().backward()
     with pytest.raises(RuntimeError, match="a LoRA parameter got a second gradient"):
-        trained[0].sum().backward()
+        next(iter(early[0].parameters)).sum().backward()
     return wrong, reductions, begun
 
 
-def test_whatever_order_gradients_come_in(flags):
-    """All ranks reduce in one order, each bucket as soon as it and those before it are complete; a
-    gradient that comes too late for its sum is refused.
+@pytest.mark.parametrize("towers", [False, True])
+def test_whatever_order_gradients_come_in(flags, towers):
+    """All ranks reduce in one order, each bucket as soon as it and those before it are complete,
+    also with LoRA on towers and lm_head; a gradient that comes too late for its sum is refused.
     """
     argv = arguments(**flags, lora_rank=3)
-    of_ranks = run_ranks(gradients_in_any_order, 2, argv)
+    if towers:
+        targets = ",".join([*ATTENTION, *EXPERTS, HEAD])
+        argv = arguments(**flags, lora_rank=3, lora_towers=True, lora_target_modules=targets)
+    of_ranks = run_ranks(gradients_in_any_order, 2, argv, towers)
     for wrong, reductions, begun in of_ranks:
         assert wrong == []
         assert reductions == of_ranks[0][1] and all(each == reductions[0] for each in reductions)
