@@ -228,7 +228,7 @@ def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None
         # a kill meanwhile leaves no half-removed checkpoint under its name
         gone = path.with_name(f".{path.name}.partial")
         path.rename(gone)
-        shutil.rmtree(gone)
+        _remove(gone)
 
 
 def load_checkpoint(
@@ -302,4 +302,14 @@ def _tidy(output_dir: Path) -> None:
         if path.suffix == ".old" and not final.exists():
             path.rename(final)
         elif path.suffix in (".old", ".partial"):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """NFS keeps files that a process of this machine has open: what cannot go is no reason to end a
+    run, and stays under its hidden name until a later save tries again.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"Note: {folder} is not removed, the next save tries again: {error}", flush=True)

@@ -1,15 +1,25 @@
-"""The folder that all machines must share: one that they do not is refused at the start, one that
-shows a change late to some of them makes no rank go on from another checkpoint.
+"""The folder that all machines must share: one that they do not is refused at the start; where a
+network file system shows a change late or keeps a file, no rank goes on from another checkpoint
+than the others, and no run ends.
 """
 
+import errno
 import os
+import shutil
 import time
 
 import torch
 
 from megatron_gkd import parallel
 from megatron_gkd.adapters import resolve
-from megatron_gkd.checkpoint import check_output_dir, latest_of_rank_0, note_latest
+from megatron_gkd.checkpoint import (
+    _tidy,
+    check_output_dir,
+    checkpoints,
+    latest_of_rank_0,
+    note_latest,
+    remove_old,
+)
 from megatron_gkd.config import parse_config
 from megatron_gkd.formats import safetensors_file
 from megatron_gkd.lora.peft_config import TENSORS
@@ -104,3 +114,21 @@ def test_all_ranks_go_on_from_one_checkpoint(tiny_folder, tmp_path):
     of_0, of_1 = run_ranks(resumed, 2, argvs)
     assert of_0 == own[0] / "checkpoint-2"
     assert f"{own[1] / 'checkpoint-2'}: no adapter_config.json" in of_1
+
+
+def test_a_folder_that_cannot_go_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """As on NFS, where another process of the machine reads it: it goes with a later save."""
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+
+    def busy(folder, *unused):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        remove_old(tmp_path, 3, 2)
+    gone = tmp_path / ".checkpoint-1.partial"
+    assert gone.is_dir() and [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    assert f"{gone} is not removed" in capsys.readouterr().out
+    _tidy(tmp_path)
+    assert not gone.exists() and [step for step, _ in checkpoints(tmp_path)] == [2, 3]
