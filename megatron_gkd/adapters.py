@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.checkpoint import TEACHER_FOLDER, find_checkpoint
+from megatron_gkd.checkpoint import TEACHER_FOLDER, find_checkpoint, latest_of_rank_0
 from megatron_gkd.config import Config, flag_targets
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.apply import (
@@ -40,17 +40,20 @@ def resolve(
     config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool = True
 ) -> tuple[Config, PeftAdapter | None, Path | None]:
     """(the settings with what an adapter, a checkpoint or the machine decides filled in, the
-    adapter to start from, the checkpoint to resume).
+    adapter to start from, the checkpoint to resume). Collectives: for `latest` those of
+    `latest_of_rank_0`.
     """
     resume_folder = None
-    if config.run.resume_from_checkpoint:
-        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
+    if config.run.resume_from_checkpoint == "latest":
+        resume_folder = latest_of_rank_0(config.run.output_dir, parallel)
         if resume_folder is None:
             log_rank_0(
                 parallel,
                 f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir} yet, "
                 "starting at step 0",
             )
+    elif config.run.resume_from_checkpoint:
+        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
     source = resume_folder or config.lora.adapter
     adapter = None
     if source:

@@ -12,7 +12,10 @@ All ranks write into these files (checkpoint_files.py), so all must see the outp
 """
 
 import json
+import os
+import platform
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,17 +33,48 @@ from megatron_gkd.checkpoint_files import (
     write_share,
 )
 from megatron_gkd.formats.job import sync
+from megatron_gkd.formats.safetensors_file import open_to_write
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import MOMENTS, Optimizer
-from megatron_gkd.parallel import Parallel, agreed, from_rank_0
+from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
 from megatron_gkd.run_folder import write_atomically
 
 LATEST = "latest_checkpoint"
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def check_output_dir(output_dir: str, parallel: Parallel) -> None:
+    """Raise OSError, on every rank, unless rank 0 can make files in --output_dir and all others can
+    write to them, as in a save: before hours go into the steps up to the first.
+
+    Collectives: two maxima and a broadcast of one number over the world.
+    """
+    device, number, made = parallel.device, secrets.randbits(62), None
+    try:
+        with agreed(device, f"--output_dir {output_dir}: rank 0 cannot write there: "):
+            if parallel.rank == 0:
+                if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+                    raise NotADirectoryError("it is a file, choose another name")
+                os.makedirs(output_dir, exist_ok=True)
+                made = _shown_file(output_dir, number)
+                made.touch(exist_ok=False)
+        (number,) = from_rank_0([number], device)
+        where = f"--output_dir {output_dir} must be one folder for all ranks: rank {parallel.rank} "
+        where += f"(on {platform.node()}) cannot write to what rank 0 has made there: "
+        with agreed(device, where):
+            if parallel.rank != 0:
+                os.close(open_to_write(_shown_file(output_dir, number)))
+    finally:
+        if made is not None:
+            made.unlink(missing_ok=True)
+
+
+def _shown_file(output_dir: str, number: int) -> Path:
+    return Path(output_dir, f".shown-{number:x}")
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
@@ -76,6 +110,16 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
             "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
+
+
+def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:
+    """What rank 0 finds as `latest`, on every rank: for some seconds a network file system may show
+    an earlier one to another machine, whose ranks would go on from other weights. Collectives: that
+    of `text_of_rank`.
+    """
+    found = find_checkpoint("latest", output_dir) if parallel.rank == 0 else None
+    name = text_of_rank(found.name if found else "", 0, parallel.device)
+    return Path(output_dir, name) if name else None
 
 
 def note_latest(output_dir: str | Path, folder: Path | None) -> None:
@@ -128,19 +172,20 @@ def save_checkpoint(
     teacher: bool = False,
 ) -> Path:
     """Write OUTPUT/checkpoint-STEP. `optimizer=None` writes the adapter alone; teacher: the
-    teacher's adapter too, which is as large as the student's.
+    teacher's adapter too, which is as large as the student's; state: only rank 0's is written.
 
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this
-    one whole or not at all. Raises OSError, on every rank, where one of them cannot write; nothing
-    half-written stays. Collectives: four maxima of one number over the world, and a broadcast of
-    two numbers and one for each tower; where a rank has failed, a broadcast of its message.
+    one whole or not at all. Raises OSError, on every rank, where one of them cannot write, whatever
+    the reason; nothing half-written stays. Collectives: four maxima of one number over the world,
+    and a broadcast of two numbers and one for each tower; where a rank has failed, a broadcast of
+    its message.
     """
     final = checkpoint_folder(output_dir, step)
     partial = final.with_name(f".{final.name}.partial")
     device, writes = parallel.device, f"rank {parallel.rank} cannot write its part of {partial}: "
     places = [0] * num_places(model_args)
     try:
-        with agreed(device):
+        with agreed(device, writes):
             if parallel.rank == 0:
                 _tidy(Path(output_dir))
                 partial.mkdir(parents=True)
@@ -163,7 +208,7 @@ def save_checkpoint(
             )
         with agreed(device, writes):
             check_written(written)
-        with agreed(device):
+        with agreed(device, writes):
             if parallel.rank == 0:
                 _replace(partial, final)
                 note_latest(output_dir, final)
@@ -183,7 +228,7 @@ def remove_old(output_dir: str | Path, step: int, save_total_limit: int) -> None
         # a kill meanwhile leaves no half-removed checkpoint under its name
         gone = path.with_name(f".{path.name}.partial")
         path.rename(gone)
-        shutil.rmtree(gone)
+        _remove(gone)
 
 
 def load_checkpoint(
@@ -257,4 +302,14 @@ def _tidy(output_dir: Path) -> None:
         if path.suffix == ".old" and not final.exists():
             path.rename(final)
         elif path.suffix in (".old", ".partial"):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """NFS keeps files that a process of this machine has open: what cannot go is no reason to end a
+    run, and stays under its hidden name until a later save tries again.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"Note: {folder} is not removed, the next save tries again: {error}", flush=True)

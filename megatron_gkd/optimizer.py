@@ -118,17 +118,19 @@ class Optimizer:
 
         The host waits for the device once, for the norm, with float16 once more, for the loss
         scale. Collectives: sums of the norm over the ranks that hold different parameters; a
-        maximum of one number over the world.
+        maximum of two numbers over the world.
         """
         for part in self._parts:
             part.prepare_grads()
         scale = float(self.scaler.scale) if self.scaler else 1.0
         norm = self._grad_norm()
         is_bad = torch.full_like(norm, not math.isfinite(loss)).logical_or(~norm.isfinite())
-        is_bad = is_bad.to(norm.dtype)
-        torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
-        grad_norm, bad = torch.stack((norm, is_bad)).tolist()
-        grad_norm, finite = grad_norm / scale, not bad
+        # of the norm too: other groups may sum in another order, and replicas that are clipped
+        # otherwise in the last bit are no copies any more
+        most = torch.stack((norm, is_bad.to(norm.dtype)))
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        own, grad_norm, bad = torch.stack((norm, *most)).tolist()
+        grad_norm, finite = (own if bad else grad_norm) / scale, not bad
         if self.scaler:
             self.scaler.update(not finite)
         if not finite:

@@ -308,16 +308,23 @@ def first_error(error: str, device: torch.device) -> str:
 
 
 @contextmanager
-def agreed(device: torch.device, before: str = "") -> Iterator[None]:
-    """Around what each rank does alone: an OSError of one is raised on all, as the text of the
-    first of them after `before`. Collectives: those of `first_error`, at the end.
+def agreed(device: torch.device, before: str) -> Iterator[None]:
+    """Around what each rank does alone, so that no other waits for one that has failed: an
+    exception of one rank ends all, as an OSError that says `before` and what the first of them was.
+    What is none of the file system's (memory, a mistake of this code) its own rank raises as it is.
+    Collectives: those of `first_error`, at the end.
     """
-    own = None
+    own: Exception | None = None
     try:
         yield
-    except OSError as caught:
+    except Exception as caught:
         own = caught
-    if said := first_error(f"{before}{own}" if own else "", device):
+    is_mistake = own is not None and not isinstance(own, OSError)
+    what = " ".join(f"{type(own).__name__}: {own}".split()) if is_mistake else own
+    said = first_error(f"{before}{what}" if own is not None else "", device)
+    if own is not None and is_mistake:
+        raise own
+    if said:
         raise OSError(said) from own
 
 

@@ -245,17 +245,21 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
         dropout=run.config.lora.lora_dropout,
         base_model=run.config.model.model,
         optimizer=None if run.config.run.save_only_model else run.optimizer,
-        state=vars(progress)
-        | {
-            "settings": run_settings(run.config, run.parallel),
-            "data": data_state(run.train_data, run.eval_data),
-        },
+        state=_state(run) if run.parallel.rank == 0 else {},  # it goes through all rows
         teacher=run.config.distill.teacher_follows,
     )
     run.saved_step, run.save_owed = step, False
     log_rank_0(run.parallel, f"saved {folder}")
     if ends and not progress.bad_in_a_row:
         _prune(run)
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """Of trainer_state.json what the run knows."""
+    return vars(run.progress) | {
+        "settings": run_settings(run.config, run.parallel),
+        "data": data_state(run.train_data, run.eval_data),
+    }
 
 
 def _prune(run: Run) -> None:

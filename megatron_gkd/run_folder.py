@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -33,15 +32,6 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-
-
-def check_writable(output_dir: str) -> None:
-    """Raise OSError unless files can be written there: before minutes go into data and weights."""
-    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
-        raise NotADirectoryError(f"--output_dir {output_dir} is a file: choose another name")
-    os.makedirs(output_dir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output_dir):
-        pass
 
 
 class MetricsWriter:

@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -417,7 +418,12 @@ def _train_where(rank, world_size, argv, name, replacement):
 @pytest.mark.parametrize(
     "name, replacement, why",
     [
-        pytest.param("create_files", _full, r"\[Errno 28\] No space left on device", id="full"),
+        pytest.param(
+            "create_files",
+            _full,
+            r"rank 0 cannot .*\[Errno 28\] No space left on device",
+            id="full",
+        ),
         pytest.param(
             *("write_share", _overwritten),
             r"rank 0 cannot write its part of .*optimizer.*loses writes of several machines",
@@ -436,36 +442,51 @@ def test_an_output_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RuntimeError, match="SystemExit") as error:
         run_training(1, flags_of_run(data, tmp_path / "file", max_steps=1))
-    assert f"--output_dir {tmp_path / 'file'} is a file" in str(error.value)
+    assert f"--output_dir {tmp_path / 'file'}: rank 0 cannot write there: it is a file" in str(
+        error.value
+    )
 
 
-def _save_where_one_rank_cannot(rank, world_size, argv):
+def _with_small_files(write_share, *args, **kwargs):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        return write_share(*args, **kwargs)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _without_layout(write_share, *args, **kwargs):
+    *before, _, optimizer = args
+    return write_share(*before, None, optimizer, **kwargs)
+
+
+def _save_where_one_rank_cannot(rank, world_size, argv, write):
     from megatron_gkd import parallel, train
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
     flags.SECONDS_FOR_RANK_0 = 0
-    write_share = checkpoint.write_share
-
-    def limited(*args, **kwargs):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        try:
-            return write_share(*args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
     if rank == 1:
-        checkpoint.write_share = limited
+        checkpoint.write_share = partial(write, checkpoint.write_share)
     try:
         train.main(argv)
     except SystemExit as error:
         return str(error.__cause__)
+    except AttributeError as error:
+        return f"{type(error).__name__}: {error}"
 
 
-def test_what_one_rank_cannot_write_is_said_by_all(data, tmp_path):
+@pytest.mark.parametrize(
+    "write, why",
+    [
+        (_with_small_files, "[Errno 27] File too large"),
+        (_without_layout, "AttributeError: 'NoneType' object has no attribute 'tp_rank'"),
+    ],
+)
+def test_what_one_rank_cannot_write_is_said_by_all(data, tmp_path, write, why):
+    """Also what is a mistake of the code, which its own rank raises as it is."""
     argv = flags_of_run(data, tmp_path, max_steps=1, lmbda=0, **layout_flags(tp=2))
-    first, second = run_ranks(_save_where_one_rank_cannot, 2, argv)
-    assert (
-        first == second and "rank 1 cannot write its part of" in first and "File too large" in first
-    )
+    first, second = run_ranks(_save_where_one_rank_cannot, 2, argv, write)
+    assert re.fullmatch(f"rank 1 cannot write its part of .*: {re.escape(why)}", first)
+    assert second == (why if "Attribute" in why else first)
     assert not list(tmp_path.glob("*checkpoint-1*"))

@@ -2,6 +2,7 @@
 rank; and what must not grow with the number of ranks does not.
 """
 
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -77,13 +78,14 @@ def num_saved(parts):
 
 def save_at_layout(rank, world_size, argv, source, output):
     """Load the checkpoint `source` (without one: random numbers everywhere) and write it again.
-    (numbers read, and those that this rank has; file -> ranges written; files opened; collectives)
+    (numbers read, and those that this rank has; file -> ranges written; files opened; collectives;
+    what was synced and renamed in which order)
     """
     from megatron_gkd import checkpoint
     from megatron_gkd.formats import safetensors_file
 
     parts = build_parts(argv, audio=True, visual=True)
-    read, ranges, opened = [], defaultdict(list), []
+    read, ranges, opened, lasting = [], defaultdict(list), [], []
     run = dict(model=parts.model, model_args=parts.model_args, parallel=parts.parallel)
     run |= dict(optimizer=parts.optimizer, teacher=True)
     if source:
@@ -105,14 +107,21 @@ def save_at_layout(rank, world_size, argv, source, output):
     def note(event, arguments):
         if event == "open" and str(arguments[0]).endswith((".safetensors", ".json")):
             opened.append(arguments[0])
+        elif event == "os.rename":
+            before, after = (os.path.relpath(path, output) for path in arguments[:2])
+            lasting.append(f"{before} -> {after}")
 
-    safetensors_file.write_all = write_all
+    def fsync(descriptor, sync=os.fsync):
+        sync(descriptor)
+        lasting.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), output))
+
+    safetensors_file.write_all, os.fsync = write_all, fsync
     sys.addaudithook(note)
     settings = dict(alpha=5, dropout=0.0, base_model="a model", state={})
     with Collectives(parts.parallel.groups) as seen:
         checkpoint.save_checkpoint(output, 3, **run, **settings)
-    num_opened = len(opened)
-    return (sum(read), num_saved(parts)), dict(ranges), num_opened, seen.counted(with_alone=True)
+    counted, num_opened = seen.counted(with_alone=True), len(opened)
+    return (sum(read), num_saved(parts)), dict(ranges), num_opened, counted, lasting
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,26 @@ def test_the_same_bytes_and_each_written_once(saved, layout):
         assert starts == (0, *ends[:-1]) and ends[-1] == (folder / name).stat().st_size, name
 
 
+def test_what_a_crash_of_the_machine_leaves(saved):
+    """Every file and folder is on the disk when the checkpoint gets its name, and its name is when
+    it is said to be the latest.
+    """
+    (of_0, of_1), folder = saved((2, 1, 1, 2, 1))
+    partial, lasting = ".checkpoint-3.partial", of_0[-1]
+    named = lasting.index(f"{partial} -> checkpoint-3")
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    assert {f"{partial}/{name}" for name in names} <= set(lasting[:named])
+    assert lasting[named - 1] == partial  # with the names of all files
+    (latest,) = (
+        place for place, what in enumerate(lasting) if what.endswith("-> latest_checkpoint")
+    )
+    assert "." in lasting[named:latest]
+    for rank in (of_0, of_1):
+        for name, ranges in rank[1].items():
+            times = rank[-1].count(f"{partial}/{name}")  # rank 0 has made it
+            assert ranges and times == (2 if rank is of_0 else 1)
+
+
 @every_layout
 def test_what_must_not_grow(saved, model_folder, layout):
     """The collectives: five of a few numbers, at one rank and at sixteen. Files that a rank opens.
@@ -188,7 +217,7 @@ def test_what_must_not_grow(saved, model_folder, layout):
     ranks, folder = saved(layout)
     world_size, tp, pp, ep, cp = layout
     few = Counter({("all_reduce", "world", 8, 8): 4, ("broadcast", "world", 32, 32): 1})
-    for number, ((read, held), _, num_opened, collectives) in enumerate(ranks):
+    for number, ((read, held), _, num_opened, collectives, _) in enumerate(ranks):
         assert collectives == few and few.total() == NUM_COLLECTIVES
         assert read == (0 if layout == ONE else held)
         # written and looked at again; rank 0 makes them, and writes three of JSON

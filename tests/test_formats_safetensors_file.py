@@ -76,19 +76,24 @@ def test_neighbours_are_one_write(tensors, tmp_path, monkeypatch, block_bytes, n
     assert not found[other].any()
 
 
-def test_a_writer_that_took_a_whole_page(tensors, tmp_path):
-    starts = made_file(tensors, tmp_path / "file")
-    first, second = sorted(tensors)[:2]
-    _, edges = write_runs(tmp_path / "file", [Run(starts[second], tensors[second].flatten())])
+@pytest.mark.parametrize("place, more", [(0, 0), (2, -1)])
+def test_a_writer_that_took_a_whole_page(tensors, tmp_path, monkeypatch, place, more):
+    """The neighbour in front writes a byte too many at its end, the one behind at its start."""
+    monkeypatch.setattr(safetensors_file, "_EDGE_BYTES", 8)  # the tensor in the middle has 28
+    starts, names = made_file(tensors, tmp_path / "file"), sorted(tensors)
+    middle, other = names[1], names[place]
+    _, edges = write_runs(tmp_path / "file", [Run(starts[middle], tensors[middle].flatten())])
+    check_edges(tmp_path / "file", edges)
     with open(tmp_path / "file", "r+b") as file:
-        file.seek(starts[first])
-        file.write(bytes(tensors[first].nbytes + 1))
-    with pytest.raises(OSError, match=f"bytes {starts[second]} to .* loses writes"):
+        file.seek(starts[other] + more)
+        file.write(b"\xff" * (tensors[other].nbytes + 1))
+    with pytest.raises(OSError, match="bytes .* loses writes"):
         check_edges(tmp_path / "file", edges)
 
 
-def test_what_is_missing_is_not_made(tensors, tmp_path):
+def test_what_is_missing_is_not_made(tensors, tmp_path, monkeypatch):
     """A rank that does not see the folder of the others must not make a file of its own."""
+    monkeypatch.setattr(safetensors_file, "SECONDS_TO_APPEAR", 0)
     with pytest.raises(FileNotFoundError):
         write_runs(tmp_path / "file", [Run(0, torch.zeros(3))])
     assert not (tmp_path / "file").exists()

@@ -2,15 +2,20 @@
 after it gives, and what the float64 reference says; in whatever step a run may have.
 """
 
+import re
 import shutil
 from functools import partial
+from math import prod
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_gkd.gradients import smallest_bucket
+from megatron_gkd.gradients import GradientReducer, smallest_bucket
 from megatron_gkd.lora_targets import HEAD
+from tests.collectives import Collectives
 from tests.media_rows import write_rows as write_media_rows
 from tests.ranks import run_ranks
 from tests.reference_step import ATTENTION, EXPERTS, reference_gradients, write_adapter
@@ -40,6 +45,11 @@ def flags(tiny_folder, tmp_path_factory):
     )
 
 
+def sizes_of(replica, idle):
+    """Rows of each micro-batch of this data-parallel rank."""
+    return (0,) * len(SIZES) if replica in idle else SIZES
+
+
 def watched_pass(parts, sizes):
     """One step's passes over rows of the data-parallel rank's own. The reductions of gradients,
     each (group, bytes, gradients that came before it in the student's backward, ... and after it);
@@ -47,7 +57,6 @@ def watched_pass(parts, sizes):
     """
     from megatron_gkd.forward import student_forward_backward, teacher_forward
     from megatron_gkd.lora.adapter import adapter_slices
-    from tests.collectives import Collectives
 
     parallel = parts.parallel
     samples, batches = make_samples(sum(sizes), seed=parallel.dp_rank), []
@@ -81,12 +90,13 @@ def watched_pass(parts, sizes):
     ]
 
 
-def both_ways(rank, world_size, argv):
+def both_ways(rank, world_size, argv, idle):
     """With one bucket a buffer, with many, then a step without a row; and bytes of the buffers."""
     whole = build_parts(argv)
-    found = dict(whole=watched_pass(whole, SIZES))
+    sizes = sizes_of(whole.parallel.dp_rank, idle)
+    found = dict(whole=watched_pass(whole, sizes))
     cut = build_parts(argv, again=True, bucket_bytes=SMALL_BUCKET)
-    found |= dict(cut=watched_pass(cut, SIZES), nothing=watched_pass(cut, (0, 0, 0)))
+    found |= dict(cut=watched_pass(cut, sizes), nothing=watched_pass(cut, (0, 0, 0)))
     of_groups = dict(dp_cp=cut.ddp.buffers, expt_dp=cut.ddp.expert_parallel_buffers)
     num_bytes = {
         group: sum(buffer.grad_data.nbytes for buffer in buffers)
@@ -94,6 +104,14 @@ def both_ways(rank, world_size, argv):
         if buffers and buffers[0].data_parallel_group.size() > 1
     }
     return found, num_bytes, len(cut.ddp.grad_accs)
+
+
+def check_gradients(found, expected, grad_norm):
+    """A rank's slices of the gradients are the reference's."""
+    for name, index, gradient in found:
+        wanted = expected[name][index]
+        error = (gradient - wanted).norm().item()
+        assert error <= 1e-3 * wanted.norm().item() + 1e-6 * grad_norm, name
 
 
 @pytest.mark.parametrize(
@@ -130,7 +148,7 @@ def test_buckets_that_start_early(flags, tmp_path, world_size, layout, targets, 
     num_replicas = world_size // replica
     rows = [row for rank in range(num_replicas) for row in make_rows(sum(SIZES), seed=rank)]
     means, expected = reference_gradients(flags["model"], adapter, rows)
-    for found, num_bytes, num_parameters in run_ranks(both_ways, world_size, argv):
+    for found, num_bytes, num_parameters in run_ranks(both_ways, world_size, argv, ()):
         reductions = {name: seen for name, (seen, _) in found.items()}
         assert [(group, size) for group, size, *_ in reductions["whole"]] == [
             (group, num_bytes[group]) for group in ("expt_dp", "dp_cp") if group in num_bytes
@@ -143,15 +161,66 @@ def test_buckets_that_start_early(flags, tmp_path, world_size, layout, targets, 
         assert len(reductions["cut"]) > len(num_bytes)
         assert all(before > 2 * num_parameters for _, _, before, _ in reductions["cut"])
         assert reductions["cut"][0][3] > num_parameters / 3  # still to come
-        errors = []
-        for (name, index, whole), (_, _, cut) in zip(found["whole"][1], found["cut"][1]):
-            errors.append(float((whole - cut).abs().max()))
-            wanted = expected[name][index]
-            error = (cut - wanted).norm().item()
-            assert error <= 1e-3 * wanted.norm().item() + 1e-6 * means["grad_norm"], name
+        check_gradients(found["cut"][1], expected, means["grad_norm"])
+        errors = [
+            float((whole - cut).abs().max())
+            for (_, _, whole), (_, _, cut) in zip(found["whole"][1], found["cut"][1])
+        ]
         # of two ranks' numbers there is one sum; of four, gloo's order depends on the place
         assert max(errors) <= (0 if num_replicas <= 2 else 1e-6 * means["grad_norm"])
         assert not any(gradient.any() for *_, gradient in found["nothing"][1])
+
+
+FIRST_ATTENTION_THEN_EXPERTS = r"layers\.0\.mlp|layers\.1\.self_attn"
+
+
+@pytest.mark.parametrize(
+    "world_size, layout, left_out, idle, more",
+    [
+        pytest.param(*(4, dict(pp=2), FIRST_ATTENTION_THEN_EXPERTS, (1,), {}), id="PP2 DP2"),
+        *(
+            pytest.param(*case, id=name, marks=pytest.mark.extended)
+            for name, case in {
+                "TP4 EP2 DP2": (8, dict(tp=4, ep=2), "nothing", (), {}),
+                "TP2 EP8 DP4": (8, dict(tp=2, ep=8), "nothing", (1,), {}),
+                "TP2 CP2 EP2": (8, dict(tp=2, cp=2, ep=2), "nothing", (1,), dict(recompute="full")),
+                "TP2 PP2 EP4": (
+                    8,
+                    dict(tp=2, pp=2, ep=4),
+                    r"layers\.1\.",
+                    (0,),
+                    dict(recompute="full"),
+                ),
+                "DP4 EP4": (4, dict(ep=4), r"layers\.1\.self_attn\.[qko]", (0, 2), {}),
+            }.items()
+        ),
+    ],
+)
+def test_where_some_have_nothing(flags, tmp_path, world_size, layout, left_out, idle, more):
+    """LoRA on the lm_head and on some linears of some layers, so that a pipeline stage may have
+    none of a kind; data-parallel ranks whose micro-batches of a step are all empty.
+    """
+    targets = (*ATTENTION, *EXPERTS, HEAD)
+    adapter = write_adapter(tmp_path / "adapter", flags["model"], rank=3, alpha=5, targets=targets)
+    weights = Path(adapter, "adapter_model.safetensors")
+    tensors = load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if not re.search(left_out, name)}
+    save_file(kept, weights)
+    argv = arguments(**flags, **more, adapter=adapter, **layout_flags(**layout))
+    num_replicas = world_size // prod(layout.get(size, 1) for size in ("tp", "pp", "cp"))
+    rows = [
+        row
+        for replica in range(num_replicas)
+        for row in make_rows(sum(sizes_of(replica, idle)), seed=replica)
+    ]
+    means, expected = reference_gradients(flags["model"], adapter, rows)
+    compared = set()
+    for found, *_ in run_ranks(both_ways, world_size, argv, idle):
+        for gradients in (found["whole"][1], found["cut"][1]):
+            check_gradients(gradients, expected, means["grad_norm"])
+            compared |= {name for name, *_ in gradients}
+        assert not any(gradient.any() for *_, gradient in found["nothing"][1])
+    assert compared == expected.keys()
 
 
 def test_what_is_worth_a_bucket():
@@ -228,3 +297,84 @@ def test_runs_are_the_same_to_the_last_bit(flags, tiny_folder, tmp_path):
     check_runs(
         {name: arguments(output_dir=tmp_path / name, **run) for name, run in runs.items()}, tmp_path
     )
+
+
+def gradients_in_any_order(rank, world_size, argv, towers):
+    """Steps in which the backward is a loop over the parameters, so that each gets what it gets
+    when the test says so: in the model's order, then with some left out and in another order on
+    each rank, then all again. Wrong sums; of each step the reductions in their order; how many had
+    begun after each gradient of the first step, and how many could have.
+    """
+    # of a size at which buckets do not end in the order in which they start
+    sizes = dict(audio=towers, visual=towers, bucket_bytes=SMALL_BUCKET // 2)
+    ddp = build_parts(argv, **sizes).ddp
+    trained = [parameter for parameter in ddp.parameters() if parameter.requires_grad][::-1]
+    number = {parameter: place for place, parameter in enumerate(trained)}
+
+    def order_on(rank, step):
+        if step == 0:
+            return trained
+        drawn = Random(10 * step + rank)
+        kept = [parameter for parameter in trained if step % 2 == 0 or drawn.random() < 0.6]
+        return drawn.sample(kept, len(kept))
+
+    def value(rank, parameter):
+        return (rank + 1) * (number[parameter] + 1)  # whose sums are exact
+
+    wrong, reductions, begun = [], [], []
+    early = [bucket for bucket in ddp.buckets if bucket.starts_early]
+    ends = sorted(max(map(number.get, bucket.parameters)) for bucket in early)
+    for step in range(5):
+        ddp.zero_grad_buffer()
+        with Collectives() as seen:
+            for parameter in order_on(rank, step):
+                (parameter * value(rank, parameter)).sum().backward()
+                if step == 0:
+                    place = number[parameter]
+                    begun.append((len(seen.of()), sum(end <= place for end in ends)))
+            ddp.finish_grad_sync()
+        reductions.append(seen.of())
+        orders = [set(order_on(other, step)) for other in range(world_size)]
+        for parameter in trained:
+            expected = sum(value(r, parameter) for r, has in enumerate(orders) if parameter in has)
+            if not (parameter.main_grad == expected).all():
+                wrong.append((step, number[parameter]))
+    for parameter in trained:
+        parameter.sum().backward()
+    with pytest.raises(RuntimeError, match="a LoRA parameter got a second gradient"):
+        next(iter(early[0].parameters)).sum().backward()
+    return wrong, reductions, begun
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_whatever_order_gradients_come_in(flags, towers):
+    """All ranks reduce in one order, each bucket as soon as it and those before it are complete,
+    also with LoRA on towers and lm_head; a gradient that comes too late for its sum is refused.
+    """
+    argv = arguments(**flags, lora_rank=3)
+    if towers:
+        targets = ",".join([*ATTENTION, *EXPERTS, HEAD])
+        argv = arguments(**flags, lora_rank=3, lora_towers=True, lora_target_modules=targets)
+    of_ranks = run_ranks(gradients_in_any_order, 2, argv, towers)
+    for wrong, reductions, begun in of_ranks:
+        assert wrong == []
+        assert reductions == of_ranks[0][1] and all(each == reductions[0] for each in reductions)
+        assert len(reductions[0]) > 4
+        assert all(number == expected for number, expected in begun)
+
+
+def cut_into(rank, world_size, argv, shares):
+    """For each smallest bucket, a share of the buffer's bytes: whether each bucket starts early."""
+    model = build_parts(argv).model
+    (whole,) = GradientReducer(model, lambda num_ranks: 2**40).buckets
+    cuts = [
+        GradientReducer(model, lambda _, n=share * whole.gradients.nbytes: n) for share in shares
+    ]
+    return [[bucket.starts_early for bucket in ddp.buckets] for ddp in cuts]
+
+
+def test_what_is_cut(flags):
+    """A buffer of two buckets or more; a smaller one is reduced at once, after the backward."""
+    argv = arguments(**flags, lora_rank=3, lora_target_modules=",".join(ATTENTION))
+    for cuts in run_ranks(cut_into, 2, argv, [0.9, 0.52, 0.48, 0.24]):
+        assert cuts == [[False], [False], [True] * 2, [True] * 4]

@@ -102,6 +102,24 @@ def test_nothing_moves_in_a_bad_step(argv):
     assert applied and not anything_stayed and num_updates == 1
 
 
+def _norms_that_differ(rank, world_size, argv):
+    """One update, where the norms of the data-parallel ranks differ in their last bits."""
+    parts = build_parts(argv)
+    find, replica = parts.optimizer._grad_norm, parts.parallel.dp_rank
+    parts.optimizer._grad_norm = lambda: find() * (1 + replica * 2**-22)
+    fill_gradients(parts, 1.0)
+    update = parts.optimizer.step(0.1, 1.0)
+    assert update.applied and update.grad_norm > 2.0  # clipped
+    return update.grad_norm, [moment.numpy() for moment in state_of(parts)]
+
+
+def test_replicas_stay_copies(argv):
+    """Whatever the order in which their groups sum."""
+    first, second = run_ranks(_norms_that_differ, 2, argv)
+    assert first[0] == second[0]
+    assert all((x == y).all() for x, y in zip(first[1], second[1], strict=True))
+
+
 def _against_torch(rank, world_size, argv):
     """Three updates after a look at the moments, and torch's; the third through a fresh optimizer
     with the moments copied over.

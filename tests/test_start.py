@@ -32,8 +32,8 @@ def start(rank, world_size, argv):
     "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
 )
 def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
-    """Three maxima of a number over the world, two for the data and one for the weights, and the
-    weights themselves once.
+    """Over the world six maxima of a number and two broadcasts of few, for the output folder, the
+    data and the weights; and the weights themselves once.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
     argv = arguments(
@@ -50,12 +50,58 @@ def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
         of_ranks = run_ranks(start, dp * replica, argv)
         for calls, weights, _ in of_ranks:
             maxima = [call for call in calls if call[0] == "all_reduce"]
-            assert maxima == [("all_reduce", "world", 8, 8)] * 3
-            sent = sum(given for name, _, given, _ in calls if name == "broadcast")
-            assert len(calls) == len(maxima) + (2 if dp > 1 else 0)
+            assert maxima == [("all_reduce", "world", 8, 8)] * 6
+            broadcasts = [call for call in calls if call[0] == "broadcast"]
+            few = [broadcasts.pop(0), broadcasts.pop(0)]
+            assert few == [("broadcast", "world", size, size) for size in (8, 32)]
+            sent = sum(given for _, _, given, _ in broadcasts)
+            assert len(broadcasts) == (2 if dp > 1 else 0)
+            assert len(calls) == len(maxima) + 2 + len(broadcasts)
             assert (0.98 * weights < sent <= weights) if dp > 1 else not sent  # without padding
         assert "with the rest from its peers" in of_ranks[0][2]
         if dp > 1:
             ends = of_ranks[0], of_ranks[-1]  # the same places in the layout at every size
             seen.append([calls for calls, _, _ in ends])
     assert len(seen) > 1 and all(calls == seen[0] for calls in seen)
+
+
+def read_on_machines(rank, world_size, flags, changes):
+    """Each rank on a machine of its own, with some flags of its own: what is wrong."""
+    from megatron_gkd.config import parse_config
+    from megatron_gkd.data import DataError, shared_folder
+    from megatron_gkd.run_data import read_data
+
+    shared_folder._machine = lambda: f"machine {rank}"
+    configs = [parse_config(arguments(**flags | of_ranks[rank])) for of_ranks in changes]
+    parallel, found = initialize(configs[0]), []
+    for config in configs:
+        try:
+            read_data(config, parallel)
+            found.append(None)
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def test_machines_with_other_rows(tiny_folder, tmp_path):
+    """One row more, one that is as long but another, other rows for evaluation: said by all."""
+    rows = make_rows(9)
+    changed = [rows[0] | {"input_ids": rows[0]["input_ids"][::-1]}, *rows[1:8]]
+    names = ("here", "more", "other")
+    paths = {
+        name: dict(dataset=write_rows(tmp_path / f"{name}.jsonl", of_name))
+        for name, of_name in zip(names, (rows[:8], rows, changed))
+    }
+    flags = dict(model=tiny_folder(**SMALL), output_dir=tmp_path / "out", prepared_rows="none")
+    here, more, other = (paths[name] for name in names)
+    evaluates = here | dict(val_dataset=here["dataset"])
+    cases = [(here, here, here), (here, here, more), (here, other, more), (evaluates, here, here)]
+    of_0, *others = run_ranks(read_on_machines, 3, flags, cases)
+    assert all(of_rank == of_0 for of_rank in others)
+    assert of_0[0] is None
+    for said, rank, numbers in zip(of_0[1:], (2, 1, 1), ((9, 0, 8, 0), (8, 0, 8, 0), (8, 0, 8, 8))):
+        assert said.startswith(f"rank {rank} (on ")
+        text = (
+            "other rows than rank 0, {} for training and {} for evaluation against {} and {}: all"
+        )
+        assert text.format(*numbers) in said

@@ -6,10 +6,13 @@ what POSIX says of writes to ranges that do not overlap. Network file systems ke
 used here: opened after it has its size, for writing alone, synced before anybody reads.
 """
 
+import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from megatron_gkd.formats.stored_tensor import BLOCK_BYTES, memory
 
 FLOAT32_BYTES = 4
 _EDGE_BYTES = 64  # of what a process has written, read once more at both ends
+SECONDS_TO_APPEAR = 30  # of a file that another machine has made; NFS keeps an old answer as long
 
 Sizes = Mapping[str, Sequence[int]]  # name -> shape of an fp32 tensor
 
@@ -83,6 +87,22 @@ def write_header(path: Path, header: bytes, num_bytes: int) -> None:
         os.close(descriptor)
 
 
+def open_to_write(path: Path) -> int:
+    """Descriptor of a file that another process has made: a network file system may show it late.
+    Raises FileNotFoundError where it does not within SECONDS_TO_APPEAR.
+    """
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY)
+        except OSError as error:  # ESTALE: a folder of that name that has been replaced
+            if error.errno not in (errno.ENOENT, errno.ESTALE) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+        with suppress(OSError):
+            os.listdir(path.parent)  # has the file system ask for the names again
+
+
 def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge]]:
     """Write `runs`, none of which overlap, into a file that is there; they are on the disk when
     this returns. (bytes written, what to look at again once all have written).
@@ -91,7 +111,7 @@ def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge]]:
     are one write.
     """
     num_bytes, edges = 0, []
-    descriptor = os.open(path, os.O_WRONLY)
+    descriptor = open_to_write(path)
     try:
         for block in _blocks(sorted(_cut(runs), key=lambda run: run.start)):
             data = memory(torch.cat([run.values for run in block]).cpu())

@@ -1,0 +1,134 @@
+"""The folder that all machines must share: one that they do not is refused at the start; where a
+network file system shows a change late or keeps a file, no rank goes on from another checkpoint
+than the others, and no run ends.
+"""
+
+import errno
+import os
+import shutil
+import time
+
+import torch
+
+from megatron_gkd import parallel
+from megatron_gkd.adapters import resolve
+from megatron_gkd.checkpoint import (
+    _tidy,
+    check_output_dir,
+    checkpoints,
+    latest_of_rank_0,
+    note_latest,
+    remove_old,
+)
+from megatron_gkd.config import parse_config
+from megatron_gkd.formats import safetensors_file
+from megatron_gkd.lora.peft_config import TENSORS
+from megatron_gkd.model.args import read_model_args
+from tests.ranks import run_ranks
+from tests.reference_step import write_adapter
+from tests.train_runs import SMALL, arguments, initialize
+
+
+def in_folders(rank, world_size, shared, folders):
+    """Of the shared folder and of a folder of the rank's own: what is wrong with it, the latest
+    checkpoint there.
+    """
+    safetensors_file.SECONDS_TO_APPEAR = 0
+    place, found = parallel.initialize(torch.device("cpu")), []
+    for folder in (shared, folders[rank]):
+        said = None
+        try:
+            check_output_dir(folder, place)
+        except OSError as error:
+            said = str(error)
+        found.append((said, latest_of_rank_0(folder, place)))
+    return found
+
+
+def make_checkpoint(output, step):
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / TENSORS).touch()
+    note_latest(output, folder)
+    return folder
+
+
+def test_one_folder_for_all_ranks(tmp_path):
+    """A rank that has the name and not the folder is found; all take rank 0's latest."""
+    shared, own = tmp_path / "shared", [tmp_path / name for name in "012"]
+    for step, rank in ((7, 0), (3, 1), (7, 2)):
+        make_checkpoint(own[rank], step)
+    (of_0, *others) = run_ranks(in_folders, 3, str(shared), [str(folder) for folder in own])
+    assert of_0[0] == (None, None) and all(of_rank[0] == of_0[0] for of_rank in others)
+    assert list(shared.iterdir()) == []
+    for rank, (_, (said, latest)) in enumerate([of_0, *others]):
+        assert said.startswith(
+            f"--output_dir {own[1]} must be one folder for all ranks: rank 1 (on "
+        )
+        assert "[Errno 2] No such file or directory" in said and "\n" not in said
+        assert latest == own[rank] / "checkpoint-7"
+        assert not list(own[rank].glob(".shown-*"))
+
+
+def test_a_folder_that_rank_0_cannot_make(tmp_path):
+    (tmp_path / "file").touch()
+    of_ranks = run_ranks(in_folders, 2, str(tmp_path / "file"), [str(tmp_path / "file")] * 2)
+    for of_rank in of_ranks:
+        for said, latest in of_rank:
+            before = f"--output_dir {tmp_path / 'file'}: rank 0 cannot write there: "
+            assert said == f"{before}it is a file, choose another name"
+            assert latest is None
+
+
+def test_a_file_that_another_machine_shows_late(tmp_path, monkeypatch):
+    path, waited = tmp_path / "made by rank 0", []
+
+    def sleep(seconds):
+        waited.append(path.exists())
+        if len(waited) == 3:
+            path.touch()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    os.close(safetensors_file.open_to_write(path))
+    assert waited == [False] * 3
+
+
+def resumed(rank, world_size, argument_lists):
+    """The checkpoint that a rank goes on from, or why it cannot."""
+    config = parse_config(argument_lists[rank])
+    place = initialize(config)
+    try:
+        return resolve(config, read_model_args(config.model.model), place)[2]
+    except FileNotFoundError as error:
+        return str(error)
+
+
+def test_all_ranks_go_on_from_one_checkpoint(tiny_folder, tmp_path):
+    """One that rank 1 does not see, as yet, ends it, although it has an earlier one."""
+    model, own, argvs = tiny_folder(**SMALL), [tmp_path / "0", tmp_path / "1"], []
+    for folder in own:
+        write_adapter(folder / "checkpoint-1", model, rank=2, alpha=4)
+        flags = dict(model=model, dataset="none", output_dir=folder)
+        argvs.append(arguments(**flags, resume_from_checkpoint="latest"))
+    write_adapter(own[0] / "checkpoint-2", model, rank=2, alpha=4)
+    of_0, of_1 = run_ranks(resumed, 2, argvs)
+    assert of_0 == own[0] / "checkpoint-2"
+    assert f"{own[1] / 'checkpoint-2'}: no adapter_config.json" in of_1
+
+
+def test_a_folder_that_cannot_go_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """As on NFS, where another process of the machine reads it: it goes with a later save."""
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+
+    def busy(folder, *unused):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        remove_old(tmp_path, 3, 2)
+    gone = tmp_path / ".checkpoint-1.partial"
+    assert gone.is_dir() and [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    assert f"{gone} is not removed" in capsys.readouterr().out
+    _tidy(tmp_path)
+    assert not gone.exists() and [step for step, _ in checkpoints(tmp_path)] == [2, 3]
