@@ -84,6 +84,7 @@ def test_check(tmp_path):
             "num_experts",
         ),
         ('{"model_type": "qwen3_moe", "num_hidden_layers": 10000000}', "at most 1024"),
+        ("[" * 100_000, "recursion"),
         ('{"model_type": "qwen3_moe", "num_experts_per_tok": 0}', "num_experts_per_tok = 0"),
         ('{"model_type": "qwen3_moe", "moe_intermediate_size": 0}', "moe_intermediate_size = 0"),
     ],
@@ -140,6 +141,25 @@ def test_a_plan_can_be_read(monkeypatch, capsys):
         assert re.search(rf"^ *[\d.]+ +[\d.]+  {phase} ", said, re.MULTILINE), phase
 
 
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (
+            "--gpus 8",
+            r"EP 8, none, 8192 tokens: 55\.\d GiB, more memory for less than 1% of the time",
+        ),
+        ("--gpus 1", r"EP 1, none, 2048 tokens: 75\.\d GiB, which leaves less than 5%"),
+        ("--gpus 1 --recompute auto --max_tokens_per_micro_batch 8192", None),
+    ],
+)
+def test_what_is_faster_than_the_pick_is_named(flags, line, monkeypatch, capsys):
+    """With the reason against it."""
+    said = plan(monkeypatch, capsys, "--model", REAL, *flags.split())
+    seconds = re.findall(r"^  ([\d.]+) s (?:a step,|has TP)", said, re.MULTILINE)
+    assert len(seconds) == 1 + bool(line)
+    assert not line or (float(seconds[1]) < float(seconds[0]) and re.search(line, said))
+
+
 def test_a_plan_of_one_gpu_says_what_auto_keeps(monkeypatch, capsys):
     """And a comparison with other micro-batches names them."""
     said = plan(monkeypatch, capsys, "--model", REAL, "--gpus", "1")
@@ -163,6 +183,20 @@ def test_where_nothing_fits_the_least_is_named(monkeypatch, capsys):
         ("--gpus 1000000", "--gpus 1000000: must be 65536 or less"),
         ("--gpus 8 --response_tokens 4096", "below the 2048 tokens of a row"),
         ("--gpus 1 --json /no/such/plan.json", "/no/such/plan.json: /no/such is no folder"),
+        ("--gpus 8 --row_tokens 2561", "2560 or less, --max_length 2048 with a written response"),
+        ("--gpus 8 --lmbda 0 --teacher_row_tokens 2049", "must be 2048 or less, --max_length 2048"),
+        ("--gpus 8 --attn_impl eager", "squares of row lengths, which no estimate counts"),
+        ("--gpus 8 --adapter /no/such", "--adapter /no/such: no adapter_config.json"),
+        ("--gpus 8 --gpu h200", "--gpu h200: no such file, and none of the rates that ship (h100)"),
+        ("--gpus 8 --gpu /tmp", "--gpu /tmp: cannot be read: Is a directory"),
+        ("--gpus 8 --script /tmp", "/tmp is a folder; name a file in it"),
+        ("--gpus 8 --script /tmp/a --json /tmp/a", "must be another file than --script's"),
+        ("--gpus 8 --check --all", "--all True: must be left out with --check"),
+        ("--gpus 8 --check --script /tmp/a", "--script /tmp/a: must be left out with --check"),
+        (
+            "--gpus 8 --check --global_batch_size 8",
+            "must be left out with --check; it plans nothing",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(monkeypatch, capsys, flags, part):

@@ -58,7 +58,7 @@ def test_a_file_that_is_wrong(tmp_path, change, says):
 
 
 def test_a_file_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match=r"a100: no such file, .*\(h100\); .* --output a100"):
+    with pytest.raises(ValueError, match=r"--gpu a100: no such file, .*\(h100\); .* --output F"):
         read_rates("a100")
     (tmp_path / "text").write_text("rates")
     with pytest.raises(ValueError, match="text: no JSON"):

@@ -66,7 +66,8 @@ def test_a_script_starts_the_run_that_was_planned(gpus, python, tmp_path):
     flags += ["--media", "audio", "image"]
     script, config = written(tmp_path, *flags)
     nodes = {"MASTER_ADDR": "node0", "NODE_RANK": "1"} if gpus > 8 else {}
-    done = run(script, "--seed", "9", PYTHON=python, **nodes)
+    environment = nodes | {"MODEL": config.model.model}  # the plan is of a config.json alone
+    done = run(script, "--seed", "9", PYTHON=python, **environment)
     assert done.returncode == 0, done.stderr
     check, start = map(json.loads, done.stdout.splitlines())
     of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-3:]]
@@ -89,6 +90,8 @@ def test_a_script_needs_a_data_set_and_the_other_nodes_only_to_start(python, tmp
     missing = run(script, PYTHON=python)
     assert missing.returncode != 0 and "DATASET: a .jsonl" in missing.stderr
     missing = run(script, PYTHON=python, DATASET="d")
+    assert missing.returncode != 0 and "MODEL: the folder with the weights" in missing.stderr
+    missing = run(script, PYTHON=python, DATASET="d", MODEL="m")
     assert missing.returncode != 0 and "MASTER_ADDR: the address" in missing.stderr
     words = json.loads(
         run(script, "--check", PYTHON=python, DATASET="d d", MODEL="m", OUTPUT="o o").stdout
@@ -120,7 +123,7 @@ def test_a_file_is_replaced_only_on_demand(tmp_path):
     assert path.read_text() == "first" and os.access(path, os.X_OK)
     write_new(str(path), "second", overwrite=True)
     assert path.read_text() == "second" and os.listdir(tmp_path) == ["plan.sh"]
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="absent is no folder; make it first"):
         write_new(str(tmp_path / "absent" / "plan.sh"), "text", overwrite=False)
 
 

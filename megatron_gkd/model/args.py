@@ -148,7 +148,7 @@ def read_config(folder: str | Path) -> FolderConfig:
         ):
             _refuse_quantised(part, where, family)
         return FolderConfig(path, model_type, settings)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

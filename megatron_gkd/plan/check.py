@@ -71,4 +71,6 @@ def check(own: PlanSettings, config: Config) -> list[str]:
         found = f"fits {name}"
     if not load.tower_bytes and args.family.towers:
         found += "; towers not counted (--media)"
+    if config.model.attn_impl == "eager":
+        found += "; not counted: the squares of row lengths that --attn_impl eager keeps"
     return [*lines, f"Memory: about {needed.describe()}; {found}"]

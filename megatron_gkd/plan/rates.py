@@ -180,18 +180,21 @@ def read_rates(name_or_path: str) -> Rates:
     """`h100`, or a file that benchmarks/rates.py wrote. Raises ValueError naming the file and the
     entry that is missing or no number.
     """
-    shipped = SHIPPED.get(name_or_path)
+    shipped = SHIPPED.get(name_or_path.lower())
     path = Path(__file__).parent / shipped if shipped else Path(name_or_path)
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(SHIPPED)
         raise ValueError(
-            f"{name_or_path}: no such file, and none of the rates that ship ({known}); "
-            f"python -m benchmarks.rates --output {name_or_path} measures those of a machine"
+            f"--gpu {name_or_path}: no such file, and none of the rates that ship ({known}); "
+            "python -m benchmarks.rates --output FILE measures those of a machine, --gpu_memory "
+            "gives the rates that ship another memory"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--gpu {name_or_path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--gpu {path}: no JSON: {error}") from None
     return rates_of(file, str(path))
 
 

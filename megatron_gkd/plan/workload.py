@@ -74,16 +74,20 @@ def workload(
     """What of these settings takes memory and time. micro_batch_tokens, prompt_tokens, writes: of
     the data, where they are known: the most of a micro-batch, and of a prompt; whether any response
     is written. row_tokens, teacher_row_tokens, response_tokens: of an average row; without them a
-    row is as long as --max_length allows in both views, its response as --max_completion_length.
+    row is as long as --max_length allows in both views, its response as --max_completion_length; a
+    prompt of --max_length where that leaves no room for one before a written response.
     """
     train, distill = config.train, config.distill
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
     teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
-    row_tokens = row_tokens or config.data.max_length
-    budget = train.micro_batch_tokens(config.data.max_length)  # a longer row is one by itself
-    response = min(config.rollout.max_completion_length, row_tokens - 1)
+    max_length, completion = config.data.max_length, config.rollout.max_completion_length
+    is_long = distill.writes_responses and completion >= max_length
+    row_tokens = row_tokens or max_length + completion * is_long
+    budget = train.micro_batch_tokens(max_length)  # a longer row is one by itself
+    longest = max(max_length, (completion + 1) * is_long)
+    response = min(completion, row_tokens - 1)
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
@@ -91,11 +95,11 @@ def workload(
         targets=flag_targets(config.lora, model_args),
         has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
-        micro_batch_tokens=micro_batch_tokens or max(budget, config.data.max_length),
+        micro_batch_tokens=micro_batch_tokens or max(budget, longest),
         batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
-        prompt_tokens=prompt_tokens or config.data.max_length,
-        completion_tokens=config.rollout.max_completion_length if writes else 0,
+        prompt_tokens=prompt_tokens or max_length,
+        completion_tokens=completion if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
         num_laid_out=1 + (has_teacher_adapter and teacher_writes),
