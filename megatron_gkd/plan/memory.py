@@ -69,12 +69,10 @@ class Estimate:
         def parts(found: dict[str, int]) -> str:
             return ", ".join(f"{k} {v / GIB:.1f}" for k, v in found.items() if v >= GIB / 20)
 
-        phases = [f"in training {parts(self.training)}"]
-        if self.rollout:
-            phases.append(f"in rollouts {parts(self.rollout)}")
-        if self.outside:
-            phases.append(f"outside of torch {parts(self.outside)}")
-        return f"{self.total / GIB:.1f} GiB a rank: {parts(self.always)}; {'; '.join(phases)}"
+        kinds = ("", self.always), ("in training ", self.training)
+        kinds += ("in rollouts ", self.rollout), ("outside of torch ", self.outside)
+        phases = [f"{when}{parts(found)}" for when, found in kinds if parts(found)]
+        return f"{self.total / GIB:.1f} GiB a rank: {'; '.join(phases) or 'the reserve'}"
 
 
 def estimate(
@@ -181,7 +179,8 @@ def check_memory(
     if found.total <= available:
         return found
     flags = ways_out(args, layout, load, available, world_size=world_size)
-    way_out = f"{' '.join(flags)} needs less than that" if flags else "use more ranks"
+    way_out = "use more ranks, or another layout, which python -m megatron_gkd.plan finds"
+    way_out = f"{' '.join(flags)} needs less than that" if flags else way_out
     raise ValueError(
         f"the run needs about {found.describe()}; with a reserve that is more than the "
         f"{available / GIB:.1f} GiB that this GPU has left. {way_out} "
