@@ -57,7 +57,7 @@ def script_of(job: Job, choice: Choice, name: str) -> str:
         f"{choice.time.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, "
         f"{choice.memory.total / GIB:.1f} GiB a GPU.",
         "VARIABLES": "".join(f"{variable} " for variable in variables),
-        "NAME": shlex.quote(Path(name).name),
+        "NAME": shlex.quote(Path(name).name if name.isprintable() else "FILE"),  # in a comment
         "REPOSITORY": shlex.quote(str(Path(megatron_gkd.__file__).resolve().parents[1])),
         "MODEL": shlex.quote(os.path.abspath(config.model.model)),
         "OUTPUT": shlex.quote(config.run.output_dir),
