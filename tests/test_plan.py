@@ -13,8 +13,9 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 )
 
 from megatron_gkd.plan.__main__ import main
+from megatron_gkd.plan.layouts import make_plan
 from megatron_gkd.plan.table import MOST_COLUMNS
-from tests.plans import REAL
+from tests.plans import REAL, job_of
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -318,3 +319,15 @@ def test_check_takes_the_smallest_card_and_none_is_no_limit(
         assert part in refusal(monkeypatch, capsys, *flags)
     else:
         assert "; no GPU here to compare with" in plan(monkeypatch, capsys, *flags)
+
+
+def test_a_check_and_a_plan_agree_to_the_byte(monkeypatch, capsys):
+    """What a plan takes a check takes, and no more."""
+    sizes = ["--expert_model_parallel_size", "8", "--tensor_model_parallel_size", "2"]
+    sizes += ["--recompute", "none", "--max_tokens_per_micro_batch", "8192"]
+    flags = ["--model", REAL, "--gpus", "8", *sizes]
+    needed = make_plan(job_of(*flags, "--gradient_accumulation_steps", "2")).choices[0].memory
+    check = [*flags, "--gradient_accumulation_steps", "2", "--check", "--gpu_memory"]
+    enough = needed.total / 2**30
+    assert "; fits" in plan(monkeypatch, capsys, *check, repr(enough))
+    assert "needs about" in refusal(monkeypatch, capsys, *check, repr(enough - 1e-6))

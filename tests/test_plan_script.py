@@ -24,7 +24,7 @@ AWKWARD = [  # words that a shell would take apart
     *("--recipe", "opsd"),
     *("--lora_target_modules", "q_proj", "k_proj"),
     *("--chat_template_kwargs", '{"enable_thinking": false}'),
-    *("--save_only_model", "--teacher_system="),
+    *("--save_only_model", "--teacher_system=-1 is 'not' a flag"),
     *("--lora_layers", "last 4", "--split_dataset_ratio", "0.01", "--max_steps", "7"),
 ]
 
@@ -80,6 +80,21 @@ def test_a_script_starts_the_run_that_was_planned(gpus, python, tmp_path):
     assert "--nproc_per_node 8" in torchrun and "torch.distributed.run" in torchrun
     where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"
     assert (where if gpus > 8 else "--standalone") in torchrun
+
+
+def test_a_script_starts_anywhere(python, tiny_folder, tmp_path, monkeypatch):
+    """Files that are here are named whole; on fewer GPUs than a machine has, with all of them."""
+    model = Path(tiny_folder(**SMALL))
+    (tmp_path / "my rows.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--gpus", "2", "--model", os.path.relpath(model), *LAYOUT[:2]]
+    script, _ = written(tmp_path, *flags, "--dataset", "my rows.jsonl#20", "other/NAME#5")
+    monkeypatch.chdir("/")
+    check, start = map(json.loads, run(script, PYTHON=python).stdout.splitlines())
+    config = parse_config(check[5:])
+    assert config.data.dataset == [f"{tmp_path}/my rows.jsonl#20", "other/NAME#5"]
+    assert config.model.model == str(model)
+    assert "--standalone --nproc_per_node 2 " in " ".join(start)
 
 
 def test_a_script_needs_a_data_set_and_the_other_nodes_only_to_start(python, tmp_path):
