@@ -211,6 +211,8 @@ def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
     flags = ["--model", REAL, "--gpus", "8", "--gpu_memory", "40", "--context_parallel_size", "1"]
     said = plan(monkeypatch, capsys, *flags, "--json", str(file), "--all")
     numbers = json.loads(file.read_text())
+    assert numbers["pick"] in numbers["possible"]
+    assert f"{numbers['pick']['time']['seconds']:.2f} s a step, " in said
     for choice in numbers["possible"]:
         memory = choice["memory_bytes"]
         most = max(sum(memory["training"].values()), sum(memory["rollout"].values()))

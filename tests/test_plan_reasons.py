@@ -77,6 +77,7 @@ def test_the_tables_of_the_pick(plan):
 
 def test_the_lines_of_the_summary(plan):
     best, lines = plan.pick, summary(plan)
+    assert any(f"writes responses ({best.seconds:.2f} s are the mean of all), " in x for x in lines)
     assert f"{best.memory.total / GIB:.1f} of {plan.job.available / GIB:.1f} GiB" in "\n".join(
         lines
     )

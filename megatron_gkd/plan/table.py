@@ -62,7 +62,7 @@ def summary(plan: Plan) -> list[str]:
         "",
         *memory_table(best),
         "",
-        "A step, seconds; exposed: communication that nothing hides",
+        f"{phases_of(plan)}, seconds; exposed: communication that nothing hides",
         *time_table(best),
         "",
         "The best of different TP, EP, PP, each as it is fastest (seconds; rollouts as an "
@@ -72,6 +72,14 @@ def summary(plan: Plan) -> list[str]:
         *impossible(plan),
     ]
     return [part for line in lines for part in folded(line)]
+
+
+def phases_of(plan: Plan) -> str:
+    """What the phases together are."""
+    share = plan.job.load.on_policy_share
+    if not 0 < share < 1:
+        return "A step"
+    return f"A step that writes responses ({plan.pick.seconds:.2f} s are the mean of all)"
 
 
 def beside_the_fastest(plan: Plan) -> list[str]:
@@ -224,6 +232,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "gpu_memory_bytes": job.available,
         "samples": job.samples,
         "load": asdict(job.load),
+        "pick": choice_numbers(plan.pick) if plan.choices else None,
         "possible": [choice_numbers(choice) for choice in plan.choices],
         "impossible": [
             {**refusal.sizes._asdict(), "reason": refusal.reason} for refusal in plan.refusals
