@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeThinkerConfig,
 )
 
+from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.plan.__main__ import main
 from megatron_gkd.plan.layouts import make_plan
+from megatron_gkd.plan.memory import estimate
+from megatron_gkd.plan.settings import parse_plan, workload_of
 from megatron_gkd.plan.table import MOST_COLUMNS
 from tests.plans import REAL, job_of
 
@@ -325,11 +330,37 @@ def test_check_takes_the_smallest_card_and_none_is_no_limit(
 
 def test_a_check_and_a_plan_agree_to_the_byte(monkeypatch, capsys):
     """What a plan takes a check takes, and no more."""
-    sizes = ["--expert_model_parallel_size", "8", "--tensor_model_parallel_size", "2"]
+    sizes = ["--expert_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
     sizes += ["--recompute", "none", "--max_tokens_per_micro_batch", "8192"]
     flags = ["--model", REAL, "--gpus", "8", *sizes]
     needed = make_plan(job_of(*flags, "--gradient_accumulation_steps", "2")).choices[0].memory
     check = [*flags, "--gradient_accumulation_steps", "2", "--check", "--gpu_memory"]
+    assert sum(needed.training.values()) > sum(needed.rollout.values())
     enough = needed.total / 2**30
     assert "; fits" in plan(monkeypatch, capsys, *check, repr(enough))
     assert "needs about" in refusal(monkeypatch, capsys, *check, repr(enough - 1e-6))
+
+
+def test_prompts_that_may_be_short_are_not_refused(monkeypatch, capsys):
+    """A check does not know the data: it says up to which length of a prompt it fits."""
+    flags = ["--model", REAL, "--gpus", "1", "--recompute", "full", "--check"]
+    flags += ["--gradient_accumulation_steps", "8", "--gpu_memory"]
+    assert "GiB; towers not" in plan(monkeypatch, capsys, *flags, "77")
+    fits = re.compile(
+        r"; fits --gpu_memory, [\d.]+ GiB where no prompt has more than ([\d,]+) tokens:"
+    )
+    tokens = [fits.search(plan(monkeypatch, capsys, *flags, gib))[1] for gib in ("74.5", "71.5")]
+    shorter, shortest = (int(number.replace(",", "")) for number in tokens)
+    assert 0 < shortest < shorter < 2048
+    known = workload_of(*parse_plan([*flags, "74.5"])[:2], read_model_args(REAL))
+    most = lambda prompt: (
+        estimate(
+            read_model_args(REAL),
+            ParallelConfig(),
+            replace(known, prompt_tokens=prompt),
+            world_size=1,
+        ).total
+    )
+    assert most(shorter) <= 74.5 * 2**30 < most(shorter + 1)
+    assert "needs about" in refusal(monkeypatch, capsys, *flags, "69")
+    assert "needs about" in refusal(monkeypatch, capsys, *flags, "69", "--lmbda", "0")

@@ -77,14 +77,19 @@ def test_the_tables_of_the_pick(plan):
 
 def test_the_lines_of_the_summary(plan):
     best, lines = plan.pick, summary(plan)
+    assert "  EP inside a node; DP over 2 nodes" in lines
     assert any(f"writes responses ({best.seconds:.2f} s are the mean of all), " in x for x in lines)
     assert f"{best.memory.total / GIB:.1f} of {plan.job.available / GIB:.1f} GiB" in "\n".join(
         lines
     )
-    start = next(n for n, line in enumerate(lines) if line.startswith("TP "))
-    shown = [tuple(line.split()[:3]) for line in lines[start + 1 : start + 11]]
-    assert len(set(shown)) == len(shown) == 10
     counted = [
         int(n.replace(",", "")) for n in re.findall(r"^  ([\d,]+): such as", "\n".join(lines), re.M)
     ]
     assert sum(counted) == len(plan.refusals) and counted == sorted(counted, reverse=True)
+
+
+def test_ten_different_layouts_are_shown():
+    lines = summary(make_plan(job_of("--gpus", "8")))
+    start = next(n for n, line in enumerate(lines) if line.startswith("TP "))
+    shown = [tuple(line.split()[:3]) for line in lines[start + 1 : start + 11]]
+    assert len(set(shown)) == len(shown) == 10
