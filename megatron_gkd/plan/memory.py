@@ -69,9 +69,13 @@ class Estimate:
         def parts(found: dict[str, int]) -> str:
             return ", ".join(f"{k} {v / GIB:.1f}" for k, v in found.items() if v >= GIB / 20)
 
-        kinds = ("", self.always), ("in training ", self.training)
-        kinds += ("in rollouts ", self.rollout), ("outside of torch ", self.outside)
-        phases = [f"{when}{parts(found)}" for when, found in kinds if parts(found)]
+        kinds = {
+            "": self.always,
+            "in training ": self.training,
+            "in rollouts ": self.rollout,
+            "outside of torch ": self.outside,
+        }
+        phases = [f"{when}{parts(found)}" for when, found in kinds.items() if parts(found)]
         return f"{self.total / GIB:.1f} GiB a rank: {'; '.join(phases) or 'the reserve'}"
 
 
