@@ -164,8 +164,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanSettings, Config, frozenset[str
         others=[PlanSettings],
     )
     given = frozenset(given_values(words, parser))
-    data = [] if "dataset" in given else ["--dataset", NO_DATA]
-    (own, *settings), _ = parser.parse([*data, *words])
+    (own, *settings), _ = parser.parse(["--dataset", NO_DATA, *words])  # the last of a name holds
     config = Config(*settings)
     model = Path(config.model.model)
     if model.name == "config.json" and model.is_file():
