@@ -1,5 +1,8 @@
 """What of a command line the planner plans with: lengths of rows, LoRA of an adapter."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from megatron_gkd.lora_targets import ATTENTION, LINEARS
@@ -79,3 +82,37 @@ def test_a_check_knows_that_a_written_row_is_no_shorter_than_its_response():
     load = load_of(REAL, *flags, "--max_completion_length", "4096")
     assert load.micro_batch_tokens == 4097
     assert load_of(REAL, *flags, "--max_completion_length", "512").micro_batch_tokens == 2048
+
+
+def with_towers(folder, **sections) -> str:
+    """A config.json of the real sizes with other sections of towers."""
+    config = json.loads((Path(REAL) / "config.json").read_text())
+    config["thinker_config"] |= sections
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+MEDIA = ["--gpus", "8", "--media", "audio", "image"]
+
+
+@pytest.mark.parametrize(
+    "sections, says",
+    [
+        ({"audio_config": [1]}, "audio_config is a list, expected an object"),
+        ({"vision_config": "large"}, "vision_config is a str, expected an object"),
+        (
+            {"vision_config": {"deepstack_visual_indexes": 5}},
+            "vision_config.deepstack_visual_indexes = 5 is not supported",
+        ),
+    ],
+)
+def test_sections_of_towers_that_are_none(sections, says, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: {says}"):
+        load_of(with_towers(tmp_path, **sections), *MEDIA)
+
+
+def test_a_section_that_is_null_means_the_sizes_of_transformers(tmp_path):
+    null = with_towers(tmp_path, audio_config=None, vision_config={})
+    absent = load_of(null, *MEDIA)
+    assert absent == load_of(with_towers(tmp_path, audio_config={}, vision_config=None), *MEDIA)
+    assert absent != load_of(null, "--gpus", "8")

@@ -64,6 +64,11 @@ def tower_parameters(folder: str | Path, audio: bool, visual: bool) -> int:
             defaults, count = COUNTS[tower.name]
             sizes = defaults | config.settings.get(tower.config, {})
             for name, default in defaults.items():
+                if isinstance(default, tuple) and not isinstance(sizes[name], list | tuple):
+                    raise ValueError(
+                        f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
+                        "(a tower has a list of its layers)"
+                    )
                 if isinstance(default, int) and not (type(sizes[name]) is int and sizes[name] > 0):
                     raise ValueError(
                         f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
