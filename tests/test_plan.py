@@ -240,8 +240,13 @@ def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
     assert len(layouts) + len(numbers["impossible"]) == 4**3
     every = said.partition("possible choices, the fastest first:\n")[2].splitlines()
     assert len(every) >= len(numbers["possible"]) + len(numbers["impossible"])
-    again = refusal(monkeypatch, capsys, *flags, "--json", str(file))
-    assert f"{file} is there already" in again
+    again = [*flags, "--json", str(tmp_path / "new.json"), "--script", str(file)]
+    monkeypatch.setattr("sys.argv", ["plan", *again])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert f"{file} is there already" in said.err and not said.out  # before anything is planned
+    assert not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize(

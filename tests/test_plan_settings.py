@@ -116,3 +116,19 @@ def test_a_section_that_is_null_means_the_sizes_of_transformers(tmp_path):
     absent = load_of(null, *MEDIA)
     assert absent == load_of(with_towers(tmp_path, audio_config={}, vision_config=None), *MEDIA)
     assert absent != load_of(null, "--gpus", "8")
+
+
+@pytest.mark.parametrize(
+    "flags, share",
+    [
+        ("--lmbda 0:0.3,500:0.5,1000:0.7", 0.7),
+        ("--lmbda 0:0.3,500:0.5,1000:0.7 --max_steps 1000", 0.4),
+        ("--lmbda 0", 0.0),
+        ("--lmbda 0 --seq_kd true", 1.0),
+    ],
+)
+def test_the_share_of_steps_that_write(flags, share):
+    """Of a schedule without a known end, what it ends with."""
+    load = load_of(REAL, "--gpus", "8", *flags.split())
+    assert load.on_policy_share == pytest.approx(share)
+    assert bool(load.completion_tokens) == (share > 0)
