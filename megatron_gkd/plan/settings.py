@@ -16,10 +16,8 @@ from megatron_gkd.startup import quiet_imports
 
 MOST_GPUS = 2**16
 NO_DATA = "(no data set)"  # stands for --dataset, which the planner does not read
-OF_PLANS = (  # flags without a meaning for the one layout of --check
-    *("global_batch_size", "row_tokens", "teacher_row_tokens", "response_tokens"),
-    *("all", "json", "script", "overwrite"),
-)
+# Flags without a meaning for the one layout of --check.
+OF_PLANS = ("global_batch_size", "all", "json", "script", "overwrite")
 
 
 @dataclass
