@@ -69,6 +69,6 @@ def check(own: PlanSettings, config: Config) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         found = f"fits {name}"
-    if not load.tower_bytes and args.family.towers:
+    if not load.towers and args.family.towers:
         found += "; towers not counted (--media)"
     return [*lines, f"Memory: about {needed.describe()}; {found}"]
