@@ -63,19 +63,19 @@ def python(tmp_path):
 def test_a_script_starts_the_run_that_was_planned(gpus, python, tmp_path):
     data = ["--dataset", "rows of 'mine'.jsonl", "more#20"]
     flags = ["--gpus", str(gpus), "--gpus_per_node", "8", *LAYOUT, *AWKWARD, *data]
-    flags += ["--media", "audio", "image"]
+    flags += ["--media", "audio", "image", "--media_tokens", "12", "--row_tokens", "40"]
     script, config = written(tmp_path, *flags)
     nodes = {"MASTER_ADDR": "node0", "NODE_RANK": "1"} if gpus > 8 else {}
     environment = nodes | {"MODEL": config.model.model}  # the plan is of a config.json alone
     done = run(script, "--seed", "9", PYTHON=python, **environment)
     assert done.returncode == 0, done.stderr
     check, start = map(json.loads, done.stdout.splitlines())
-    of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-3:]]
-    assert check[:8] == of_plan
+    of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-7:]]
+    assert check[:12] == of_plan
     module = start.index("megatron_gkd.train")
     config.train.seed = 9  # flags behind the script win
     config.run.recipe = None  # its settings stand there, each by itself
-    assert parse_config(start[module + 1 :]) == parse_config(check[8:]) == config
+    assert parse_config(start[module + 1 :]) == parse_config(check[12:]) == config
     torchrun = " ".join(start[:module])
     assert "--nproc_per_node 8" in torchrun and "torch.distributed.run" in torchrun
     where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"

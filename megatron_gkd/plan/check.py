@@ -94,7 +94,7 @@ def check(own: PlanSettings, config: Config) -> list[str]:
             if longest is None:
                 raise ValueError(f"{name}: {error}") from None
             found += f" where no prompt has more than {longest:,} tokens: the run looks at its data"
-    if not load.tower_bytes and args.family.towers:
+    if not load.towers and args.family.towers:
         found += "; towers not counted (--media)"
     if config.model.attn_impl == "eager":
         found += "; not counted: the squares of row lengths that --attn_impl eager keeps"

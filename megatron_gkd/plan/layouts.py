@@ -21,7 +21,7 @@ from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.memory import GIB, Estimate, estimate, kept_layers_that_fit
 from megatron_gkd.plan.rates import Rates
-from megatron_gkd.plan.settings import PlanSettings, workload_of
+from megatron_gkd.plan.settings import PlanSettings, media_words, workload_of
 from megatron_gkd.plan.step_time import ROLLOUT, Phase, StepTime, step_time
 from megatron_gkd.plan.workload import Workload
 
@@ -75,7 +75,7 @@ class Job:
     load: Workload
     """Of a step; its batch, micro-batch and recomputation are those of a `Choice`"""
     media: Sequence[str] = ()
-    """Kinds that the rows have"""
+    """What the planner's flags say of the rows' media, as words of a command line"""
 
     @property
     def longest_row(self) -> int:
@@ -184,7 +184,7 @@ def make_job(
         rates=rates,
         available=round(memory * GIB) if memory else rates.gpu_memory_bytes,
         load=load,
-        media=own.media,
+        media=media_words(own),
     )
 
 

@@ -64,7 +64,7 @@ def script_of(job: Job, choice: Choice, name: str) -> str:
         "THREADS": "4" if job.gpus == 1 else "1",
         "FLAGS": "\n".join(flag_lines(config)),
         "DATA": "" if has_data else DATA,
-        "OF_PLAN": " ".join([str(job.gpus), *(["--media", *job.media] if job.media else [])]),
+        "OF_PLAN": " ".join([str(job.gpus), *job.media]),
         "START": start if has_weights else WEIGHTS + start,
     }
     template = TEMPLATE.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from megatron_gkd.config import Config, command_line
 from megatron_gkd.flags import require, require_at_least, require_not_empty, setting
 from megatron_gkd.lora_targets import parse_layers, resolve_targets
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.plan.towers import tower_parameters
+from megatron_gkd.plan.towers import read_towers
 from megatron_gkd.plan.workload import Workload, workload
 from megatron_gkd.recipe import given_values
 from megatron_gkd.startup import quiet_imports
@@ -55,6 +55,11 @@ class PlanSettings:
         "Kinds that the rows have, whose towers a run holds on its first pipeline stage. Default: "
         "text alone.",
     )
+    media_tokens: int | None = setting(
+        None,
+        "Tokens of the media of an average row: 13 a second of sound, one for each 32 x 32 pixels "
+        "of an image and of every second frame. Default: all of a row, the most that it can be.",
+    )
     check: bool = setting(
         False,
         "Plan nothing: print the layout that the flags name and its memory, and end with status 2 "
@@ -72,7 +77,13 @@ class PlanSettings:
     def __post_init__(self):
         require_at_least(self, 1, "gpus")
         require(self.gpus <= MOST_GPUS, "gpus", self.gpus, f"{MOST_GPUS} or less")
-        for flag in ("gpus_per_node", "global_batch_size", "row_tokens", "teacher_row_tokens"):
+        for flag in (
+            "gpus_per_node",
+            "global_batch_size",
+            "row_tokens",
+            "teacher_row_tokens",
+            "media_tokens",
+        ):
             if getattr(self, flag) is not None:
                 require_at_least(self, 1, flag)
         require_not_empty(self, "gpu", "json", "script")
@@ -93,24 +104,29 @@ class PlanSettings:
 
 def workload_of(own: PlanSettings, config: Config, args: ModelArgs) -> Workload:
     """Of a run with these settings, as far as the flags tell: averages of the rows, the towers, the
-    LoRA of --adapter. Raises as `tower_parameters` and `PeftAdapter`, or ValueError for rows that
-    the settings do not allow.
+    LoRA of --adapter. Raises as `read_towers` and `PeftAdapter`, or ValueError for rows that the
+    settings do not allow.
     """
-    towers = config.lora.lora_towers
-    numbers = tower_parameters(
+    row = own.row_tokens or config.data.max_length
+    with_lora = config.lora.lora_towers
+    towers = read_towers(
         config.model.model,
-        audio="audio" in own.media or towers,
-        visual=bool({"image", "video"} & {*own.media}) or towers,
+        audio="audio" in own.media or with_lora,
+        visual=bool({"image", "video"} & {*own.media}) or with_lora,
     )
+    heavier = max(row, own.teacher_row_tokens or row)
+    media = min(own.media_tokens or heavier, heavier)
     load = workload(
         config,
         args,
         row_tokens=own.row_tokens,
         teacher_row_tokens=own.teacher_row_tokens,
         response_tokens=own.response_tokens,
+        towers=towers,
+        media_share=media / row,
     )
     check_rows(own, config, load)
-    return replace(with_adapter(load, config, args), tower_bytes=numbers * load.number_bytes)
+    return with_adapter(load, config, args)
 
 
 def check_rows(own: PlanSettings, config: Config, load: Workload) -> None:
@@ -148,6 +164,16 @@ def with_adapter(load: Workload, config: Config, args: ModelArgs) -> Workload:
         layers = parse_layers(lora.lora_layers, args.num_layers) if lora.lora_layers else None
         targets = resolve_targets(adapter.targets, args, layers)
     return replace(load, lora_rank=lora.lora_rank or adapter.rank, targets=targets)
+
+
+def media_words(own: PlanSettings) -> list[str]:
+    """The flags that say how much of the rows is media, as words of a command line."""
+    words = ["--media", *own.media] if own.media else []
+    if own.media_tokens:  # of a row of --row_tokens
+        for name in ("media_tokens", "row_tokens", "teacher_row_tokens"):
+            value = getattr(own, name)
+            words += [f"--{name}", str(value)] if value else []
+    return words
 
 
 def parse_plan(argv: Sequence[str]) -> tuple[PlanSettings, Config, frozenset[str]]:
