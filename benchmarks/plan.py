@@ -34,10 +34,10 @@ from benchmarks.real_decoder import LORA_RANK, Shape, random_batch, random_decod
 from benchmarks.report import commit, machine, table
 from benchmarks.rollout_real import SAMPLED, RolloutBench
 from benchmarks.training_step import Training
-from megatron_gkd import parallel as parallel_module
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora import as_student
 from megatron_gkd.lora_targets import LINEARS
+from megatron_gkd.parallel import destroy
 from megatron_gkd.plan.rates import Rates, rates_of
 from megatron_gkd.plan.step_time import StepTime, step_time
 from megatron_gkd.plan.workload import Workload
@@ -143,7 +143,9 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     )
     training = Training(parallel, model_args, model)
     bench = RolloutBench(parallel, model_args, model, case.shape, lambda **_: None)
-    prompt = [[7] * (case.length - case.response)] * case.rows
+    generator = torch.Generator().manual_seed(0)
+    size = (case.rows, case.length - case.response)
+    prompts = torch.randint(case.shape.vocab_size, size, generator=generator).tolist()
     with as_student(model):
         engine = bench.engine(SAMPLED, case.response, graphs=False) if case.writes else None
     found: list[dict[str, float]] = []
@@ -163,7 +165,7 @@ def measure(case: Case, steps: int) -> dict[str, float]:
         started, on_processor = time.perf_counter(), time.process_time()
         if engine is not None:
             with as_student(model):
-                generate(engine, prompt, seed=step, row_ids=range(case.rows))
+                generate(engine, prompts, seed=step, row_ids=range(case.rows))
         written = time.perf_counter() - started
         result = training.step(batches, step)
         found.append(
@@ -176,7 +178,6 @@ def measure(case: Case, steps: int) -> dict[str, float]:
                 "processor": time.process_time() - on_processor,
             }
         )
-    parallel_module.parallel_state.destroy_model_parallel()
     return {name: quartile([one[name] for one in found[2:]]) for name in found[0]}
 
 
@@ -184,11 +185,16 @@ def _rank(rank: int, ranks: int, folder: str, cases: list[Case], steps: int) -> 
     """A process of its own: all cases, one after the other."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    found = [measure(case, steps) for case in cases]
+    found = []
+    for number, case in enumerate(cases):
+        store = dist.FileStore(os.path.join(folder, f"store{number}"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        found.append(measure(case, steps))
+        dist.barrier()
+        # also the threads of the groups, which would wake up beside the next case a hundred times a
+        # second each
+        destroy()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
     os._exit(0)
 
 

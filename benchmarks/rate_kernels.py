@@ -58,7 +58,7 @@ SIZES = {
     "cpu": Sizes(
         side=512,
         sides=(8, 24, 64, 192, 512),
-        group_rows=(1, 4, 16, 64, 256),
+        group_rows=(1, 2, 4, 16, 64, 256),
         tokens=512,
         hidden=512,
         inter=384,
@@ -73,7 +73,7 @@ SIZES = {
     "cuda": Sizes(
         side=4096,
         sides=(16, 64, 128, 512, 4096),
-        group_rows=(1, 4, 16, 64, 256, 1024),
+        group_rows=(1, 2, 4, 16, 64, 256, 1024),
         tokens=8192,
         hidden=2048,
         inter=768,
@@ -225,6 +225,11 @@ def kernels(data: Data, sizes: Sizes) -> Iterator[Timed]:
     yield of("gather_rows", pairs * (hidden + width), gather)
     rows = data(pairs, hidden)
     yield of("sum_rows", (pairs + tokens) * hidden, lambda: module.sum_rows(rows, order, hidden))
+    half = module.order_pairs(ids, 0, sizes.experts // 2, is_partial=True)
+    own = int(half.offsets[-1])
+    half = half._replace(pairs=half.pairs[:own])
+    run = lambda: module.sum_rows(rows[:own], half, hidden)
+    yield of("sum_own_rows", (own + tokens) * hidden, run)
     gate_up, chances = data(pairs, 2 * inter), torch.rand(tokens, chosen, device=data.device)
     activate = lambda: module.activation(gate_up, chances, order, inter + 8)
     yield of("activation", pairs * (3 * inter + 8), activate)
@@ -232,6 +237,20 @@ def kernels(data: Data, sizes: Sizes) -> Iterator[Timed]:
     activate_backward = lambda: module.activation_backward(gate_up, chances, of_a, order)
     yield of("activation_backward", pairs * 6 * inter, activate_backward)
     yield router(data, sizes, ids)
+
+
+def pair_matrices(data: Data, sizes: Sizes) -> Iterator[Timed]:
+    """What a token's experts do with LoRA on a CPU besides its products."""
+    if data.device.type != "cpu":
+        return
+    pairs, rank = 4 * sizes.chosen, 16
+    width = sizes.hidden + 2 * sizes.inter
+    of_layers = cycle([data(sizes.experts, width, rank) for _ in range(16)])
+    ids = torch.arange(pairs, device=data.device) * sizes.experts // pairs
+    num_bytes = 2.0 * pairs * width * rank * data(1).element_size()
+    yield Timed(
+        "bytes.pair_matrices", None, num_bytes, lambda: next(of_layers).index_select(0, ids)
+    )
 
 
 def router(data: Data, sizes: Sizes, ids: Tensor) -> Timed:
@@ -277,5 +296,5 @@ def all_timed(
 ) -> Iterator[Timed]:
     """Everything, of the device's own sizes or of others."""
     data, sizes = Data(device, dtype), sizes or SIZES[device.type]
-    for kind in (dense, grouped, attention, kernels, update):
+    for kind in (dense, grouped, attention, kernels, pair_matrices, update):
         yield from kind(data, sizes)

@@ -15,16 +15,13 @@ What is measured is small things, never a training step at the sizes that are pr
 import argparse
 import ctypes
 import json
-import math
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +32,17 @@ if __name__ == "__main__":  # before the imports below, which would warn of abse
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    all_to_all,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from benchmarks.rate_kernels import all_timed
+from benchmarks.rate_messages import collective_entries, quartile
 from benchmarks.real_decoder import Shape, random_batch, random_decoder
 from benchmarks.report import commit, machine
 from benchmarks.rollout_real import SAMPLED, RolloutBench
 from benchmarks.training_step import Training
 from megatron_gkd.forward import student_forward_backward, teacher_forward
 from megatron_gkd.lora import as_student
+from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, destroy, largest, resolve_device
 from megatron_gkd.plan import layer_work, rollout_work, step_work
 from megatron_gkd.plan.rates import rates_of
@@ -68,8 +63,6 @@ TINY = Shape(
 CACHE_BYTES = 32 * 2**20  # of the last level, which ranks share
 MOST_RUNS = 100  # of one thing
 LIBC = ctypes.CDLL(None)
-MESSAGES = (2**12, 2**16, 2**19, 2**22, 2**24)  # bytes of a collective
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
 
 
 class Clock:
@@ -118,35 +111,6 @@ class Clock:
         return (self._now() - before) / repeats
 
 
-def message_seconds(
-    device: torch.device, run: Callable[[], Any], number: int
-) -> tuple[float, float]:
-    """Of a collective between products, as layers have it: each rank comes to it from work of its
-    own, and must be woken where it waits. By the clock on the wall, of so many runs on every rank
-    the lower quartile, and the mean without the slowest twentieth: a step has hundreds of them, so
-    that the rare long waits for a rank that the system has put to sleep are part of each step.
-    """
-    x = torch.ones(256, 256, device=device)
-    found: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(number + 2):
-        for calls in found:
-            before = time.perf_counter()
-            x @ x
-            if calls:
-                run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found[calls].append(time.perf_counter() - before)
-    usual = lambda samples: statistics.mean(sorted(samples)[: len(samples) * 19 // 20])
-    least, mean = (of(found[True][2:]) - of(found[False][2:]) for of in (quartile, usual))
-    return max(least, 1e-7), max(mean, 1e-7)
-
-
-def quartile(samples: Sequence[float]) -> float:
-    """The lower one."""
-    return statistics.quantiles(samples, n=4, method="inclusive")[0]
-
-
 def compute_entries(clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
     """name -> rate, or points [size, rate]. FLOP/s, b/s."""
     points: dict[str, list] = defaultdict(list)
@@ -178,13 +142,12 @@ def fresh_memory(clock: Clock) -> float:
     return size / max(clock(fresh) - clock(lambda: used.fill_(1)), 1e-9)
 
 
-def launch_entries(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+def launch_entries(
+    clock: Clock, parallel: Parallel, model_args: ModelArgs, model: GPTModel
+) -> dict[str, float]:
     """Seconds of a launch as a layer of almost no work makes it, megatron-core's and autograd's
     Python included.
     """
-    parallel, model_args, model = random_decoder(
-        TINY, device=clock.device.type, dtype=dtype, lora_dropout=0.0
-    )
     training = Training(parallel, model_args, model)
     batch = random_batch(TINY.vocab_size, parallel, num_rows=2, length=8, response=2, seed=0)
     # so many times on every rank: a pass ends with the gradients' sum
@@ -207,7 +170,9 @@ def launch_entries(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
 
 
 @torch.no_grad()
-def token_entries(clock: Clock, parallel: Parallel, model_args: Any, model: Any) -> dict:
+def token_entries(
+    clock: Clock, parallel: Parallel, model_args: ModelArgs, model: GPTModel
+) -> dict[str, float]:
     """The same for a token of a rollout: launched one by one, and as a graph where there is one."""
     bench = RolloutBench(parallel, model_args, model, TINY, lambda **_: None)
     launches = rollout_work.TOKEN_LAYER_LAUNCHES * TINY.num_layers + rollout_work.TOKEN_LAUNCHES
@@ -224,57 +189,16 @@ def token_entries(clock: Clock, parallel: Parallel, model_args: Any, model: Any)
     return found
 
 
-def collective_entries(device: torch.device, ranks: int) -> dict[str, float]:
-    """Seconds of a step and b/s of each kind between the ranks of this machine, as layers call
-    them: with megatron-core's Python and a gradient to come.
-    """
-    rank, world, found = dist.get_rank(), dist.group.WORLD, {}
-    steps = {"all_to_all": ranks - 1, "send": 1, "all_reduce": 2 * math.ceil(math.log2(ranks))}
-    for kind in KINDS:
-        taken = []
-        for size in MESSAGES:
-            x = torch.zeros(size // 4 // ranks * ranks, device=device, requires_grad=True) * 1.0
-            part = x[: len(x) // ranks].contiguous()
-            runs: dict[str, Callable[[], Any]] = {
-                "all_gather": partial(gather_from_sequence_parallel_region, part, group=world),
-                "reduce_scatter": partial(
-                    reduce_scatter_to_sequence_parallel_region, x, group=world
-                ),
-                "all_reduce": partial(dist.all_reduce, x.detach()),
-                "all_to_all": partial(all_to_all, world, x),
-                "send": partial(_to_and_fro, x.detach(), rank, ranks),
-            }
-            dist.barrier()
-            number = 100 if size == MESSAGES[0] else 30
-            there_and_back = 1 + (kind == "send")
-            least, mean = message_seconds(device, runs[kind], number)
-            taken.append((least / there_and_back, mean / there_and_back))
-        share = {"all_reduce": 2 * (ranks - 1) / ranks, "send": 1.0}.get(kind, (ranks - 1) / ranks)
-        step = taken[0][1]
-        # of the bytes between two large messages, where the steps no longer matter
-        rate = share * (MESSAGES[-1] - MESSAGES[-3]) / max(taken[-1][0] - taken[-3][0], 1e-9)
-        found[f"node.{kind}.step"] = step / steps.get(kind, math.ceil(math.log2(ranks)))
-        found[f"node.{kind}"] = rate
-    found["node.any"] = min(found[f"node.{kind}"] for kind in KINDS)
-    found["node.any.step"] = max(found[f"node.{kind}.step"] for kind in KINDS)
-    return found
-
-
-def _to_and_fro(x: torch.Tensor, rank: int, ranks: int) -> None:
-    peer = rank ^ 1
-    if peer < ranks:
-        for sends in (rank < peer, rank > peer):
-            (dist.send if sends else dist.recv)(x, peer)
-
-
 def measure(device: torch.device, ranks: int, seconds: float) -> dict[str, Any]:
     """All entries, of this rank; every rank calls it at the same time."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     clock = Clock(device, share=seconds / 80, ranks=ranks)
+    # first of all: the threads of a run's groups wake up beside whatever its ranks do
+    tiny = random_decoder(TINY, device=device.type, dtype=dtype, lora_dropout=0.0)
     found = compute_entries(clock, dtype)
     if ranks > 1:
         dist.barrier()
-    found |= launch_entries(clock, dtype)
+    found |= launch_entries(clock, *tiny)
     if ranks > 1:
         found |= collective_entries(device, ranks)
     destroy()

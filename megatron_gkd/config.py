@@ -243,14 +243,18 @@ class Config:
     run: RunConfig
 
     def __post_init__(self):
-        size = self.parallel.context_parallel_size
-        fits = size == 1 or self.model.attn_impl != "te"
-        require(fits, "context_parallel_size", size, "1 with --attn_impl te", "use sdpa")
+        self.check_parallel(self.parallel)
         skipped, length = self.distill.skip_first_tokens, self.rollout.max_completion_length
         writes = self.distill.writes_responses
         allowed = f"below --max_completion_length {length}"
         way_out = "no token of a written response would carry a loss"
         require(not writes or skipped < length, "skip_first_tokens", skipped, allowed, way_out)
+
+    def check_parallel(self, parallel: ParallelConfig) -> None:
+        """Raise ValueError where the other settings refuse this layout."""
+        size = parallel.context_parallel_size
+        fits = size == 1 or self.model.attn_impl != "te"
+        require(fits, "context_parallel_size", size, "1 with --attn_impl te", "use sdpa")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """JSON-able: group name -> setting -> value."""

@@ -58,7 +58,9 @@ def require_at_least(config: Any, low: int, *flags: str) -> None:
     `low`.
     """
     for flag in flags:
-        require(getattr(config, flag) >= low, flag, getattr(config, flag), f"{low} or more")
+        value = getattr(config, flag)
+        if value < low:
+            require(False, flag, value, f"{low} or more")
 
 
 class Range(NamedTuple):

@@ -201,11 +201,15 @@ def test_reasons_are_counted_by_kind():
     job = job_of("--gpus", "8", "--gpu_memory", "40", "--context_parallel_size", "1")
     plan = make_plan(job)
     groups = grouped(plan.refusals)
-    assert sum(number for number, _, _ in groups) == len(plan.refusals)
+    sizes = [len(members) for _, members in groups]
+    assert sum(sizes) == len(plan.refusals) and sizes == sorted(sizes, reverse=True)
     assert len(plan.refusals) + len(plan.layouts) == 4**3
-    kinds = [re.sub(r"\d+", "N", reason)[:30] for _, reason, _ in groups]
+    kinds = [re.sub(r"\d+", "N", smallest.reason)[:30] for smallest, _ in groups]
     assert len(kinds) == len(set(kinds)) == 3
-    (memory,) = (members for _, reason, members in groups if "GiB or more" in reason)
+    for smallest, members in groups:
+        assert smallest in members
+        assert sum(smallest.sizes) == min(sum(refusal.sizes) for refusal in members)
+    (memory,) = (members for smallest, members in groups if "GiB or more" in smallest.reason)
     for refusal in memory:
         assert refusal.nearest.memory.total > 40 * 2**30
         smallest = choice_of(job, refusal.sizes, refusal.nearest.dp, "auto", 2048, {})

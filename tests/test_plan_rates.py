@@ -118,8 +118,12 @@ def test_an_h100s_attention_and_copies():
     assert H100.seconds(forward, {}) == pytest.approx(259e-6, rel=0.01)
     assert H100.seconds(replace(forward, backward=True), {}) == pytest.approx(919e-6, rel=0.01)
     assert H100.seconds(Moved(kernel="add", num_bytes=2.58e9, times=2), {}) == pytest.approx(2e-3)
-    # the system's memory costs a GPU nothing
-    assert H100.seconds(Moved(kernel="fresh", num_bytes=2.58e9), {}) == 0
+    # the system's memory costs a GPU nothing, nor does what its kernels read in place
+    for kernel in ("fresh", "pair_matrices"):
+        moved = Moved(kernel=kernel, num_bytes=2.58e9)
+        assert H100.seconds(moved, {}) == 0
+        measured = replace(H100, entries=H100.entries | {f"bytes.{kernel}": 1e9})
+        assert measured.seconds(moved, {}) == pytest.approx(2.58)
     assert H100.seconds(Launches(kind="forward", times=100), {}) == pytest.approx(1.05e-3)
 
 
@@ -168,6 +172,7 @@ def test_everything_that_is_timed_runs():
     assert given - entries == {"grouped.group", "wait"}
     kernels = "rms_norm rms_norm_backward norm_rotary norm_rotary_backward gather_rows sum_rows"
     kernels += " activation activation_backward router order_pairs add copy divergence adamw"
+    kernels += " sum_own_rows pair_matrices"
     assert {f"bytes.{name}" for name in kernels.split()} <= entries
 
 

@@ -91,6 +91,16 @@ class Layer:
         return self.pairs if self.exchanges else self.shard * (self.ep if self.gathers else 1)
 
     @property
+    def ordered(self) -> float:
+        """Pairs whose order a rank makes: where tokens are gathered, those of all experts."""
+        return self.shard * self.args.num_experts_per_tok * self.ep if self.gathers else self.pairs
+
+    @property
+    def sum_kernel(self) -> str:
+        """Where tokens are gathered, one that leaves out the rows of other ranks' experts."""
+        return "sum_own_rows" if self.gathers else "sum_rows"
+
+    @property
     def widths(self) -> tuple[int, int]:
         """q, k."""
         return attention_rows(self.args, self.tp)
@@ -243,13 +253,13 @@ def forward(of: Layer) -> Work:
         of.dense(of.shard, args.num_experts, hidden),
         Moved(kernel="router", num_bytes=of.shard * args.num_experts * 4 * 4),
         *of.of_experts(back=False, with_ids=True, with_probabilities=True),
-        Moved(kernel="order_pairs", num_bytes=of.pairs * 4 * 4),
+        Moved(kernel="order_pairs", num_bytes=of.ordered * 4 * 4),
         *_sorted(of, back=False),
         of.moved("gather_rows", of.pairs * (2 * hidden + low_in)),
         of.grouped(2 * inner, hidden + low_in),
         of.moved("activation", of.pairs * (3 * inner + low_out)),
         of.grouped(hidden, inner + low_out),
-        of.moved("sum_rows", (of.pairs + of.summed) * hidden),
+        of.moved(of.sum_kernel, (of.pairs + of.summed) * hidden),
         *of.of_experts(back=True, with_ids=False, with_probabilities=False),
         *_sorted(of, back=True),
         *_low_forward(of),
@@ -310,7 +320,7 @@ def backward(of: Layer) -> Work:
         of.grouped(inner + low_out, hidden),
         of.moved("activation_backward", of.pairs * 6 * inner),
         of.grouped(hidden + low_in, 2 * inner),
-        of.moved("sum_rows", (of.pairs + of.summed) * hidden),
+        of.moved(of.sum_kernel, (of.pairs + of.summed) * hidden),
         *of.of_experts(back=True, with_ids=False, with_probabilities=True),
         *_sorted(of, back=True),
         of.dense(of.shard, hidden, args.num_experts),

@@ -13,6 +13,7 @@ these the one that needs least memory.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from megatron_gkd.config import Config, Recompute
@@ -22,7 +23,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.memory import GIB, Estimate, estimate, kept_layers_that_fit
 from megatron_gkd.plan.rates import Rates
 from megatron_gkd.plan.settings import PlanSettings, media_words, workload_of
-from megatron_gkd.plan.step_time import ROLLOUT, Phase, StepTime, step_time
+from megatron_gkd.plan.step_time import OF_LAYOUT, Phase, StepTime, step_time
 from megatron_gkd.plan.workload import Workload
 
 
@@ -128,7 +129,7 @@ class Plan:
     refusals: list[Refusal]
     too_large: list[Choice]
 
-    @property
+    @cached_property
     def pick(self) -> Choice:
         """Raises ValueError where nothing is possible."""
         if not self.choices:
@@ -140,10 +141,15 @@ class Plan:
         as_fast = [choice for choice in fitting if choice.seconds <= close]
         return min(as_fast, key=lambda choice: choice.memory.total)
 
-    @property
+    @cached_property
     def layouts(self) -> list[Choice]:
         """The fastest choice of each layout, the fastest first."""
         return first_of(self.choices, lambda choice: choice.sizes)
+
+    @cached_property
+    def nearest(self) -> dict[Sizes, Choice]:
+        """Of each layout none of whose choices fits, the one that needs least."""
+        return {one.sizes: one.nearest for one in self.refusals if one.nearest}
 
 
 def first_of(choices: Iterable[Choice], key: Callable[[Choice], Any]) -> list[Choice]:
@@ -208,11 +214,11 @@ def data_parallel_size(job: Job, sizes: Sizes) -> int:
     """Raises ValueError where a run would refuse the layout, a step's samples do not divide, or
     rows are not cut so small without being told to.
     """
-    args = job.args
-    replace(job.config, parallel=sizes.parallel())  # its checks
+    args, parallel = job.args, sizes.parallel()
+    job.config.check_parallel(parallel)
     dp = check_layout(
         job.gpus,
-        sizes.parallel(),
+        parallel,
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_key_value_heads,
         num_experts=args.num_experts,
@@ -289,31 +295,31 @@ def choices_of(job: Job, sizes: Sizes, dp: int) -> Iterator[Choice]:
     """
     ascending, descending = budgets(job, sizes, job.samples // dp)
     any_fits = False
-    rollout: dict[str, Phase] = {}
+    known: dict[str, Phase] = {}
     for tokens in ascending:
-        *others, last = at_budget(job, sizes, dp, tokens, rollout)
+        *others, last = at_budget(job, sizes, dp, tokens, known)
         yield from [*others, last]
         if not last.time:
             break
         any_fits = True
     for tokens in [] if any_fits else descending:
-        *others, last = at_budget(job, sizes, dp, tokens, rollout)
+        *others, last = at_budget(job, sizes, dp, tokens, known)
         yield from [*others, last]
         if last.time:
             break
 
 
 def at_budget(
-    job: Job, sizes: Sizes, dp: int, tokens: int, rollout: dict[str, Phase]
+    job: Job, sizes: Sizes, dp: int, tokens: int, known: dict[str, Phase]
 ) -> Iterator[Choice]:
-    """With the recomputations that come into question, up to the first that fits. rollout: see
+    """With the recomputations that come into question, up to the first that fits. known: see
     `choice_of`.
     """
     recomputes: list[Recompute] = ["none", "auto"]
     if "recompute" in job.given:
         recomputes = [job.config.model.recompute]
     for recompute in recomputes:
-        choice = choice_of(job, sizes, dp, recompute, tokens, rollout)
+        choice = choice_of(job, sizes, dp, recompute, tokens, known)
         yield choice
         if choice.time:
             return
@@ -325,18 +331,18 @@ def choice_of(
     dp: int,
     recompute: Recompute,
     tokens: int,
-    rollout: dict[str, Phase],
+    known: dict[str, Phase],
 ) -> Choice:
-    """With what it needs. rollout: the phases of a rollout, the same for all choices of a layout;
-    the first one that fits fills it.
+    """With what it needs. known: the phases that are the same for all choices of a layout; the
+    first one that fits fills it.
     """
     batch, accumulation = cut(job.samples // dp, tokens, job.longest_row)
     load = load_of(job, recompute, tokens, batch, accumulation)
     layout, time = sizes.parallel(), None
     memory = estimate(job.args, layout, load, world_size=job.gpus)
     if memory.total <= job.available:
-        time = step_time(job.args, layout, load, job.gpus, job.rates, rollout=rollout)
-        rollout |= {name: time.phases[name] for name in ROLLOUT}
+        time = step_time(job.args, layout, load, job.gpus, job.rates, known=known)
+        known |= {name: time.phases[name] for name in OF_LAYOUT}
     return Choice(sizes, dp, recompute, tokens, batch, accumulation, memory, time)
 
 

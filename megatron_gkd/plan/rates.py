@@ -16,6 +16,8 @@ second:
     bytes.KERNEL               b/s read and written; of a kernel without an entry bytes.copy's
     bytes.fresh                b/s of memory that the system hands out anew, as a CPU's does in each
                                step; without it that costs nothing (CUDA's is kept by torch)
+    bytes.pair_matrices        b/s of LoRA's matrices that a rollout's token copies for each pair of
+                               row and expert, as on a CPU; without it that costs nothing
     launch.KIND                seconds of a kernel's launch: forward, backward, eager, graph
     wait                       seconds of a wait of the host besides the device's work
     node.KIND, network.KIND    b/s of a rank in a collective inside a machine, and of a NIC between
@@ -45,6 +47,7 @@ from typing import Any
 from megatron_gkd.plan.placement import Group
 from megatron_gkd.plan.work import (
     FRESH,
+    PAIR_MATRICES,
     Attention,
     Collective,
     Item,
@@ -54,6 +57,7 @@ from megatron_gkd.plan.work import (
     Waits,
 )
 
+OF_CPU = (FRESH, PAIR_MATRICES)
 SHIPPED = {"h100": "h100_sxm.json"}
 LONGEST_NAME = 200
 BY_SIZE = ("dense.", "grouped.", "outer.", "attention.")  # entries that may be points
@@ -100,13 +104,9 @@ class Rates:
         if isinstance(item, Attention):
             kind = "backward" if item.backward else "forward"
             return item.flops / self.at(f"attention.{kind}", item.row) if item.flops else 0.0
-        if (
-            isinstance(item, Moved)
-            and item.kernel == FRESH
-            and f"bytes.{FRESH}" not in self.entries
-        ):
-            return 0.0
         if isinstance(item, Moved):
+            if item.kernel in OF_CPU and f"bytes.{item.kernel}" not in self.entries:
+                return 0.0
             return item.times * item.num_bytes / self.bytes_per_second(item.kernel)
         if isinstance(item, Launches):
             return item.times * self.number(f"launch.{item.kind}")
@@ -117,7 +117,8 @@ class Rates:
 
     def _product(self, item: Product) -> float:
         """The slower of its multiplications and its bytes."""
-        if not item.flops:
+        flops = item.flops
+        if not flops:
             return 0.0
         groups = max(item.groups, 1)
         side, size = "rows", item.rows if item.outer else item.rows / groups
@@ -129,10 +130,10 @@ class Rates:
         kind = "grouped" if item.groups else "dense"
         if item.outer and f"outer.{side}" in self.entries:
             kind = "outer"
-        found = max(
-            item.flops / self.at(f"{kind}.{side}", size),
-            item.num_bytes / self.bytes_per_second("product"),
-        )
+        of_bytes = item.num_bytes / self.bytes_per_second("product")
+        found = max(flops / self.at(f"{kind}.{side}", size), of_bytes)
+        if not item.groups:
+            return found
         return found + item.times * item.groups * self.number("grouped.group")
 
     def collective(self, kind: str, num_bytes: float, group: Group) -> float:

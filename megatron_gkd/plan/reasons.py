@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from megatron_gkd.plan.layouts import Choice, Job, Plan, Refusal, Sizes, kept_layers
 from megatron_gkd.plan.memory import GIB
@@ -10,19 +11,21 @@ from megatron_gkd.plan.placement import placement
 NAMES = dict(zip(Sizes._fields, ("TP", "EP", "PP", "CP")))
 
 
-def grouped(refusals: Sequence[Refusal]) -> list[tuple[int, str, list[Refusal]]]:
-    """(number, reason, refusals) of those whose reasons differ in numbers and factors alone, the
-    most common first; the reason is that of the layout with the smallest sizes.
+def grouped(refusals: Sequence[Refusal]) -> list[tuple[Refusal, list[Refusal]]]:
+    """(the one with the smallest sizes, all) of those whose reasons differ in numbers and factors
+    alone, the most common first.
     """
     groups: dict[str, list[Refusal]] = {}
     for refusal in refusals:
-        words = re.sub(r" x --\w+|[\d.,]*\d", "", refusal.reason).split()
-        groups.setdefault(" ".join(words), []).append(refusal)
-    found = []
-    for members in groups.values():
-        members.sort(key=lambda refusal: (sum(refusal.sizes), refusal.sizes))
-        found.append((len(members), members[0].reason, members))
-    return sorted(found, key=lambda group: -group[0])
+        groups.setdefault(_without_numbers(refusal.reason), []).append(refusal)
+    smallest = lambda members: min(members, key=lambda one: (sum(one.sizes), one.sizes))
+    found = [(smallest(members), members) for members in groups.values()]
+    return sorted(found, key=lambda group: -len(group[1]))
+
+
+@cache  # most layouts are refused in the words of another
+def _without_numbers(reason: str) -> str:
+    return " ".join(re.sub(r" x --\w+|[\d.,]*\d", "", reason).split())
 
 
 def why(plan: Plan) -> list[tuple[str, str]]:
@@ -71,9 +74,9 @@ def neighbour(plan: Plan, name: str, way: int) -> str:
     for choice in plan.choices:
         if alike(choice.sizes) and beyond(choice.sizes):
             nearest.setdefault(getattr(choice.sizes, name), choice)
-    for refusal in plan.refusals:
-        if refusal.nearest and alike(refusal.sizes) and beyond(refusal.sizes):
-            nearest[getattr(refusal.sizes, name)] = refusal.nearest
+    for sizes, choice in plan.nearest.items():
+        if alike(sizes) and beyond(sizes):
+            nearest[getattr(sizes, name)] = choice
     if not nearest:
         return ""
     value = min(nearest, key=lambda size: abs(size - getattr(best, name)))

@@ -8,10 +8,23 @@ from dataclasses import replace
 
 from megatron_gkd.plan.layer_work import Layer, forward
 from megatron_gkd.plan.step_work import Step
-from megatron_gkd.plan.work import Collective, Launches, Moved, Product, Work, repeated
+from megatron_gkd.plan.work import (
+    PAIR_MATRICES,
+    Collective,
+    Launches,
+    Moved,
+    Product,
+    Work,
+    repeated,
+)
 
 # Launches of a token, by docs/rollout.md: of a layer, and beside the layers 744 - 48 x 13.
 TOKEN_LAYER_LAUNCHES, TOKEN_LAUNCHES = 13, 120
+# More of them where ranks share the experts (the parts of a sum are added up before it goes to the
+# others, places of other ranks' rows are zeroed), where they share attention, and where they share
+# the vocabulary. On a CPU 12 or 13 operations more than the 58 of a layer, and 21 than 128 beside.
+EXPERTS_LAUNCHES, ATTENTION_LAUNCHES, VOCABULARY_LAUNCHES = 2, 1, 20
+CANDIDATES = 50  # of a rank's columns for each row: the default of --top_k
 SAMPLER_PASSES = 4  # over the logits in fp32
 LOOK = 16  # tokens between two looks of the host at what was written (rollout/cache.py)
 
@@ -57,7 +70,11 @@ def token(step: Step) -> Work:
         for item in repeated(_token_of_layer(step, layer, keys), number)
     ]
     kind = "eager" if step.stages > 1 else "graph"
-    work.append(Launches(kind=kind, times=TOKEN_LAYER_LAUNCHES * length))
+    tp, ep = step.layout.tensor_model_parallel_size, step.layout.expert_model_parallel_size
+    launches = (
+        TOKEN_LAYER_LAUNCHES + EXPERTS_LAUNCHES * (tp * ep > 1) + ATTENTION_LAUNCHES * (tp > 1)
+    )
+    work.append(Launches(kind=kind, times=launches * length))
     if step.stages > 1:
         size = step.load.written_rows(step.layout) * step.args.hidden_size * load.number_bytes
         part = "messages between stages"
@@ -106,6 +123,10 @@ def _token_of_layer(step: Step, of: Layer, keys: float) -> Work:
         if rank:
             work.append(product(part, of_rows, rank, inputs, number))
             work.append(product(part, of_rows, columns, rank, number))
+    # on a CPU of every pair of the rows that a rank has, also of other ranks' experts
+    low = of.gate_up_rank * (hidden + 2 * inner) + of.down_rank * (inner + hidden)
+    copied = 2 * seen * shares * args.num_experts_per_tok * low * load.number_bytes
+    work.append(Moved(part="LoRA's weights", kernel=PAIR_MATRICES, num_bytes=copied))
     size = rows * hidden * load.number_bytes
     sums = lambda kind, group, num_bytes: Collective(
         part="sums over ranks", kind=kind, group=group, num_bytes=num_bytes
@@ -136,12 +157,12 @@ def token_head(step: Step) -> Work:
             number_bytes=load.number_bytes,
         ),
         Moved(part="sampler", kernel="copy", num_bytes=SAMPLER_PASSES * rows * columns * 4),
-        Launches(kind=kind, times=TOKEN_LAUNCHES),
+        Launches(kind=kind, times=TOKEN_LAUNCHES + VOCABULARY_LAUNCHES * (tp > 1)),
     ]
     part = "sums over ranks"
-    if tp > 1:  # statistics and candidates of each row
-        size = rows * 64 * 8 * tp
-        work.append(Collective(part=part, kind="all_gather", group="tp", num_bytes=size, times=2))
+    if tp > 1:  # of each candidate score, logit and column, in fp64; the row's log-sum
+        size = rows * (3 * CANDIDATES + 1) * 8 * tp
+        work.append(Collective(part=part, kind="all_gather", group="tp", num_bytes=size))
         size = rows * args.hidden_size * load.number_bytes
         work.append(Collective(part=part, kind="all_reduce", group="tp", num_bytes=size))
     if step.stages > 1:

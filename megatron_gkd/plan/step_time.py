@@ -5,8 +5,9 @@ On a GPU the host launches ahead: a phase takes the longer of its launches and o
 does one after the other. On a CPU both add up. Collectives overlap with nothing but for the
 reduction of gradients: where they make several buckets (gradients.py), all but the last go on
 beside the last micro-batch's backward, which is taken as half of that micro-batch. Pipeline stages:
-of m micro-batches over p stages each stage waits p - 1 times for its neighbours; a token of a
-rollout goes through one stage after the other.
+of m micro-batches over p stages each stage waits p - 1 times for its neighbours, of teacher and
+student together once: a stage that has passed on the teacher's last micro-batch begins with the
+student's first. A token of a rollout goes through one stage after the other.
 """
 
 from collections import defaultdict
@@ -23,7 +24,9 @@ from megatron_gkd.plan.workload import Workload
 
 ROLLOUT = ("rollout prefill", "rollout decode")
 PHASES = (*ROLLOUT, "teacher", "student", "gradient reduction", "optimizer")
+OF_LAYOUT = (*ROLLOUT, "optimizer")  # depend neither on micro-batches nor on recomputation
 HOST, BUBBLE = "launches", "pipeline bubble"
+OF_HOST = (Launches, Waits)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,11 @@ def step_time(
     rates: Rates,
     *,
     imbalance: float = step_work.IMBALANCE,
-    rollout: dict[str, Phase] | None = None,
+    known: dict[str, Phase] | None = None,
 ) -> StepTime:
     """Of the rank that has most to do. imbalance: rows of the rank whose experts have most, over
-    the mean. rollout: the two phases of a rollout where they are known, of the same layout and
-    samples: they depend neither on micro-batches nor on recomputation. Raises ValueError where the
-    world does not divide into the layout.
+    the mean. known: the phases OF_LAYOUT, of the same layout and samples. Raises ValueError where
+    the world does not divide into the layout.
     """
     groups = placement(layout, world_size, rates.gpus_per_node)
     step = step_work.Step(args, layout, load, imbalance)
@@ -90,13 +92,16 @@ def step_time(
         }
 
     phases = dict.fromkeys(PHASES, Phase(0.0, {}, ""))
-    if load.completion_tokens and load.on_policy_share:
-        phases |= rollout or written()
-    phases["teacher"] = pipelined(step_work.teacher(step), [], micro_batches)
+    if known:
+        phases |= known
+    else:
+        if load.completion_tokens and load.on_policy_share:
+            phases |= written()
+        phases["optimizer"] = phase(step_work.optimizer(step))
+    phases["teacher"] = phase(step_work.teacher(step), micro_batches)
     phases["student"] = pipelined(step_work.student(step), step_work.loss(step), micro_batches)
     of_backward = phases["student"].seconds / micro_batches / 2
     phases["gradient reduction"] = _exposed(step_work.reduction(step), of_backward, rates, groups)
-    phases["optimizer"] = phase(step_work.optimizer(step))
     shares = {name: load.on_policy_share if "rollout" in name else 1.0 for name in phases}
     seconds = sum(shares[name] * phase.seconds for name, phase in phases.items())
     tokens = step.rows * load.row_tokens * groups["dp"].size
@@ -116,7 +121,7 @@ def _phase(work: Iterable[Item], rates: Rates, groups: dict[str, Group], times: 
             communication += seconds
         else:
             name = item.part
-            host += seconds * (isinstance(item, Launches | Waits) and not item.of_device)
+            host += seconds * (isinstance(item, OF_HOST) and not item.of_device)
         parts[name] += seconds
     device = sum(parts.values()) - host
     if rates.device == "cpu":

@@ -174,10 +174,9 @@ def choices_table(choices: Sequence[Choice]) -> list[str]:
 
 def closest(plan: Plan) -> list[str]:
     """Where nothing is possible: the layout that needs least, with its parts."""
-    nearest = [refusal.nearest for refusal in plan.refusals if refusal.nearest]
-    if not nearest:
+    if not plan.nearest:
         return []
-    least = min(nearest, key=lambda choice: choice.memory.total)
+    least = min(plan.nearest.values(), key=lambda choice: choice.memory.total)
     return [
         f"{layout_name(least.sizes, least.dp)}, --recompute {least.recompute}, micro-batches of "
         f"{least.micro_batch_tokens} tokens need least of all, {least.memory.describe()}; the GPU "
@@ -191,8 +190,9 @@ def impossible(plan: Plan) -> list[str]:
     if not total:
         return ["No layout is impossible."]
     lines = [f"Impossible are {total:,} layouts:"]
-    for number, reason, members in grouped(plan.refusals):
-        lines += [f"  {number:,}: such as {sizes_name(members[0].sizes)}: {reason}"]
+    for smallest, members in grouped(plan.refusals):
+        such_as = f"such as {sizes_name(smallest.sizes)}: {smallest.reason}"
+        lines.append(f"  {len(members):,}: {such_as}")
     if plan.too_large:
         lines.append(
             f"  {len(plan.too_large):,} recomputations and micro-batches of possible layouts need "

@@ -9,15 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Item:
-    """part: what its seconds are called."""
+    """part: what its seconds are called. Nothing changes an item once it is made; as frozen classes
+    items would take twice as long to make, and plans make millions.
+    """
 
     part: str
     times: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Product(Item):
     """[rows, inner] x [inner, columns]. groups: of experts that have `rows` together, each with a
     matrix of its own; `outer`: they have `inner` together, and a result each.
@@ -49,7 +51,7 @@ class Product(Item):
         return (left + right + result) * self.number_bytes * self.times
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Attention(Item):
     """pairs: (query, key) that see each other, over all rows; row: positions of a row."""
 
@@ -66,7 +68,7 @@ class Attention(Item):
         return (10 if self.backward else 4) * self.pairs * self.heads * self.times
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Moved(Item):
     """Bytes that a kernel reads and writes, if it is one."""
 
@@ -75,7 +77,7 @@ class Moved(Item):
     num_bytes: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Launches(Item):
     """Kernels, as docs/training_step.md counts them. kind: forward, backward, eager (a token of a
     rollout), graph (the same, replayed: then it is the device that takes this time).
@@ -89,7 +91,7 @@ class Launches(Item):
         return self.kind == "graph"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Waits(Item):
     """Of the host for the device."""
 
@@ -97,7 +99,7 @@ class Waits(Item):
     of_device: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Collective(Item):
     """kind: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, send; group: a name of
     placement.py. num_bytes: of the whole tensor (gathered, or before it is scattered); of an
@@ -109,17 +111,19 @@ class Collective(Item):
     num_bytes: float
 
 
-FRESH = "fresh"  # the kernel of memory that the system hands out
+# Kernels that a CPU has alone: of memory that the system hands out, and of LoRA's matrices that are
+# copied beside each other for each pair of a token and an expert (rollout/torch_kernels.py).
+FRESH, PAIR_MATRICES = "fresh", "pair_matrices"
 Work = list[Item]
 
 
 def repeated(work: Iterable[Item], times: float) -> Work:
     """The same work so many times."""
-    return [_repeated(item, times) for item in work]
+    return list(work) if times == 1 else [_repeated(item, times) for item in work]
 
 
 def _repeated(item: Item, times: float) -> Item:
-    """What dataclasses.replace would give, in a fraction of its time: plans make millions."""
+    """What dataclasses.replace would give, in a fraction of its time."""
     again = object.__new__(type(item))
     again.__dict__.update(item.__dict__, times=item.times * times)
     return again
