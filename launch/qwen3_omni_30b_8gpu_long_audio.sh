@@ -43,7 +43,7 @@ flags=(
     --output_dir "$OUTPUT" --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true
 )
 
-"$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" "${flags[@]}" "$@"
+"$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" --media audio "${flags[@]}" "$@"
 [ -z "$check" ] || exit 0
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" \
     -m megatron_gkd.train "${flags[@]}" "$@"

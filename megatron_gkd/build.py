@@ -28,7 +28,7 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.plan.memory import check_memory
-from megatron_gkd.plan.towers import tower_parameters
+from megatron_gkd.plan.towers import read_towers
 from megatron_gkd.plan.workload import workload
 from megatron_gkd.recompute import Recomputation
 from megatron_gkd.resume import note_start, resume
@@ -55,7 +55,8 @@ def build_run(config: Config, parallel: Parallel) -> Run:
     if mixed:
         log_rank_0(parallel, mixed)
     check_skipped_tokens(config, train_data)
-    kinds = {kind for data in (train_data, eval_data) if data for kind in data.report.num_media}
+    all_data = [data for data in (train_data, eval_data) if data]
+    kinds = {kind for data in all_data for kind in data.report.num_media}
     audio, visual = "audio" in kinds, bool(kinds - {"audio"})
     config, adapter, resume_folder = resolve(
         config, model_args, parallel, has_media=audio or visual
@@ -79,6 +80,7 @@ def build_run(config: Config, parallel: Parallel) -> Run:
             parallel,
             memory.limit(),
             micro_batch_tokens=most_tokens,
+            media_tokens=max(data.lengths.most_media(most_tokens) for data in all_data),
             prompt_tokens=max(int(data.lengths.prompts.max()) for data in written_data),
             writes=writes,
             **towers,
@@ -162,6 +164,7 @@ def check_fits(
     available: int,
     *,
     micro_batch_tokens: int,
+    media_tokens: int,
     prompt_tokens: int,
     writes: bool,
     audio: bool,
@@ -170,18 +173,18 @@ def check_fits(
     """A line on the memory that a rank will need. Raises ValueError naming its parts and the way
     out where it is more than the `available` bytes.
 
-    micro_batch_tokens, prompt_tokens: the most of the data; writes: whether the run writes
-    responses, be it for its evaluation; audio, visual: as for `build_base`.
+    micro_batch_tokens, media_tokens (of one), prompt_tokens: the most of the data; writes: whether
+    the run writes responses, be it for its evaluation; audio, visual: as for `build_base`.
     """
     wanted = (audio or config.lora.lora_towers, visual or config.lora.lora_towers)
-    num_parameters = tower_parameters(config.model.model, *wanted)
     load = workload(
         config,
         model_args,
         micro_batch_tokens=micro_batch_tokens,
         prompt_tokens=prompt_tokens,
         writes=writes,
-        tower_bytes=DTYPES[config.model.torch_dtype].itemsize * num_parameters,
+        towers=read_towers(config.model.model, *wanted),
+        media_share=media_tokens / micro_batch_tokens,
     )
     needed = check_memory(
         model_args, config.parallel, load, available, world_size=parallel.world_size

@@ -343,8 +343,13 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
 
 
 def flag_targets(lora: LoraConfig, model_args: ModelArgs) -> list[str]:
-    """The linears that --lora_target_modules and --lora_layers name, or all; of both flags what is
-    wrong is a ValueError.
+    """The linears that --lora_target_modules and --lora_layers name, or all. Raises ValueError for
+    what is wrong with these flags and --lora_towers.
     """
+    if lora.lora_towers and not model_args.family.towers:
+        raise ValueError(
+            f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
+            "leave it out"
+        )
     layers = parse_layers(lora.lora_layers, model_args.num_layers) if lora.lora_layers else None
     return resolve_targets(lora.lora_target_modules or ["ALL"], model_args, layers)

@@ -26,11 +26,6 @@ def read_data(
     or DataError. Collectives: those of `check_output_dir` and `load_data`.
     """
     model_args = read_model_args(config.model.model)
-    if config.lora.lora_towers and not model_args.family.towers:
-        raise ValueError(
-            f"--lora_towers: {model_args.family.title} reads text alone and has no towers; "
-            "leave it out"
-        )
     flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if not config.data.check_data:

@@ -300,6 +300,8 @@ def test_the_teachers_view(model, media):
         "audio > audio": 4,
         "audio > text": 1,
     } and data.report.num_media == {"audio": 6}
+    tokens = [sum(medium.num_tokens for medium in sample.media) for sample in samples(data)]
+    assert data.lengths.media.tolist() == tokens
 
     packing = Packing(0, 4)
     batch = collate(samples(data), packing)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,14 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
     Qwen3OmniMoeThinkerConfig,
 )
 
+from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.plan.__main__ import main
+from megatron_gkd.plan.layouts import make_plan
+from megatron_gkd.plan.memory import estimate
+from megatron_gkd.plan.settings import parse_plan, workload_of
 from megatron_gkd.plan.table import MOST_COLUMNS
-from tests.plans import REAL
+from tests.plans import REAL, job_of
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -84,6 +90,7 @@ def test_check(tmp_path):
             "num_experts",
         ),
         ('{"model_type": "qwen3_moe", "num_hidden_layers": 10000000}', "at most 1024"),
+        ("[" * 100_000, "recursion"),
         ('{"model_type": "qwen3_moe", "num_experts_per_tok": 0}', "num_experts_per_tok = 0"),
         ('{"model_type": "qwen3_moe", "moe_intermediate_size": 0}', "moe_intermediate_size = 0"),
     ],
@@ -140,6 +147,33 @@ def test_a_plan_can_be_read(monkeypatch, capsys):
         assert re.search(rf"^ *[\d.]+ +[\d.]+  {phase} ", said, re.MULTILINE), phase
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--gpus 8 --tensor_model_parallel_size 1 --expert_model_parallel_size 8",
+        "--gpus 1",
+        "--gpus 1 --recompute auto --max_tokens_per_micro_batch 8192",
+    ],
+)
+def test_what_is_faster_than_the_pick_is_named(flags, monkeypatch, capsys):
+    """With the reason against it; of a single choice nothing is."""
+    words = flags.split()
+    said = plan(monkeypatch, capsys, "--model", REAL, *words)
+    found = make_plan(job_of(*words))
+    fastest, best = found.choices[0], found.pick
+    line = re.search(r"^  ([\d.]+) s has TP 1.*, (\d+) tokens: ([\d.]+) GiB, (.*)$", said, re.M)
+    if len(found.choices) == 1:
+        assert fastest is best and line is None
+        return
+    assert line is not None and fastest.seconds < best.seconds
+    assert line[1] == f"{fastest.seconds:.2f}" and line[2] == str(fastest.micro_batch_tokens)
+    assert line[3] == f"{fastest.memory.total / 2**30:.1f}"
+    is_tight = fastest.memory.total > 0.95 * found.job.available
+    close = "more memory for less than 1% of the time"
+    assert line[4] == ("which leaves less than 5%" if is_tight else close)
+    assert is_tight or best.seconds <= 1.01 * fastest.seconds
+
+
 def test_a_plan_of_one_gpu_says_what_auto_keeps(monkeypatch, capsys):
     """And a comparison with other micro-batches names them."""
     said = plan(monkeypatch, capsys, "--model", REAL, "--gpus", "1")
@@ -163,6 +197,20 @@ def test_where_nothing_fits_the_least_is_named(monkeypatch, capsys):
         ("--gpus 1000000", "--gpus 1000000: must be 65536 or less"),
         ("--gpus 8 --response_tokens 4096", "below the 2048 tokens of a row"),
         ("--gpus 1 --json /no/such/plan.json", "/no/such/plan.json: /no/such is no folder"),
+        ("--gpus 8 --row_tokens 2561", "2560 or less, --max_length 2048 with a written response"),
+        ("--gpus 8 --lmbda 0 --teacher_row_tokens 2049", "must be 2048 or less, --max_length 2048"),
+        ("--gpus 8 --attn_impl eager", "squares of row lengths, which no estimate counts"),
+        ("--gpus 8 --adapter /no/such", "--adapter /no/such: no adapter_config.json"),
+        ("--gpus 8 --gpu h200", "--gpu h200: no such file, and none of the rates that ship (h100)"),
+        ("--gpus 8 --gpu /tmp", "--gpu /tmp: cannot be read: Is a directory"),
+        ("--gpus 8 --script /tmp", "/tmp is a folder; name a file in it"),
+        ("--gpus 8 --script /tmp/a --json /tmp/a", "must be another file than --script's"),
+        ("--gpus 8 --check --all", "--all True: must be left out with --check"),
+        ("--gpus 8 --check --script /tmp/a", "--script /tmp/a: must be left out with --check"),
+        (
+            "--gpus 8 --check --global_batch_size 8",
+            "must be left out with --check; it plans nothing",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(monkeypatch, capsys, flags, part):
@@ -176,6 +224,8 @@ def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
     flags = ["--model", REAL, "--gpus", "8", "--gpu_memory", "40", "--context_parallel_size", "1"]
     said = plan(monkeypatch, capsys, *flags, "--json", str(file), "--all")
     numbers = json.loads(file.read_text())
+    assert numbers["pick"] in numbers["possible"]
+    assert f"{numbers['pick']['time']['seconds']:.2f} s a step, " in said
     for choice in numbers["possible"]:
         memory = choice["memory_bytes"]
         most = max(sum(memory["training"].values()), sum(memory["rollout"].values()))
@@ -190,8 +240,13 @@ def test_the_numbers_of_a_plan(tmp_path, monkeypatch, capsys):
     assert len(layouts) + len(numbers["impossible"]) == 4**3
     every = said.partition("possible choices, the fastest first:\n")[2].splitlines()
     assert len(every) >= len(numbers["possible"]) + len(numbers["impossible"])
-    again = refusal(monkeypatch, capsys, *flags, "--json", str(file))
-    assert f"{file} is there already" in again
+    again = [*flags, "--json", str(tmp_path / "new.json"), "--script", str(file)]
+    monkeypatch.setattr("sys.argv", ["plan", *again])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert f"{file} is there already" in said.err and not said.out  # before anything is planned
+    assert not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +318,8 @@ def test_check_compares_with_the_card_that_is_there(card, tmp_path, monkeypatch,
     flags = [*ONE_GPU, "none", "--gpu_memory", "200"]  # what is named comes first
     assert "; fits --gpu_memory, 200.0 GiB" in plan(monkeypatch, capsys, *model, *flags)
     flags = [*ONE_GPU, "none", "--device", "cpu"]
-    assert "; --device cpu, not compared" in plan(monkeypatch, capsys, *model, *flags)
+    said = plan(monkeypatch, capsys, *model, *flags)
+    assert "; --device cpu, not compared" in said and "CUDA" not in said
 
 
 def test_rates_of_another_device_are_named(monkeypatch, capsys):
@@ -284,3 +340,54 @@ def test_check_takes_the_smallest_card_and_none_is_no_limit(
         assert part in refusal(monkeypatch, capsys, *flags)
     else:
         assert "; no GPU here to compare with" in plan(monkeypatch, capsys, *flags)
+
+
+def test_a_check_and_a_plan_agree_to_the_byte(monkeypatch, capsys):
+    """What a plan takes a check takes, and no more."""
+    sizes = ["--expert_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
+    sizes += ["--recompute", "none", "--max_tokens_per_micro_batch", "8192"]
+    flags = ["--model", REAL, "--gpus", "8", *sizes]
+    needed = make_plan(job_of(*flags, "--gradient_accumulation_steps", "2")).choices[0].memory
+    check = [*flags, "--gradient_accumulation_steps", "2", "--check", "--gpu_memory"]
+    assert sum(needed.training.values()) > sum(needed.rollout.values())
+    enough = needed.total / 2**30
+    assert "; fits" in plan(monkeypatch, capsys, *check, repr(enough))
+    assert "needs about" in refusal(monkeypatch, capsys, *check, repr(enough - 1e-6))
+
+
+def test_prompts_that_may_be_short_are_not_refused(monkeypatch, capsys):
+    """A check does not know the data: it says up to which length of a prompt it fits."""
+    flags = ["--model", REAL, "--gpus", "1", "--recompute", "full", "--check"]
+    flags += ["--gradient_accumulation_steps", "8", "--gpu_memory"]
+    assert "GiB; towers not" in plan(monkeypatch, capsys, *flags, "77")
+    fits = re.compile(
+        r"; fits --gpu_memory, [\d.]+ GiB where no prompt has more than ([\d,]+) tokens:"
+    )
+    tokens = [fits.search(plan(monkeypatch, capsys, *flags, gib))[1] for gib in ("74.5", "71.5")]
+    shorter, shortest = (int(number.replace(",", "")) for number in tokens)
+    assert 0 < shortest < shorter < 2048
+    known = workload_of(*parse_plan([*flags, "74.5"])[:2], read_model_args(REAL))
+    most = lambda prompt: (
+        estimate(
+            read_model_args(REAL),
+            ParallelConfig(),
+            replace(known, prompt_tokens=prompt),
+            world_size=1,
+        ).total
+    )
+    assert most(shorter) <= 74.5 * 2**30 < most(shorter + 1)
+    assert "needs about" in refusal(monkeypatch, capsys, *flags, "69")
+    assert "needs about" in refusal(monkeypatch, capsys, *flags, "69", "--lmbda", "0")
+
+
+def test_each_kind_of_media_has_its_tower(monkeypatch, capsys):
+    flags = ["--model", REAL, "--gpus", "8", "--expert_model_parallel_size", "8", "--check"]
+    needed = {}
+    for kinds in ("", "audio", "image", "video", "audio video"):
+        media = ["--media", *kinds.split()] if kinds else []
+        said = plan(monkeypatch, capsys, *flags, *media)
+        assert ("towers not counted (--media)" in said) == (not kinds)
+        needed[kinds] = float(re.search(r"about ([\d.]+) GiB", said)[1])
+    one, other = needed["audio"] - needed[""], needed["video"] - needed[""]
+    assert one > 0.5 and other > 0.5 and needed["image"] == needed["video"]
+    assert needed["audio video"] > max(needed["audio"], needed["video"])

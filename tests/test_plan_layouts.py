@@ -148,6 +148,7 @@ def test_samples_that_cannot_be_shared_are_a_reason():
         ("", 64),
         ("--per_device_train_batch_size 2 --gradient_accumulation_steps 3", 96),
         ("--tensor_model_parallel_size 4 --gradient_accumulation_steps 8", 128),
+        ("--context_parallel_size 2 --pipeline_model_parallel_size 2", 16),
         ("--global_batch_size 40 --gradient_accumulation_steps 8", 40),
     ],
 )
@@ -163,6 +164,36 @@ def test_a_rank_cuts_its_samples_whole(samples, tokens):
     assert batch * accumulation == samples and batch <= max(tokens // 2048, 1)
     larger = [n for n in range(batch + 1, samples + 1) if samples % n == 0]
     assert all(size > tokens // 2048 for size in larger)
+
+
+def tokens_of(*flags: str) -> tuple[set[int], set[int]]:
+    """Micro-batches of one layout that fit, and that do not."""
+    sizes = ["--expert_model_parallel_size", "8", "--pipeline_model_parallel_size", "1"]
+    plan = make_plan(job_of("--gpus", "8", *sizes, "--context_parallel_size", "1", *flags))
+    assert len({choice.sizes for choice in plan.choices}) == 1
+    of = lambda choices: {choice.micro_batch_tokens for choice in choices}
+    return of(plan.choices), of(plan.too_large)
+
+
+def test_the_micro_batches_that_are_tried():
+    """Up to all rows of a rank, those that are written too; smaller ones than a quarter of a row
+    for each rank that shares it only where that does not fit; none behind one that does not.
+    """
+    alone = ["--tensor_model_parallel_size", "1", "--gpu_memory", "1000"]
+    assert tokens_of(*alone) == ({2048, 4096, 8192}, set())
+    several = ["--num_generations", "2", "--per_device_train_batch_size", "3"]
+    assert max(tokens_of(*alone, *several)[0]) == 8 * 2048
+    shared = ["--tensor_model_parallel_size", "8", "--lmbda", "0", "--max_length", "32768"]
+    shared += ["--per_device_train_batch_size", "16", "--gpu_memory"]
+    assert tokens_of(*shared, "16") == ({65536}, {65536, 131072})  # with recomputation alone
+    assert tokens_of(*shared, "13") == ({32768}, {32768, 65536})
+
+
+def test_a_context_parallel_size_that_is_given_may_cut_small():
+    flags = ["--gpus", "8", "--pipeline_model_parallel_size", "1", "--max_length", "1000"]
+    assert max(sizes.cp for sizes, reason in planned(job_of(*flags)).items() if not reason) == 2
+    given = planned(job_of(*flags, "--context_parallel_size", "8"))
+    assert "" in given.values()
 
 
 def test_reasons_are_counted_by_kind():

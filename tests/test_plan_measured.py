@@ -206,13 +206,12 @@ def _step(rank, world_size, argv, device="cpu", number=8, memory=None):
 
     def of_stage(routed_rows):
         stage = (args, config.parallel, load, parallel.pp_rank)
-        found = list(moments(*stage, device=device, routed_rows=routed_rows))
-        return [sum(parts.values()) for parts in found]
+        found = moments(*stage, device=device, routed_rows=routed_rows)
+        return {name: sum(parts.values()) for name, parts in found.items()}
 
-    counted = {"teacher": of_stage([max(of_teacher)] * layers)[0]}
-    counted["backward"] = of_stage(rows[:layers])[-1]
-    if parallel.is_last_stage:
-        counted["loss"] = of_stage(rows[:layers])[1]
+    counted = {"teacher": of_stage([max(of_teacher)] * layers)["teacher's forward"]}
+    of_student = of_stage(rows[:layers])
+    counted |= {name: of_student[name] for name in ("loss", "backward") if name in of_student}
     measured = {name: weights + found - always for name, found in measured.items()}
     return (saved, measured), (kept, counted), always
 

@@ -22,10 +22,12 @@ from megatron_gkd.plan.memory import (
     COMMUNICATOR_BYTES,
     CONTEXT_BYTES,
     GIB,
+    Estimate,
     check_memory,
     estimate,
     kept_layers_that_fit,
     num_communicators,
+    standing_parts,
 )
 from megatron_gkd.plan.parameters import (
     base_parameters,
@@ -33,8 +35,11 @@ from megatron_gkd.plan.parameters import (
     laid_out_parameters,
     lora_parameters,
 )
+from megatron_gkd.plan.rollout_memory import rollout_parts
+from megatron_gkd.plan.towers import read_towers
+from megatron_gkd.plan.training_memory import moments, training_parts
 from megatron_gkd.plan.workload import workload
-from tests.plans import GUIDE_STEP
+from tests.plans import GUIDE_STEP, REAL
 from tests.ranks import run_ranks
 from tests.test_forward import micro_batches, pass_through
 from tests.train_runs import SMALL, arguments, build_parts, layout_flags, make_rows, write_rows
@@ -244,28 +249,78 @@ def test_layers_with_lora_count_alone():
     assert laid_out_parameters(args, ONE, lora("router")) == 0
 
 
-def test_towers_count_and_a_refusal_names_the_card(tiny_folder, tmp_path, monkeypatch):
+def test_towers_count_and_a_refusal_names_the_card(tmp_path, monkeypatch):
     from megatron_gkd import build
 
-    argv = arguments(model=tiny_folder(**SMALL), dataset="rows.jsonl", output_dir=tmp_path)
-    config, said = parse_config(argv), []
-    args = read_model_args(config.model.model)
+    said = []
     monkeypatch.setattr(build, "log_rank_0", lambda parallel, text: said.append(text))
-    monkeypatch.setattr(build, "tower_parameters", lambda *which: 2**28 * sum(which[1:]))
 
-    def check(available, audio, visual):
-        data = dict(micro_batch_tokens=4096, prompt_tokens=100, writes=True)
-        build.check_fits(
-            config,
-            args,
-            SimpleNamespace(world_size=1),
-            available,
-            **data,
-            audio=audio,
-            visual=visual,
-        )
+    def check(available, *, audio=False, visual=False, **flags):
+        argv = arguments(model=REAL, dataset="rows.jsonl", output_dir=tmp_path, **flags)
+        data = dict(micro_batch_tokens=4096, media_tokens=4000, prompt_tokens=100, writes=True)
+        config, ranks = parse_config(argv), SimpleNamespace(world_size=1)
+        args, kinds = read_model_args(REAL), dict(audio=audio, visual=visual)
+        build.check_fits(config, args, ranks, available, **data, **kinds)
+        return said[-1]
 
-    check(2**40, audio=True, visual=False)
-    assert said[0].startswith("Memory: about") and "towers 1.0" in said[0]
-    with pytest.raises(ValueError, match=r"towers 2\.0.* more than the 2\.0 GiB"):
-        check(2**31, audio=True, visual=True)
+    bf16 = dict(torch_dtype="bfloat16")
+    assert "towers" not in check(2**40, **bf16)
+    assert "towers 1.2" in check(2**40, audio=True, **bf16)
+    both = dict(audio=True, visual=True, lora_towers="true", **bf16)
+    with pytest.raises(
+        ValueError, match="towers 2.2, .* in training .*, towers' activations 17.3"
+    ) as error:
+        check(70 * GIB, **both, recompute="full")
+    assert "more than the 70.0 GiB" in str(error.value)
+
+
+def test_lora_on_towers_counts_on_the_first_stage():
+    """With gradient and moments, 16 bytes a number; and the towers' weights there alone."""
+    args, layout = REAL_SHAPE.model_args(), ParallelConfig(pipeline_model_parallel_size=4)
+    towers = read_towers(REAL, True, True)
+    text = replace(GUIDE_STEP, accumulation=8)
+    media = replace(text, towers=towers, media_share=0.5)
+    with_lora = replace(media, lora_towers=True)
+    lora, weights = "LoRA, gradients, AdamW", 2 * sum(tower.numbers for tower in towers)
+    stands = lambda load, stage: standing_parts(args, layout, load, stage)
+    assert stands(media, 0) == stands(text, 0) | {"towers": weights}
+    numbers = sum(tower.lora_numbers for tower in towers)
+    added = stands(with_lora, 0)[lora] - stands(media, 0)[lora]
+    assert added == 8 * numbers * 16
+    averaged = stands(replace(with_lora, has_teacher_adapter=True), 0)[lora]
+    assert averaged == stands(with_lora, 0)[lora] // 16 * 20
+    for load in (media, with_lora):
+        for stage in (1, 2, 3):
+            assert stands(load, stage) == stands(text, stage)
+            parts = lambda load: moments(args, layout, load, stage)
+            assert parts(load) == parts(text)
+
+
+def test_the_stage_that_needs_most_counts():
+    """Its own parts, not the most of any each; stages that are left out never need more."""
+    args, layout = REAL_SHAPE.model_args(), ParallelConfig(1, 8, 1, 1)
+    on = lambda *layers: [f"{layer}.{name}" for layer in layers for name in LINEARS]
+    step = replace(GUIDE_STEP, accumulation=8, completion_tokens=512)
+    needed = []
+    for load in (
+        step,
+        replace(step, targets=[*on(*range(13, 18)), "40.q_proj"], micro_batch_tokens=2048),
+        replace(step, targets=[*on(23), "lm_head"], recompute=False),
+        replace(step, targets=on(*range(6, 12), *range(30, 48)), completion_tokens=0),
+        replace(step, targets=[*on(20), "9.q_proj"], has_teacher_adapter=True),
+        replace(step, targets=[*on(40, 47), "lm_head"], micro_batch_tokens=2048),
+    ):
+        parts = standing_parts, training_parts, rollout_parts
+        of_stages = [
+            Estimate(*(of(args, layout, load, stage) for of in parts)).allocated
+            for stage in range(8)
+        ]
+        found = estimate(args, layout, load)
+        assert found.allocated == max(of_stages)
+        needed.append((of_stages.index(max(of_stages)), found.always))
+    assert [stage for stage, _ in needed] == [0, 2, 0, 1, 0, 7]
+    even, in_the_middle = needed[0][1], needed[1][1]
+    vocabulary = args.padded_vocab_size(1) * args.hidden_size * 2
+    assert in_the_middle["base"] == even["base"] - vocabulary
+    lora = "LoRA, gradients, AdamW"
+    assert in_the_middle[lora] * 6 == pytest.approx(even[lora] * 5, rel=1e-3)

@@ -9,8 +9,10 @@ from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.plan.memory import GIB, estimate, kept_layers_that_fit
 from megatron_gkd.plan.parameters import base_parameters, lora_parameters
+from megatron_gkd.plan.tower_memory import feature_bytes, tower_bytes, tower_lora_parameters
+from megatron_gkd.plan.towers import read_towers
 from megatron_gkd.plan.training_memory import layers_of_stage
-from tests.plans import GUIDE_STEP
+from tests.plans import GUIDE_STEP, REAL
 from tests.test_plan_memory import CARD, ONE
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
@@ -101,3 +103,22 @@ def test_what_a_layer_keeps():
         cells = " | ".join(f"{size:,}" for size in (*of_token, sum(of_token)))
         lines.append(f"| TP {tp} EP {ep} | {cells} |")
     has_lines(lines)
+
+
+def test_the_towers():
+    lines, sound, pictures = [], read_towers(REAL, True, False), read_towers(REAL, False, True)
+    for title, towers, tokens in (
+        ("sound, 2,048 tokens", sound, 2048),
+        ("8,192 tokens", sound, 8192),
+        ("images or video, 2,048 tokens", pictures, 2048),
+        ("8,192 tokens", pictures, 8192),
+    ):
+        load = replace(GUIDE_STEP, micro_batch_tokens=tokens, towers=towers, media_share=1.0)
+        with_lora = replace(load, lora_towers=True)
+        found = tower_bytes(with_lora)
+        frozen = 2 * towers[0].numbers, tower_bytes(load).forward
+        lora = 16 * tower_lora_parameters(with_lora), found.kept, found.forward_with_lora
+        lines.append(f"| {title} | {' | '.join(map(gib, (*frozen, *lora)))} |")
+    of_token = (feature_bytes(replace(GUIDE_STEP, towers=of), 1) for of in (sound, pictures))
+    per_token = [size // 1024 for size in of_token]
+    has_lines([*lines, f"{per_token[0]} KiB a token of sound, {per_token[1]} of an\nimage"])

@@ -53,5 +53,8 @@ def test_a_cluster():
     assert (found["tp"].nodes, found["expt_dp"].size, found["expt_dp"].nodes) == (1, 64, 64)
     # every second rank of all machines
     assert (found["dp"].size, found["dp"].nodes, found["dp"].ranks_per_node) == (512, 128, 4)
+    long_rows = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=8)
+    over = placement(long_rows, 1024, 8)["cp"]  # every second of 16 ranks
+    assert (over.size, over.nodes, over.ranks_per_node) == (8, 2, 4)
     with pytest.raises(ValueError, match="12 ranks do not divide into TP 8"):
         placement(ParallelConfig(tensor_model_parallel_size=8), 12, 8)

@@ -9,9 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.model.args import read_model_args
 from megatron_gkd.plan.placement import Group
 from megatron_gkd.plan.rates import NEEDED, SHIPPED, interpolate, read_rates
+from megatron_gkd.plan.step_time import step_time
 from megatron_gkd.plan.work import Attention, Launches, Moved, Product
+from tests.plans import GUIDE_STEP, REAL
 
 H100 = read_rates("h100")
 
@@ -37,6 +41,11 @@ def test_what_ships_names_its_sources():
         (lambda file: file["entries"]["wait"].pop("source"), "wait has no value, unit and source"),
         (lambda file: file["entries"]["wait"].update(value=-1), "wait is -1, it must be a number"),
         (lambda file: file["entries"]["wait"].update(value=True), "wait is True"),
+        (lambda file: file["entries"]["wait"].update(value=[[1, 2]]), "wait must be one number"),
+        (lambda file: file["entries"]["bytes.copy"].update(value=0), "bytes.copy is 0, it must be"),
+        (lambda file: file["entries"]["bytes.copy"].update(value=math.inf), "bytes.copy is inf"),
+        (lambda file: file["entries"]["gpus_per_node"].update(value=0.5), "gpus_per_node is 0.5"),
+        (lambda file: file.update(name="mine\ntouch /tmp/mine"), "name must be one line of 200"),
         (lambda file: file.update(device="tpu"), "device is 'tpu', it must be cuda or cpu"),
         (
             lambda file: file["entries"]["dense.rows"].update(value=[[8, 1.0], [4, 1.0]]),
@@ -58,11 +67,27 @@ def test_a_file_that_is_wrong(tmp_path, change, says):
 
 
 def test_a_file_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match=r"a100: no such file, .*\(h100\); .* --output a100"):
+    with pytest.raises(ValueError, match=r"--gpu a100: no such file, .*\(h100\); .* --output F"):
         read_rates("a100")
     (tmp_path / "text").write_text("rates")
     with pytest.raises(ValueError, match="text: no JSON"):
         read_rates(str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize(
+    "gpus, missing",
+    [(16, "no network.any, for collectives between machines"), (8, "no node.any, for")],
+)
+def test_links_that_were_not_measured(gpus, missing):
+    """On one machine benchmarks/rates.py cannot measure a network, on one GPU no link at all."""
+    links = ("network.", "node.") if gpus == 8 else ("network.",)
+    entries = {name: of for name, of in H100.entries.items() if not name.startswith(links)}
+    rates, layout = replace(H100, entries=entries), ParallelConfig(1)
+    args = read_model_args(REAL)
+    alone = step_time(args, layout, GUIDE_STEP, 1, rates)
+    assert alone == step_time(args, layout, GUIDE_STEP, 1, H100)
+    with pytest.raises(ValueError, match=missing):
+        step_time(args, layout, GUIDE_STEP, gpus, rates)
 
 
 def test_interpolation():

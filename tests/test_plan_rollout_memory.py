@@ -74,7 +74,9 @@ def _rollout(rank, world_size, argv, number):
     always["LoRA, gradients, AdamW"] //= 4
     measured["all"] = memory.peak()
     moments = list(
-        rollout_moments(args, config.parallel, load, device="cpu", routed_rows=max(rows))
+        rollout_moments(
+            args, config.parallel, load, parallel.pp_rank, device="cpu", routed_rows=max(rows)
+        )
     )
     sums = [sum(parts.values()) + sum(always.values()) for parts in moments]
     weights = sum(storage.nbytes() for storage in storages.values())

@@ -24,7 +24,7 @@ AWKWARD = [  # words that a shell would take apart
     *("--recipe", "opsd"),
     *("--lora_target_modules", "q_proj", "k_proj"),
     *("--chat_template_kwargs", '{"enable_thinking": false}'),
-    *("--save_only_model", "--teacher_system="),
+    *("--save_only_model", "--teacher_system=-1 is 'not' a flag"),
     *("--lora_layers", "last 4", "--split_dataset_ratio", "0.01", "--max_steps", "7"),
 ]
 
@@ -63,22 +63,38 @@ def python(tmp_path):
 def test_a_script_starts_the_run_that_was_planned(gpus, python, tmp_path):
     data = ["--dataset", "rows of 'mine'.jsonl", "more#20"]
     flags = ["--gpus", str(gpus), "--gpus_per_node", "8", *LAYOUT, *AWKWARD, *data]
-    flags += ["--media", "audio", "image"]
+    flags += ["--media", "audio", "image", "--media_tokens", "12", "--row_tokens", "40"]
     script, config = written(tmp_path, *flags)
     nodes = {"MASTER_ADDR": "node0", "NODE_RANK": "1"} if gpus > 8 else {}
-    done = run(script, "--seed", "9", PYTHON=python, **nodes)
+    environment = nodes | {"MODEL": config.model.model}  # the plan is of a config.json alone
+    done = run(script, "--seed", "9", PYTHON=python, **environment)
     assert done.returncode == 0, done.stderr
     check, start = map(json.loads, done.stdout.splitlines())
-    of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-3:]]
-    assert check[:8] == of_plan
+    of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-7:]]
+    assert check[:12] == of_plan
     module = start.index("megatron_gkd.train")
     config.train.seed = 9  # flags behind the script win
     config.run.recipe = None  # its settings stand there, each by itself
-    assert parse_config(start[module + 1 :]) == parse_config(check[8:]) == config
+    assert parse_config(start[module + 1 :]) == parse_config(check[12:]) == config
     torchrun = " ".join(start[:module])
     assert "--nproc_per_node 8" in torchrun and "torch.distributed.run" in torchrun
     where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"
     assert (where if gpus > 8 else "--standalone") in torchrun
+
+
+def test_a_script_starts_anywhere(python, tiny_folder, tmp_path, monkeypatch):
+    """Files that are here are named whole; on fewer GPUs than a machine has, with all of them."""
+    model = Path(tiny_folder(**SMALL))
+    (tmp_path / "my rows.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--gpus", "2", "--model", os.path.relpath(model), *LAYOUT[:2]]
+    script, _ = written(tmp_path, *flags, "--dataset", "my rows.jsonl#20", "other/NAME#5")
+    monkeypatch.chdir("/")
+    check, start = map(json.loads, run(script, PYTHON=python).stdout.splitlines())
+    config = parse_config(check[5:])
+    assert config.data.dataset == [f"{tmp_path}/my rows.jsonl#20", "other/NAME#5"]
+    assert config.model.model == str(model)
+    assert "--standalone --nproc_per_node 2 " in " ".join(start)
 
 
 def test_a_script_needs_a_data_set_and_the_other_nodes_only_to_start(python, tmp_path):
@@ -89,6 +105,8 @@ def test_a_script_needs_a_data_set_and_the_other_nodes_only_to_start(python, tmp
     missing = run(script, PYTHON=python)
     assert missing.returncode != 0 and "DATASET: a .jsonl" in missing.stderr
     missing = run(script, PYTHON=python, DATASET="d")
+    assert missing.returncode != 0 and "MODEL: the folder with the weights" in missing.stderr
+    missing = run(script, PYTHON=python, DATASET="d", MODEL="m")
     assert missing.returncode != 0 and "MASTER_ADDR: the address" in missing.stderr
     words = json.loads(
         run(script, "--check", PYTHON=python, DATASET="d d", MODEL="m", OUTPUT="o o").stdout
@@ -120,7 +138,7 @@ def test_a_file_is_replaced_only_on_demand(tmp_path):
     assert path.read_text() == "first" and os.access(path, os.X_OK)
     write_new(str(path), "second", overwrite=True)
     assert path.read_text() == "second" and os.listdir(tmp_path) == ["plan.sh"]
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="absent is no folder; make it first"):
         write_new(str(tmp_path / "absent" / "plan.sh"), "text", overwrite=False)
 
 

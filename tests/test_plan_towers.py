@@ -7,18 +7,22 @@ import pytest
 import torch
 
 from megatron_gkd.families import families
-from megatron_gkd.plan.towers import COUNTS, tower_parameters
+from megatron_gkd.plan.towers import DEFAULTS, AudioTower, VisualTower, read_towers
 from tests.ranks import run_ranks
+from tests.tower_adapters import RANK
 from tests.train_runs import SMALL
 
 
 def test_tower_parameters_are_those_of_the_towers(tiny_folder):
+    """And those of the LoRA that --lora_towers puts on them."""
     folder = tiny_folder(**SMALL)
-    ((audio, visual),) = run_ranks(_built, 1, folder)
-    assert tower_parameters(folder, True, False) == audio > 0
-    assert tower_parameters(folder, False, True) == visual > 0
-    assert tower_parameters(folder, True, True) == audio + visual
-    assert tower_parameters(tiny_folder(family="qwen3_moe", **SMALL), True, True) == 0
+    ((of_base, of_lora),) = run_ranks(_built, 1, folder)
+    towers = read_towers(folder, True, True)
+    assert [tower.parameters for tower in towers] == of_base
+    assert [RANK * tower.lora_numbers for tower in towers] == of_lora
+    assert read_towers(folder, True, False) == towers[:1]
+    assert read_towers(folder, False, True) == towers[1:]
+    assert read_towers(tiny_folder(family="qwen3_moe", **SMALL), True, True) == ()
 
 
 @pytest.mark.parametrize("value", ["many", -3, 0, 1.5, True, None])
@@ -28,20 +32,21 @@ def test_a_size_of_a_tower_that_is_none_is_refused(value, tiny_folder, tmp_path)
     of_audio["encoder_layers"] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json: audio_config.encoder_layers = "):
-        tower_parameters(tmp_path, True, False)
-    assert tower_parameters(tmp_path, False, True) > 0
+        read_towers(tmp_path, True, False)
+    assert read_towers(tmp_path, False, True)
 
 
 def _built(rank, world_size, folder):
-    from megatron_gkd import parallel as layout
-    from megatron_gkd.media.towers import build_towers
-    from megatron_gkd.model.args import read_model_args
+    """(numbers of the audio tower and of the vision tower, those of LoRA on them)"""
+    from tests.lora_runs import initialize
+    from tests.tower_adapters import make_model
 
-    place = layout.initialize(torch.device("cpu"))
-    args = read_model_args(folder)
-    towers = build_towers(folder, args, place, torch.float32, audio=True, visual=True)
-    of = lambda module: sum(parameter.numel() for parameter in module.parameters())
-    return of(towers.audio_tower), of(towers.visual)
+    _, model = make_model(initialize(1, 1, 1), folder)
+    found = []
+    for trains in (False, True):
+        of = lambda tower: sum(p.numel() for p in tower.parameters() if p.requires_grad == trains)
+        found.append([of(model.towers.audio_tower), of(model.towers.visual)])
+    return found
 
 
 def test_what_config_json_leaves_out_is_as_transformers_has_it():
@@ -49,7 +54,7 @@ def test_what_config_json_leaves_out_is_as_transformers_has_it():
     family = families()["qwen3_omni"]
     config = family.config_class()()
     for tower in family.towers:
-        defaults, count = COUNTS[tower.name]
+        defaults = DEFAULTS[tower.name]
         of_transformers = getattr(config, tower.config)
         for name, value in defaults.items():
             found = getattr(of_transformers, name)
@@ -57,4 +62,6 @@ def test_what_config_json_leaves_out_is_as_transformers_has_it():
         with torch.device("meta"):
             tower_class = tower.load_class()
             made = tower_class(of_transformers)
-        assert count(defaults) == sum(parameter.numel() for parameter in made.parameters())
+        kind = AudioTower if tower.name == "audio_tower" else VisualTower
+        numbers = sum(parameter.numel() for parameter in made.parameters())
+        assert kind.of(defaults).parameters == numbers

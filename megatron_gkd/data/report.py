@@ -118,21 +118,34 @@ class Lengths(NamedTuple):
 
     views: np.ndarray
     prompts: np.ndarray
+    media: np.ndarray
+    """Of all its media, each once, whichever view shows it"""
 
     @property
     def has_response(self) -> np.ndarray:
         """bool, of each row"""
         return self.views > self.prompts
 
+    def most_media(self, num_tokens: int) -> int:
+        """Tokens of media that rows of so many tokens can have together: an upper bound. Rows come
+        again when all of them were there.
+        """
+        prompts = np.maximum(self.prompts, 1)  # a response that is written may be short
+        passes, rest = divmod(num_tokens, int(prompts.sum()))
+        order = np.argsort(-self.media / prompts)
+        before = np.cumsum(prompts[order]) - prompts[order]
+        taken = self.media[order[before < rest]]
+        return passes * int(self.media.sum()) + int(taken.sum())
+
 
 def view_lengths(rows: StoredRows) -> Lengths:
     """Of encoded rows."""
-    table = rows.columns("input_ids", "teacher_prompt", "response_start")
+    table = rows.columns("input_ids", "teacher_prompt", "response_start", "media_tokens")
     student = compute.list_value_length(table["input_ids"]).to_numpy()
     prompt = compute.list_value_length(table["teacher_prompt"])  # null without a teacher view
     start = table["response_start"].to_numpy()
     prompts = np.maximum(start, prompt.fill_null(0).to_numpy())
-    return Lengths(prompts + student - start, prompts)
+    return Lengths(prompts + student - start, prompts, table["media_tokens"].to_numpy())
 
 
 def longest_response(rows: StoredRows) -> int:

@@ -48,6 +48,7 @@ SCHEMA = pyarrow.schema(
         "media": pyarrow.list_(_REFERENCE),
         "kinds": pyarrow.list_(pyarrow.string()),  # those of `media`, without its bytes
         "notes": pyarrow.list_(pyarrow.string()),  # likewise
+        "media_tokens": pyarrow.int32(),  # likewise, of all of them
         "student_media": _IDS,
         "teacher_media": _IDS,
         "use_audio_in_video": pyarrow.bool_(),
@@ -193,6 +194,7 @@ def _columns(
     columns = {
         "kinds": kinds,
         "notes": notes,
+        "media_tokens": sum(reference["num_tokens"] for reference in encoded.media),
         "source": name,
         "location": location,
         "reason": reason,

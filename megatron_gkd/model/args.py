@@ -147,9 +147,20 @@ def read_config(folder: str | Path) -> FolderConfig:
             (f"{family.text_section}.", text),
         ):
             _refuse_quantised(part, where, family)
-        return FolderConfig(path, model_type, settings)
-    except ValueError as error:
+        return FolderConfig(path, model_type, _with_towers(settings, family))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _with_towers(settings: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Without sections of towers that are null, which means transformers' own sizes. Raises
+    ValueError for one that is neither that nor an object.
+    """
+    names = {tower.config for tower in family.towers}
+    for name in names:
+        if not isinstance(settings.get(name, {}), dict | None):
+            raise ValueError(f"{name} is a {type(settings[name]).__name__}, expected an object")
+    return {key: of for key, of in settings.items() if key not in names or of is not None}
 
 
 # How transformers gives plain weights of a quantised folder, by quant_method.

@@ -13,9 +13,10 @@ from megatron_gkd.model.args import read_model_args
 from megatron_gkd.plan.check import check
 from megatron_gkd.plan.layouts import Plan, make_job, make_plan
 from megatron_gkd.plan.rates import read_rates
-from megatron_gkd.plan.script import script_of, write_new
+from megatron_gkd.plan.script import check_new, script_of, write_new
 from megatron_gkd.plan.settings import PlanSettings, parse_plan
 from megatron_gkd.plan.table import closest, everything, impossible, numbers, summary
+from megatron_gkd.plan.ways_out import ways_out
 
 
 def main() -> None:
@@ -25,14 +26,20 @@ def main() -> None:
         if own.check:
             print("\n".join(check(own, config)), flush=True)
             return
-        args = read_model_args(config.model.model)
-        plan = make_plan(make_job(own, config, given, args, read_rates(own.gpu or "h100")))
+        for path in (own.json, own.script):
+            check_new(path, overwrite=own.overwrite)  # before seconds of planning
+        job = config, given, read_model_args(config.model.model), read_rates(own.gpu or "h100")
+        plan = make_plan(make_job(own, *job))
         if own.json:
             text = json.dumps(numbers(plan), indent=1)
             write_new(own.json, text + "\n", overwrite=own.overwrite)
         if not plan.choices:
+            ways = ways_out(own, *job)
+            tried = f"Any of these would do: {', '.join(ways)}."
+            if not ways:
+                tried = "More GPUs, shorter rows, fewer samples and a lower rank would not do."
             raise ValueError(
-                "\n".join(["no layout is possible.", *closest(plan), *impossible(plan)])
+                "\n".join(["no layout is possible.", *closest(plan), tried, *impossible(plan)])
             )
         print("\n".join(summary(plan)))
         if own.all:

@@ -17,11 +17,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from megatron_gkd.config import Config, Recompute
+from megatron_gkd.flags import require
 from megatron_gkd.layout import ParallelConfig, check_layout
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.memory import GIB, Estimate, estimate, kept_layers_that_fit
 from megatron_gkd.plan.rates import Rates
-from megatron_gkd.plan.settings import PlanSettings, workload_of
+from megatron_gkd.plan.settings import PlanSettings, media_words, workload_of
 from megatron_gkd.plan.step_time import OF_LAYOUT, Phase, StepTime, step_time
 from megatron_gkd.plan.workload import Workload
 
@@ -75,7 +76,18 @@ class Job:
     load: Workload
     """Of a step; its batch, micro-batch and recomputation are those of a `Choice`"""
     media: Sequence[str] = ()
-    """Kinds that the rows have"""
+    """What the planner's flags say of the rows' media, as words of a command line"""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a row of a step takes of a micro-batch's: of the longest one by --max_length,
+        or an average prompt with room for the longest response.
+        """
+        load = self.load
+        longest = max(load.row_tokens, load.teacher_row_tokens)
+        if load.on_policy_share:
+            longest += max(load.completion_tokens - load.response_tokens, 0)
+        return max(self.config.data.max_length, longest)
 
 
 @dataclass(frozen=True)
@@ -151,14 +163,19 @@ def first_of(choices: Iterable[Choice], key: Callable[[Choice], Any]) -> list[Ch
 def make_job(
     own: PlanSettings, config: Config, given: frozenset[str], args: ModelArgs, rates: Rates
 ) -> Job:
-    """Raises ValueError where the GPUs are no whole nodes."""
+    """Raises ValueError where the GPUs are no whole nodes, and where no estimate knows the memory
+    of what the settings ask for.
+    """
+    attention = config.model.attn_impl
+    way_out = "it keeps squares of row lengths, which no estimate counts; plan with flash"
+    require(attention != "eager", "attn_impl", attention, "another one for a plan", way_out)
     if own.gpus_per_node:
         rates = replace(rates, gpus_per_node=own.gpus_per_node)
     nodes, rest = divmod(own.gpus, rates.gpus_per_node)
     if nodes and rest:
         raise ValueError(
             f"--gpus {own.gpus} are no whole nodes of {rates.gpus_per_node} GPUs; take a multiple "
-            "of that, or name --gpus_per_node"
+            "of that, or another --gpus_per_node"
         )
     known = Sizes.of(config.parallel)
     copy = known.tp * known.pp * known.cp  # 1 where they are not given
@@ -173,7 +190,7 @@ def make_job(
         rates=rates,
         available=round(memory * GIB) if memory else rates.gpu_memory_bytes,
         load=load,
-        media=own.media,
+        media=media_words(own),
     )
 
 
@@ -221,11 +238,11 @@ def data_parallel_size(job: Job, sizes: Sizes) -> int:
     return dp
 
 
-def cut(samples: int, tokens: int, max_length: int) -> tuple[int, int]:
-    """(batch, accumulation) of a rank: the most rows of `max_length` that a micro-batch of `tokens`
+def cut(samples: int, tokens: int, row: int) -> tuple[int, int]:
+    """(batch, accumulation) of a rank: the most rows of `row` tokens that a micro-batch of `tokens`
     holds, which divides its samples.
     """
-    most = max(tokens // max_length, 1)
+    most = max(tokens // row, 1)
     batch = next(size for size in range(min(most, samples), 0, -1) if samples % size == 0)
     return batch, samples // batch
 
@@ -241,7 +258,7 @@ def budgets(job: Job, sizes: Sizes, samples: int) -> tuple[list[int], list[int]]
     while rows[-1] < samples * job.config.rollout.num_generations:
         rows.append(2 * rows[-1])
     first = min(max((sizes.tp * sizes.cp // 4).bit_length() - 1, 0), len(rows) - 1)
-    tokens = [number * job.config.data.max_length for number in rows]
+    tokens = [number * job.longest_row for number in rows]
     return tokens[first:], tokens[:first][::-1]
 
 
@@ -319,7 +336,7 @@ def choice_of(
     """With what it needs. known: the phases that are the same for all choices of a layout; the
     first one that fits fills it.
     """
-    batch, accumulation = cut(job.samples // dp, tokens, job.config.data.max_length)
+    batch, accumulation = cut(job.samples // dp, tokens, job.longest_row)
     load = load_of(job, recompute, tokens, batch, accumulation)
     layout, time = sizes.parallel(), None
     memory = estimate(job.args, layout, load, world_size=job.gpus)
@@ -335,7 +352,7 @@ def load_of(
     return replace(
         job.load,
         recompute=recompute != "none",
-        micro_batch_tokens=max(tokens, job.config.data.max_length),  # a row is never cut
+        micro_batch_tokens=max(tokens, job.longest_row),  # a row is never cut
         batch_size=batch_size,
         accumulation=accumulation,
     )

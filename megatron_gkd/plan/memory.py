@@ -9,9 +9,10 @@ Bytes of the rank that needs most. What stands all the time (parameters.py):
     laid out   LoRA as decoding reads it, in the base's type
 
 To that the largest of what exists at other times: a training step at its highest moment
-(training_memory.py; activations.py what layers keep, passes.py what works on it), a rollout
-(rollout_memory.py). And what torch's allocator does not count: the CUDA context, the buffers of
-communicators. 1 GiB and 2 % are held back: workspaces of libraries, memory in pieces.
+(training_memory.py; activations.py what layers keep, passes.py what works on it, tower_memory.py
+the towers), a rollout (rollout_memory.py). And what torch's allocator does not count: the CUDA
+context, the buffers of communicators. 1 GiB and 2 % are held back: workspaces of libraries, memory
+in pieces.
 
 docs/memory.md says what of this was measured.
 """
@@ -19,6 +20,7 @@ docs/memory.md says what of this was measured.
 from dataclasses import dataclass, field, replace
 
 from megatron_gkd.layout import ParallelConfig
+from megatron_gkd.lora_targets import linears_of_layers
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.parameters import (
     base_parameters,
@@ -29,6 +31,7 @@ from megatron_gkd.plan.parameters import (
 )
 from megatron_gkd.plan.rollout_memory import rollout_parts, sampler_bytes
 from megatron_gkd.plan.shapes import Device
+from megatron_gkd.plan.tower_memory import tower_lora_parameters
 from megatron_gkd.plan.training_memory import training_parts
 from megatron_gkd.plan.workload import Workload
 
@@ -69,12 +72,14 @@ class Estimate:
         def parts(found: dict[str, int]) -> str:
             return ", ".join(f"{k} {v / GIB:.1f}" for k, v in found.items() if v >= GIB / 20)
 
-        phases = [f"in training {parts(self.training)}"]
-        if self.rollout:
-            phases.append(f"in rollouts {parts(self.rollout)}")
-        if self.outside:
-            phases.append(f"outside of torch {parts(self.outside)}")
-        return f"{self.total / GIB:.1f} GiB a rank: {parts(self.always)}; {'; '.join(phases)}"
+        kinds = {
+            "": self.always,
+            "in training ": self.training,
+            "in rollouts ": self.rollout,
+            "outside of torch ": self.outside,
+        }
+        phases = [f"{when}{parts(found)}" for when, found in kinds.items() if parts(found)]
+        return f"{self.total / GIB:.1f} GiB a rank: {'; '.join(phases) or 'the reserve'}"
 
 
 def estimate(
@@ -95,31 +100,58 @@ def estimate(
     the CUDA context counts; False where it has taken its part already (communicators take theirs
     when their groups first talk, which most of them do in the first step).
     """
-    lora = lora_parameters(args, layout, load)
-    always = {
-        "base": base_parameters(args, layout) * load.number_bytes,
-        "LoRA, gradients, AdamW": lora * (16 + 4 * load.has_teacher_adapter),
-        "places of LoRA's numbers": place_bytes(args, layout, load),
-        "LoRA inside the experts' products": load.number_bytes
-        * expert_column_parameters(args, layout, load)
-        * (1 + load.has_teacher_adapter),
-        "towers": load.tower_bytes,
-    }
-    if load.completion_tokens:
-        laid_out = laid_out_parameters(args, layout, load) * load.number_bytes
-        always["LoRA laid out"] = load.num_laid_out * laid_out
-        always["sampler"] = sampler_bytes(args, layout, load)
     outside = {}
     if device == "cuda":
         groups = num_communicators(layout, world_size)
         outside = {"CUDA context": CONTEXT_BYTES * whole_card}
         outside["communicators"] = groups * COMMUNICATOR_BYTES
-    return Estimate(
-        always,
-        training_parts(args, layout, load, device=device, kept_layers=kept_layers),
-        rollout_parts(args, layout, load, device=device),
-        outside,
-    )
+    found = [
+        Estimate(
+            standing_parts(args, layout, load, stage),
+            training_parts(args, layout, load, stage, device=device, kept_layers=kept_layers),
+            rollout_parts(args, layout, load, stage, device=device),
+            outside,
+        )
+        for stage in stages_with_most(args, layout, load)
+    ]
+    return max(found, key=lambda of_stage: of_stage.allocated)
+
+
+def stages_with_most(args: ModelArgs, layout: ParallelConfig, load: Workload) -> list[int]:
+    """The last pipeline stage, and each other one that has no stage with the same LoRA before it:
+    that one holds more micro-batches in flight, and the first the embedding and the towers.
+    """
+    pp = layout.pipeline_model_parallel_size
+    linears = linears_of_layers(tuple(load.targets), args.num_layers)
+    length = args.num_layers // pp
+    first: dict[tuple, int] = {}
+    for stage in range(pp - 1):
+        first.setdefault(linears[stage * length : (stage + 1) * length], stage)
+    return [*first.values(), pp - 1]
+
+
+def standing_parts(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, stage: int
+) -> dict[str, int]:
+    """What a rank of a stage holds all the time, by kind."""
+    lora, towers = lora_parameters(args, layout, load, stage), 0
+    if stage == 0:
+        lora += tower_lora_parameters(load)
+        towers = sum(tower.numbers for tower in load.towers) * load.number_bytes
+    always = {
+        "base": base_parameters(args, layout, stage) * load.number_bytes,
+        "LoRA, gradients, AdamW": lora * (16 + 4 * load.has_teacher_adapter),
+        "places of LoRA's numbers": place_bytes(args, layout, load),
+        "LoRA inside the experts' products": load.number_bytes
+        * expert_column_parameters(args, layout, load, stage)
+        * (1 + load.has_teacher_adapter),
+        "towers": towers,
+    }
+    if load.completion_tokens:
+        laid_out = laid_out_parameters(args, layout, load, stage) * load.number_bytes
+        always["LoRA laid out"] = load.num_laid_out * laid_out
+        always["sampler"] = sampler_bytes(args, layout, load)
+    return always
 
 
 def num_communicators(layout: ParallelConfig, world_size: int | None = None) -> int:
@@ -181,7 +213,8 @@ def check_memory(
     if found.total <= available:
         return found
     flags = ways_out(args, layout, load, available, world_size=world_size)
-    way_out = f"{' '.join(flags)} needs less than that" if flags else "use more ranks"
+    way_out = "use more ranks, or another layout, which python -m megatron_gkd.plan finds"
+    way_out = f"{' '.join(flags)} needs less than that" if flags else way_out
     raise ValueError(
         f"the run needs about {found.describe()}; with a reserve that is more than the "
         f"{available / GIB:.1f} GiB that this GPU has left. {way_out} "

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Collection
 
 from megatron_gkd.layout import ParallelConfig
-from megatron_gkd.lora_targets import EXPERTS, linears_of_layers, names_of
+from megatron_gkd.lora_targets import EXPERTS, HEAD, linears_of_layers, names_of
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.shapes import attention_rows
 from megatron_gkd.plan.workload import Workload
 
 
-def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:
-    """Of a rank of the first or last stage, the fuller one."""
+def base_parameters(args: ModelArgs, layout: ParallelConfig, stage: int = 0) -> int:
+    """Of a rank of that stage."""
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     hidden = args.hidden_size
     queries, keys = attention_rows(args, tp)
@@ -19,23 +19,25 @@ def base_parameters(args: ModelArgs, layout: ParallelConfig) -> int:
     layer = attention + args.num_experts * hidden
     layer += experts * 3 * hidden * args.moe_intermediate_size
     vocabulary = args.padded_vocab_size(tp) // tp * hidden
-    return args.num_layers // pp * layer + vocabulary * (2 if pp == 1 else 1)
+    return args.num_layers // pp * layer + vocabulary * ((stage == 0) + (stage == pp - 1))
 
 
-def of_fullest_stage(
+def of_stage(
     args: ModelArgs,
     layout: ParallelConfig,
     load: Workload,
+    stage: int | None,
     of_layer: Callable[[Collection[str]], int],
 ) -> int:
-    """The sum of `of_layer(names of its linears with LoRA)` over a stage's layers, the most of any
-    stage.
+    """The sum of `of_layer(names of its linears with LoRA)` over a stage's layers; None: the most
+    of any stage.
     """
     layers = linears_of_layers(tuple(load.targets), args.num_layers)
     of_kind = {names: of_layer(names) for names in set(layers)}
     sizes = [of_kind[names] for names in layers]
     length = args.num_layers // layout.pipeline_model_parallel_size
-    return max(sum(sizes[first : first + length]) for first in range(0, len(sizes), length))
+    stages = [sum(sizes[first : first + length]) for first in range(0, len(sizes), length)]
+    return max(stages) if stage is None else stages[stage]
 
 
 def lora_sizes(args: ModelArgs, tp: int = 1, ep: int = 1) -> dict[str, int]:
@@ -49,21 +51,27 @@ def lora_sizes(args: ModelArgs, tp: int = 1, ep: int = 1) -> dict[str, int]:
     return sizes | dict.fromkeys(EXPERTS, args.num_experts // ep * (hidden + inter))
 
 
-def lora_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
-    """Of the rank with most; the lm_head's counted there too."""
-    tp = layout.tensor_model_parallel_size
+def lora_parameters(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, stage: int | None = None
+) -> int:
+    """Of a rank of that stage, on the decoder; None: of the rank with most, the lm_head's counted
+    there too.
+    """
+    tp, last = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size - 1
     sizes = lora_sizes(args, tp, layout.expert_model_parallel_size)
     of_layer = lambda names: load.lora_rank * sum(sizes[name] for name in names)
     head = load.lora_rank * (args.hidden_size + args.padded_vocab_size(tp) // tp)
-    layers = of_fullest_stage(args, layout, load, of_layer)
-    return layers + (head if "lm_head" in load.targets else 0)
+    has_head = HEAD in load.targets and stage in (None, last)
+    return of_stage(args, layout, load, stage, of_layer) + head * has_head
 
 
-def expert_column_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+def expert_column_parameters(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, stage: int | None = None
+) -> int:
     """Of the experts' LoRA as training multiplies with it: W_up in columns behind the base's
-    weight, W_down beside it, ranks padded to multiples of 8.
+    weight, W_down beside it, ranks padded to multiples of 8. stage: as for `lora_parameters`.
     """
-    return expert_parameters(args, layout, load, lambda rank: -(-rank // 8) * 8)
+    return expert_parameters(args, layout, load, stage, lambda rank: -(-rank // 8) * 8)
 
 
 def place_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
@@ -77,12 +85,15 @@ def place_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     return 8 * load.lora_rank * (laid_out + sum(rows[name] for name in names))
 
 
-def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+def laid_out_parameters(
+    args: ModelArgs, layout: ParallelConfig, load: Workload, stage: int | None = None
+) -> int:
     """Of LoRA as decoding reads it (rollout/weights.py): of experts ranks are padded to powers of
-    two, 16 or more; of attention W_down's to multiples of 32, W_up's of 8.
+    two, 16 or more; of attention W_down's to multiples of 32, W_up's of 8. stage: as for
+    `lora_parameters`.
     """
     padded = lambda rank: max(16, 1 << (rank - 1).bit_length()) if rank else 0
-    experts = expert_parameters(args, layout, load, padded)
+    experts = expert_parameters(args, layout, load, stage, padded)
     queries, keys = attention_rows(args, layout.tensor_model_parallel_size)
 
     def of_layer(names: Collection[str]) -> int:
@@ -95,14 +106,18 @@ def laid_out_parameters(args: ModelArgs, layout: ParallelConfig, load: Workload)
             total += -(-rank // 32) * 32 * inputs + -(-rank // 8) * 8 * outputs
         return total
 
-    return experts + of_fullest_stage(args, layout, load, of_layer)
+    return experts + of_stage(args, layout, load, stage, of_layer)
 
 
 def expert_parameters(
-    args: ModelArgs, layout: ParallelConfig, load: Workload, padded: Callable[[int], int]
+    args: ModelArgs,
+    layout: ParallelConfig,
+    load: Workload,
+    stage: int | None,
+    padded: Callable[[int], int],
 ) -> int:
-    """Of the experts' LoRA on the rank with most, W_up and W_down of `padded(rank)` columns; gate
-    and up have theirs together.
+    """Of the experts' LoRA on a stage, W_up and W_down of `padded(rank)` columns; gate and up have
+    theirs together. stage: as for `lora_parameters`.
     """
     hidden, inter = args.hidden_size, args.moe_intermediate_size
 
@@ -112,4 +127,4 @@ def expert_parameters(
         return of_gate_up + rank_of("down_proj") * (inter + hidden)
 
     experts = args.num_experts // layout.expert_model_parallel_size
-    return experts * of_fullest_stage(args, layout, load, of_layer)
+    return experts * of_stage(args, layout, load, stage, of_layer)

@@ -40,7 +40,7 @@ the rank that sends. Imports nothing slow.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ from megatron_gkd.plan.work import (
 
 OF_CPU = (FRESH, PAIR_MATRICES)
 SHIPPED = {"h100": "h100_sxm.json"}
+LONGEST_NAME = 200
+BY_SIZE = ("dense.", "grouped.", "outer.", "attention.")  # entries that may be points
 Points = tuple[tuple[float, float], ...]
 # Entries that a file must have.
 NEEDED = (
@@ -156,12 +158,23 @@ class Rates:
         return steps * self._step(link, kind) + num_bytes * max(own, other)
 
     def _link(self, link: str, kind: str) -> float:
-        name = f"{link}.{kind}"
-        return self.number(name if name in self.entries else f"{link}.any")
+        return self._of_link(link, f"{link}.{kind}", f"{link}.any")
 
     def _step(self, link: str, kind: str) -> float:
-        name = f"{link}.{kind}.step"
-        return self.number(name if name in self.entries else f"{link}.any.step")
+        return self._of_link(link, f"{link}.{kind}.step", f"{link}.any.step")
+
+    def _of_link(self, link: str, *names: str) -> float:
+        """The first of the entries that is there. A file that was measured on one machine has none
+        of a network.
+        """
+        for name in names:
+            if name in self.entries:
+                return self.number(name)
+        where = "between machines" if link == "network" else "inside a machine"
+        raise ValueError(
+            f"the rates of {self.name} have no {names[-1]}, for collectives {where}: add it to the "
+            "file, as h100_sxm.json has it, or plan for as many GPUs as it was measured on"
+        )
 
 
 def interpolate(points: Points, size: float) -> float:
@@ -181,18 +194,21 @@ def read_rates(name_or_path: str) -> Rates:
     """`h100`, or a file that benchmarks/rates.py wrote. Raises ValueError naming the file and the
     entry that is missing or no number.
     """
-    shipped = SHIPPED.get(name_or_path)
+    shipped = SHIPPED.get(name_or_path.lower())
     path = Path(__file__).parent / shipped if shipped else Path(name_or_path)
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(SHIPPED)
         raise ValueError(
-            f"{name_or_path}: no such file, and none of the rates that ship ({known}); "
-            f"python -m benchmarks.rates --output {name_or_path} measures those of a machine"
+            f"--gpu {name_or_path}: no such file, and none of the rates that ship ({known}); "
+            "python -m benchmarks.rates --output FILE measures those of a machine, --gpu_memory "
+            "gives the rates that ship another memory"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--gpu {name_or_path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--gpu {path}: no JSON: {error}") from None
     return rates_of(file, str(path))
 
 
@@ -205,36 +221,49 @@ def rates_of(file: Any, path: str) -> Rates:
         value = entry.get("value") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or not entry.get("source") or not entry.get("unit"):
             raise ValueError(f"{path}: {name} has no value, unit and source")
-        entries[name] = _value(value, f"{path}: {name}")
+        entries[name] = _value(name, value, f"{path}: {name}")
     for name in NEEDED:
         if name not in entries:
             raise ValueError(f"{path}: {name} is missing")
     device = file.get("device")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"{path}: device is {device!r}, it must be cuda or cpu")
-    number = lambda name: _number(entries[name], f"{path}: {name}")
-    return Rates(
-        name=str(file.get("name", path)),
-        device=device,
-        gpu_memory_bytes=int(number("gpu_memory_bytes")),
-        gpus_per_node=int(number("gpus_per_node")),
-        nics_per_gpu=number("nics_per_gpu"),
-        entries=entries,
+    title = file.get("name", path)
+    if not isinstance(title, str) or not title.isprintable() or len(title) > LONGEST_NAME:
+        # it stands in launch scripts
+        raise ValueError(f"{path}: name must be one line of {LONGEST_NAME} characters or less")
+    rates = Rates(title, device, 0, 0, 0.0, entries)
+    rates = replace(
+        rates,
+        gpu_memory_bytes=int(rates.number("gpu_memory_bytes")),
+        gpus_per_node=int(rates.number("gpus_per_node")),
+        nics_per_gpu=rates.number("nics_per_gpu"),
     )
+    if rates.gpus_per_node < 1:
+        raise ValueError(f"{path}: gpus_per_node is {rates.number('gpus_per_node')}, below 1")
+    return rates
 
 
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+def _number(value: Any, where: str, *, may_be_zero: bool) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"{where} is {value!r}, it must be a number, 0 or more")
+    if not value and not may_be_zero:
+        raise ValueError(f"{where} is 0, it must be above 0")
     return float(value)
 
 
-def _value(value: Any, where: str) -> float | Points:
+def _value(name: str, value: Any, where: str) -> float | Points:
+    """Of an entry: one number, or where it goes by a size also points."""
+    is_time = name in ("wait", "grouped.group") or name.startswith("launch.")
     if not isinstance(value, list):
-        return _number(value, where)
+        return _number(value, where, may_be_zero=is_time or name.endswith(".step"))
+    if is_time or not name.startswith(BY_SIZE):
+        raise ValueError(f"{where} must be one number")
     if not value or not all(isinstance(point, list) and len(point) == 2 for point in value):
         raise ValueError(f"{where} must be points [size, rate]")
-    points = tuple((_number(size, where), _number(rate, where)) for size, rate in value)
-    if list(points) != sorted(points) or not all(size and rate for size, rate in points):
-        raise ValueError(f"{where}: its points must ascend, above 0")
+    positive = lambda number: _number(number, where, may_be_zero=False)
+    points = tuple((positive(size), positive(rate)) for size, rate in value)
+    if list(points) != sorted(points):
+        raise ValueError(f"{where}: its points must ascend")
     return points

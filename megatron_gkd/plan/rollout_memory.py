@@ -12,7 +12,13 @@ from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.passes import forward
 from megatron_gkd.plan.shapes import Device, attention_rows
-from megatron_gkd.plan.training_memory import layers_of_stage
+from megatron_gkd.plan.tower_memory import (
+    deepstack_bytes,
+    feature_bytes,
+    media_tokens,
+    tower_bytes,
+)
+from megatron_gkd.plan.training_memory import kinds, layers_of_stage
 from megatron_gkd.plan.workload import Workload
 
 CAPACITY = 512  # response positions that the cache starts with (rollout/cache.py)
@@ -36,12 +42,12 @@ def sampler_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> in
 
 
 def rollout_parts(
-    args: ModelArgs, layout: ParallelConfig, load: Workload, *, device: Device = "cuda"
+    args: ModelArgs, layout: ParallelConfig, load: Workload, stage: int, *, device: Device = "cuda"
 ) -> dict[str, int]:
-    """At the highest moment, by kind; empty where no step writes."""
+    """At a stage's highest moment, by kind; empty where no step writes."""
     if not load.completion_tokens:
         return {}
-    moments = rollout_moments(args, layout, load, device=device)
+    moments = rollout_moments(args, layout, load, stage, device=device)
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -49,12 +55,14 @@ def rollout_moments(
     args: ModelArgs,
     layout: ParallelConfig,
     load: Workload,
+    stage: int,
     *,
     device: Device = "cuda",
     routed_rows: int | None = None,
 ) -> Iterator[dict[str, int]]:
     """The prompts' forward, the first tokens drawn, longer room for keys and values; on a CPU also
-    their copies. routed_rows: in the prompts' forward, where they are known.
+    their copies; on the first stage towers with LoRA before that. routed_rows: in the prompts'
+    forward, where they are known.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     _, keys = attention_rows(args, tp)
@@ -64,23 +72,36 @@ def rollout_moments(
     responses = position * rows * min(load.completion_tokens, CAPACITY)
 
     total = num_prompts * load.prompt_tokens
-    layer = layers_of_stage(args, layout, load, 0, device=device)[0]
     tokens = min(max(load.prefill_tokens, load.prompt_tokens), total)
     # every context-parallel rank reads its own prompts, whole
     alone = replace(layout, context_parallel_size=1)
-    shapes = replace(layer.shapes, layout=alone, tokens=tokens, routed_rows=routed_rows)
+    layers = kinds(layers_of_stage(args, layout, load, stage, device=device))
+    shapes = replace(layers[0].shapes, layout=alone, tokens=tokens, routed_rows=routed_rows)
+    of_layers = max(forward(replace(layer, shapes=shapes)) for layer in layers)
     last = num_prompts * args.hidden_size * load.number_bytes
-    yield {
-        "keys and values": prompts + responses,
-        "prompts": forward(replace(layer, shapes=shapes)) + last,
-    }
+    features = deepstack = 0
+    if stage == 0:
+        # of each micro-batch, from the step's start on where towers are frozen; and joined
+        num_media = media_tokens(load, load.batch_size * load.accumulation * load.row_tokens)
+        features = feature_bytes(load, num_media)
+        if load.lora_towers:
+            yield {
+                "features of media": features,
+                "towers' activations": tower_bytes(load, device).forward,
+            }
+            yield {"features of media": 2 * features}
+        else:
+            features *= 2
+        deepstack = deepstack_bytes(load, min(media_tokens(load, tokens), shapes.shard))
+    held = {"keys and values": prompts + responses, "features of media": features}
+    yield held | {"prompts": of_layers + last + deepstack}
     logits = rows * args.padded_vocab_size(tp) // tp * 4
     seen = sampler_bytes(args, layout, load)  # the prompts' tokens, beside the sampler's own
-    yield {"keys and values": prompts + responses, "sampling": logits + seen}
+    yield held | {"sampling": logits + seen}
     if load.completion_tokens > CAPACITY:  # it doubles until it is enough
         longest = position * rows * load.completion_tokens
-        yield {"keys and values": prompts + longest + longest // 2}
+        yield held | {"keys and values": prompts + longest + longest // 2}
     if device == "cpu":  # each row's prompt is copied before its response
         joined = position * rows * load.prompt_tokens + responses
-        yield {"keys and values": joined, "sampling": 5 * logits}
-        yield {"keys and values": prompts + responses + 2 * joined}
+        yield held | {"keys and values": joined, "sampling": 5 * logits}
+        yield held | {"keys and values": prompts + responses + 2 * joined}

@@ -7,13 +7,17 @@ from typing import Literal
 
 from megatron_gkd.config import Config, command_line
 from megatron_gkd.flags import require, require_at_least, require_not_empty, setting
+from megatron_gkd.lora_targets import parse_layers, resolve_targets
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.plan.towers import tower_parameters
+from megatron_gkd.plan.towers import read_towers
 from megatron_gkd.plan.workload import Workload, workload
 from megatron_gkd.recipe import given_values
+from megatron_gkd.startup import quiet_imports
 
 MOST_GPUS = 2**16
 NO_DATA = "(no data set)"  # stands for --dataset, which the planner does not read
+# Flags without a meaning for the one layout of --check.
+OF_PLANS = ("global_batch_size", "all", "json", "script", "overwrite")
 
 
 @dataclass
@@ -36,7 +40,9 @@ class PlanSettings:
         "each model copy of the sizes that are given, so 4 a GPU without any flag.",
     )
     row_tokens: int | None = setting(
-        None, "Tokens of an average row, prompt and response. Default: --max_length."
+        None,
+        "Tokens of an average row, prompt and response. Default: --max_length; where responses are "
+        "written that may be as long as that or longer, both together.",
     )
     teacher_row_tokens: int | None = setting(
         None, "The same of the teacher's view. Default: as the student's."
@@ -49,10 +55,15 @@ class PlanSettings:
         "Kinds that the rows have, whose towers a run holds on its first pipeline stage. Default: "
         "text alone.",
     )
+    media_tokens: int | None = setting(
+        None,
+        "Tokens of the media of an average row: 13 a second of sound, one for each 32 x 32 pixels "
+        "of an image and of every second frame. Default: all of a row, the most that it can be.",
+    )
     check: bool = setting(
         False,
         "Plan nothing: print the layout that the flags name and its memory, and end with status 2 "
-        "where it is impossible or does not fit.",
+        "where it is impossible or does not fit. Flags that only a plan has are refused.",
     )
     all: bool = setting(
         False,
@@ -66,37 +77,103 @@ class PlanSettings:
     def __post_init__(self):
         require_at_least(self, 1, "gpus")
         require(self.gpus <= MOST_GPUS, "gpus", self.gpus, f"{MOST_GPUS} or less")
-        for flag in ("gpus_per_node", "global_batch_size", "row_tokens", "teacher_row_tokens"):
+        for flag in (
+            "gpus_per_node",
+            "global_batch_size",
+            "row_tokens",
+            "teacher_row_tokens",
+            "media_tokens",
+        ):
             if getattr(self, flag) is not None:
                 require_at_least(self, 1, flag)
         require_not_empty(self, "gpu", "json", "script")
+        alone, way_out = (
+            self.json is None or self.json != self.script,
+            "one would replace the other",
+        )
+        require(alone, "json", self.json, "another file than --script's", way_out)
         memory, responses = self.gpu_memory, self.response_tokens
         require(memory is None or 0 < memory < 2**20, "gpu_memory", memory, "GiB, above 0")
         if responses is not None:
             require_at_least(self, 1, "response_tokens")
+        for flag in OF_PLANS if self.check else ():
+            value = getattr(self, flag)
+            allowed, way_out = "left out with --check", "it plans nothing, and would ignore it"
+            require(value in (None, False), flag, value, allowed, way_out)
 
 
 def workload_of(own: PlanSettings, config: Config, args: ModelArgs) -> Workload:
-    """Of a run with these settings, as far as the flags tell: averages of the rows, the towers.
-    Raises as `tower_parameters`, or ValueError for a response that is no part of a row.
+    """Of a run with these settings, as far as the flags tell: averages of the rows, the towers, the
+    LoRA of --adapter. Raises as `read_towers` and `PeftAdapter`, or ValueError for rows that the
+    settings do not allow.
     """
-    row, response = own.row_tokens or config.data.max_length, own.response_tokens
-    if response and response >= row:
-        raise ValueError(f"--response_tokens {response}: must be below the {row} tokens of a row")
-    towers = config.lora.lora_towers
-    numbers = tower_parameters(
+    row = own.row_tokens or config.data.max_length
+    with_lora = config.lora.lora_towers
+    towers = read_towers(
         config.model.model,
-        audio="audio" in own.media or towers,
-        visual=bool({"image", "video"} & {*own.media}) or towers,
+        audio="audio" in own.media or with_lora,
+        visual=bool({"image", "video"} & {*own.media}) or with_lora,
     )
+    heavier = max(row, own.teacher_row_tokens or row)
+    media = min(own.media_tokens or heavier, heavier)
     load = workload(
         config,
         args,
         row_tokens=own.row_tokens,
         teacher_row_tokens=own.teacher_row_tokens,
         response_tokens=own.response_tokens,
+        towers=towers,
+        media_share=media / row,
     )
-    return replace(load, tower_bytes=numbers * load.number_bytes)
+    check_rows(own, config, load)
+    return with_adapter(load, config, args)
+
+
+def check_rows(own: PlanSettings, config: Config, load: Workload) -> None:
+    """Raise ValueError for averages that no rows of these settings have."""
+    longest, why = config.data.max_length, f"--max_length {config.data.max_length}"
+    if config.distill.writes_responses:
+        longest += load.completion_tokens
+        why += f" with a written response of {load.completion_tokens} tokens behind it"
+    for flag in ("row_tokens", "teacher_row_tokens"):
+        value = getattr(own, flag) or 0
+        way_out = "the average of rows cannot be above the longest; raise --max_length"
+        require(value <= longest, flag, value, f"{longest} or less, {why}", way_out)
+    response, row = load.response_tokens, load.row_tokens
+    allowed = f"below the {row} tokens of a row"
+    require(response < row, "response_tokens", response, allowed, "name --row_tokens")
+
+
+def with_adapter(load: Workload, config: Config, args: ModelArgs) -> Workload:
+    """With the rank and the linears of --adapter, where the flags leave them to it."""
+    lora = config.lora
+    if not lora.adapter or (lora.lora_rank and lora.lora_target_modules):
+        return load
+    quiet_imports()
+    from megatron_gkd.lora.peft_folder import PeftAdapter  # seconds: torch
+
+    try:
+        adapter = PeftAdapter(lora.adapter, args)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"--adapter {error}; its rank and linears are needed: name --lora_rank and "
+            "--lora_target_modules to do without the folder"
+        ) from error
+    targets = load.targets
+    if not lora.lora_target_modules:
+        layers = parse_layers(lora.lora_layers, args.num_layers) if lora.lora_layers else None
+        targets = resolve_targets(adapter.targets, args, layers)
+    return replace(load, lora_rank=lora.lora_rank or adapter.rank, targets=targets)
+
+
+def media_words(own: PlanSettings) -> list[str]:
+    """The flags that say how much of the rows is media, as words of a command line."""
+    words = ["--media", *own.media] if own.media else []
+    if own.media_tokens:  # of a row of --row_tokens
+        for name in ("media_tokens", "row_tokens", "teacher_row_tokens"):
+            value = getattr(own, name)
+            words += [f"--{name}", str(value)] if value else []
+    return words
 
 
 def parse_plan(argv: Sequence[str]) -> tuple[PlanSettings, Config, frozenset[str]]:
@@ -111,8 +188,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanSettings, Config, frozenset[str
         others=[PlanSettings],
     )
     given = frozenset(given_values(words, parser))
-    data = [] if "dataset" in given else ["--dataset", NO_DATA]
-    (own, *settings), _ = parser.parse([*data, *words])
+    (own, *settings), _ = parser.parse(["--dataset", NO_DATA, *words])  # the last of a name holds
     config = Config(*settings)
     model = Path(config.model.model)
     if model.name == "config.json" and model.is_file():

@@ -12,7 +12,7 @@ from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.lora_targets import EXPERTS, HEAD, linears_of_layers
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.layer_work import Layer, backward, forward, kept_numbers, passing_numbers
-from megatron_gkd.plan.parameters import lora_parameters, of_fullest_stage
+from megatron_gkd.plan.parameters import lora_parameters, of_stage
 from megatron_gkd.plan.work import (
     FRESH,
     Collective,
@@ -238,7 +238,7 @@ def replicated_sizes(step: Step) -> int:
     sizes = dict.fromkeys(("q_proj", "o_proj"), args.hidden_size)
     sizes |= dict.fromkeys(("k_proj", "v_proj"), args.hidden_size + shared)
     of_layer = lambda names: sum(sizes.get(name, 0) for name in names)
-    layers = of_fullest_stage(args, step.layout, step.load, of_layer)
+    layers = of_stage(args, step.layout, step.load, None, of_layer)
     return step.load.lora_rank * (layers + args.hidden_size * (HEAD in step.load.targets))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_gkd.plan.layouts import Choice, Plan, Sizes, first_of
+from megatron_gkd.plan.layouts import CLOSE, SPARE, Choice, Plan, Sizes, first_of
 from megatron_gkd.plan.memory import GIB
 from megatron_gkd.plan.reasons import NAMES, grouped, where, why
 
@@ -57,11 +57,12 @@ def summary(plan: Plan) -> list[str]:
         f"  {best.seconds:.2f} s a step, {speed(best)} tokens/s a GPU; "
         f"{gib(best.memory.total)} of {gib(job.available)} GiB",
         *([f"  {where(job, best.sizes)}"] if job.gpus > job.rates.gpus_per_node else []),
+        *beside_the_fastest(plan),
         *(f"  {chosen}: {beside}" for chosen, beside in why(plan)),
         "",
         *memory_table(best),
         "",
-        "A step, seconds; exposed: communication that nothing hides",
+        f"{phases_of(plan)}, seconds; exposed: communication that nothing hides",
         *time_table(best),
         "",
         "The best of different TP, EP, PP, each as it is fastest (seconds; rollouts as an "
@@ -71,6 +72,30 @@ def summary(plan: Plan) -> list[str]:
         *impossible(plan),
     ]
     return [part for line in lines for part in folded(line)]
+
+
+def phases_of(plan: Plan) -> str:
+    """What the phases together are."""
+    share = plan.job.load.on_policy_share
+    if not 0 < share < 1:
+        return "A step"
+    return f"A step that writes responses ({plan.pick.seconds:.2f} s are the mean of all)"
+
+
+def beside_the_fastest(plan: Plan) -> list[str]:
+    """Why the pick is another one, if it is."""
+    fastest, best = plan.choices[0], plan.pick
+    if fastest is best:
+        return []
+    tight = fastest.memory.total > (1 - SPARE) * plan.job.available
+    why_not = f"which leaves less than {SPARE:.0%}"
+    if not tight:
+        why_not = f"more memory for less than {CLOSE:.0%} of the time"
+    return [
+        f"  {fastest.seconds:.2f} s has {layout_name(fastest.sizes, fastest.dp)}, "
+        f"{fastest.recompute}, {fastest.micro_batch_tokens} tokens: "
+        f"{gib(fastest.memory.total)} GiB, {why_not}"
+    ]
 
 
 def folded(line: str) -> list[str]:
@@ -155,7 +180,7 @@ def closest(plan: Plan) -> list[str]:
     return [
         f"{layout_name(least.sizes, least.dp)}, --recompute {least.recompute}, micro-batches of "
         f"{least.micro_batch_tokens} tokens need least of all, {least.memory.describe()}; the GPU "
-        f"has {gib(plan.job.available)}. More GPUs, a lower --max_length or --lora_rank need less"
+        f"has {gib(plan.job.available)}."
     ]
 
 
@@ -207,6 +232,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "gpu_memory_bytes": job.available,
         "samples": job.samples,
         "load": asdict(job.load),
+        "pick": choice_numbers(plan.pick) if plan.choices else None,
         "possible": [choice_numbers(choice) for choice in plan.choices],
         "impossible": [
             {**refusal.sizes._asdict(), "reason": refusal.reason} for refusal in plan.refusals

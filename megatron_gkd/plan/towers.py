@@ -1,19 +1,24 @@
-"""The numbers of the towers' weights, from config.json: what media/towers.py would build.
+"""The towers' sizes, from config.json: the numbers of what media/towers.py would build.
 
 Names are those of the settings, with transformers' values for those that config.json leaves out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.model.args import read_config
 
-AUDIO = dict(d_model=1280, encoder_layers=32, encoder_ffn_dim=5120, num_mel_bins=128)
-AUDIO |= dict(downsample_hidden_size=480, output_dim=3584)
-VISUAL: dict[str, Any] = dict(hidden_size=1152, depth=27, intermediate_size=4304, in_channels=3)
-VISUAL |= dict(patch_size=16, temporal_patch_size=2, spatial_merge_size=2, out_hidden_size=3584)
-VISUAL |= dict(num_position_embeddings=2304, deepstack_visual_indexes=(8, 16, 24))
+AUDIO: dict[str, Any] = dict(d_model=1280, encoder_layers=32, encoder_ffn_dim=5120)
+AUDIO |= dict(encoder_attention_heads=20, num_mel_bins=128, downsample_hidden_size=480)
+AUDIO |= dict(output_dim=3584, max_source_positions=1500, n_window=50, conv_chunksize=500)
+VISUAL: dict[str, Any] = dict(hidden_size=1152, depth=27, intermediate_size=4304, num_heads=16)
+VISUAL |= dict(in_channels=3, patch_size=16, temporal_patch_size=2, spatial_merge_size=2)
+VISUAL |= dict(out_hidden_size=3584, num_position_embeddings=2304)
+VISUAL |= dict(deepstack_visual_indexes=(8, 16, 24))
+DEFAULTS = {"audio_tower": AUDIO, "visual": VISUAL}
 
 
 def linear(inputs: int, outputs: int) -> int:
@@ -21,53 +26,144 @@ def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 
-def audio_parameters(of: Mapping[str, Any]) -> int:
-    """Three convolutions over log-mel frames, layers, two linears."""
-    width, channels = of["d_model"], of["downsample_hidden_size"]
-    layer = 4 * linear(width, width) + 4 * width
-    layer += linear(width, of["encoder_ffn_dim"]) + linear(of["encoder_ffn_dim"], width)
-    bins = of["num_mel_bins"]
-    for _ in range(3):
-        bins = (bins + 1) // 2
-    convolutions = linear(9, channels) + 2 * linear(9 * channels, channels)
-    start = convolutions + channels * bins * width
-    end = 2 * width + linear(width, width) + linear(width, of["output_dim"])
-    return start + of["encoder_layers"] * layer + end
+def halved(length: int, times: int) -> int:
+    """By convolutions of stride 2."""
+    for _ in range(times):
+        length = (length + 1) // 2
+    return length
 
 
-def visual_parameters(of: Mapping[str, Any]) -> int:
+@dataclass(frozen=True)
+class AudioTower:
+    """Three convolutions over blocks of log-mel frames, layers, two linears."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    bins: int
+    channels: int
+    output: int
+    places: int
+    """Of a table that is computed, not read"""
+    block_frames: int
+    blocks_at_once: int
+    """Of the convolutions"""
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, Any]) -> "AudioTower":
+        return cls(
+            width=sizes["d_model"],
+            inner=sizes["encoder_ffn_dim"],
+            layers=sizes["encoder_layers"],
+            heads=sizes["encoder_attention_heads"],
+            bins=sizes["num_mel_bins"],
+            channels=sizes["downsample_hidden_size"],
+            output=sizes["output_dim"],
+            places=sizes["max_source_positions"],
+            block_frames=2 * sizes["n_window"],
+            blocks_at_once=sizes["conv_chunksize"],
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        width, channels = self.width, self.channels
+        layer = 4 * linear(width, width) + 4 * width
+        layer += linear(width, self.inner) + linear(self.inner, width)
+        start = linear(9, channels) + 2 * linear(9 * channels, channels)
+        start += channels * halved(self.bins, 3) * width
+        end = 2 * width + linear(width, width) + linear(width, self.output)
+        return start + self.layers * layer + end
+
+    @property
+    def numbers(self) -> int:
+        """That stand all the time."""
+        return self.parameters + self.places * self.width
+
+    @property
+    def lora_numbers(self) -> int:
+        """Inputs and outputs of the linears that --lora_towers wraps: times the rank they are
+        parameters.
+        """
+        return self.layers * (4 * 2 * self.width + 2 * (self.width + self.inner))
+
+
+@dataclass(frozen=True)
+class VisualTower:
     """Patches and their places, blocks, a merger at the end and one for each deepstack layer."""
-    width, merged = of["hidden_size"], of["hidden_size"] * of["spatial_merge_size"] ** 2
-    block = linear(width, 3 * width) + linear(width, width) + 4 * width
-    block += linear(width, of["intermediate_size"]) + linear(of["intermediate_size"], width)
-    patch = of["in_channels"] * of["temporal_patch_size"] * of["patch_size"] ** 2
-    start = linear(patch, width) + of["num_position_embeddings"] * width
-    mlp = linear(merged, merged) + linear(merged, of["out_hidden_size"])
-    mergers = 2 * width + mlp + len(of["deepstack_visual_indexes"]) * (2 * merged + mlp)
-    return start + of["depth"] * block + mergers
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    patch: int
+    """Numbers of a patch"""
+    merged: int
+    """Patches of a token"""
+    places: int
+    output: int
+    deepstack: int
+    """Blocks whose output the decoder reads too"""
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, Any]) -> "VisualTower":
+        return cls(
+            width=sizes["hidden_size"],
+            inner=sizes["intermediate_size"],
+            layers=sizes["depth"],
+            heads=sizes["num_heads"],
+            patch=sizes["in_channels"] * sizes["temporal_patch_size"] * sizes["patch_size"] ** 2,
+            merged=sizes["spatial_merge_size"] ** 2,
+            places=sizes["num_position_embeddings"],
+            output=sizes["out_hidden_size"],
+            deepstack=len(sizes["deepstack_visual_indexes"]),
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        width, merged = self.width, self.width * self.merged
+        block = linear(width, 3 * width) + linear(width, width) + 4 * width
+        block += linear(width, self.inner) + linear(self.inner, width)
+        start = linear(self.patch, width) + self.places * width
+        mlp = linear(merged, merged) + linear(merged, self.output)
+        mergers = 2 * width + mlp + self.deepstack * (2 * merged + mlp)
+        return start + self.layers * block + mergers
+
+    @property
+    def numbers(self) -> int:
+        """As the audio tower's."""
+        return self.parameters
+
+    @property
+    def lora_numbers(self) -> int:
+        """As the audio tower's."""
+        return self.layers * (4 * self.width + 2 * self.width + 2 * (self.width + self.inner))
 
 
-COUNTS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], int]]] = {
-    "audio_tower": (AUDIO, audio_parameters),
-    "visual": (VISUAL, visual_parameters),
-}
+Tower = AudioTower | VisualTower
 
 
-def tower_parameters(folder: str | Path, audio: bool, visual: bool) -> int:
-    """Of the towers of FOLDER/config.json that are asked for, on the first stage. Raises as
+def read_towers(folder: str | Path, audio: bool, visual: bool) -> tuple[Tower, ...]:
+    """Those of FOLDER/config.json that are asked for, which the first stage holds. Raises as
     `read_config`, or ValueError for a size that is none.
     """
     config, wanted = read_config(folder), {"audio_tower": audio, "visual": visual}
-    total = 0
+    found: list[Tower] = []
     for tower in config.family.towers:
         if wanted[tower.name]:
-            defaults, count = COUNTS[tower.name]
+            defaults = DEFAULTS[tower.name]
             sizes = defaults | config.settings.get(tower.config, {})
             for name, default in defaults.items():
+                if isinstance(default, tuple) and not isinstance(sizes[name], list | tuple):
+                    raise ValueError(
+                        f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
+                        "(a tower has a list of its layers)"
+                    )
                 if isinstance(default, int) and not (type(sizes[name]) is int and sizes[name] > 0):
                     raise ValueError(
                         f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
                         "(a tower has a whole number of at least one)"
                     )
-            total += count(sizes)
-    return total
+            kind: Any = AudioTower if tower.name == "audio_tower" else VisualTower
+            found.append(kind.of(sizes))
+    return tuple(found)

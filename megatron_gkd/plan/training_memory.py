@@ -2,7 +2,7 @@
 them, at each of the moments at which it may be the most.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -11,6 +11,7 @@ from megatron_gkd.lora_targets import HEAD, linears_of_layers
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.passes import Layer, backward, forward, kept_of_stage, loss, residual
 from megatron_gkd.plan.shapes import Device, Shapes
+from megatron_gkd.plan.tower_memory import MediaBytes, media_bytes
 from megatron_gkd.plan.workload import Workload
 
 
@@ -18,18 +19,14 @@ def training_parts(
     args: ModelArgs,
     layout: ParallelConfig,
     load: Workload,
+    stage: int,
     *,
     device: Device = "cuda",
     kept_layers: int | None = None,
 ) -> dict[str, int]:
-    """At the highest moment of the stage that needs most, by kind. kept_layers: see `moments`."""
-    stages = {0, layout.pipeline_model_parallel_size - 1}
-    found = [
-        moment
-        for stage in stages
-        for moment in moments(args, layout, load, stage, device=device, kept_layers=kept_layers)
-    ]
-    return max(found, key=lambda parts: sum(parts.values()))
+    """At the highest moment of a stage, by kind. kept_layers: see `moments`."""
+    found = moments(args, layout, load, stage, device=device, kept_layers=kept_layers)
+    return max(found.values(), key=lambda parts: sum(parts.values()))
 
 
 def moments(
@@ -41,10 +38,11 @@ def moments(
     device: Device = "cuda",
     kept_layers: int | None = None,
     routed_rows: Sequence[int] = (),
-) -> Iterator[dict[str, int]]:
-    """The teacher's forward, on the last stage the loss, the backward: bytes by kind. kept_layers:
-    how many of a stage's layers keep their activations (the last ones); None: all of them, or with
-    load.recompute none. routed_rows: see `layers_of_stage`.
+) -> dict[str, dict[str, int]]:
+    """Bytes by kind at each moment: the teacher's forward, on the last stage the loss, the
+    backward; on the first one those of the towers. kept_layers: how many of a stage's layers keep
+    their activations (the last ones); None: all of them, or with load.recompute none. routed_rows:
+    see `layers_of_stage`.
     """
     pp, last = layout.pipeline_model_parallel_size, layout.pipeline_model_parallel_size - 1
     layers = layers_of_stage(args, layout, load, stage, device=device, routed_rows=routed_rows)
@@ -52,23 +50,43 @@ def moments(
     if kept_layers is None:
         kept_layers = 0 if load.recompute else len(layers)
     recomputed = max(len(layers) - kept_layers, 0)
-    teacher_hidden = 0
+    media = media_bytes(load, shapes.shard, device) if stage == 0 else MediaBytes()
+    towers = media.towers
+    always = {"features of media": media.of_step}
     if stage == last:
         rows = load.rows * load.response_tokens // layout.context_parallel_size
-        teacher_hidden = rows * args.hidden_size * load.number_bytes
-    always = {"teacher's hidden states": teacher_hidden}
-    yield always | {"a forward": forward(teacher_layer(layers, load))}
+        always["teacher's hidden states"] = rows * args.hidden_size * load.number_bytes
+    of_teacher = max(forward(teacher_layer(layer, load)) for layer in kinds(layers))
+    found = {
+        "towers' forward": {"towers' activations": towers.forward},
+        "teacher's forward": {
+            "features of media": media.of_pass + media.deepstack,
+            "a forward": of_teacher,
+        },
+    }
 
     in_flight = min(pp - stage, num_micro_batches(load))
     kept = kept_of_stage(layers, recomputed)
-    others = {kind: (in_flight - 1) * size for kind, size in kept.items()}
+    # what a layer that runs again gets is an input of its checkpoint
+    of_media = {
+        "towers' activations": towers.kept,
+        "features of media": media.deepstack if recomputed else 0,
+    }
+    others = {kind: (in_flight - 1) * size for kind, size in added(kept, of_media).items()}
     if pp > 1:  # what a stage has sent waits for its backward
         others["outputs of the stage"] = in_flight * residual(shapes)
     if stage == last:
         of_logits = HEAD in load.targets
         of_loss = loss(shapes, response_rows(load), of_logits=of_logits)
-        yield always | added(others, kept) | {"the loss": of_loss}
-    yield always | added(others, backward(layers, recomputed))
+        found["loss"] = added(others, of_media, kept, {"the loss": of_loss})
+    found["backward"] = added(others, of_media, backward(layers, recomputed))
+    if recomputed or towers.kept:
+        found["backward"]["gradient of deepstack"] = media.deepstack
+    if towers.kept:
+        of_forward, of_backward = towers.forward_with_lora, towers.kept + towers.backward
+        found["towers' forward with LoRA"] = added(others, {"towers' activations": of_forward})
+        found["towers' backward"] = added(others, {"towers' activations": of_backward})
+    return {name: added(always, parts) for name, parts in found.items()}
 
 
 def added(*parts: dict[str, int]) -> dict[str, int]:
@@ -111,9 +129,14 @@ def layers_of_stage(
     return list(map(layer, linears[stage * length : (stage + 1) * length], rows))
 
 
-def teacher_layer(layers: list[Layer], load: Workload) -> Layer:
-    """One that the teacher's forward runs, with as many tokens as its view has."""
-    layer, shapes = layers[-1], layers[-1].shapes
+def kinds(layers: Sequence[Layer]) -> list[Layer]:
+    """One of those with equal LoRA each."""
+    return list({tuple(layer.names): layer for layer in layers}.values())
+
+
+def teacher_layer(layer: Layer, load: Workload) -> Layer:
+    """As the teacher's forward runs it, with as many tokens as its view has."""
+    shapes = layer.shapes
     tokens = ceil(shapes.tokens * load.teacher_row_tokens / load.row_tokens)
     names = layer.names if load.has_teacher_adapter else ()
     return replace(layer, shapes=replace(shapes, tokens=tokens), names=names)

@@ -10,6 +10,7 @@ from megatron_gkd.config import Config, flag_targets
 from megatron_gkd.distillation import DistillConfig, parse_schedule
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.plan.towers import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,13 @@ class Workload:
     prefill_tokens: int = 0
     num_laid_out: int = 1
     """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
-    tower_bytes: int = 0
+    towers: Sequence[Tower] = ()
+    """Those that the first stage holds"""
+    lora_towers: bool = False
+    """Whether they carry LoRA"""
+    media_share: float = 0.0
+    """Tokens of media in a micro-batch, at most, over its tokens; each medium once, whichever view
+    shows it"""
     row_tokens: int
     """Of an average row, the student's view"""
     teacher_row_tokens: int
@@ -66,24 +73,31 @@ def workload(
     micro_batch_tokens: int | None = None,
     prompt_tokens: int | None = None,
     writes: bool | None = None,
-    tower_bytes: int = 0,
+    towers: Sequence[Tower] = (),
+    media_share: float = 1.0,
     row_tokens: int | None = None,
     teacher_row_tokens: int | None = None,
     response_tokens: int | None = None,
 ) -> Workload:
     """What of these settings takes memory and time. micro_batch_tokens, prompt_tokens, writes: of
     the data, where they are known: the most of a micro-batch, and of a prompt; whether any response
-    is written. row_tokens, teacher_row_tokens, response_tokens: of an average row; without them a
-    row is as long as --max_length allows in both views, its response as --max_completion_length.
+    is written. towers, media_share: those that the media of the rows need, and how much of a
+    micro-batch media can be. row_tokens, teacher_row_tokens, response_tokens: of an average row;
+    without them a row is as long as --max_length allows in both views, its response as
+    --max_completion_length; a prompt of --max_length where that leaves no room for one before a
+    written response.
     """
     train, distill = config.train, config.distill
     if writes is None:
         writes = distill.writes_responses or bool(config.run.log_rollouts)
     has_teacher_adapter = bool(distill.teacher_adapter) or distill.teacher_follows
     teacher_writes = distill.seq_kd or config.run.log_rollouts != 0  # the latter in evaluations
-    row_tokens = row_tokens or config.data.max_length
-    budget = train.micro_batch_tokens(config.data.max_length)  # a longer row is one by itself
-    response = min(config.rollout.max_completion_length, row_tokens - 1)
+    max_length, completion = config.data.max_length, config.rollout.max_completion_length
+    is_long = distill.writes_responses and completion >= max_length
+    row_tokens = row_tokens or max_length + completion * is_long
+    budget = train.micro_batch_tokens(max_length)  # a longer row is one by itself
+    longest = max(max_length, (completion + 1) * is_long)
+    response = min(completion, row_tokens - 1)
     return Workload(
         number_bytes=4 if config.model.torch_dtype == "float32" else 2,
         lora_rank=config.lora.lora_rank or 8,
@@ -91,15 +105,17 @@ def workload(
         targets=flag_targets(config.lora, model_args),
         has_teacher_adapter=has_teacher_adapter,
         recompute=config.model.recompute != "none",
-        micro_batch_tokens=micro_batch_tokens or max(budget, config.data.max_length),
+        micro_batch_tokens=micro_batch_tokens or max(budget, longest),
         batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps,
-        prompt_tokens=prompt_tokens or config.data.max_length,
-        completion_tokens=config.rollout.max_completion_length if writes else 0,
+        prompt_tokens=prompt_tokens or max_length,
+        completion_tokens=completion if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
         num_laid_out=1 + (has_teacher_adapter and teacher_writes),
-        tower_bytes=tower_bytes,
+        towers=towers,
+        lora_towers=config.lora.lora_towers,
+        media_share=media_share if towers else 0.0,
         row_tokens=row_tokens,
         teacher_row_tokens=teacher_row_tokens or row_tokens,
         response_tokens=response_tokens or response,
