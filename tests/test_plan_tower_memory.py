@@ -14,7 +14,7 @@ from megatron_gkd.config import parse_config
 from megatron_gkd.data.report import Lengths
 from megatron_gkd.families import families
 from megatron_gkd.plan.memory import standing_parts
-from megatron_gkd.plan.tower_memory import MediaShapes, of_tower
+from megatron_gkd.plan.tower_memory import MediaShapes, media_bytes, of_tower
 from megatron_gkd.plan.towers import DEFAULTS, AudioTower, VisualTower, read_towers
 from megatron_gkd.plan.training_memory import moments
 from megatron_gkd.plan.workload import workload
@@ -142,7 +142,8 @@ def test_towers_hold_what_the_planner_counts():
 
 def _step(rank, world_size, argv, kind, micro_batches):
     """Of the second step of a run: the most that is alive while media are encoded at its start, in
-    the teacher's pass and in the student's, measured and counted, with weights and LoRA.
+    the teacher's pass and in the student's, measured and counted, with weights and LoRA; and the
+    bytes of these.
     """
     from megatron_gkd import forward
     from megatron_gkd.media.positions import MediaTokenIds
@@ -176,7 +177,9 @@ def _step(rank, world_size, argv, kind, micro_batches):
         with memory:
             parts.optimizer.zero_grad()
             memory.begin()
+            before = memory.used()
             media = StepMedia(model.towers, [batch.media for batch in batches])
+            features = memory.used() - before
             passed("start")
             teacher = forward.teacher_forward(model, batches, parallel, media)
             passed("teacher")
@@ -214,10 +217,12 @@ def _step(rank, world_size, argv, kind, micro_batches):
     found = moments(args, config.parallel, load, stage, device="cpu")
     sums = {name: sum(parts.values()) + sum(stands.values()) for name, parts in found.items()}
     start, teacher = sums.pop("towers' forward"), sums.pop("teacher's forward")
-    counted = {"student": max(sums.values())}
+    counted = {"student": max(sums.values()), "start": start, "teacher": teacher}
     if lora_towers:  # they encode in the passes
-        return measured, counted | {"teacher": max(start, teacher)}
-    return measured, counted | {"start": start, "teacher": teacher}
+        counted["teacher"] = max(teacher, counted.pop("start"))
+    kept = media_bytes(load, size // parallel.tp_size, "cpu").of_step if not stage else 0
+    assert kept == pytest.approx(features, rel=0.001)
+    return measured, counted, sum(stands.values())
 
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
@@ -235,8 +240,8 @@ def _step(rank, world_size, argv, kind, micro_batches):
 def test_a_step_over_media_holds_what_the_planner_counts(
     world_size, tp, pp, recompute, lora_towers, kind, tiny_folder, tmp_path
 ):
-    """Of the rank that has most, within 2 %. Where ranks share the media of frozen towers, they are
-    counted as one rank's.
+    """Of the rank that has most, within 2 %; of one rank also without weights and LoRA, within 3.
+    Where ranks share the media of frozen towers, they are counted as one rank's.
     """
     flags = dict(recompute=recompute) | (dict(lora_towers="true") if lora_towers else {})
     argv = flags_of(tiny_folder(**SIZES), tmp_path, (tp, pp, 1, 1), None, **flags)
@@ -247,6 +252,9 @@ def test_a_step_over_media_holds_what_the_planner_counts(
             assert measured < counted
         else:
             assert counted == pytest.approx(measured, rel=0.02), name
+        if world_size == 1:
+            (stands,) = (rank[2] for rank in ranks)
+            assert counted - stands == pytest.approx(measured - stands, rel=0.03), name
 
 
 def test_a_flag_says_how_much_of_a_row_is_media():
