@@ -116,9 +116,9 @@ class Optimizer:
         """Clip and update from the reduced gradients; no rank updates when any rank sees NaN or Inf
         in `loss` or a gradient.
 
-        The host waits for the device once, for the norm, with float16 once more, for the loss
-        scale. Collectives: sums of the norm over the ranks that hold different parameters; a
-        maximum of two numbers over the world.
+        The host waits for the device once, for the norm, once more with float16, for the loss
+        scale, and where a step is bad, for this rank's own norm. Collectives: sums of the norm over
+        the ranks that hold different parameters; a maximum of two numbers over the world.
         """
         for part in self._parts:
             part.prepare_grads()
@@ -129,8 +129,8 @@ class Optimizer:
         # otherwise in the last bit are no copies any more
         most = torch.stack((norm, is_bad.to(norm.dtype)))
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        own, grad_norm, bad = torch.stack((norm, *most)).tolist()
-        grad_norm, finite = (own if bad else grad_norm) / scale, not bad
+        grad_norm, bad = most.tolist()
+        grad_norm, finite = (float(norm) if bad else grad_norm) / scale, not bad
         if self.scaler:
             self.scaler.update(not finite)
         if not finite:

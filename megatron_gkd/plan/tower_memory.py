@@ -1,6 +1,6 @@
 """What the towers hold of the media of a micro-batch, on the first stage: in a forward at its
 highest, for their backward where they carry LoRA, and as features. From the shapes of
-transformers' modules (Qwen3OmniMoeAudioEncoder, Qwen3OmniMoeVisionEncoder) and of media/towers.py.
+transformers' audio and vision encoders and of media/towers.py.
 
 Frozen towers encode a step's media at its start, once for all passes, and the features stay until
 its end. With LoRA they encode in every pass, on every rank all media of the micro-batch, and
