@@ -114,10 +114,14 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
 
 def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:
     """What rank 0 finds as `latest`, on every rank: for some seconds a network file system may show
-    an earlier one to another machine, whose ranks would go on from other weights. Collectives: that
-    of `text_of_rank`.
+    an earlier one to another machine, whose ranks would go on from other weights. Raises OSError,
+    on every rank, where rank 0 cannot read the folder. Collectives: those of `agreed` and
+    `text_of_rank`.
     """
-    found = find_checkpoint("latest", output_dir) if parallel.rank == 0 else None
+    found = None
+    with agreed(parallel.device, f"--resume_from_checkpoint latest, in {output_dir}: "):
+        if parallel.rank == 0:
+            found = find_checkpoint("latest", output_dir)
     name = text_of_rank(found.name if found else "", 0, parallel.device)
     return Path(output_dir, name) if name else None
 

@@ -13,6 +13,7 @@ import torch
 from megatron_gkd import parallel
 from megatron_gkd.adapters import resolve
 from megatron_gkd.checkpoint import (
+    LATEST,
     _tidy,
     check_output_dir,
     checkpoints,
@@ -99,7 +100,7 @@ def resumed(rank, world_size, argument_lists):
     place = initialize(config)
     try:
         return resolve(config, read_model_args(config.model.model), place)[2]
-    except FileNotFoundError as error:
+    except (OSError, UnicodeDecodeError) as error:
         return str(error)
 
 
@@ -114,6 +115,19 @@ def test_all_ranks_go_on_from_one_checkpoint(tiny_folder, tmp_path):
     of_0, of_1 = run_ranks(resumed, 2, argvs)
     assert of_0 == own[0] / "checkpoint-2"
     assert f"{own[1] / 'checkpoint-2'}: no adapter_config.json" in of_1
+
+
+def test_a_damaged_note_of_the_latest_checkpoint_ends_all_ranks(tiny_folder, tmp_path):
+    """Rank 0 alone reads it; the others do not wait for what it would have said."""
+    model, output = tiny_folder(**SMALL), tmp_path / "output"
+    write_adapter(output / "checkpoint-1", model, rank=2, alpha=4)
+    (output / LATEST).write_bytes(b"\xff")
+    flags = dict(model=model, dataset="none", output_dir=output)
+    argv = arguments(**flags, resume_from_checkpoint="latest")
+    of_0, of_1 = run_ranks(resumed, 2, [argv, argv])
+    assert "can't decode byte 0xff" in of_0
+    start = f"--resume_from_checkpoint latest, in {output}: UnicodeDecodeError: "
+    assert of_1.startswith(start) and "0xff" in of_1
 
 
 def test_a_folder_that_cannot_go_does_not_end_the_run(tmp_path, monkeypatch, capsys):

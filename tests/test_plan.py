@@ -134,7 +134,7 @@ def test_a_plan_can_be_read(monkeypatch, capsys):
     assert len(lines) < 75 and max(map(len, lines)) <= MOST_COLUMNS
     assert "64 GPUs of " in lines[0] and "256 samples a step" in said
     number = int(re.search(r"Best of (\d+) possible layouts", said)[1])
-    refused = int(re.search(r"Impossible are ([\d,]+) layouts", said)[1].replace(",", ""))
+    refused = int(re.search(r"Impossible: ([\d,]+) layouts", said)[1].replace(",", ""))
     assert number + refused == 7**2
     assert "  EP inside a node; DP over 8 nodes" in lines
     assert re.search(r"  EP 8: 4 takes .*; 16 over 2 nodes takes \+[\d.]+ s ", said)

@@ -189,7 +189,7 @@ def impossible(plan: Plan) -> list[str]:
     total = len(plan.refusals)
     if not total:
         return ["No layout is impossible."]
-    lines = [f"Impossible are {total:,} layouts:"]
+    lines = [f"Impossible: {total:,} {'layout' if total == 1 else 'layouts'}"]
     for smallest, members in grouped(plan.refusals):
         such_as = f"such as {sizes_name(smallest.sizes)}: {smallest.reason}"
         lines.append(f"  {len(members):,}: {such_as}")
