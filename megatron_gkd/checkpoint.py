@@ -11,7 +11,6 @@ OUTPUT/latest_checkpoint          name of the last run's newest, empty before it
 All ranks write into these files (checkpoint_files.py), so all must see the output folder.
 """
 
-import json
 import os
 import platform
 import re
@@ -25,13 +24,13 @@ from torch import nn
 
 from megatron_gkd.checkpoint_files import (
     OPTIMIZER,
-    STATE,
     TEACHER_FOLDER,
     check_written,
     create_files,
     num_places,
     write_share,
 )
+from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.safetensors_file import open_to_write
 from megatron_gkd.lora.adapter import adapter_slices
@@ -43,7 +42,6 @@ from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
 from megatron_gkd.run_folder import write_atomically
 
 LATEST = "latest_checkpoint"
-_STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -134,30 +132,6 @@ def note_latest(output_dir: str | Path, folder: Path | None) -> None:
     if folder is not None and folder.resolve().parent == Path(output_dir).resolve():
         line = f"{folder.name}\n"
     write_atomically(Path(output_dir, LATEST), line)
-
-
-def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
-    """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a
-    checkpoint that holds only the adapter, ValueError naming the file where it is damaged.
-    """
-    if not (folder / STATE).is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {folder}: holds only the adapter (--save_only_model); "
-            f"start from it with --adapter {folder}"
-        )
-    try:
-        state = json.loads((folder / STATE).read_text())
-        missing = {*_STATE_KEYS, *more_keys} - state.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / STATE}: damaged ({error}); resume from another checkpoint"
-        ) from error
-    if missing:
-        raise ValueError(
-            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another "
-            f"checkpoint, or start from its weights with --adapter {folder}"
-        )
-    return state
 
 
 def save_checkpoint(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron_gkd.data_settings import DataConfig
 from megatron_gkd.distillation import DistillConfig
+from megatron_gkd.fault_settings import FaultConfig
 from megatron_gkd.flags import (
     BELOW_1,
     NOT_NEGATIVE,
@@ -241,6 +242,7 @@ class Config:
     rollout: RolloutConfig
     train: TrainConfig
     run: RunConfig
+    faults: FaultConfig
 
     def __post_init__(self):
         self.check_parallel(self.parallel)

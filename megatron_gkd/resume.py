@@ -1,6 +1,4 @@
-"""How a run goes on: from a checkpoint or in a new stage; when it saves and prunes; what is left
-when its steps have gone bad.
-"""
+"""How a run goes on, from a checkpoint or in a new stage; when it saves and prunes."""
 
 import math
 from dataclasses import replace
@@ -10,18 +8,17 @@ from typing import Any
 import torch
 
 from megatron_gkd.checkpoint import (
-    STATE,
-    checkpoint_folder,
     checkpoints,
-    find_checkpoint,
     load_checkpoint,
     note_latest,
-    read_state,
     remove_old,
     save_checkpoint,
 )
+from megatron_gkd.checkpoint_files import STATE
+from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.config import Config, default_settings
 from megatron_gkd.data import SampleDataset
+from megatron_gkd.identity import WILL_DIFFER, changed_rows, data_state, run_settings
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora_settings import scale_divisor
@@ -30,8 +27,6 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.run import Progress, Run
-
-_WILL_DIFFER = "the resumed run will differ from one that was never stopped"
 
 
 def resume(
@@ -78,7 +73,7 @@ def resume(
     for name, value in run_settings(config, parallel).items():
         if settings.get(name) != value:
             log_rank_0(
-                parallel, f"Note: {name} was {settings.get(name)} and is {value}: {_WILL_DIFFER}"
+                parallel, f"Note: {name} was {settings.get(name)} and is {value}: {WILL_DIFFER}"
             )
     if parallel.rank == 0:  # it goes through all rows
         for note in changed_rows(state.get("data", {}), train_data, eval_data):
@@ -95,56 +90,6 @@ def resume(
     return replace(progress, bad_in_a_row=0)
 
 
-NUM_BLOCKS = 64  # of rows, with a digest each
-
-
-def data_state(
-    train_data: SampleDataset, eval_data: SampleDataset | None
-) -> dict[str, dict[str, Any] | None]:
-    """What a resumed run should have again: numbers of rows, and digests of NUM_BLOCKS parts of
-    what was made of them, by flag.
-    """
-    return {
-        flag: {"rows": len(data), "digests": data.digests(_rows_of_block(len(data)))}
-        if data
-        else None
-        for flag, data in (("dataset", train_data), ("val_dataset", eval_data))
-    }
-
-
-def _rows_of_block(num_rows: int) -> int:
-    return math.ceil(num_rows / NUM_BLOCKS)
-
-
-def changed_rows(
-    before: dict[str, Any], train_data: SampleDataset, eval_data: SampleDataset | None
-) -> list[str]:
-    """A line for each part of the data whose rows are others than in `before`, with the place of
-    the first; of a checkpoint that does not tell none.
-    """
-    notes = []
-    for flag, data in (("dataset", train_data), ("val_dataset", eval_data)):
-        if flag not in before:
-            continue
-        then = before[flag] or {"rows": 0, "digests": []}
-        num_rows = len(data) if data else 0
-        block = max(1, _rows_of_block(then["rows"]))
-        found = data.digests(block) if data else []
-        if found == then["digests"]:
-            continue
-        change = f"had {then['rows']} rows and has {num_rows}"
-        if num_rows == then["rows"]:
-            change = f"has {num_rows} rows as before, but not the same"
-        same = [old == new for old, new in zip(then["digests"], found)]
-        first = block * (same.index(False) if False in same else len(same))
-        if data and first < num_rows:
-            last = min(first + block, num_rows) - 1
-            change += f", the first other one is {data.location(first)}"
-            change += f", or follows it up to {data.location(last)}" * (last > first)
-        notes.append(f"Note: {flag} {change}: {_WILL_DIFFER}")
-    return notes
-
-
 def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
     """Rank, alpha, targets and whether on the towers, of the LoRA of the checkpoint `folder`;
     --save_only_model leaves no state, only the adapter in it. The targets are those of the weights:
@@ -158,49 +103,6 @@ def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
         "alpha": adapter.stated_alpha,
         "use_rslora": adapter.use_rslora,
         "towers": bool(adapter.towers),
-    }
-
-
-# Settings that may change on resume without a note: the first group changes no number, or names
-# rows, which are compared themselves; the second is covered by global_batch_size and total_steps;
-# how a step's rows are cut into micro-batches changes rounding and dropout's draws, as another
-# layout does.
-FREE_SETTINGS = {
-    "dataset",
-    "val_dataset",
-    "prepared_rows",
-    "prepared_rows_gib",
-    "dataloader_num_workers",
-    "dataset_num_proc",
-    "media_cache",
-    "check_data",
-    "download_datasets",
-    "allow_zero_signal",
-    "max_bad_steps",
-}
-FREE_SETTINGS |= {
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_tokens_per_micro_batch",
-    "max_steps",
-    "num_train_epochs",
-}
-
-
-def run_settings(config: Config, parallel: Parallel) -> dict[str, Any]:
-    """What makes the numbers of a run, by name: a resumed one should have the same."""
-    groups = config.to_dict()
-    found = {
-        name: value
-        for group in ("data", "distill", "rollout", "train")
-        for name, value in groups[group].items()
-        if name not in FREE_SETTINGS
-    }
-    found |= {"torch_dtype": config.model.torch_dtype, "lora_dropout": config.lora.lora_dropout}
-    return found | {
-        "global_batch_size": config.train.global_batch_size(parallel.dp_size),
-        "total_steps": config.train.max_steps,
     }
 
 
@@ -266,61 +168,3 @@ def _prune(run: Run) -> None:
     """Leave --save_total_limit checkpoints, the newest that was written among them."""
     if run.parallel.rank == 0:
         remove_old(run.config.run.output_dir, run.saved_step, run.config.run.save_total_limit)
-
-
-def stopped_line(run: Run) -> str:
-    """What a run that was asked to stop says at its end, when it has saved."""
-    settings, step = run.config.run, run.progress.step
-    way_on = "--resume_from_checkpoint latest"
-    if settings.save_only_model:
-        way_on = f"--adapter {checkpoint_folder(settings.output_dir, step)} (--save_only_model)"
-    return f"SIGTERM: stopped after step {step} of {run.total_steps}; go on with {way_on}"
-
-
-def check_health(run: Run) -> None:
-    """Raise FloatingPointError where --max_bad_steps steps in a row were bad, on every rank."""
-    progress, most = run.progress, run.config.train.max_bad_steps
-    if progress.bad_in_a_row >= most:
-        raise FloatingPointError(
-            f"{progress.bad_in_a_row} steps in a row had NaN or Inf in rollout, loss or gradient "
-            f"(--max_bad_steps {most}); "
-            f"all were skipped. {last_good_checkpoint(run.config.run.output_dir, progress)} "
-            f"{non_finite_hint(progress)}"
-        )
-
-
-def last_good_checkpoint(output_dir: str, progress: Progress) -> str:
-    """Where a run whose steps are all bad may go on: for its last message. One that was written
-    right after the last good step may hold what ruined the others.
-    """
-    newest, last_good = find_checkpoint("latest", output_dir), progress.step - progress.bad_in_a_row
-    found = [
-        (number, folder)
-        for number, folder in checkpoints(output_dir)
-        if newest and number <= progress.step
-    ]
-    earlier = [folder for number, folder in found if number < last_good]
-    after = [
-        f"{folder} was written right after the last good step, which may have ruined the weights"
-        for number, folder in found
-        if number == last_good
-    ]
-    before = (
-        [f"{earlier[-1]} is from before"]
-        if earlier
-        else ["there is no earlier checkpoint" if after else "There is no checkpoint yet"]
-    )
-    return "; ".join(after + before) + "."
-
-
-def non_finite_hint(progress: Progress) -> str:
-    """What to try against NaN and Inf."""
-    if progress.skipped_steps == progress.step:
-        return (
-            "No step was good: look for NaN and Inf in the weights of --model and --adapter; "
-            "try --torch_dtype bfloat16 or float32"
-        )
-    return (
-        "Try a lower --learning_rate, --torch_dtype bfloat16 instead of float16, "
-        "a longer --warmup_ratio, a lower --lmbda"
-    )

@@ -25,7 +25,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...] | None, str], ...] = (
     # where the model lies and how it is cut
     (
         "deepspeed zero_hpz_partition_size deepspeed_autotp_size fsdp device_map max_memory "
-        "sequence_parallel expert_tensor_parallel_size use_distributed_optimizer ddp_timeout "
+        "sequence_parallel expert_tensor_parallel_size use_distributed_optimizer "
         "ddp_backend ddp_find_unused_parameters ddp_broadcast_buffers "
         "overlap_param_gather overlap_p2p_comm tp_comm_overlap moe_token_dispatcher_type "
         "moe_enable_deepep",

@@ -6,11 +6,10 @@ divergence -> LoRA gradients -> update
 """
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from datetime import timedelta
 from typing import Any
 
 from megatron_gkd import startup
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from megatron_gkd.build import build_run
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
+from megatron_gkd.health import check_health
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.model.transformer_config import DTYPES
@@ -39,9 +39,10 @@ from megatron_gkd.parallel import (
     resolve_device,
     use_deterministic_kernels,
 )
-from megatron_gkd.resume import check_health, save_if_due, stopped_line
+from megatron_gkd.resume import save_if_due
 from megatron_gkd.run import Run, StepResult
 from megatron_gkd.run_data import check_data, print_row
+from megatron_gkd.stop_requests import stop_requests, stopped_line
 
 
 def train(config: Config, parallel: Parallel) -> None:
@@ -141,17 +142,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {"step": run.progress.step, **means, "eval_time": time.perf_counter() - started}
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM in a list instead of dying: the loop looks at it after each step."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: list[str]) -> None:
     """The command line without the program's name. Every rank calls it."""
     run_from_config(parse_config_or_exit(argv))
@@ -175,6 +165,7 @@ def run_from_config(config: Config) -> None:
             expert_model_parallel_size=config.parallel.expert_model_parallel_size,
             context_parallel_size=config.parallel.context_parallel_size,
             seed=config.train.seed,
+            timeout=timedelta(seconds=config.faults.collective_timeout),
         )
         if config.data.check_data:
             check_data(config, parallel)

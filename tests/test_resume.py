@@ -9,7 +9,7 @@ import pytest
 from demo.tiny.config import TinyModelConfig
 from megatron_gkd.data import load_datasets
 from megatron_gkd.data_settings import DataConfig
-from megatron_gkd.resume import changed_rows, data_state
+from megatron_gkd.identity import changed_rows, data_state
 
 NUM_ROWS = 200
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gkd.checkpoint import STATE
+from megatron_gkd.checkpoint_files import STATE
 from megatron_gkd.families import tensor_prefixes
 from megatron_gkd.formats.manifest import (
     MANIFEST,

@@ -1,0 +1,19 @@
+"""The settings of a run that meets faults: how long it waits for what does not come."""
+
+from dataclasses import dataclass
+
+from megatron_gkd.flags import require_at_least, setting
+
+
+@dataclass
+class FaultConfig:
+    _argument_group_name = "faults"
+
+    collective_timeout: int = setting(
+        600,
+        "Seconds that a rank waits for the others in a collective before it ends the run.",
+        aliases=["--ddp_timeout"],
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 1, "collective_timeout")
