@@ -212,7 +212,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Counts over the global batch, the most memory of any rank, and whether any rank was asked to
+    """Counts over the global batch, the most memory of any rank, and what has asked any rank to
     stop.
     """
 
@@ -228,7 +228,8 @@ class StepCounts:
     response_tokens: int
     """Trained ones, with those that --skip_first_tokens leaves out of the loss"""
     peak_memory_bytes: float
-    stop: bool
+    stop: int
+    """The largest `StopRequests.number` of the ranks"""
 
     @property
     def padding(self) -> float:
@@ -240,11 +241,11 @@ class StepCounts:
         cls,
         batches: Sequence[Batch],
         num_truncated: int,
-        asked_to_stop: bool,
+        asked_to_stop: int,
         peak_memory_bytes: int,
         parallel: Parallel,
     ) -> "StepCounts":
-        """From this rank's micro-batches, truncated responses, SIGTERM and most memory.
+        """From this rank's micro-batches, truncated responses, request to stop and most memory.
         Collectives: a sum of six numbers over data-parallel ranks, a maximum of two over the
         world.
         """
@@ -287,5 +288,5 @@ class StepCounts:
             num_failed,
             response_tokens,
             peak_memory_bytes=peak,
-            stop=bool(stop),
+            stop=int(stop),
         )

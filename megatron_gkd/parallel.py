@@ -282,11 +282,6 @@ def world_max(number: int, device: torch.device) -> int:
     return largest([number], device)[0]
 
 
-def any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds on any rank of the world. Collectives: that of `world_max`."""
-    return bool(world_max(int(condition), device))
-
-
 def text_of_rank(text: str, rank: int, device: torch.device) -> str:
     """That rank's text on every rank, at most 1,024 bytes of it. Collectives: a broadcast of these
     bytes over the world.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.checkpoint import (
+    checkpoint_folder,
     checkpoints,
     load_checkpoint,
     note_latest,
@@ -154,6 +155,15 @@ def save_if_due(run: Run, update: Update, ends: bool) -> None:
     log_rank_0(run.parallel, f"saved {folder}")
     if ends and not progress.bad_in_a_row:
         _prune(run)
+
+
+def way_on(run: Run) -> str:
+    """The flag that goes on from the checkpoint that the run has just written."""
+    settings = run.config.run
+    if settings.save_only_model:
+        folder = checkpoint_folder(settings.output_dir, run.progress.step)
+        return f"--adapter {folder} (--save_only_model)"
+    return "--resume_from_checkpoint latest"
 
 
 def _state(run: Run) -> dict[str, Any]:

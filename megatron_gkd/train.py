@@ -15,8 +15,18 @@ from typing import Any
 from megatron_gkd import startup
 from megatron_gkd.config import Config, parse_config_or_exit
 from megatron_gkd.flags import exit_with
+from megatron_gkd.stop_requests import (
+    StopRequests,
+    end_at_once_on_signals,
+    exit_status,
+    launcher,
+    stop_requests,
+    stopped_line,
+)
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    LAUNCHER = launcher()
+    end_at_once_on_signals()
     CONFIG = parse_config_or_exit(sys.argv[1:])
     startup.prepare_imports()
 
@@ -32,48 +42,52 @@ from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Update
 from megatron_gkd.parallel import (
     Parallel,
-    any_rank,
     destroy,
     initialize,
     log_rank_0,
     resolve_device,
     use_deterministic_kernels,
+    world_max,
 )
-from megatron_gkd.resume import save_if_due
+from megatron_gkd.resume import save_if_due, way_on
 from megatron_gkd.run import Run, StepResult
 from megatron_gkd.run_data import check_data, print_row
-from megatron_gkd.stop_requests import stop_requests, stopped_line
 
 
-def train(config: Config, parallel: Parallel) -> None:
-    """The whole run. Every rank calls it; rank 0 prints and writes."""
+def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
+    """The whole run; returns the request that has stopped it early, otherwise 0. Every rank calls
+    it; rank 0 prints and writes.
+    """
     run = build_run(config, parallel)
     with closing(run):
         if run.progress.step == 0 and run.eval_data:
             log_evaluation(run)
-        with closing(run.batches()) as steps, stop_requests() as requests:
+        requests.save_first()
+        with closing(run.batches()) as steps:
             for batches in steps:
                 result = train_step(run, batches)
                 run.count(result)
                 counts = StepCounts.of(
                     result.batches,
                     result.num_truncated,
-                    bool(requests),
+                    requests.number,
                     run.memory.most(),
                     parallel,
                 )
                 stop = counts.stop
-                if run.is_logging_step(result, stop):
+                if run.is_logging_step(result, bool(stop)):
                     run.log_step(result, counts)
                 check_health(run)
                 if run.is_eval_step:
                     log_evaluation(run)
-                    # SIGTERM may have come during the evaluation: ask the ranks again
-                    stop = any_rank(bool(requests), parallel.device)
-                save_if_due(run, result.update, ends=stop or run.is_complete)
+                    # a request may have come during the evaluation: ask the ranks again
+                    stop = world_max(requests.number, parallel.device)
+                save_if_due(run, result.update, ends=bool(stop) or run.is_complete)
                 if stop and not run.is_complete:
-                    log_rank_0(parallel, stopped_line(run))
-                    break
+                    step, steps_of_run = run.progress.step, run.total_steps
+                    log_rank_0(parallel, stopped_line(stop, step, steps_of_run, way_on(run)))
+                    return stop
+    return 0
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:
@@ -147,36 +161,39 @@ def main(argv: list[str]) -> None:
     run_from_config(parse_config_or_exit(argv))
 
 
-def run_from_config(config: Config) -> None:
+def run_from_config(config: Config, launcher: int | None = None) -> None:
     """Set up the process group, run, tear down. An expected error ends the process with one line
-    and exit status 2.
+    and exit status 2, a request to stop with its own. launcher: the process whose death is such a
+    request.
     """
     if config.train.deterministic:
         use_deterministic_kernels()
+    stopped = 0
     try:
-        if config.data.show_row is not None:
-            print_row(config)
-            return
-        parallel = initialize(
-            resolve_device(config.model.device),
-            dtype=DTYPES[config.model.torch_dtype],
-            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-            expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-            context_parallel_size=config.parallel.context_parallel_size,
-            seed=config.train.seed,
-            timeout=timedelta(seconds=config.faults.collective_timeout),
-        )
-        if config.data.check_data:
-            check_data(config, parallel)
-        else:
-            train(config, parallel)
+        with stop_requests(launcher) as requests:
+            if config.data.show_row is not None:
+                print_row(config)
+                return
+            parallel = initialize(
+                resolve_device(config.model.device),
+                dtype=DTYPES[config.model.torch_dtype],
+                tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+                expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+                context_parallel_size=config.parallel.context_parallel_size,
+                seed=config.train.seed,
+                timeout=timedelta(seconds=config.faults.collective_timeout),
+            )
+            if config.data.check_data:
+                check_data(config, parallel)
+            else:
+                stopped = train(config, parallel, requests)
+            destroy()
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell says it: 128 + SIGINT
-    destroy()
+    if stopped:
+        sys.exit(exit_status(stopped))
 
 
 if __name__ == "__main__":
-    run_from_config(CONFIG)
+    run_from_config(CONFIG, LAUNCHER)

@@ -103,9 +103,9 @@ def test_signals(data, tmp_path, whom):
     assert_same_run(output, tmp_path / "whole", 24)
 
 
-def _train_with_sigterm(rank, world_size, argv, step, during="step"):
-    """SIGTERM reaches the last rank alone, after it has done `step` steps, or in the evaluation
-    after them. What the rank said, and whether the signal means again what it did.
+def _train_with_signal(rank, world_size, argv, step, during="step", number=signal.SIGTERM):
+    """A signal reaches the last rank alone, after it has done `step` steps, or in the evaluation
+    after them. What the rank said, its exit status, and whether the signal means again what it did.
     """
     from megatron_gkd import parallel, train
     from megatron_gkd.run import Progress
@@ -115,7 +115,7 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
 
     def kill(here, steps):
         if during == here and steps == step and rank == world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     def count_and_kill(progress, *args):
         count(progress, *args)
@@ -127,31 +127,46 @@ def _train_with_sigterm(rank, world_size, argv, step, during="step"):
         return values
 
     Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
-    with contextlib.redirect_stdout(said):
-        train.main(argv)
-    return said.getvalue(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before, status = signal.getsignal(number), 0
+    try:
+        with contextlib.redirect_stdout(said):
+            train.main(argv)
+    except SystemExit as end:
+        status = end.code
+    return said.getvalue(), status, signal.getsignal(number) == before
 
 
-def test_sigterm_saves_and_stops(data, tmp_path):
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGHUP,
+        pytest.param(signal.SIGINT, marks=pytest.mark.extended),
+        pytest.param(signal.SIGQUIT, marks=pytest.mark.extended),
+    ],
+)
+def test_a_signal_saves_and_stops(data, tmp_path, number):
+    """Each rank ends with the signal's exit status, also those that it has not reached."""
     flags = layout_flags(tp=2)
-    run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
-    (said, restored), (_, other) = run_ranks(
-        _train_with_sigterm, 2, flags_of_run(data, tmp_path / "stopped", **flags), 4
+    (said, *of_0), (_, *of_1) = run_ranks(
+        _train_with_signal, 2, flags_of_run(data, tmp_path / "out", **flags), 4, "step", number
     )
-    assert restored and other
-    assert "SIGTERM: stopped after step 4 of 6; go on with --resume_from_checkpoint latest" in said
-    assert [step for step, _ in checkpoints(tmp_path / "stopped")] == [3, 4]
-    assert read_lines(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == 4
-    run_training(
-        2, flags_of_run(data, tmp_path / "stopped", resume_from_checkpoint="latest", **flags)
-    )
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
+    assert of_0 == of_1 == [128 + number, True]
+    line = f"{number.name}: stopped after step 4 of 6; go on with --resume_from_checkpoint latest"
+    assert line in said.splitlines()
+    assert [step for step, _ in checkpoints(tmp_path / "out")] == [3, 4]
+    assert read_lines(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 4
+    if number == signal.SIGTERM:
+        run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
+        argv = flags_of_run(data, tmp_path / "out", resume_from_checkpoint="latest", **flags)
+        run_training(2, argv)
+        assert_same_run(tmp_path / "out", tmp_path / "whole", 6)
 
 
 def test_sigterm_in_an_evaluation(data, tmp_path):
     """Looked at once more after it; a checkpoint that cannot be resumed is not said to be."""
     argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0, **layout_flags(tp=2))
-    (said, _), _ = run_ranks(_train_with_sigterm, 2, argv, 4, "evaluation")
+    (said, *_), _ = run_ranks(_train_with_signal, 2, argv, 4, "evaluation")
     folder = tmp_path / "checkpoint-4"
     assert (
         f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)"

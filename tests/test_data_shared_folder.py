@@ -18,6 +18,7 @@ import torch
 from megatron_gkd.data import DataError, dataset, load_datasets, shared_folder
 from megatron_gkd.data.shared_folder import made_once
 from megatron_gkd.parallel import world_max
+from megatron_gkd.stop_requests import stop_requests
 from tests import ranks
 from tests.test_data_dataset import firsts, ids_row, load, settings, write_jsonl
 
@@ -163,7 +164,8 @@ def _prepare_while_the_maker_dies(rank, folder, how):
         os.kill(os.getpid(), how)
 
     try:
-        made_once(make, list, rank, file_max(folder, rank))
+        with stop_requests():
+            made_once(make, list, rank, file_max(folder, rank))
     except DataError as error:
         (folder / f"heard-{rank}").write_text(str(error))
 
@@ -215,31 +217,6 @@ def test_ranks_that_share_no_folder_make_their_own(tmp_path):
     for rank in range(2):
         assert (tmp_path / f"read-{rank}").read_text() == f"made by {rank}"
         assert os.listdir(tmp_path / f"container-{rank}") == []
-
-
-def test_a_callers_way_with_sigterm_stays():
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        made_once(lambda _: os.kill(os.getpid(), signal.SIGTERM), lambda made: made)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
-
-
-def test_a_pools_own_error_does_not_hide_sigterm():
-    def make(_):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            raise TimeoutError  # as `datasets` does when its pool is torn down
-
-    with pytest.raises(SystemExit) as error:
-        made_once(make, list)
-    assert (
-        error.value.code == 128 + signal.SIGTERM
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
 
 
 def test_a_disk_without_locks_is_named(temporary, monkeypatch):

@@ -25,6 +25,7 @@ def collectives_of_steps(rank, world_size, argv):
 
     from megatron_gkd import train
     from megatron_gkd.config import parse_config
+    from megatron_gkd.stop_requests import StopRequests
     from tests.collectives import Collectives
 
     config = parse_config(argv)
@@ -38,7 +39,7 @@ def collectives_of_steps(rank, world_size, argv):
 
     train.train_step = begin
     with Collectives(parallel.groups) as seen:
-        train.train(config, parallel)
+        train.train(config, parallel, StopRequests(None))
     return dict(zip(KINDS, found[1:]))
 
 

@@ -4,18 +4,19 @@ ranks, workers and micro-batches. How a step's rows are cut into micro-batches: 
 """
 
 import math
+import os
 import pickle
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_gkd.child_processes import STOP_SIGNALS, begin_child, stop_signals_wait
 from megatron_gkd.data.micro_batches import Budget, cut_of_rank
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import DataError
@@ -73,19 +74,19 @@ class _NumberedDataset(Dataset[Numbered | DataError]):
             return PADDING
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """torchrun and Slurm send SIGTERM to every process, and the rank still needs its workers to
-    finish its step: they end when it does.
+def _begin_worker(parent: int, worker: int) -> None:
+    """torchrun and Slurm send their signal to every process, a terminal too, and the rank still
+    needs its workers to finish its step: they end when it does.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begin_child(parent, ignored=STOP_SIGNALS)
 
 
 def _samples(
     dataset: Samples, numbers: Iterable[tuple[int, int]], num_workers: int, num_ahead: int
 ) -> Generator[Numbered, None, None]:
     """A sample for each (number, row index); torch's global random state is not touched. Workers
-    are up to `num_ahead` rows ahead. Close it (contextlib.closing): workers that ignore SIGTERM end
-    only when told to, and a process that waits for them never exits.
+    are up to `num_ahead` rows ahead. Close it (contextlib.closing): workers that ignore signals end
+    only when told to or when this process has gone, which waits for them at its end.
 
     Samples come from workers as bytes: in shared memory every tensor would hold a file descriptor.
     """
@@ -93,20 +94,20 @@ def _samples(
     if not num_workers:
         yield from (_checked(reader[pair]) for pair in numbers)
         return
-    loaded: Any = iter(
-        DataLoader(
-            reader,
-            sampler=numbers,
-            batch_size=None,
-            collate_fn=pickle.dumps,
-            num_workers=num_workers,
-            prefetch_factor=max(2, math.ceil(num_ahead / num_workers)),
-            # forked workers inherit the mapped rows, whose file is already deleted
-            multiprocessing_context="fork",
-            worker_init_fn=_outlive_sigterm,
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        reader,
+        sampler=numbers,
+        batch_size=None,
+        collate_fn=pickle.dumps,
+        num_workers=num_workers,
+        prefetch_factor=max(2, math.ceil(num_ahead / num_workers)),
+        # forked workers inherit the mapped rows, whose file is already deleted
+        multiprocessing_context="fork",
+        worker_init_fn=partial(_begin_worker, os.getpid()),
+        generator=torch.Generator(),
     )
+    with stop_signals_wait():
+        loaded: Any = iter(loader)
     try:
         for found in loaded:
             yield _checked(pickle.loads(found))

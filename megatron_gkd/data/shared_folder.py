@@ -11,11 +11,8 @@ import os
 import platform
 import secrets
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_gkd.errors import DataError
@@ -39,34 +36,34 @@ def made_once(
     this machine with the same folder for temporary files (TMPDIR) as this rank; what is in a
     container of its own makes its own. It must fit into JSON, such as names of files in `folder`.
 
-    The folder is deleted afterwards; what `read` has opened or mapped stays readable. world_max: a
-    number per rank -> the largest of them. Raises the error of `make`; the ranks that wait for it
-    raise a DataError with the same text.
+    The folder, which may hold gigabytes, is deleted afterwards, also by a signal where that raises
+    (stop_requests.py); what `read` has opened or mapped stays readable. world_max: a number per
+    rank -> the largest of them. Raises the error of `make`; the ranks that wait for it raise a
+    DataError with the same text.
 
     Collectives: two calls of `world_max`, both before the work: ranks meet in a folder whose name
     holds a number that they have agreed on. The work may take longer than the timeout of a
     collective, so ranks wait for its end at a file lock, which is released even if the process that
     holds it dies.
     """
-    with _sigterm_raises():
-        folder = _meeting_place(world_max(secrets.randbits(62)))
-        own, lock, locks = f"{_LOCK}{rank:08d}", None, []
-        try:
-            lock = _Lock(folder, own)  # until this rank has made, or has read
-            world_max(0)  # now every rank has its lock
-            locks = sorted(name for name in os.listdir(folder) if name.startswith(_LOCK))
-            if own == locks[0]:
-                _make(make, folder)
-                lock.release()
-            _wait(folder, locks[0])
-            return read(_outcome(folder))
-        finally:
-            if lock:
-                lock.release()
-            if not locks or own == locks[0]:
-                for name in locks[1:]:
-                    _wait(folder, name)
-                shutil.rmtree(folder, ignore_errors=True)
+    folder = _meeting_place(world_max(secrets.randbits(62)))
+    own, lock, locks = f"{_LOCK}{rank:08d}", None, []
+    try:
+        lock = _Lock(folder, own)  # until this rank has made, or has read
+        world_max(0)  # now every rank has its lock
+        locks = sorted(name for name in os.listdir(folder) if name.startswith(_LOCK))
+        if own == locks[0]:
+            _make(make, folder)
+            lock.release()
+        _wait(folder, locks[0])
+        return read(_outcome(folder))
+    finally:
+        if lock:
+            lock.release()
+        if not locks or own == locks[0]:
+            for name in locks[1:]:
+                _wait(folder, name)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _meeting_place(run: int) -> str:
@@ -86,32 +83,6 @@ def _machine() -> str:
             return file.read()
     except OSError:
         return platform.node()
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises SystemExit, unless the caller has its own handler, so that the folder, which
-    may hold gigabytes, is deleted.
-    """
-    received = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise SystemExit(128 + number)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except Exception as error:  # a pool that is shut down may turn SystemExit into its own error
-        if received:
-            raise SystemExit(128 + received[0]) from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Lock:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
+from megatron_gkd.child_processes import begin_child, stop_signals_wait
 from megatron_gkd.errors import DataError
 
 ROWS_AT_ONCE = 100  # held in memory while they are written: a row may hold its media
@@ -145,23 +146,27 @@ def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
     try:
         for work in works:
             receiver, sender = Pipe(duplex=False)
-            process = os.fork()
-            if not process:
-                try:
-                    # without a reader a fork whose parent was killed ends at its next number
-                    for one in (*running, receiver):
-                        one.close()
-                    _run(work, sender)
-                finally:
-                    os._exit(1)
-            sender.close()
-            running[receiver] = process
+            parent = os.getpid()
+            with stop_signals_wait():
+                process = os.fork()
+                if not process:
+                    try:
+                        begin_child(parent)
+                        # without a reader a fork whose parent was killed ends at its next number
+                        for one in (*running, receiver):
+                            one.close()
+                        _run(work, sender)
+                    finally:
+                        os._exit(1)
+                sender.close()
+                running[receiver] = process
         while running:
             for ready in wait(list(running)):
                 receiver = cast(Connection, ready)
                 try:
                     found = receiver.recv()
                 except EOFError:
+                    _wait_for_own_signal()
                     raise DataError(
                         f"one of {len(works)} processes that read the rows was killed, perhaps for "
                         "want of memory: a lower --dataset_num_proc needs less"
@@ -180,6 +185,13 @@ def _in_processes(works: Sequence[Iterator[int]]) -> Iterator[int]:
             with suppress(ProcessLookupError):
                 os.kill(process, SIGKILL)
             os.waitpid(process, 0)
+
+
+def _wait_for_own_signal() -> None:
+    """A signal to all processes may end a fork a moment before this process has heard of it, and is
+    then the reason to tell.
+    """
+    time.sleep(0.2)
 
 
 def _run(work: Iterator[int], sender: Connection) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_gkd.child_processes import begin_child, stop_signals_wait
+
 Report = Callable[[int], None]  # called with a number of bytes done
 Work = Callable[[int, Report], Any]  # shard number, report -> result
 
@@ -32,9 +34,10 @@ def run_workers(
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            workers[ours] = process
+            with stop_signals_wait():
+                process.start()
+                theirs.close()
+                workers[ours] = process
             ours.send(next(todo, None))
         while workers:
             ready = set(wait(list(workers)))
@@ -67,7 +70,7 @@ def _receive(connection: Connection) -> tuple:
 
 def _serve(connection: Connection, work: Work, parent: int) -> None:
     """A worker: shard after shard until None comes. Exits at once when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    begin_child(parent, ignored=(signal.SIGINT,))  # the parent answers Ctrl-C
     torch.set_num_threads(1)
 
     def leave_if_orphaned() -> None:
