@@ -19,6 +19,7 @@ from megatron_gkd import checkpoint
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint
 from tests.ranks import run_ranks
 from tests.test_checkpoint import STATE, assert_same_run, flags_of_run, write_data
+from tests.test_data_stored_rows import assert_they_end, is_alive
 from tests.train_runs import layout_flags, read_lines, run_training
 
 
@@ -101,6 +102,45 @@ def test_signals(data, tmp_path, whom):
     last = latest_step(output)
     assert f"checkpoint-{last} at step {last} of 24" in run_training(2, argv)
     assert_same_run(output, tmp_path / "whole", 24)
+
+
+def ranks_and_workers(launcher: subprocess.Popen) -> list[int]:
+    ranks = children(launcher.pid)
+    return ranks + [worker for rank in ranks for worker in children(rank)]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.extended),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.extended),
+    ],
+)
+def test_a_signal_to_torchrun_alone(data, tmp_path, number):
+    """The ranks and their workers end in seconds, having saved: also where torchrun itself is
+    killed, and with it the store at which its ranks have met.
+    """
+    output = tmp_path / "out"
+    flags = layout_flags(tp=2, ep=2) | dict(max_steps=2000, save_steps=2000, val_dataset=None)
+    argv = flags_of_run(data, output, dataloader_num_workers=1, lmbda=0, **flags)
+    launcher, metrics = launch_run(argv, tmp_path / "log", nproc=2), output / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, launcher, tmp_path / "log")
+    begun = ranks_and_workers(launcher)
+    assert len(begun) == 4
+    launcher.send_signal(number)
+    assert launcher.wait() != 0
+    try:
+        assert_they_end([str(process) for process in begun])
+    finally:
+        for process in filter(is_alive, map(str, begun)):
+            os.kill(int(process), signal.SIGKILL)
+    said, step = (tmp_path / "log").read_text(), latest_step(output)
+    what = "the launcher died" if number == signal.SIGKILL else number.name
+    assert f"megatron_gkd: {what}: the run ends after this step and saves" in said
+    line = f"{what}: stopped after step {step} of 2000; go on with --resume_from_checkpoint latest"
+    assert line in said.splitlines()
+    assert step == read_lines(metrics)[-1]["step"] > 0
 
 
 def _train_with_signal(rank, world_size, argv, step, during="step", number=signal.SIGTERM):
