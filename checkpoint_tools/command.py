@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_gkd.flags import Parser, refuse_unknown
+from megatron_gkd.stop_requests import end_at_once_on_signals
 
 Settings = TypeVar("Settings")
 
 
 def parse_flags(settings: type[Settings], description: str) -> Settings:
-    """The command line; a mistake ends the process with one line naming the flag and exit status 2.
-    Called before the slow imports.
+    """The command line; a mistake ends the process with one line naming the flag and exit status 2,
+    from now on a signal with one line. Called before the slow imports.
     """
+    end_at_once_on_signals()
     with refusals_in_one_line():
         parser = Parser([settings], description=first_paragraph(description))
         refuse_unknown(sys.argv[1:], parser)

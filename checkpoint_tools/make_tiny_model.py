@@ -15,6 +15,7 @@ from demo.tiny.config import TinyModelConfig
 from megatron_gkd import startup
 from megatron_gkd.families import families
 from megatron_gkd.flags import Parser, refuse_unknown
+from megatron_gkd.stop_requests import end_at_once_on_signals
 
 # What the command line does unless told otherwise. 600 steps are a minute of one core: every rule
 # of the toy language at or near 100 % on held-out prompts. 500 are half a minute: the tower tells
@@ -56,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_at_once_on_signals()
     main()

@@ -113,13 +113,15 @@ def launcher() -> int | None:
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """A handler for when there is nothing to clean up: while a program is imported."""
-    _end(number, "ended before the first step")
+    """A handler for what leaves nothing to clean up: the imports of a program, a command that may
+    be killed at any moment.
+    """
+    _end(number, "ended")
 
 
 def end_at_once_on_signals() -> None:
-    """STOP_SIGNALS end this process in a line, except for those that it was started to ignore
-    (nohup).
+    """For a program, at its start: STOP_SIGNALS end it in a line, except for those that it was
+    started to ignore (nohup).
     """
     _set_handlers(end_at_once)
 

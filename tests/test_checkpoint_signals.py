@@ -19,7 +19,7 @@ from megatron_gkd import checkpoint
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint
 from tests.ranks import run_ranks
 from tests.test_checkpoint import STATE, assert_same_run, flags_of_run, write_data
-from tests.test_data_stored_rows import assert_they_end, is_alive
+from tests.test_child_processes import assert_they_end, children, is_alive
 from tests.train_runs import layout_flags, read_lines, run_training
 
 
@@ -40,10 +40,6 @@ def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
         command = [*torchrun, "-m", "megatron_gkd.train", *argv]
         more = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | more)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_until(reached, launcher: subprocess.Popen, log_path: Path) -> None:
@@ -131,10 +127,10 @@ def test_a_signal_to_torchrun_alone(data, tmp_path, number):
     launcher.send_signal(number)
     assert launcher.wait() != 0
     try:
-        assert_they_end([str(process) for process in begun])
+        assert_they_end(begun)
     finally:
-        for process in filter(is_alive, map(str, begun)):
-            os.kill(int(process), signal.SIGKILL)
+        for process in filter(is_alive, begun):
+            os.kill(process, signal.SIGKILL)
     said, step = (tmp_path / "log").read_text(), latest_step(output)
     what = "the launcher died" if number == signal.SIGKILL else number.name
     assert f"megatron_gkd: {what}: the run ends after this step and saves" in said

@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow
@@ -17,7 +15,7 @@ import pytest
 
 from megatron_gkd.data import DataError, stored_rows
 from megatron_gkd.data.stored_rows import ROWS_AT_ONCE, StoredRows, write_rows
-from megatron_gkd.stop_requests import stop_requests
+from tests.test_child_processes import children
 from tests.train_runs import SMALL, arguments, make_rows
 from tests.train_runs import write_rows as write_jsonl
 
@@ -98,89 +96,7 @@ def test_an_error_of_a_process(tmp_path, error, expected, words):
     before = children(os.getpid())
     with pytest.raises(expected, match=words):
         write_rows(in_parts(fails), 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
-    assert children(os.getpid()) <= before  # none is left, alive or dead
-
-
-def parent_of_forks(tmp_path, wait=3600.0):
-    """A process that writes rows in two forks, each of which waits in its first row."""
-
-    def waits(index):
-        time.sleep(wait)
-        return make(index)
-
-    parent = os.fork()
-    if not parent:
-        try:
-            with stop_requests():
-                write_rows(in_parts(waits), 100_000, SCHEMA, str(tmp_path / "rows"), 2, "rows")
-        except SystemExit as end:
-            os._exit(end.code)
-        finally:
-            os._exit(1)
-    patience = time.monotonic() + 240
-    while len(forks := children(parent)) < 2 and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert len(forks) == 2
-    return parent, forks
-
-
-def assert_they_end(processes):
-    patience = time.monotonic() + 240
-    while any(map(is_alive, processes)) and time.monotonic() < patience:
-        time.sleep(0.05)
-    assert not any(map(is_alive, processes))
-
-
-def test_forks_end_with_their_parent(tmp_path):
-    """At once, whatever they are doing."""
-    parent, forks = parent_of_forks(tmp_path)
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    assert_they_end(forks)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-@pytest.mark.parametrize("whom", ["all", "parent"])
-def test_a_signal_ends_a_parent_and_its_forks(tmp_path, capfd, number, whom):
-    """To all, as from a terminal, or to the parent alone: the same line and status, however early
-    it comes, and nobody is left.
-    """
-    parent, forks = parent_of_forks(tmp_path)
-    for process in [*map(int, forks), parent] if whom == "all" else [parent]:
-        os.kill(process, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 128 + number
-    assert_they_end(forks)
-    assert capfd.readouterr().err == f"megatron_gkd: {number.name}: ended before the first step\n"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_fork_ends_by_a_signal(tmp_path, number):
-    """To it alone: with default signals, and without a traceback of its own; its parent says so."""
-
-    def ends(index):
-        if index == 8:
-            os.kill(os.getpid(), number)
-        return make(index)
-
-    with stop_requests(), pytest.raises(DataError, match="one of 3 processes .* was killed"):
-        write_rows(in_parts(ends), 9, SCHEMA, str(tmp_path / "rows"), 3, "rows")
-
-
-GONE = (FileNotFoundError, ProcessLookupError)  # processes and threads may end at any time
-
-
-def is_alive(process: str) -> bool:
-    with suppress(*GONE):
-        return ") Z " not in Path("/proc", process, "stat").read_text()
-    return False
-
-
-def children(process: int) -> set[str]:
-    found: set[str] = set()
-    for task in Path(f"/proc/{process}/task").iterdir():
-        with suppress(*GONE):
-            found.update((task / "children").read_text().split())
-    return found
+    assert set(children(os.getpid())) <= set(before)  # none is left, alive or dead
 
 
 def test_a_process_that_is_killed(tmp_path):

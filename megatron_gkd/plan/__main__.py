@@ -17,6 +17,7 @@ from megatron_gkd.plan.script import check_new, script_of, write_new
 from megatron_gkd.plan.settings import PlanSettings, parse_plan
 from megatron_gkd.plan.table import closest, everything, impossible, numbers, summary
 from megatron_gkd.plan.ways_out import ways_out
+from megatron_gkd.stop_requests import end_at_once_on_signals
 
 
 def main() -> None:
@@ -63,4 +64,5 @@ def write_script(own: PlanSettings, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    end_at_once_on_signals()
     main()
