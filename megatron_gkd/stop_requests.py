@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from megatron_gkd.child_processes import STOP_SIGNALS
 
 LAUNCHER_DIED = 128  # a request, beside the numbers of signals
-SECONDS_TO_END = 10.0  # before the first step: to delete temporary files and end processes
+SECONDS_TO_HEAR = 3.0  # of a request before the first step, for a main thread that is elsewhere
+SECONDS_TO_END = 10.0  # when it has heard: to delete temporary files and end processes
 _LAST = b"\0"  # no signal: nothing follows
 SECONDS_OF_ONE_REQUEST = 0.5  # torchrun, Slurm and a terminal may each send a signal on
 
@@ -42,6 +43,7 @@ class StopRequests:
         self._first: int | None = None
         self._asked_at = 0.0
         self._deadline = float("inf")
+        self._heard = False
 
     def save_first(self) -> None:
         """The first step begins: from now on a request is only noted, in `number`."""
@@ -79,7 +81,7 @@ class StopRequests:
         if self._first is None:
             self._first, self._asked_at = number, now
             if not self.saves:
-                self._deadline = now + SECONDS_TO_END
+                self._deadline = now + SECONDS_TO_HEAR
             elif _speaks():
                 again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
                 _say(f"{name_of(number)}: the run ends after this step and saves{again}")
@@ -89,7 +91,7 @@ class StopRequests:
     def _note_launcher(self) -> None:
         self._launcher, self._launcher_died = None, True
         seconds = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        self._deadline = time.monotonic() + (seconds if self.saves else SECONDS_TO_END)
+        self._deadline = time.monotonic() + (seconds if self.saves else SECONDS_TO_HEAR)
         if _speaks():
             what = "the run ends after this step and saves" if self.saves else "the run ends"
             _say(f"{name_of(LAUNCHER_DIED)}: {what}")
@@ -99,10 +101,13 @@ class StopRequests:
     def _end_late(self) -> None:
         if self.saves and not self._launcher_died:  # asked as the first step began
             self._deadline = float("inf")
-            return
-        number = LAUNCHER_DIED if self._launcher_died else self._first or signal.SIGTERM
-        what = "the step was not done in time: ended without saving"
-        _end(number, what if self.saves else "ended before the first step")
+        elif self.number and not self.saves and not self._heard:
+            self._heard = True
+            self._deadline += SECONDS_TO_END
+        else:
+            number = LAUNCHER_DIED if self._launcher_died else self._first or signal.SIGTERM
+            late = "the step was not done in time: ended without saving"
+            _end(number, late if self.saves else "ended before the first step")
 
 
 def launcher() -> int | None:

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_gkd import checkpoint
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint
+from tests.ports import free_port
 from tests.ranks import run_ranks
 from tests.test_checkpoint import STATE, assert_same_run, flags_of_run, write_data
 from tests.test_child_processes import assert_they_end, children, is_alive
@@ -28,11 +30,13 @@ def data(tiny_folder, tmp_path_factory):
     return write_data(tiny_folder, tmp_path_factory.mktemp("data"))
 
 
-def launch_run(argv: list[str], log_path: Path, nproc: int) -> subprocess.Popen:
+def launch_run(
+    argv: list[str], log_path: Path, nproc: int, meet: Sequence[str] = ("--standalone",)
+) -> subprocess.Popen:
     """torchrun, its output in a file: an orphan would hold a pipe."""
     torchrun = [
         str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
+        *meet,
         "--nproc_per_node",
         str(nproc),
     ]
@@ -136,6 +140,34 @@ def test_a_signal_to_torchrun_alone(data, tmp_path, number):
     assert f"megatron_gkd: {what}: the run ends after this step and saves" in said
     line = f"{what}: stopped after step {step} of 2000; go on with --resume_from_checkpoint latest"
     assert line in said.splitlines()
+    assert step == read_lines(metrics)[-1]["step"] > 0
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("first", [0, 1])
+def test_sigterm_to_the_torchrun_of_one_node(data, tmp_path, first):
+    """Both nodes save and end, and the other's torchrun with them: it does not wait for the one
+    that has left (torch's exit barrier, five minutes).
+    """
+    output, launchers = tmp_path / "out", []
+    flags = layout_flags(tp=2) | dict(max_steps=2000, save_steps=2000, val_dataset=None)
+    argv = flags_of_run(data, output, lmbda=0, **flags)
+    port = str(free_port())
+    for node in range(2):
+        meet = ["--nnodes", "2", "--node_rank", str(node)]
+        meet += ["--master_addr", "127.0.0.1", "--master_port", port]
+        launchers.append(launch_run(argv, tmp_path / f"log-{node}", 1, meet))
+    metrics, log = output / "metrics.jsonl", tmp_path / "log-0"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, launchers[0], log)
+    launchers[first].terminate()
+    try:
+        statuses = [launcher.wait(timeout=120) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()  # its rank ends with it
+    assert 0 not in statuses
+    step = latest_step(output)
+    assert f"SIGTERM: stopped after step {step} of 2000" in log.read_text()
     assert step == read_lines(metrics)[-1]["step"] > 0
 
 

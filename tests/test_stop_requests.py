@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
 
 def test_a_start_that_waits_for_others_ends(tmp_path, capfd, monkeypatch):
     """There is no step to finish."""
-    monkeypatch.setattr(module, "SECONDS_TO_END", 0.5)
+    monkeypatch.setattr(module, "SECONDS_TO_HEAR", 0.5)
 
     def run():
         with stop_requests():
@@ -103,6 +103,28 @@ def test_a_start_that_waits_for_others_ends(tmp_path, capfd, monkeypatch):
     os.kill(process, signal.SIGTERM)
     assert status_of(process) == 128 + signal.SIGTERM
     assert capfd.readouterr().err == "megatron_gkd: SIGTERM: ended before the first step\n"
+
+
+def test_a_start_has_time_to_clean_up(tmp_path, monkeypatch):
+    """When it has heard of the request; but not for ever."""
+    monkeypatch.setattr(module, "SECONDS_TO_HEAR", 0.1)
+    monkeypatch.setattr(module, "SECONDS_TO_END", 1.0)
+
+    def run():
+        with stop_requests():
+            try:
+                (tmp_path / "begun").touch()
+                signal.pause()
+            finally:
+                time.sleep(0.5)
+                (tmp_path / "clean").touch()
+                wait_for_others(tmp_path)
+
+    process = in_a_fork(run)
+    wait_for((tmp_path / "begun").exists)
+    os.kill(process, signal.SIGINT)
+    assert status_of(process) == 128 + signal.SIGINT
+    assert (tmp_path / "clean").exists()
 
 
 def orphan(tmp_path, monkeypatch, saves, waits):
@@ -139,7 +161,7 @@ def orphan(tmp_path, monkeypatch, saves, waits):
 @pytest.mark.parametrize("saves", [False, True])
 def test_the_death_of_the_launcher(tmp_path, capfd, monkeypatch, saves, waits):
     """It is a request; a rank that cannot answer it in the time that torchrun would give ends."""
-    monkeypatch.setattr(module, "SECONDS_TO_END", 1.0)
+    monkeypatch.setattr(module, "SECONDS_TO_HEAR", 1.0)
     orphan(tmp_path, monkeypatch, saves, waits)
     said = capfd.readouterr().err.splitlines()
     what = "the run ends after this step and saves" if saves else "the run ends"
