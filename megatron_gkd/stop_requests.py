@@ -145,10 +145,11 @@ def stop_requests(launcher: int | None = None) -> Iterator[StopRequests]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = _set_handlers(requests.on_signal)
+    before: dict[signal.Signals, Any] = {}
     thread = threading.Thread(target=requests.watch, args=(reader,), name="signals", daemon=True)
     thread.start()
     try:
+        before = _set_handlers(requests.on_signal)
         yield requests
     except BaseException:
         if not requests.number or requests.saves:

@@ -117,6 +117,29 @@ def test_a_signal_ends_a_preparation(tmp_path, capfd, number, whom):
     assert capfd.readouterr().err == f"megatron_gkd: {number.name}: ended before the first step\n"
 
 
+def test_a_signal_right_after_a_fork(tmp_path, capfd, monkeypatch):
+    """To the fork alone, while it still has its parent's handlers: it must not go on as the parent
+    would.
+    """
+    fork = os.fork
+
+    def fork_and_signal():
+        process = fork()
+        if not process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    def run():
+        monkeypatch.setattr(os, "fork", fork_and_signal)
+        try:
+            prepare(tmp_path)
+        except DataError:
+            raise SystemExit(7) from None
+
+    assert status_of(in_a_fork(run)) == 7
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_fork_alone(tmp_path, number):
     """It has default signals: it ends without a word, and its parent says so."""
