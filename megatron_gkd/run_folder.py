@@ -54,6 +54,8 @@ class MetricsWriter:
         self.total_steps, self.start_step, self.enabled = total_steps, start_step, enabled
         self._start_time = time.monotonic()
         self._files, self._trackers, self._bar = {}, trackers, None
+        self.last_evaluation: int | None = None
+        """The step of the last line of eval.jsonl at the start, where there is one"""
         if not enabled:
             return
         os.makedirs(output_dir, exist_ok=True)
@@ -61,7 +63,9 @@ class MetricsWriter:
         if start_step == 0:
             _set_aside([path for path in paths.values() if path.exists()])
         for name, path in paths.items():
-            _keep_lines_until(path, start_step)
+            last = _keep_lines_until(path, start_step)
+            if name == "eval":
+                self.last_evaluation = last
             self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
         if sys.stdout.isatty():
             self._bar = tqdm(
@@ -188,24 +192,28 @@ def _set_aside(paths: list[Path]) -> None:
     )
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes."""
+def _keep_lines_until(path: Path, step: int) -> int | None:
+    """Rewrite a file of metrics with the lines up to `step`; a last line torn by a kill goes.
+    Returns the step of the last one.
+    """
     if not path.exists():
-        return
+        return None
     # a text may hold what splitlines() takes for the end of a line
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     lines = lines if lines != [""] else []
-    kept = []
+    kept, last = [], None
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step:
+            if (found := json.loads(line)["step"]) <= step:
                 kept.append(line + "\n")
+                last = found
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(
                     f"{path}, line {number}: not a line of metrics ({error!r}); repair or remove it"
                 ) from None
     write_atomically(path, "".join(kept))
+    return last
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:

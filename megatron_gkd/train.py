@@ -53,6 +53,8 @@ from megatron_gkd.resume import save_if_due, way_on
 from megatron_gkd.run import Run, StepResult
 from megatron_gkd.run_data import check_data, print_row
 
+BATCHES_BETWEEN_LOOKS = 8  # of an evaluation: whether the run is asked to stop
+
 
 def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
     """The whole run; returns the request that has stopped it early, otherwise 0. Every rank calls
@@ -60,8 +62,8 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
     """
     run = build_run(config, parallel)
     with closing(run):
-        if run.progress.step == 0 and run.eval_data:
-            log_evaluation(run)
+        if owes_evaluation(run):
+            log_evaluation(run, requests)
         requests.save_first()
         with closing(run.batches()) as steps:
             for batches in steps:
@@ -78,11 +80,11 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
                 if run.is_logging_step(result, bool(stop)):
                     run.log_step(result, counts)
                 check_health(run)
-                if run.is_eval_step:
-                    log_evaluation(run)
-                    # a request may have come during the evaluation: ask the ranks again
-                    stop = world_max(requests.number, parallel.device)
                 save_if_due(run, result.update, ends=bool(stop) or run.is_complete)
+                if run.is_eval_step and (run.is_complete or not stop):
+                    stop = log_evaluation(run, requests)
+                    if stop and run.saved_step < run.progress.step:
+                        save_if_due(run, result.update, ends=True)
                 if stop and not run.is_complete:
                     step, steps_of_run = run.progress.step, run.total_steps
                     log_rank_0(parallel, stopped_line(stop, step, steps_of_run, way_on(run)))
@@ -131,22 +133,40 @@ def train_step(run: Run, batches: list[Batch]) -> StepResult:
     )
 
 
-def log_evaluation(run: Run) -> None:
-    """Evaluate and write it down, with answers of student and teacher where --log_rollouts asks for
-    them. Every rank calls it.
+def owes_evaluation(run: Run) -> bool:
+    """Whether the weights that the run starts with are to be evaluated: before the first step, and
+    where an earlier start was stopped between a step and its evaluation. Every rank calls it.
     """
-    run.writer.log_eval(evaluate(run))
-    if run.rollout_log is not None:
-        run.writer.log_rollouts(run.rollout_log.of_evaluation(run.progress.step))
+    if not run.is_eval_step:
+        return False
+    step, last = run.progress.step, run.writer.last_evaluation
+    owes = step == 0 or (last is not None and last < step)
+    return bool(world_max(int(owes), run.parallel.device))  # what rank 0 finds in its files
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def log_evaluation(run: Run, requests: StopRequests) -> int:
+    """Evaluate and write it down, with answers of student and teacher where --log_rollouts asks for
+    them; unless the run is asked to stop meanwhile, which it returns. Every rank calls it.
+    """
+    values = evaluate(run, requests)
+    if values is not None:
+        run.writer.log_eval(values)
+        if run.rollout_log is not None:
+            run.writer.log_rollouts(run.rollout_log.of_evaluation(run.progress.step))
+    return world_max(requests.number, run.parallel.device)
+
+
+def evaluate(run: Run, requests: StopRequests) -> dict[str, Any] | None:
     """Teacher-forced means over the evaluation data: divergence, agreement, token accuracy; of
-    prompts alone on the responses that the student would now write, greedily.
+    prompts alone on the responses that the student would now write, greedily. None where a run
+    that has steps left is asked to stop: a resumed one evaluates at its start.
     """
     started, parallel = time.perf_counter(), run.parallel
     sums = TokenSums.zero(parallel.device, run.eval_groups)
-    for batches, media in run.eval_batches():
+    for number, (batches, media) in enumerate(run.eval_batches()):
+        looks = number % BATCHES_BETWEEN_LOOKS == 0 and not run.is_complete
+        if looks and world_max(requests.number, parallel.device):
+            return None
         if not batches:  # the logits of some rank's rollout were not finite
             sums.spoil()
             continue

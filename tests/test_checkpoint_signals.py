@@ -30,6 +30,14 @@ def data(tiny_folder, tmp_path_factory):
     return write_data(tiny_folder, tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of two tensor-parallel ranks that nothing has stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    run_training(2, flags_of_run(data, output, **layout_flags(tp=2)))
+    return output
+
+
 def launch_run(
     argv: list[str], log_path: Path, nproc: int, meet: Sequence[str] = ("--standalone",)
 ) -> subprocess.Popen:
@@ -173,13 +181,14 @@ def test_sigterm_to_the_torchrun_of_one_node(data, tmp_path, first):
 
 def _train_with_signal(rank, world_size, argv, step, during="step", number=signal.SIGTERM):
     """A signal reaches the last rank alone, after it has done `step` steps, or in the evaluation
-    after them. What the rank said, its exit status, and whether the signal means again what it did.
+    after them, or at its end. What the rank said, its exit status, and whether the signal means
+    again what it did.
     """
     from megatron_gkd import parallel, train
-    from megatron_gkd.run import Progress
+    from megatron_gkd.run import Progress, Run
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
-    count, evaluate, said = Progress.count, train.evaluate, io.StringIO()
+    count, eval_batches, said = Progress.count, Run.eval_batches, io.StringIO()
 
     def kill(here, steps):
         if during == here and steps == step and rank == world_size - 1:
@@ -189,12 +198,13 @@ def _train_with_signal(rank, world_size, argv, step, during="step", number=signa
         count(progress, *args)
         kill("step", progress.step)
 
-    def evaluate_and_kill(*args, **kwargs):
-        values = evaluate(*args, **kwargs)
-        kill("evaluation", values["step"])
-        return values
+    def eval_batches_and_kill(run):
+        for batches in eval_batches(run):
+            kill("evaluation", run.progress.step)
+            yield batches
+        kill("end of the evaluation", run.progress.step)
 
-    Progress.count, train.evaluate = count_and_kill, evaluate_and_kill
+    Progress.count, Run.eval_batches = count_and_kill, eval_batches_and_kill
     before, status = signal.getsignal(number), 0
     try:
         with contextlib.redirect_stdout(said):
@@ -213,7 +223,7 @@ def _train_with_signal(rank, world_size, argv, step, during="step", number=signa
         pytest.param(signal.SIGQUIT, marks=pytest.mark.extended),
     ],
 )
-def test_a_signal_saves_and_stops(data, tmp_path, number):
+def test_a_signal_saves_and_stops(data, whole, tmp_path, number):
     """Each rank ends with the signal's exit status, also those that it has not reached."""
     flags = layout_flags(tp=2)
     (said, *of_0), (_, *of_1) = run_ranks(
@@ -225,16 +235,29 @@ def test_a_signal_saves_and_stops(data, tmp_path, number):
     assert [step for step, _ in checkpoints(tmp_path / "out")] == [3, 4]
     assert read_lines(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 4
     if number == signal.SIGTERM:
-        run_training(2, flags_of_run(data, tmp_path / "whole", **flags))
         argv = flags_of_run(data, tmp_path / "out", resume_from_checkpoint="latest", **flags)
         run_training(2, argv)
-        assert_same_run(tmp_path / "out", tmp_path / "whole", 6)
+        assert_same_run(tmp_path / "out", whole, 6)
 
 
-def test_sigterm_in_an_evaluation(data, tmp_path):
-    """Looked at once more after it; a checkpoint that cannot be resumed is not said to be."""
-    argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0, **layout_flags(tp=2))
-    (said, *_), _ = run_ranks(_train_with_signal, 2, argv, 4, "evaluation")
+@pytest.mark.parametrize("during", ["evaluation", "end of the evaluation"])
+def test_sigterm_in_an_evaluation(data, whole, tmp_path, during):
+    """It may take longer than what sent the signal waits: it is not finished, but made at the start
+    of the resumed run.
+    """
+    argv = flags_of_run(data, tmp_path / "out", **layout_flags(tp=2))
+    (said, *_), _ = run_ranks(_train_with_signal, 2, argv, 4, during)
+    assert "SIGTERM: stopped after step 4 of 6; go on with" in said
+    assert [step for step, _ in checkpoints(tmp_path / "out")] == [3, 4]
+    steps = [line["step"] for line in read_lines(tmp_path / "out" / "eval.jsonl")]
+    assert steps == ([0, 2] if during == "evaluation" else [0, 2, 4])
+    run_training(2, [*argv, "--resume_from_checkpoint", "latest"])
+    assert_same_run(tmp_path / "out", whole, 6)
+
+
+def test_what_cannot_be_resumed_is_not_said_to_be(data, tmp_path):
+    argv = flags_of_run(data, tmp_path, save_only_model=True, lmbda=0)
+    ((said, *_),) = run_ranks(_train_with_signal, 1, argv, 4)
     folder = tmp_path / "checkpoint-4"
     assert (
         f"SIGTERM: stopped after step 4 of 6; go on with --adapter {folder} (--save_only_model)"
