@@ -26,6 +26,7 @@ from megatron_gkd.model.decoder import build_decoder, core_attention
 from megatron_gkd.model.experts import select_kernels as expert_kernels
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Optimizer
+from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.plan.memory import check_memory
 from megatron_gkd.plan.towers import read_towers
@@ -42,13 +43,14 @@ from megatron_gkd.trackers import open_trackers
 from megatron_gkd.zero_signal import check_responses, check_skipped_tokens, check_trainable
 
 
-def build_run(config: Config, parallel: Parallel) -> Run:
+def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
     """Everything that the loop uses, resumed where --resume_from_checkpoint asks for it. Raises
-    ValueError or OSError, before any step, for settings, data or files that do not fit.
+    ValueError or OSError, before any step, for settings, data or files that do not fit. lock: of
+    the output folder, which rank 0 takes.
 
     Collectives: those of `load_data`.
     """
-    model_args, train_data, eval_data = read_data(config, parallel)
+    model_args, train_data, eval_data = read_data(config, parallel, lock)
     config = with_max_steps(config, len(train_data), parallel)
     mixed = check_responses(config, train_data)
     check_trainable(config, train_data.report)

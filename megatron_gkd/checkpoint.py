@@ -38,6 +38,7 @@ from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import MOMENTS, Optimizer
+from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
 from megatron_gkd.run_folder import write_atomically
 
@@ -45,21 +46,25 @@ LATEST = "latest_checkpoint"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def check_output_dir(output_dir: str, parallel: Parallel) -> None:
+def check_output_dir(
+    output_dir: str, parallel: Parallel, lock: OutputLock, take_over: bool
+) -> None:
     """Raise OSError, on every rank, unless rank 0 can make files in --output_dir and all others can
-    write to them, as in a save: before hours go into the steps up to the first.
+    write to them, as in a save: before hours go into the steps up to the first. Rank 0 takes the
+    `lock` of the folder, see `OutputLock.acquire`.
 
     Collectives: two maxima and a broadcast of one number over the world.
     """
     device, number, made = parallel.device, secrets.randbits(62), None
     try:
-        with agreed(device, f"--output_dir {output_dir}: rank 0 cannot write there: "):
+        with agreed(device, f"--output_dir {output_dir}, rank 0: "):
             if parallel.rank == 0:
                 if os.path.exists(output_dir) and not os.path.isdir(output_dir):
                     raise NotADirectoryError("it is a file, choose another name")
                 os.makedirs(output_dir, exist_ok=True)
                 made = _shown_file(output_dir, number)
                 made.touch(exist_ok=False)
+                lock.acquire(take_over)
         (number,) = from_rank_0([number], device)
         where = f"--output_dir {output_dir} must be one folder for all ranks: rank {parallel.rank} "
         where += f"(on {platform.node()}) cannot write to what rank 0 has made there: "

@@ -15,5 +15,11 @@ class FaultConfig:
         aliases=["--ddp_timeout"],
     )
 
+    take_over_output_dir: bool = setting(
+        False,
+        "Take --output_dir from another run that still holds it: it ends without saving. For one "
+        "that cannot be ended, on a machine that does not answer.",
+    )
+
     def __post_init__(self):
         require_at_least(self, 1, "collective_timeout")

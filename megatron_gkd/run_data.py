@@ -13,23 +13,25 @@ from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.errors import DataError
 from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import Parallel, first_error, from_rank_0, log_rank_0, world_max
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
 
 
 def read_data(
-    config: Config, parallel: Parallel
+    config: Config, parallel: Parallel, lock: OutputLock | None
 ) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
     """(sizes of the model, training data, evaluation data or None), once it is clear that the
-    layout fits the model and that all ranks can write into --output_dir. Raises ValueError, OSError
-    or DataError. Collectives: those of `check_output_dir` and `load_data`.
+    layout fits the model and that all ranks can write into --output_dir, whose lock rank 0 takes;
+    without a `lock` nothing is written there. Raises ValueError, OSError or DataError. Collectives:
+    those of `check_output_dir` and `load_data`.
     """
     model_args = read_model_args(config.model.model)
     flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
-    if not config.data.check_data:
-        check_output_dir(config.run.output_dir, parallel)
+    if lock is not None:
+        check_output_dir(config.run.output_dir, parallel, lock, config.faults.take_over_output_dir)
         check_installed(config.run.report_to)
     train_data, eval_data = load_data(config, model_args, parallel)
     return model_args, train_data, eval_data
@@ -92,7 +94,7 @@ def check_data(config: Config, parallel: Parallel) -> None:
     """--check_data: read the data, every medium too, and print the report. Raises DataError for bad
     rows.
     """
-    _, train_data, eval_data = read_data(config, parallel)
+    _, train_data, eval_data = read_data(config, parallel, lock=None)
     bad = sum(data.report.num_skipped for data in (train_data, eval_data) if data is not None)
     check_responses(with_max_steps(config, len(train_data), parallel), train_data)
     kept = "all others are good" if bad else "every row is good"

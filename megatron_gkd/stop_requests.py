@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from megatron_gkd.child_processes import STOP_SIGNALS
 
 LAUNCHER_DIED = 128  # a request, beside the numbers of signals
+FOLDER_LOST = 256  # likewise: another run has taken --output_dir, where this one must not save
 SECONDS_TO_HEAR = 3.0  # of a request before the first step, for a main thread that is elsewhere
 SECONDS_TO_END = 10.0  # when it has heard: to delete temporary files and end processes
 _LAST = b"\0"  # no signal: nothing follows
@@ -35,7 +36,7 @@ class StopRequests:
 
     def __init__(self, launcher: int | None):
         self.number = 0
-        """The first request: a signal's number, or LAUNCHER_DIED; 0: none"""
+        """The first request: a signal's number, or LAUNCHER_DIED or FOLDER_LOST; 0: none"""
         self.saves = False
         """Whether the run saves before it stops: it has begun its first step"""
         self._launcher = launcher
@@ -44,6 +45,10 @@ class StopRequests:
         self._asked_at = 0.0
         self._deadline = float("inf")
         self._heard = False
+
+    def folder_lost(self) -> None:
+        """Another run writes into --output_dir now; may be called from any thread."""
+        self.number = FOLDER_LOST
 
     def save_first(self) -> None:
         """The first step begins: from now on a request is only noted, in `number`."""
@@ -173,7 +178,8 @@ def stop_requests(launcher: int | None = None) -> Iterator[StopRequests]:
 
 def name_of(number: int) -> str:
     """What a request is called."""
-    return "the launcher died" if number == LAUNCHER_DIED else signal.Signals(number).name
+    others = {LAUNCHER_DIED: "the launcher died", FOLDER_LOST: "--output_dir was taken over"}
+    return others.get(number) or signal.Signals(number).name
 
 
 def exit_status(number: int) -> int:

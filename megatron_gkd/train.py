@@ -10,12 +10,14 @@ import sys
 import time
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from megatron_gkd import startup
 from megatron_gkd.config import Config, parse_config_or_exit
 from megatron_gkd.flags import exit_with
 from megatron_gkd.stop_requests import (
+    FOLDER_LOST,
     StopRequests,
     end_at_once_on_signals,
     exit_status,
@@ -40,6 +42,7 @@ from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.model.transformer_config import DTYPES
 from megatron_gkd.optimizer import Update
+from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import (
     Parallel,
     destroy,
@@ -60,8 +63,8 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
     """The whole run; returns the request that has stopped it early, otherwise 0. Every rank calls
     it; rank 0 prints and writes.
     """
-    run = build_run(config, parallel)
-    with closing(run):
+    lock = OutputLock(config.run.output_dir, requests.folder_lost, partial(log_rank_0, parallel))
+    with lock, closing(build_run(config, parallel, lock)) as run:
         if owes_evaluation(run):
             log_evaluation(run, requests)
         requests.save_first()
@@ -76,13 +79,13 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
                     run.memory.most(),
                     parallel,
                 )
-                stop = counts.stop
+                stop = still_ours(counts.stop, config)
                 if run.is_logging_step(result, bool(stop)):
                     run.log_step(result, counts)
                 check_health(run)
                 save_if_due(run, result.update, ends=bool(stop) or run.is_complete)
                 if run.is_eval_step and (run.is_complete or not stop):
-                    stop = log_evaluation(run, requests)
+                    stop = still_ours(log_evaluation(run, requests), config)
                     if stop and run.saved_step < run.progress.step:
                         save_if_due(run, result.update, ends=True)
                 if stop and not run.is_complete:
@@ -90,6 +93,18 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
                     log_rank_0(parallel, stopped_line(stop, step, steps_of_run, way_on(run)))
                     return stop
     return 0
+
+
+def still_ours(stop: int, config: Config) -> int:
+    """The request `stop`, the same on every rank. Raises OSError, on every rank, where it is that
+    another run has taken --output_dir.
+    """
+    if stop == FOLDER_LOST:
+        raise OSError(
+            f"--output_dir {config.run.output_dir}: another run has taken it "
+            "(--take_over_output_dir); this one ends and writes nothing more"
+        )
+    return stop
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:

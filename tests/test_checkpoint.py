@@ -442,9 +442,7 @@ def test_an_output_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RuntimeError, match="SystemExit") as error:
         run_training(1, flags_of_run(data, tmp_path / "file", max_steps=1))
-    assert f"--output_dir {tmp_path / 'file'}: rank 0 cannot write there: it is a file" in str(
-        error.value
-    )
+    assert f"--output_dir {tmp_path / 'file'}, rank 0: it is a file" in str(error.value)
 
 
 def _with_small_files(write_share, *args, **kwargs):

@@ -25,6 +25,7 @@ from megatron_gkd.config import parse_config
 from megatron_gkd.formats import safetensors_file
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.output_lock import OutputLock
 from tests.ranks import run_ranks
 from tests.reference_step import write_adapter
 from tests.train_runs import SMALL, arguments, initialize
@@ -39,7 +40,8 @@ def in_folders(rank, world_size, shared, folders):
     for folder in (shared, folders[rank]):
         said = None
         try:
-            check_output_dir(folder, place)
+            with OutputLock(folder, lambda: None, print) as lock:
+                check_output_dir(folder, place, lock, take_over=False)
         except OSError as error:
             said = str(error)
         found.append((said, latest_of_rank_0(folder, place)))
@@ -76,7 +78,7 @@ def test_a_folder_that_rank_0_cannot_make(tmp_path):
     of_ranks = run_ranks(in_folders, 2, str(tmp_path / "file"), [str(tmp_path / "file")] * 2)
     for of_rank in of_ranks:
         for said, latest in of_rank:
-            before = f"--output_dir {tmp_path / 'file'}: rank 0 cannot write there: "
+            before = f"--output_dir {tmp_path / 'file'}, rank 0: "
             assert said == f"{before}it is a file, choose another name"
             assert latest is None
 

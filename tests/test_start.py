@@ -16,13 +16,15 @@ def start(rank, world_size, argv):
 
     from megatron_gkd.build import build_run
     from megatron_gkd.config import parse_config
+    from megatron_gkd.output_lock import OutputLock
     from tests.collectives import Collectives
 
     config = parse_config(argv)
     parallel = initialize(config)
     with Collectives(parallel.groups) as seen, redirect_stdout(StringIO()) as said:
-        run = build_run(config, parallel)
-    run.close()
+        with OutputLock(config.run.output_dir, lambda: None, print) as lock:
+            run = build_run(config, parallel, lock)
+        run.close()
     weights = sum(x.nbytes for x in run.model.parameters() if not x.requires_grad)
     calls = [(call.name, call.group, call.given, call.taken) for call in seen.of()]
     return calls, weights, said.getvalue()
@@ -76,7 +78,7 @@ def read_on_machines(rank, world_size, flags, changes):
     parallel, found = initialize(configs[0]), []
     for config in configs:
         try:
-            read_data(config, parallel)
+            read_data(config, parallel, lock=None)
             found.append(None)
         except DataError as error:
             found.append(str(error))
