@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_gkd.line_file import LineFile
 from megatron_gkd.trackers import Tracker
 
 FILES = ("metrics", "eval", "rollouts")  # NAME.jsonl, a line at a time
@@ -66,7 +67,7 @@ class MetricsWriter:
             last = _keep_lines_until(path, start_step)
             if name == "eval":
                 self.last_evaluation = last
-            self._files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
+            self._files[name] = LineFile(path)
         if sys.stdout.isatty():
             self._bar = tqdm(
                 total=total_steps,
@@ -135,12 +136,8 @@ class MetricsWriter:
             tracker.log(numbers, values["step"])
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """As one write, so that a reader meanwhile finds whole lines. Text is left as it is, but
-        for half surrogates, which the file spells as JSON does.
-        """
         texts = [json.dumps(_finite(one), allow_nan=False, ensure_ascii=False) for one in lines]
-        self._files[name].write("".join(text + "\n" for text in texts))
-        self._files[name].flush()
+        self._files[name].append("".join(text + "\n" for text in texts))
 
     def _time_left(self, step: int) -> str:
         seconds_per_step = (time.monotonic() - self._start_time) / max(step - self.start_step, 1)

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_gkd import startup
 from megatron_gkd.config import Config, parse_config_or_exit
 from megatron_gkd.flags import exit_with
+from megatron_gkd.output_stream import outlive_readers
 from megatron_gkd.stop_requests import (
     FOLDER_LOST,
     StopRequests,
@@ -29,6 +30,7 @@ from megatron_gkd.stop_requests import (
 if __name__ == "__main__":  # before the imports below, which take seconds
     LAUNCHER = launcher()
     end_at_once_on_signals()
+    outlive_readers()
     CONFIG = parse_config_or_exit(sys.argv[1:])
     startup.prepare_imports()
 

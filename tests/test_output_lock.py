@@ -162,7 +162,9 @@ def test_two_runs(tiny_folder, tmp_path, holder):
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(RuntimeError, match="SystemExit: 2") as error:
         run_training(2, arguments(**flags))
-    assert f"--output_dir {tmp_path}, rank 0: another run (process {first.pid} on" in str(error.value)
+    assert f"--output_dir {tmp_path}, rank 0: another run (process {first.pid} on" in str(
+        error.value
+    )
     assert {path.name for path in tmp_path.iterdir()} == before
     run_training(2, arguments(**flags, take_over_output_dir="true"))
     assert first.stdout.readline() == "lost\n"
