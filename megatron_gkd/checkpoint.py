@@ -12,6 +12,7 @@ OUTPUT/latest_checkpoint          name of the last run's newest, empty before it
 All ranks write into these files (checkpoint_files.py), so all must see the output folder.
 """
 
+import errno
 import os
 import platform
 import re
@@ -120,11 +121,30 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
             return None
         return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
     if not (Path(resume_from) / TENSORS).is_file():
+        for path in (Path(resume_from), Path(resume_from) / TENSORS):
+            if path.is_symlink() and not path.exists():
+                raise FileNotFoundError(
+                    f"--resume_from_checkpoint {resume_from}: {path} is a link "
+                    f"{_where_it_leads(path)}"
+                )
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
             "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
+
+
+def _where_it_leads(link: Path) -> str:
+    """Of a link that leads nowhere, for the end of a message."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return f"to {os.readlink(link)}, which is not there"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "that leads in a circle"
+        return f"that cannot be followed: {error.strerror}"
+    return f"to {os.readlink(link)}"
 
 
 def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:

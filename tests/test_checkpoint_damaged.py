@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_gkd import parallel
-from megatron_gkd.checkpoint import check_whole, latest_of_rank_0
+from megatron_gkd.checkpoint import check_whole, find_checkpoint, latest_of_rank_0
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE
 from megatron_gkd.checkpoint_manifest import MANIFEST
 from megatron_gkd.checkpoint_state import read_state
-from megatron_gkd.lora.peft_config import TENSORS
+from megatron_gkd.lora.peft_config import CONFIG, TENSORS, read_config
 from tests.ranks import run_ranks
 from tests.test_checkpoint import flags_of_run, write_data
 from tests.train_runs import layout_flags, run_training
@@ -188,3 +188,61 @@ def test_a_missing_state_beside_an_optimizer(tmp_path):
     (tmp_path / OPTIMIZER).touch()
     with pytest.raises(FileNotFoundError, match="is missing beside optimizer.safetensors"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("r", value) for value in (None, "8", 0, -8, [8], {"all": 8}, True)),
+        *(("lora_alpha", value) for value in (None, "16", 0, -1, float("nan"), [16])),
+        *(("peft_type", value) for value in (None, 3, ["LORA"], "IA3")),
+        *(("use_rslora", value) for value in ("false", 1, [])),
+        *(("target_modules", value) for value in (3, [None], {"q_proj": 1}, [["q_proj"]])),
+        *(("rank_pattern", value) for value in ([8], "q_proj", {"q_proj": "8"}, {"q_proj": -1})),
+        *(("alpha_pattern", value) for value in ([8], {"q_proj": None}, {"q_proj": {"all": 1}})),
+        *(("layers_to_transform", value) for value in ("all", [None], {"0": 1}, ["0"])),
+        *(("lora_dropout", value) for value in ("0.1", -0.5, 2, [0.1])),
+        *(("base_model_name_or_path", value) for value in (3, ["model"])),
+        ("bias", ["all"] * 1000),
+        ("modules_to_save", {"lm_head": 1}),
+        ("init_lora_weights", ["pissa"]),
+    ],
+)
+def test_fields_of_adapter_config(tmp_path, field, value):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert read_config(tmp_path) == config
+    (tmp_path / CONFIG).write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError) as error:
+        read_config(tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / CONFIG}: {field} ") and "\n" not in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"", b"[]", b"null", b"[" * 100_000])
+def test_an_adapter_config_that_is_no_object(tmp_path, content):
+    (tmp_path / CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{CONFIG}: not "):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("lora_alpha", 7), ("use_rslora", True)])
+def test_two_files_that_contradict_each_other(data, whole, tmp_path, name, value):
+    """Of a checkpoint without a manifest: no new stage that nobody asked for."""
+    folder = shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    (folder / MANIFEST).unlink()
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {name: value}))
+    flags = dict(max_steps=3, lmbda=0, resume_from_checkpoint=folder)
+    with pytest.raises(RuntimeError, match=f"{CONFIG}: {name} is {value}, and {STATE} beside it"):
+        run_training(1, flags_of_run(data, tmp_path / "out", **flags))
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "removed")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for name, expected in (("gone", "removed, which is not there"), ("a", "leads in a circle")):
+        with pytest.raises(FileNotFoundError, match=f"{name} is a link .*{expected}"):
+            find_checkpoint(str(tmp_path / name), tmp_path)

@@ -1,7 +1,7 @@
 """A digest of a file's content that many processes can form together, each of what it writes or
 reads, in any order and any cut: their sums are added.
 
-Word i of a file (4 bytes, little-endian; zeros behind the last) counts times an odd number of its
+Word i of a file (8 bytes, little-endian; zeros behind the last) counts times an odd number of its
 place, and all is summed modulo 2^64. An odd number has an inverse there, so that one changed word
 always changes the sum; words that changed places do with a probability of 1 - 2^-32 or more. It
 tells damage, not an attacker. One multiplication and one addition per word.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-WORD_BYTES = 4
+WORD_BYTES = 8
 _PERIOD = 1 << 16  # words: as many factors stay in a processor's cache
 _MODULUS = 1 << 64
 
@@ -34,27 +34,32 @@ def _of_period(number: int) -> int:
 
 
 def word_sum(data: bytes | memoryview, start: int) -> int:
-    """The share of `data`, which lies at byte `start` (a multiple of 4) of its file, in 0 to
-    2^64 - 1; only at the end of a file may `data` end within a word.
-    """
-    assert start % WORD_BYTES == 0
-    if over := len(data) % WORD_BYTES:
-        data = bytes(data) + bytes(WORD_BYTES - over)
-    words = np.frombuffer(data, dtype="<u4")
-    first, total, done = start // WORD_BYTES, 0, 0
+    """The share of `data`, which lies at byte `start` of its file, in 0 to 2^64 - 1."""
+    head = min(-start % WORD_BYTES, len(data))
+    tail = len(data) - (len(data) - head) % WORD_BYTES
+    # of a word that is cut each piece counts as with zeros in place of the other
+    total = _of_piece(data[:head], start) + _of_piece(data[tail:], start + tail)
+    words = np.frombuffer(data, "<u8", (tail - head) // WORD_BYTES, head)
+    first, done = (start + head) // WORD_BYTES, 0
     while done < len(words):
         period, place = divmod(first + done, _PERIOD)
-        part = words[done : done + _PERIOD - place].astype(np.uint64)
-        share = int(np.dot(part, _FACTORS[place : place + len(part)]))
-        total += share * _of_period(period)
+        part = words[done : done + _PERIOD - place]
+        total += int(np.dot(part, _FACTORS[place : place + len(part)])) * _of_period(period)
         done += len(part)
     return total % _MODULUS
 
 
+def _of_piece(piece: bytes | memoryview, start: int) -> int:
+    """Of less than a word."""
+    if not len(piece):
+        return 0
+    place, first = divmod(start, WORD_BYTES)
+    value = int.from_bytes(piece, "little") << 8 * first
+    return value * int(_FACTORS[place % _PERIOD]) * _of_period(place // _PERIOD)
+
+
 def file_sum(path: Path, start: int = 0, stop: int | None = None) -> int:
-    """That of the bytes from `start` to `stop` (default: the end) of a file, both multiples of 4
-    unless at its end. Host memory: 1 MiB.
-    """
+    """That of the bytes from `start` to `stop` (default: the end) of a file. Host memory: 1 MiB."""
     total = 0
     with open(path, "rb") as file:
         file.seek(start)
