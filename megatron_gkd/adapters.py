@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_gkd.checkpoint import TEACHER_FOLDER, find_checkpoint, latest_of_rank_0
+from megatron_gkd.checkpoint import TEACHER_FOLDER, check_whole, find_checkpoint, latest_of_rank_0
 from megatron_gkd.config import Config, flag_targets
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.apply import (
@@ -21,6 +21,7 @@ from megatron_gkd.lora.apply import (
 )
 from megatron_gkd.lora.average import add_average
 from megatron_gkd.lora.load import load_adapter, load_teacher
+from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.peft_folder import PeftAdapter, merge_only_message
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.lora_settings import LoraConfig, scale_divisor
@@ -33,15 +34,15 @@ from megatron_gkd.lora_targets import (
     tower_paths,
 )
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, log_rank_0
+from megatron_gkd.parallel import Parallel, agreed, log_rank_0
 
 
 def resolve(
     config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool = True
 ) -> tuple[Config, PeftAdapter | None, Path | None]:
     """(the settings with what an adapter, a checkpoint or the machine decides filled in, the
-    adapter to start from, the checkpoint to resume). Collectives: for `latest` those of
-    `latest_of_rank_0`.
+    adapter to start from, the checkpoint to resume), both checked against their manifest.
+    Collectives: for `latest` those of `latest_of_rank_0`, else those of `agreed` and `check_whole`.
     """
     resume_folder = None
     if config.run.resume_from_checkpoint == "latest":
@@ -53,7 +54,13 @@ def resolve(
                 "starting at step 0",
             )
     elif config.run.resume_from_checkpoint:
-        resume_folder = find_checkpoint(config.run.resume_from_checkpoint, config.run.output_dir)
+        with agreed(parallel.device, ""):
+            named = config.run.resume_from_checkpoint
+            resume_folder = find_checkpoint(named, config.run.output_dir)
+        if resume_folder:
+            check_whole(resume_folder, None, parallel, "--resume_from_checkpoint")
+    elif config.lora.adapter:
+        check_whole(Path(config.lora.adapter), [TENSORS], parallel, "--adapter")
     source = resume_folder or config.lora.adapter
     adapter = None
     if source:

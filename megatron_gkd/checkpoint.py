@@ -6,16 +6,20 @@ OUTPUT/checkpoint-STEP/
     teacher/                      the same two of a teacher that follows the student (lora/average)
     optimizer.safetensors         AdamW's moments, under the adapter's tensor names
     trainer_state.json            step and counters; random state is a function of (seed, step)
+    checkpoint_manifest.json      bytes and digest of each of these, written last, read first
 OUTPUT/latest_checkpoint          name of the last run's newest, empty before its first
 
 All ranks write into these files (checkpoint_files.py), so all must see the output folder.
 """
 
+import errno
 import os
 import platform
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,21 @@ from torch import nn
 
 from megatron_gkd.checkpoint_files import (
     OPTIMIZER,
+    STATE,
     TEACHER_FOLDER,
     check_written,
     create_files,
     num_places,
+    tensor_files,
     write_share,
 )
-from megatron_gkd.checkpoint_state import read_state
+from megatron_gkd.checkpoint_manifest import (
+    MANIFEST,
+    sums_over_ranks,
+    what_is_wrong,
+    write_manifest,
+)
+from megatron_gkd.checkpoint_state import check_step, read_state
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.safetensors_file import open_to_write
 from megatron_gkd.lora.adapter import adapter_slices
@@ -39,7 +51,13 @@ from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import MOMENTS, Optimizer
 from megatron_gkd.output_lock import OutputLock
-from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
+from megatron_gkd.parallel import (
+    Parallel,
+    agreed,
+    from_rank_0,
+    log_rank_0,
+    text_of_rank,
+)
 from megatron_gkd.run_folder import write_atomically
 
 LATEST = "latest_checkpoint"
@@ -108,6 +126,12 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
             return None
         return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
     if not (Path(resume_from) / TENSORS).is_file():
+        for path in (Path(resume_from), Path(resume_from) / TENSORS):
+            if path.is_symlink() and not path.exists():
+                raise FileNotFoundError(
+                    f"--resume_from_checkpoint {resume_from}: {path} is a link "
+                    f"{_where_it_leads(path)}"
+                )
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
             "checkpoint-STEP folder, or latest"
@@ -115,18 +139,92 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
     return Path(resume_from)
 
 
+def _where_it_leads(link: Path) -> str:
+    """Of a link that leads nowhere, for the end of a message."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return f"to {os.readlink(link)}, which is not there"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "that leads in a circle"
+        return f"that cannot be followed: {error.strerror}"
+    return f"to {os.readlink(link)}"
+
+
 def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:
     """What rank 0 finds as `latest`, on every rank: for some seconds a network file system may show
-    an earlier one to another machine, whose ranks would go on from other weights. Raises OSError,
-    on every rank, where rank 0 cannot read the folder. Collectives: those of `agreed` and
-    `text_of_rank`.
+    an earlier one to another machine, whose ranks would go on from other weights. Of checkpoints
+    that are not what was written the newest whole one before them, with a line for each.
+
+    Raises OSError, on every rank, where rank 0 cannot read the folder, ValueError where none of its
+    checkpoints is whole. Collectives: those of `agreed`; for each checkpoint that is looked at
+    those of `text_of_rank` and `what_is_wrong`.
     """
-    found = None
+    found: list[Path] = []
     with agreed(parallel.device, f"--resume_from_checkpoint latest, in {output_dir}: "):
         if parallel.rank == 0:
-            found = find_checkpoint("latest", output_dir)
-    name = text_of_rank(found.name if found else "", 0, parallel.device)
-    return Path(output_dir, name) if name else None
+            found = _latest_first(output_dir)
+    wrong = ""
+    for place in count():
+        name = found[place].name if place < len(found) else ""
+        name = text_of_rank(name, 0, parallel.device)
+        if not name:
+            break
+        wrong = _why_not(Path(output_dir, name), parallel)
+        if not wrong:
+            return Path(output_dir, name)
+        log_rank_0(parallel, f"Note: {name} is skipped, an earlier one is looked for: {wrong}")
+    if wrong:
+        raise ValueError(
+            f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole, the last "
+            f"that was looked at: {wrong}; start anew in another --output_dir"
+        )
+    return None
+
+
+def _latest_first(output_dir: str | Path) -> list[Path]:
+    """`latest`, then the checkpoints before it, newest first; those without an adapter too."""
+    note = Path(output_dir, LATEST)
+    name = note.read_text().strip() if note.is_file() else None
+    steps = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()
+    ]
+    last = next((step for step, path in steps if path.name == name), None)
+    if name == "":
+        return []
+    return [path for step, path in sorted(steps, reverse=True) if last is None or step <= last]
+
+
+def _why_not(folder: Path, parallel: Parallel) -> str:
+    """Why a run cannot go on from `folder`, the same on every rank; "" where it can. Collectives:
+    those of `what_is_wrong`.
+    """
+    error = ""
+    if parallel.rank == 0:
+        try:
+            if not (folder / TENSORS).is_file():
+                raise FileNotFoundError(f"{folder / TENSORS} is missing")
+            if (folder / STATE).is_file():
+                check_step(folder, read_state(folder)["step"])
+        except (OSError, ValueError) as caught:
+            error = str(caught)
+    return what_is_wrong(folder, None, parallel, error)
+
+
+def check_whole(folder: Path, names: Sequence[str] | None, parallel: Parallel, flag: str) -> None:
+    """Raise ValueError, on every rank, where the files of the folder that `flag` names, or of them
+    those of `names`, are not what its manifest says. A folder without a manifest passes.
+    Collectives: those of `what_is_wrong`.
+    """
+    wrong = what_is_wrong(folder, names, parallel)
+    if wrong:
+        raise ValueError(
+            f"{flag} {folder}: {wrong}; give another checkpoint, or remove "
+            f"{folder / MANIFEST} to use the files as they are"
+        )
 
 
 def note_latest(output_dir: str | Path, folder: Path | None) -> None:
@@ -160,8 +258,8 @@ def save_checkpoint(
     `model` is the bare decoder stage. A kill at any moment leaves the earlier checkpoints, and this
     one whole or not at all. Raises OSError, on every rank, where one of them cannot write, whatever
     the reason; nothing half-written stays. Collectives: four maxima of one number over the world,
-    and a broadcast of two numbers and one for each tower; where a rank has failed, a broadcast of
-    its message.
+    a broadcast of two numbers and one for each tower, and a sum of four numbers for each of
+    `tensor_files`; where a rank has failed, a broadcast of its message.
     """
     final = checkpoint_folder(output_dir, step)
     partial = final.with_name(f".{final.name}.partial")
@@ -191,8 +289,12 @@ def save_checkpoint(
             )
         with agreed(device, writes):
             check_written(written)
+        names = tensor_files(optimizer is not None, teacher)
+        own = [written[partial / name].digest if partial / name in written else 0 for name in names]
+        digests = dict(zip(names, sums_over_ranks(own, device), strict=True))
         with agreed(device, writes):
             if parallel.rank == 0:
+                write_manifest(partial, step, digests)
                 _replace(partial, final)
                 note_latest(output_dir, final)
     except BaseException:  # a full disk: what was written so far would keep it full

@@ -49,10 +49,13 @@ TEACHER_FOLDER = "teacher"
 
 
 class Written(NamedTuple):
-    """What a rank has written into one file: bytes, and some of them to look at again."""
+    """What a rank has written into one file: bytes, some of them to look at again, and their share
+    of the file's digest.
+    """
 
     num_bytes: int
     edges: list[Edge]
+    digest: int
 
 
 def create_files(
@@ -102,6 +105,12 @@ def create_files(
         for prefix in _tower_prefixes(model_args)
     ]
     return [len(header), len(of_optimizer), *(number // FLOAT32_BYTES for number in of_each)]
+
+
+def tensor_files(optimizer: bool, teacher: bool) -> list[str]:
+    """The files that all ranks write, by their path in a checkpoint."""
+    of_teacher = [f"{TEACHER_FOLDER}/{TENSORS}"] if teacher else []
+    return [TENSORS, *of_teacher, *([OPTIMIZER] if optimizer else [])]
 
 
 def num_places(model_args: ModelArgs) -> int:
@@ -156,7 +165,7 @@ def check_written(written: dict[Path, Written]) -> None:
     """Once all ranks have written: raise OSError where what this one wrote is not there. Reads a
     few bytes.
     """
-    for path, (_, edges) in written.items():
+    for path, (_, edges, _) in written.items():
         check_edges(path, edges)
 
 

@@ -1,33 +1,116 @@
 """trainer_state.json of a checkpoint: what it must have, read and checked."""
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_gkd.checkpoint_files import STATE
+from megatron_gkd.checkpoint_files import OPTIMIZER, STATE
 
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
+_MOST_STEPS = 10**9 - 1
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class Form(NamedTuple):
+    """What a field may hold, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+_COUNT = Form(
+    f"a whole number from 0 to {_MOST_STEPS:,}",
+    lambda value: type(value) is int and 0 <= value <= _MOST_STEPS,
+)
+_ABOVE_0 = Form("a number above 0", lambda value: _is_number(value) and value > 0)
+_OBJECT = Form("a JSON object", lambda value: isinstance(value, dict))
+_TRUTH = Form("true or false", lambda value: isinstance(value, bool))
+
+_FORMS = {
+    "step": _COUNT,
+    "num_updates": _COUNT,
+    "loss_scale": _OBJECT,
+    "lora": _OBJECT,
+    "settings": _OBJECT,
+    "data": _OBJECT,
+    "teacher": _TRUTH,
+    "bad_in_a_row": _COUNT,
+}
+_LORA_FORMS = {
+    "rank": Form("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "alpha": _ABOVE_0,
+    "targets": Form("a list of names", _are_names),
+    "use_rslora": _TRUTH,
+    "dropout": Form("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "towers": _TRUTH,
+}
+_LORA_KEYS = ("rank", "alpha", "targets", "towers")
 
 
 def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
     """trainer_state.json, which must have `more_keys` too. Raises FileNotFoundError for a
-    checkpoint that holds only the adapter, ValueError naming the file where it is damaged.
+    checkpoint that holds only the adapter, or lacks the file; ValueError naming the file and the
+    field where it is damaged.
     """
-    if not (folder / STATE).is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {folder}: holds only the adapter (--save_only_model); "
-            f"start from it with --adapter {folder}"
-        )
+    path = folder / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume_from_checkpoint {folder}: {_why_no_state(folder)}")
     try:
-        state = json.loads((folder / STATE).read_text())
-        missing = {*_STATE_KEYS, *more_keys} - state.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / STATE}: damaged ({error}); resume from another checkpoint"
-        ) from error
+        state = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); resume from another checkpoint") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: damaged (not a JSON object); resume from another checkpoint")
+    missing = {*_STATE_KEYS, *more_keys} - state.keys()
     if missing:
         raise ValueError(
-            f"{folder / STATE}: lacks {', '.join(sorted(missing))}; resume from another "
+            f"{path}: lacks {', '.join(sorted(missing))}; resume from another "
             f"checkpoint, or start from its weights with --adapter {folder}"
         )
+    _check(path, state, _FORMS, "")
+    lacking = [key for key in _LORA_KEYS if key not in state["lora"]]
+    if lacking:
+        raise ValueError(f"{path}: lora lacks {', '.join(lacking)}; resume from another checkpoint")
+    _check(path, state["lora"], _LORA_FORMS, "lora.")
     return state
+
+
+def check_step(folder: Path, step: int) -> None:
+    """Raise ValueError where `folder` is checkpoint-N and its state is of another step."""
+    match = _FOLDER.fullmatch(folder.name)
+    if match and int(match[1]) != step:
+        raise ValueError(
+            f"{folder / STATE}: step is {step:,}, and the folder's name says {int(match[1]):,}: "
+            "of another checkpoint; resume from another one"
+        )
+
+
+def _check(path: Path, values: dict[str, Any], forms: dict[str, Form], before: str) -> None:
+    for field, (words, holds) in forms.items():
+        if field in values and not holds(values[field]):
+            stated = repr(values[field])
+            stated = stated if len(stated) <= 60 else f"{stated[:60]}..."
+            raise ValueError(
+                f"{path}: {before}{field} is {stated}, and must be {words}; resume from another "
+                "checkpoint"
+            )
+
+
+def _why_no_state(folder: Path) -> str:
+    if (folder / OPTIMIZER).is_file():
+        return (
+            f"{STATE} is missing beside {OPTIMIZER}, the checkpoint is not complete; resume from "
+            f"another one, or start from its weights with --adapter {folder}"
+        )
+    return f"holds only the adapter (--save_only_model); start from it with --adapter {folder}"

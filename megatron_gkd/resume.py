@@ -21,6 +21,7 @@ from megatron_gkd.config import Config, default_settings
 from megatron_gkd.data import SampleDataset
 from megatron_gkd.identity import WILL_DIFFER, changed_rows, data_state, run_settings
 from megatron_gkd.lora.adapter import applied
+from megatron_gkd.lora.peft_config import CONFIG
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.lora_settings import scale_divisor
 from megatron_gkd.lora_targets import describe_targets
@@ -43,6 +44,8 @@ def resume(
 ) -> Progress:
     """The state of the checkpoint `folder`, if one is resumed (its LoRA weights, `adapter`, are in
     the model). Another rank or other linears than the checkpoint's begin a new stage at step 0.
+
+    Raises ValueError naming a file of the checkpoint that contradicts another one of it.
     """
     if folder is None or adapter is None:
         return Progress()
@@ -98,7 +101,16 @@ def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
     """
     found = {"targets": adapter.targets}
     if (folder / STATE).is_file():
-        return read_state(folder)["lora"] | found
+        lora = read_state(folder)["lora"]
+        for name, setting in (("alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
+            stated, known = adapter.config.get(setting, False), lora.get(name, False)
+            if stated != known:
+                raise ValueError(
+                    f"{folder / CONFIG}: {setting} is {stated}, and {STATE} beside it says "
+                    f"{known}: one of them was changed or is of another checkpoint; write the "
+                    "number there that the adapter was trained with"
+                )
+        return lora | found
     return found | {
         "rank": adapter.rank,
         "alpha": adapter.stated_alpha,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from megatron_gkd import checkpoint, flags
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
+from megatron_gkd.checkpoint_manifest import MANIFEST
 from tests.ranks import run_ranks
 from tests.train_runs import (
     SMALL,
@@ -228,7 +229,11 @@ def test_limit_and_a_run_in_the_folder_of_another(data, tmp_path):
 def test_only_the_adapter(data, tmp_path):
     run_training(1, flags_of_run(data, tmp_path, save_only_model=True, max_steps=1))
     folder = tmp_path / "checkpoint-1"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", TENSORS]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        TENSORS,
+        MANIFEST,
+    ]
     with pytest.raises(RuntimeError, match="SystemExit") as error:
         run_training(1, flags_of_run(data, tmp_path, max_steps=2, resume_from_checkpoint=folder))
     assert (
@@ -245,6 +250,7 @@ def test_files_that_are_missing_or_wrong(data, tmp_path):
     def damaged(name: str, text: str | None) -> Path:
         copy = tmp_path / f"{name} {text}" / "checkpoint-1"
         shutil.copytree(folder, copy)
+        (copy / MANIFEST).unlink()  # as a checkpoint of an earlier version
         if text is None:
             (copy / name).unlink()
         else:
@@ -344,6 +350,7 @@ def test_other_settings_than_before_are_said(data, tmp_path):
         del state["settings"][name]
     del state["teacher"], state["lora"]["use_rslora"]
     path.write_text(json.dumps(state))
+    (path.parent / MANIFEST).unlink()
     flags = dict(
         lmbda=0, max_steps=2, learning_rate=0.02, max_bad_steps=3, dataset=data["val_dataset"]
     )

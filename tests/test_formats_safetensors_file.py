@@ -47,7 +47,7 @@ def test_the_file_is_that_of_safetensors(tensors, tmp_path, monkeypatch):
     assert not any(tensor.any() for tensor in load_file(tmp_path / "ours").values())
     assert len(synced) == 1
     runs = [Run(starts[name], tensor.flatten()) for name, tensor in tensors.items()]
-    num_bytes, edges = write_runs(tmp_path / "ours", runs)
+    num_bytes, edges, _ = write_runs(tmp_path / "ours", runs)
     assert len(synced) == 2
     assert num_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -82,7 +82,7 @@ def test_a_writer_that_took_a_whole_page(tensors, tmp_path, monkeypatch, place, 
     monkeypatch.setattr(safetensors_file, "_EDGE_BYTES", 8)  # the tensor in the middle has 28
     starts, names = made_file(tensors, tmp_path / "file"), sorted(tensors)
     middle, other = names[1], names[place]
-    _, edges = write_runs(tmp_path / "file", [Run(starts[middle], tensors[middle].flatten())])
+    _, edges, _ = write_runs(tmp_path / "file", [Run(starts[middle], tensors[middle].flatten())])
     check_edges(tmp_path / "file", edges)
     with open(tmp_path / "file", "r+b") as file:
         file.seek(starts[other] + more)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.formats.stored_tensor import BLOCK_BYTES, memory
+from megatron_gkd.formats.word_sum import added, word_sum
 
 FLOAT32_BYTES = 4
 _EDGE_BYTES = 64  # of what a process has written, read once more at both ends
@@ -103,14 +104,15 @@ def open_to_write(path: Path) -> int:
             os.listdir(path.parent)  # has the file system ask for the names again
 
 
-def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge]]:
+def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge], int]:
     """Write `runs`, none of which overlap, into a file that is there; they are on the disk when
-    this returns. (bytes written, what to look at again once all have written).
+    this returns. (bytes written, what to look at again once all have written, their share of the
+    file's word_sum).
 
     BLOCK_BYTES at a time are gathered on the device and copied to the host; neighbours in the file
     are one write.
     """
-    num_bytes, edges = 0, []
+    num_bytes, edges, digest = 0, [], 0
     descriptor = open_to_write(path)
     try:
         for block in _blocks(sorted(_cut(runs), key=lambda run: run.start)):
@@ -119,6 +121,7 @@ def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge]]:
             for start, stop in _ranges(block):
                 content = data[first : first + stop - start]
                 write_all(descriptor, content, start)
+                digest = added([digest, word_sum(content, start)])
                 first += stop - start
                 edges.append(Edge(start, bytes(content[:_EDGE_BYTES])))
                 tail = bytes(content[-_EDGE_BYTES:])
@@ -128,7 +131,7 @@ def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge]]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return num_bytes, edges
+    return num_bytes, edges, digest
 
 
 def check_edges(path: Path, edges: Iterable[Edge]) -> None:

@@ -47,11 +47,25 @@ def _are_layers(value: Any) -> bool:
     return all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
 
 
+def _is_text_or_names(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return all(isinstance(name, str) for name in names)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rank_pattern": ("numbers above 0 by module", _is_pattern),
     "alpha_pattern": ("numbers above 0 by module", _is_pattern),
     "layers_to_transform": ("a number or a list of numbers", _are_layers),
     "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "target_modules": ("a name, a pattern or a list of names", _is_text_or_names),
+    "exclude_modules": ("a name, a pattern or a list of names", _is_text_or_names),
+    "lora_dropout": ("a number from 0 to 1", _is_share),
+    "base_model_name_or_path": ("a name", lambda value: isinstance(value, str)),
+    "layers_pattern": ("a name, a pattern or a list of names", _is_text_or_names),
 }
 
 
@@ -61,19 +75,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not the settings of an adapter, a JSON object")
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{path}: peft_type {config.get('peft_type')!r}, and only LORA adapters load; where "
-            f"peft can merge that kind, {_MERGE}"
+            f"{path}: peft_type {_short(config.get('peft_type'))}, and only LORA adapters load; "
+            f"where peft can merge that kind, {_MERGE}"
         )
     for setting in ("lora_alpha", "r"):
         if not _is_positive(config.get(setting)):
-            stated = repr(config[setting]) if setting in config else "missing"
+            stated = _short(config[setting]) if setting in config else "missing"
             raise ValueError(
                 f"{path}: {setting} is {stated}, and the scale alpha / r of the update is unknown: "
                 "write the number there that the adapter was trained with"
@@ -81,20 +95,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     for setting, allowed in _FORMS.items():
         words, holds = allowed
         if config.get(setting) is not None and not holds(config[setting]):
-            raise ValueError(f"{path}: {setting} is {config[setting]!r}, and must be {words}")
+            raise ValueError(f"{path}: {setting} is {_short(config[setting])}, and must be {words}")
     for setting, neutral in _PLAIN.items():
         if config.get(setting) not in (None, neutral):
             raise ValueError(
-                f"{path}: {setting} = {config[setting]!r} is not supported (expected {neutral!r}); "
-                f"{_MERGE}, or train it without"
+                f"{path}: {setting} = {_short(config[setting])} is not supported "
+                f"(expected {neutral!r}); {_MERGE}, or train it without"
             )
     if config.get("init_lora_weights") not in _STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights = {config['init_lora_weights']!r} belongs to a changed "
-            f"base model; save it as plain LoRA with PEFT (save_pretrained with "
+            f"{path}: init_lora_weights = {_short(config['init_lora_weights'])} belongs to a "
+            f"changed base model; save it as plain LoRA with PEFT (save_pretrained with "
             f"path_initial_model_for_weight_conversion), or {_MERGE}"
         )
     return config
+
+
+def _short(value: Any) -> str:
+    """As Python writes it, the beginning where that is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def pattern_value(

@@ -16,7 +16,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.parameters import lora_sizes
 
 HEADER_BYTES = 160  # of a tensor in a file's header: a long name and its offsets
-NUM_COLLECTIVES = 5  # of a save, each of a few numbers, whatever the world
+NUM_COLLECTIVES = 6  # of a save, each of a few numbers, whatever the world
 
 
 @dataclass(frozen=True)
