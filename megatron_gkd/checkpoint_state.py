@@ -45,7 +45,12 @@ _FORMS = {
     "settings": _OBJECT,
     "data": _OBJECT,
     "teacher": _TRUTH,
+    "on_policy_steps": _COUNT,
+    "skipped_steps": _COUNT,
     "bad_in_a_row": _COUNT,
+    "has_learned": _TRUTH,
+    "zero_gradient_steps": _COUNT,
+    "zero_gradients_in_a_row": _COUNT,
 }
 _LORA_FORMS = {
     "rank": Form("a whole number above 0", lambda value: type(value) is int and value > 0),

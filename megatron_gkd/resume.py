@@ -30,6 +30,9 @@ from megatron_gkd.optimizer import Optimizer, Update
 from megatron_gkd.parallel import Parallel, log_rank_0
 from megatron_gkd.run import Progress, Run
 
+# of `Progress`, in checkpoints of all versions
+_COUNTED_ALWAYS = ("step", "on_policy_steps", "skipped_steps", "bad_in_a_row")
+
 
 def resume(
     config: Config,
@@ -63,7 +66,7 @@ def resume(
             "function is unchanged; the optimizer starts anew at step 0",
         )
         return Progress()
-    state = read_state(folder, "settings", *Progress.__dataclass_fields__)
+    state = read_state(folder, "settings", *_COUNTED_ALWAYS)
     load_checkpoint(
         folder,
         model=model,
@@ -90,7 +93,8 @@ def resume(
             f"Nothing is left to do: the checkpoint is at step {state['step']}, the run ends at "
             f"{total_steps} (--max_steps, --num_train_epochs)",
         )
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    known = {name: state[name] for name in Progress.__dataclass_fields__ if name in state}
+    progress = Progress(**known)
     return replace(progress, bad_in_a_row=0)
 
 

@@ -39,6 +39,11 @@ class Progress:
     on_policy_steps: int = 0
     skipped_steps: int = 0
     bad_in_a_row: int = 0
+    has_learned: bool = False
+    """Some update had a gradient that was not exactly 0"""
+    zero_gradient_steps: int = 0
+    """Updates after that one whose gradient was exactly 0"""
+    zero_gradients_in_a_row: int = 0
 
     def count(self, update: Update, on_policy: bool) -> None:
         """One more step is done, or was skipped. A float16 overflow is skipped but not bad; an
@@ -51,6 +56,11 @@ class Progress:
             self.bad_in_a_row = 0
         elif self.bad_in_a_row or not update.empty:
             self.bad_in_a_row += 1
+        if update.applied:
+            is_zero = self.has_learned and update.grad_norm == 0
+            self.zero_gradient_steps += is_zero
+            self.zero_gradients_in_a_row = self.zero_gradients_in_a_row + 1 if is_zero else 0
+            self.has_learned = self.has_learned or update.grad_norm != 0
 
 
 @dataclass(frozen=True)
@@ -323,6 +333,7 @@ class Run:
             **of_template,
             "on_policy_share": self.progress.on_policy_steps / step,
             "skipped_steps": self.progress.skipped_steps,
+            "zero_gradient_steps": self.progress.zero_gradient_steps,
             "micro_batches": counts.num_micro_batches,
             "padding": counts.padding,
             "tokens_per_second": counts.num_tokens / step_time,

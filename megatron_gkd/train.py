@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from megatron_gkd.build import build_run
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
-from megatron_gkd.health import check_health
+from megatron_gkd.health import check_health, summary
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.model.transformer_config import DTYPES
@@ -90,6 +90,9 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
                     stop = still_ours(log_evaluation(run, requests), config)
                     if stop and run.saved_step < run.progress.step:
                         save_if_due(run, result.update, ends=True)
+                ends = run.is_complete or stop
+                if ends and (line := summary(run.progress, run.global_batch_size)):
+                    log_rank_0(parallel, line)
                 if stop and not run.is_complete:
                     step, steps_of_run = run.progress.step, run.total_steps
                     log_rank_0(parallel, stopped_line(stop, step, steps_of_run, way_on(run)))

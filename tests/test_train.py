@@ -46,6 +46,7 @@ METRICS |= {
     "top1_agreement",
     "token_accuracy",
     "skipped_steps",
+    "zero_gradient_steps",
 }
 METRICS |= {
     "response_length",

@@ -80,6 +80,9 @@ GROUPS = (
             Metric("learning_rate", "Learning rate", by_kind=False),
             Metric("on_policy_share", "On-policy steps so far", "%", 100.0, by_kind=False),
             Metric("skipped_steps", "Skipped steps so far", "steps", by_kind=False),
+            Metric(
+                "zero_gradient_steps", "Steps with a gradient of 0 so far", "steps", by_kind=False
+            ),
         ),
     ),
     Group(

@@ -313,6 +313,8 @@ def _remarks(record: RunRecord) -> list[str]:
     last = record.metrics[-1] if record.metrics else {}
     if skipped := number(last.get("skipped_steps")):
         remarks.append(f"{skipped:.0f} skipped steps")
+    if zero := number(last.get("zero_gradient_steps")):
+        remarks.append(f"{zero:.0f} steps with a gradient of exactly 0")
     written = [line for line in record.metrics if number(line.get("truncated_responses"))]
     if written:
         count = sum(int(line["truncated_responses"]) for line in written)
