@@ -32,7 +32,7 @@ from megatron_gkd.plan.memory import check_memory
 from megatron_gkd.plan.towers import read_towers
 from megatron_gkd.plan.workload import workload
 from megatron_gkd.recompute import Recomputation
-from megatron_gkd.resume import note_start, resume
+from megatron_gkd.resume import check_room, note_start, resume
 from megatron_gkd.rollout.rollout import Rollout, make_rollout
 from megatron_gkd.rollout_log import RolloutLog, num_logged_rollouts, text_decoder
 from megatron_gkd.run import Run, eval_budget, largest_micro_batch, packing, step_budget
@@ -121,6 +121,7 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
         enabled=parallel.rank == 0,
         trackers=trackers,
     )
+    check_room(config, parallel, num_parameters, progress.step)
     note_start(config, parallel, resume_folder)
     recomputation = None
     if config.model.recompute == "auto":

@@ -14,9 +14,7 @@ All ranks write into these files (checkpoint_files.py), so all must see the outp
 
 import errno
 import os
-import platform
 import re
-import secrets
 import shutil
 from collections.abc import Sequence
 from itertools import count
@@ -44,13 +42,11 @@ from megatron_gkd.checkpoint_manifest import (
 )
 from megatron_gkd.checkpoint_state import check_step, read_state
 from megatron_gkd.formats.job import sync
-from megatron_gkd.formats.safetensors_file import open_to_write
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.slots import TEACHER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import MOMENTS, Optimizer
-from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import (
     Parallel,
     agreed,
@@ -62,40 +58,6 @@ from megatron_gkd.run_folder import write_atomically
 
 LATEST = "latest_checkpoint"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-
-
-def check_output_dir(
-    output_dir: str, parallel: Parallel, lock: OutputLock, take_over: bool
-) -> None:
-    """Raise OSError, on every rank, unless rank 0 can make files in --output_dir and all others can
-    write to them, as in a save: before hours go into the steps up to the first. Rank 0 takes the
-    `lock` of the folder, see `OutputLock.acquire`.
-
-    Collectives: two maxima and a broadcast of one number over the world.
-    """
-    device, number, made = parallel.device, secrets.randbits(62), None
-    try:
-        with agreed(device, f"--output_dir {output_dir}, rank 0: "):
-            if parallel.rank == 0:
-                if os.path.exists(output_dir) and not os.path.isdir(output_dir):
-                    raise NotADirectoryError("it is a file, choose another name")
-                os.makedirs(output_dir, exist_ok=True)
-                made = _shown_file(output_dir, number)
-                made.touch(exist_ok=False)
-                lock.acquire(take_over)
-        (number,) = from_rank_0([number], device)
-        where = f"--output_dir {output_dir} must be one folder for all ranks: rank {parallel.rank} "
-        where += f"(on {platform.node()}) cannot write to what rank 0 has made there: "
-        with agreed(device, where):
-            if parallel.rank != 0:
-                os.close(open_to_write(_shown_file(output_dir, number)))
-    finally:
-        if made is not None:
-            made.unlink(missing_ok=True)
-
-
-def _shown_file(output_dir: str, number: int) -> Path:
-    return Path(output_dir, f".shown-{number:x}")
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
@@ -263,7 +225,8 @@ def save_checkpoint(
     """
     final = checkpoint_folder(output_dir, step)
     partial = final.with_name(f".{final.name}.partial")
-    device, writes = parallel.device, f"rank {parallel.rank} cannot write its part of {partial}: "
+    device, part = parallel.device, f"rank {parallel.rank} cannot write its part of {partial}"
+    writes = f"{part} (earlier checkpoints stay as they are): "
     places = [0] * num_places(model_args)
     try:
         with agreed(device, writes):
@@ -380,8 +343,6 @@ def _replace(partial: Path, final: Path) -> None:
 
 def _tidy(output_dir: Path) -> None:
     """What a kill left: a half-written folder goes, one that was moved aside comes back."""
-    for path in output_dir.glob(f"{LATEST}.*.tmp"):
-        path.unlink()
     for path in output_dir.glob(".checkpoint-*"):
         final = path.with_name(path.stem.removeprefix("."))
         if path.suffix == ".old" and not final.exists():

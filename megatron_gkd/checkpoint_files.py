@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from megatron_gkd.errors import naming
 from megatron_gkd.families import Family
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.safetensors_file import (
@@ -230,5 +231,6 @@ def _tower_prefixes(model_args: ModelArgs) -> list[str]:
 
 
 def _save_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    sync(path)
+    with naming(path):
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        sync(path)

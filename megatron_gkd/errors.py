@@ -1,8 +1,11 @@
 """What can be wrong with a data set: one bad row (`RowError`, `BadRow`), or the run's data as a
-whole (`DataError`).
+whole (`DataError`); which file an error of the system is about.
 """
 
+import os
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 MAX_LISTED = 20
@@ -47,6 +50,17 @@ class BrokenCell:
 
     def __repr__(self) -> str:
         return "(unreadable)"
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError inside that names no file (the disk is full) names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 def short_repr(value: Any) -> str:

@@ -19,6 +19,7 @@ from megatron_gkd.checkpoint_files import STATE
 from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.config import Config, default_settings
 from megatron_gkd.data import SampleDataset
+from megatron_gkd.formats.safetensors_file import FLOAT32_BYTES
 from megatron_gkd.identity import WILL_DIFFER, changed_rows, data_state, run_settings
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_config import CONFIG
@@ -27,7 +28,8 @@ from megatron_gkd.lora_settings import scale_divisor
 from megatron_gkd.lora_targets import describe_targets
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update
-from megatron_gkd.parallel import Parallel, log_rank_0
+from megatron_gkd.output_dir import check_space
+from megatron_gkd.parallel import Parallel, agreed, log_rank_0
 from megatron_gkd.run import Progress, Run
 
 # of `Progress`, in checkpoints of all versions
@@ -137,6 +139,27 @@ def note_start(config: Config, parallel: Parallel, resume_folder: Path | None) -
             f"({', '.join(earlier)}); latest_checkpoint names this run's newest",
         )
     note_latest(config.run.output_dir, resume_folder)
+
+
+def check_room(
+    config: Config, parallel: Parallel, num_parameters: dict[str, int], step: int
+) -> None:
+    """Raise OSError, on every rank, where not even one checkpoint fits on the disk; say where not
+    all do that the run will hold. step: that it begins with. Collectives: those of `agreed`.
+    """
+    adapters = num_parameters["trainable"] * (1 + config.distill.teacher_follows)
+    moments = 0 if config.run.save_only_model else 2 * num_parameters["trainable"]
+    left, every = config.train.max_steps - step, config.run.save_steps
+    with agreed(parallel.device, ""):
+        if parallel.rank == 0:
+            note = check_space(
+                config.run.output_dir,
+                FLOAT32_BYTES * (adapters + moments),
+                -(-max(left, 0) // every),
+                config.run.save_total_limit,
+            )
+            if note:
+                log_rank_0(parallel, note)
 
 
 def save_if_due(run: Run, update: Update, ends: bool) -> None:

@@ -7,12 +7,12 @@ import platform
 from dataclasses import replace
 from functools import partial
 
-from megatron_gkd.checkpoint import check_output_dir
 from megatron_gkd.config import Config, flag_targets, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
 from megatron_gkd.errors import DataError
 from megatron_gkd.model.args import ModelArgs, read_model_args
+from megatron_gkd.output_dir import check_output_dir
 from megatron_gkd.output_lock import OutputLock
 from megatron_gkd.parallel import Parallel, first_error, from_rank_0, log_rank_0, world_max
 from megatron_gkd.trackers import check_installed

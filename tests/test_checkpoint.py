@@ -492,6 +492,6 @@ def test_what_one_rank_cannot_write_is_said_by_all(data, tmp_path, write, why):
     """Also what is a mistake of the code, which its own rank raises as it is."""
     argv = flags_of_run(data, tmp_path, max_steps=1, lmbda=0, **layout_flags(tp=2))
     first, second = run_ranks(_save_where_one_rank_cannot, 2, argv, write)
-    assert re.fullmatch(f"rank 1 cannot write its part of .*: {re.escape(why)}", first)
+    assert re.fullmatch(f"rank 1 cannot write its part of .*: {re.escape(why)}.*", first)
     assert second == (why if "Attribute" in why else first)
     assert not list(tmp_path.glob("*checkpoint-1*"))

@@ -15,7 +15,6 @@ from megatron_gkd.adapters import resolve
 from megatron_gkd.checkpoint import (
     LATEST,
     _tidy,
-    check_output_dir,
     checkpoints,
     latest_of_rank_0,
     note_latest,
@@ -25,6 +24,7 @@ from megatron_gkd.config import parse_config
 from megatron_gkd.formats import safetensors_file
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.output_dir import check_output_dir
 from megatron_gkd.output_lock import OutputLock
 from tests.ranks import run_ranks
 from tests.reference_step import write_adapter

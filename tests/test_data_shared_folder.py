@@ -5,6 +5,8 @@ it.
 import errno
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -231,3 +233,35 @@ def test_a_disk_without_locks_is_named(temporary, monkeypatch):
     ):
         made_once(list, list)
     assert os.listdir(temporary) == []
+
+
+def test_what_killed_processes_left_is_removed(temporary, monkeypatch):
+    """Folders whose processes are all dead; not one whose process lives, has another machine, or
+    holds its lock in a container where its number is free here.
+    """
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    machine = shared_folder._machine()
+    for name, words in {
+        "dead": [f"{machine} {dead.pid}"] * 2,
+        "lives": [f"{machine} {dead.pid}", f"{machine} {os.getpid()}"],
+        "elsewhere": [f"other {dead.pid}"],
+        "begins": [""],
+        "locked": [f"{machine} {dead.pid}"],
+    }.items():
+        folder = temporary / f"megatron_gkd-{name}"
+        folder.mkdir()
+        for number, text in enumerate(words):
+            (folder / f"rank-{number:08d}").write_text(text)
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    lock += "print(flush=True); sys.stdin.read()"
+    path = temporary / "megatron_gkd-locked" / "rank-00000000"
+    with subprocess.Popen(
+        [sys.executable, "-c", lock, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        assert made_once(lambda folder: "made", lambda made: made) == "made"
+        holder.stdin.close()
+    left = {path.name.removeprefix("megatron_gkd-") for path in temporary.iterdir()}
+    assert left == {"lives", "elsewhere", "begins", "locked"}

@@ -34,7 +34,7 @@ def start(rank, world_size, argv):
     "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
 )
 def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
-    """Over the world six maxima of a number and two broadcasts of few, for the output folder, the
+    """Over the world seven maxima of a number and two broadcasts of few, for the output folder, the
     data and the weights; and the weights themselves once.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
@@ -52,7 +52,7 @@ def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
         of_ranks = run_ranks(start, dp * replica, argv)
         for calls, weights, _ in of_ranks:
             maxima = [call for call in calls if call[0] == "all_reduce"]
-            assert maxima == [("all_reduce", "world", 8, 8)] * 6
+            assert maxima == [("all_reduce", "world", 8, 8)] * 7
             broadcasts = [call for call in calls if call[0] == "broadcast"]
             few = [broadcasts.pop(0), broadcasts.pop(0)]
             assert few == [("broadcast", "world", size, size) for size in (8, 32)]

@@ -5,6 +5,7 @@ machine, not once per rank, and all ranks memory-map the same files.
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from megatron_gkd.errors import DataError
 
 Result = TypeVar("Result")
-_OUTCOME, _LOCK = "outcome.json", "rank-"
+_PREFIX, _OUTCOME, _LOCK = "megatron_gkd-", "outcome.json", "rank-"
 
 
 def alone(number: int) -> int:
@@ -46,6 +47,7 @@ def made_once(
     collective, so ranks wait for its end at a file lock, which is released even if the process that
     holds it dies.
     """
+    _remove_leftovers()
     folder = _meeting_place(world_max(secrets.randbits(62)))
     own, lock, locks = f"{_LOCK}{rank:08d}", None, []
     try:
@@ -71,16 +73,38 @@ def _meeting_place(run: int) -> str:
     machines may have the same file system there, but locks only on some.
     """
     name = hashlib.blake2b(f"{run} {_machine()}".encode(), digest_size=8).hexdigest()
-    folder = os.path.join(tempfile.gettempdir(), f"megatron_gkd-{name}")
+    folder = os.path.join(tempfile.gettempdir(), f"{_PREFIX}{name}")
     os.makedirs(folder, 0o700, exist_ok=True)
     return folder
+
+
+def _remove_leftovers() -> None:
+    """Meeting places of this machine whose processes are all dead, each by its number and its lock:
+    in another container the number is another process's.
+    """
+    for folder in glob.glob(os.path.join(tempfile.gettempdir(), f"{_PREFIX}*")):
+        locks = glob.glob(os.path.join(folder, f"{_LOCK}*"))
+        if locks and all(map(_is_of_the_dead, locks)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of_the_dead(lock: str) -> bool:
+    try:
+        with open(lock, "r+") as file:
+            machine, pid = file.read().split()
+            if machine != _machine() or os.path.exists(f"/proc/{pid}"):
+                return False
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _machine() -> str:
     """An id of the machine: file locks work between its processes."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read()
+            return file.read().strip()
     except OSError:
         return platform.node()
 
@@ -97,6 +121,8 @@ class _Lock:
             raise DataError(
                 f"{self.file.name} cannot be locked ({error}): TMPDIR=FOLDER names a local disk"
             ) from error
+        self.file.write(f"{_machine()} {os.getpid()}")
+        self.file.flush()
 
     def release(self) -> None:
         self.file.close()

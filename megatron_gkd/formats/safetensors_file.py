@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_gkd.errors import naming
 from megatron_gkd.formats.stored_tensor import BLOCK_BYTES, memory
 from megatron_gkd.formats.word_sum import added, word_sum
 
@@ -81,9 +82,10 @@ def write_header(path: Path, header: bytes, num_bytes: int) -> None:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.ftruncate(descriptor, 8 + len(header) + num_bytes)
-        write_all(descriptor, len(header).to_bytes(8, "little") + header, 0)
-        os.fsync(descriptor)
+        with naming(path):
+            os.ftruncate(descriptor, 8 + len(header) + num_bytes)
+            write_all(descriptor, len(header).to_bytes(8, "little") + header, 0)
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -115,20 +117,21 @@ def write_runs(path: Path, runs: Iterable[Run]) -> tuple[int, list[Edge], int]:
     num_bytes, edges, digest = 0, [], 0
     descriptor = open_to_write(path)
     try:
-        for block in _blocks(sorted(_cut(runs), key=lambda run: run.start)):
-            data = memory(torch.cat([run.values for run in block]).cpu())
-            first = 0
-            for start, stop in _ranges(block):
-                content = data[first : first + stop - start]
-                write_all(descriptor, content, start)
-                digest = added([digest, word_sum(content, start)])
-                first += stop - start
-                edges.append(Edge(start, bytes(content[:_EDGE_BYTES])))
-                tail = bytes(content[-_EDGE_BYTES:])
-                edges.append(Edge(stop - len(tail), tail))
-            num_bytes += len(data)
-            edges = [edges[0], edges[-1]]
-        os.fsync(descriptor)
+        with naming(path):
+            for block in _blocks(sorted(_cut(runs), key=lambda run: run.start)):
+                data = memory(torch.cat([run.values for run in block]).cpu())
+                first = 0
+                for start, stop in _ranges(block):
+                    content = data[first : first + stop - start]
+                    write_all(descriptor, content, start)
+                    digest = added([digest, word_sum(content, start)])
+                    first += stop - start
+                    edges.append(Edge(start, bytes(content[:_EDGE_BYTES])))
+                    tail = bytes(content[-_EDGE_BYTES:])
+                    edges.append(Edge(stop - len(tail), tail))
+                num_bytes += len(data)
+                edges = [edges[0], edges[-1]]
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return num_bytes, edges, digest
