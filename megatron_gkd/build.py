@@ -16,6 +16,7 @@ from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.device_memory import DeviceMemory, device_name
 from megatron_gkd.formats.loading import load_weights
 from megatron_gkd.gradients import in_gradient_reducer
+from megatron_gkd.identity import identity_state
 from megatron_gkd.lora.apply import expert_columns
 from megatron_gkd.lora.peft_folder import PeftAdapter
 from megatron_gkd.loss.divergence import KINDS
@@ -154,6 +155,7 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
         rollout_log=rollout_log,
         writer=writer,
         progress=progress,
+        identity=identity_state(config) if parallel.rank == 0 else {},
         clock=Clock(parallel.device),
         memory=memory,
         recomputation=recomputation,

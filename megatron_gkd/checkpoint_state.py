@@ -44,6 +44,7 @@ _FORMS = {
     "lora": _OBJECT,
     "settings": _OBJECT,
     "data": _OBJECT,
+    "identity": _OBJECT,
     "teacher": _TRUTH,
     "on_policy_steps": _COUNT,
     "skipped_steps": _COUNT,

@@ -21,5 +21,10 @@ class FaultConfig:
         "that cannot be ended, on a machine that does not answer.",
     )
 
+    allow_changed_inputs: bool = setting(
+        False,
+        "Resume though rows or base weights are not those that the checkpoint was trained with.",
+    )
+
     def __post_init__(self):
         require_at_least(self, 1, "collective_timeout")

@@ -1,13 +1,22 @@
-"""What a run depends on, written down so that it can be compared where it meets again: when a
-checkpoint is resumed.
+"""What a run depends on, written down and compared where it meets again: between the ranks at the
+start, and when a checkpoint is resumed.
 """
 
+import hashlib
+import json
 import math
+import os
+import platform
 from typing import Any
 
+import torch
+
 from megatron_gkd.config import Config
+from megatron_gkd.content_digest import code_digest, weights_digest
 from megatron_gkd.data import SampleDataset
-from megatron_gkd.parallel import Parallel
+from megatron_gkd.errors import short_repr
+from megatron_gkd.parallel import Parallel, first_error, from_rank_0, largest
+from megatron_gkd.run_folder import package_versions
 
 WILL_DIFFER = "the resumed run will differ from one that was never stopped"
 # Settings that may change on resume without a note: the first group changes no number, or names
@@ -35,6 +44,127 @@ FREE_SETTINGS |= {
     "max_steps",
     "num_train_epochs",
 }
+
+# What each machine may have as it likes: places, whose content is compared, and its own work.
+OF_A_MACHINE = {
+    "model",
+    "teacher_model",
+    "adapter",
+    "teacher_adapter",
+    "dataset",
+    "val_dataset",
+    "chat_template",
+    "teacher_template",
+    "output_dir",
+    "media_cache",
+    "prepared_rows",
+    "prepared_rows_gib",
+    "dataloader_num_workers",
+    "dataset_num_proc",
+}
+
+
+def check_same(own: dict[str, Any], device: torch.device, way_out: str) -> None:
+    """Raise ValueError, on every rank, where the values of some rank are not rank 0's: it names the
+    first such rank, its machine and what differs, with both values. own: JSON, by name.
+
+    Collectives: a maximum of two numbers over the world; only where ranks differ, two broadcasts
+    of rank 0's values and those of `first_error`.
+    """
+    text = json.dumps(own, sort_keys=True, default=str).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+    high, low = largest([digest, -digest], device)
+    if high == -low:
+        return
+    (size,) = from_rank_0([len(text)], device)
+    first = json.loads(bytes(from_rank_0(list(text.ljust(size))[:size], device)))
+    mine, error = json.loads(text), ""
+    names = [name for name in {**first, **mine} if mine.get(name) != first.get(name)]
+    if names:
+        name, *others = names
+        rank, more = torch.distributed.get_rank(), f" (and {len(others)} more)" if others else ""
+        error = (
+            f"rank {rank} (on {platform.node()}) has {name} {short_repr(mine.get(name))}, rank 0 "
+            f"has {short_repr(first.get(name))}{more}: {way_out}"
+        )
+    raise ValueError(first_error(error, device))
+
+
+def check_same_start(config: Config, device: torch.device) -> None:
+    """Raise ValueError, on every rank, unless all were started with the same flags, versions and
+    code. Called before the groups of the layout are made, about which they may disagree.
+    Collectives: those of `check_same`.
+    """
+    flags = {
+        f"--{name}": value
+        for values in config.to_dict().values()
+        for name, value in values.items()
+        if name not in OF_A_MACHINE
+    }
+    if resumes := flags["--resume_from_checkpoint"]:  # a place: `latest`, or the name of its folder
+        flags["--resume_from_checkpoint"] = os.path.basename(os.path.normpath(resumes))
+    own = flags | _software()
+    check_same(own, device, "start all machines with the same flags, packages and code")
+
+
+def check_same_content(
+    config: Config,
+    train_data: SampleDataset,
+    eval_data: SampleDataset | None,
+    device: torch.device,
+) -> None:
+    """Raise ValueError, on every rank, unless all have the same rows, weights and adapters: each
+    finds its own rows of a step by their numbers and lengths, so with others the steps would be
+    wrong, or never end. Collectives: those of `check_same`.
+    """
+    own: dict[str, Any] = {
+        "rows of --dataset": _rows_and_digest(train_data),
+        "rows of --val_dataset": _rows_and_digest(eval_data),
+        "weights of --model": weights_digest(config.model.model),
+    }
+    for flag, folder in (
+        ("--adapter", config.lora.adapter),
+        ("--teacher_adapter", config.distill.teacher_adapter),
+        ("--resume_from_checkpoint", config.run.resume_from_checkpoint),
+    ):
+        if folder and folder != "latest":  # which rank 0 finds
+            own[f"weights of {flag}"] = weights_digest(folder)
+    way_out = "all machines must have the same files of --dataset, --val_dataset and their media, "
+    check_same(own, device, f"{way_out}and of --model and the adapters")
+
+
+def _rows_and_digest(data: SampleDataset | None) -> str:
+    if data is None:
+        return "0 rows"
+    (digest,) = data.digests(len(data))
+    return f"{len(data)} rows {digest[:15]}"
+
+
+def _software() -> dict[str, str]:
+    versions = {f"version of {name}": found for name, found in package_versions().items()}
+    return versions | {"code of megatron_gkd": code_digest()}
+
+
+def identity_state(config: Config) -> dict[str, Any]:
+    """What a resumed run should have again beside settings and rows."""
+    return {"weights": weights_digest(config.model.model), "software": _software()}
+
+
+def changed_identity(before: dict[str, Any], config: Config) -> tuple[list[str], list[str]]:
+    """(what must not have changed without notice, what may have) since `before`, a line each."""
+    now = identity_state(config)
+    changes = []
+    if before["weights"] != now["weights"]:
+        changes.append(
+            f"the weights of --model {config.model.model} are not those of the checkpoint "
+            f"(digest {before['weights']}, now {now['weights']})"
+        )
+    notes = [
+        f"{name} was {before['software'].get(name)} and is {value}"
+        for name, value in now["software"].items()
+        if before["software"].get(name) != value
+    ]
+    return changes, notes
 
 
 def run_settings(config: Config, parallel: Parallel) -> dict[str, Any]:
@@ -99,5 +229,5 @@ def changed_rows(
             last = min(first + block, num_rows) - 1
             change += f", the first other one is {data.location(first)}"
             change += f", or follows it up to {data.location(last)}" * (last > first)
-        notes.append(f"Note: {flag} {change}: {WILL_DIFFER}")
+        notes.append(f"{flag} {change}")
     return notes

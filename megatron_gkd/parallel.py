@@ -157,6 +157,24 @@ def use_whole_float32() -> None:
         settings.fp32_precision = "ieee"
 
 
+def join(device: torch.device, timeout: timedelta | None = None) -> None:
+    """Join the process group of the world (torchrun's variables; without them a world of one),
+    unless this process has. timeout: see `initialize`. Collectives: a rendezvous.
+    """
+    if torch.distributed.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, timeout=timeout, store=store, rank=0, world_size=1
+        )
+
+
 def initialize(
     device: torch.device,
     *,
@@ -168,9 +186,9 @@ def initialize(
     seed: int = 42,
     timeout: timedelta | None = None,
 ) -> Parallel:
-    """Join the process group (torchrun's variables, unless already initialised; without them a
-    world of one) and build the model-parallel groups. dtype: what the model computes in; of float32
-    all 24 bits (`use_whole_float32`), with others the process keeps its settings. timeout: how long
+    """Join the process group (see `join`) and build the model-parallel groups. dtype: what the
+    model computes in; of float32 all 24 bits (`use_whole_float32`), with others the process keeps
+    its settings. timeout: how long
     a rank waits for the others in a collective (torch's default is 10 minutes with NCCL, 30 with
     gloo).
 
@@ -185,15 +203,7 @@ def initialize(
         raise RuntimeError("megatron-core runs on the CPU in this process, and cannot leave it")
     else:
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend, timeout=timeout)
-        else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(
-                backend, timeout=timeout, store=store, rank=0, world_size=1
-            )
+    join(device, timeout)
     # Its import warns of what is not installed, and takes a second.
     from megatron.core.transformer.moe import moe_utils
 

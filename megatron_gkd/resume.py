@@ -20,7 +20,13 @@ from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.config import Config, default_settings
 from megatron_gkd.data import SampleDataset
 from megatron_gkd.formats.safetensors_file import FLOAT32_BYTES
-from megatron_gkd.identity import WILL_DIFFER, changed_rows, data_state, run_settings
+from megatron_gkd.identity import (
+    WILL_DIFFER,
+    changed_identity,
+    changed_rows,
+    data_state,
+    run_settings,
+)
 from megatron_gkd.lora.adapter import applied
 from megatron_gkd.lora.peft_config import CONFIG
 from megatron_gkd.lora.peft_folder import PeftAdapter
@@ -29,7 +35,7 @@ from megatron_gkd.lora_targets import describe_targets
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.optimizer import Optimizer, Update
 from megatron_gkd.output_dir import check_space
-from megatron_gkd.parallel import Parallel, agreed, log_rank_0
+from megatron_gkd.parallel import Parallel, agreed, first_error, log_rank_0
 from megatron_gkd.run import Progress, Run
 
 # of `Progress`, in checkpoints of all versions
@@ -50,7 +56,8 @@ def resume(
     """The state of the checkpoint `folder`, if one is resumed (its LoRA weights, `adapter`, are in
     the model). Another rank or other linears than the checkpoint's begin a new stage at step 0.
 
-    Raises ValueError naming a file of the checkpoint that contradicts another one of it.
+    Raises ValueError naming a file of the checkpoint that contradicts another one of it, or rows or
+    base weights that are not those of the checkpoint. Collectives: those of `first_error`.
     """
     if folder is None or adapter is None:
         return Progress()
@@ -84,9 +91,11 @@ def resume(
             log_rank_0(
                 parallel, f"Note: {name} was {settings.get(name)} and is {value}: {WILL_DIFFER}"
             )
+    error = ""
     if parallel.rank == 0:  # it goes through all rows
-        for note in changed_rows(state.get("data", {}), train_data, eval_data):
-            log_rank_0(parallel, note)
+        error = _changed_inputs(config, folder, state, train_data, eval_data)
+    if error := first_error(error, parallel.device):
+        raise ValueError(error)
     total_steps = config.train.max_steps
     log_rank_0(parallel, f"Resumed {folder} at step {state['step']} of {total_steps}")
     if state["step"] >= total_steps:
@@ -98,6 +107,33 @@ def resume(
     known = {name: state[name] for name in Progress.__dataclass_fields__ if name in state}
     progress = Progress(**known)
     return replace(progress, bad_in_a_row=0)
+
+
+def _changed_inputs(
+    config: Config,
+    folder: Path,
+    state: dict[str, Any],
+    train_data: SampleDataset,
+    eval_data: SampleDataset | None,
+) -> str:
+    """Why the run cannot go on: its rows or base weights are not the checkpoint's, and
+    --allow_changed_inputs does not say that they are meant to be others. Prints what is a note.
+    """
+    changes, notes = changed_rows(state.get("data", {}), train_data, eval_data), list[str]()
+    if "identity" in state:
+        changed, notes = changed_identity(state["identity"], config)
+        changes += changed
+    else:
+        print(f"Note: {folder} is of an earlier version: its base weights are not compared")
+    of_training = [one for one in changes if not one.startswith("val_dataset ")]
+    if of_training and not config.faults.allow_changed_inputs:
+        return (
+            f"--resume_from_checkpoint {folder}: {'; '.join(of_training)}. Give it what it was "
+            "trained with, or go on with other inputs on purpose: --allow_changed_inputs true"
+        )
+    for one in (*changes, *notes):
+        print(f"Note: {one}: {WILL_DIFFER}", flush=True)
+    return ""
 
 
 def _lora_of(folder: Path, adapter: PeftAdapter) -> dict[str, Any]:
@@ -210,6 +246,7 @@ def _state(run: Run) -> dict[str, Any]:
     return vars(run.progress) | {
         "settings": run_settings(run.config, run.parallel),
         "data": data_state(run.train_data, run.eval_data),
+        "identity": run.identity,
     }
 
 

@@ -103,6 +103,8 @@ class Run:
     rollout: Rollout | None
     writer: MetricsWriter
     progress: Progress
+    identity: dict[str, Any]
+    """Of trainer_state.json what stands for base weights, versions and code (identity.py)"""
     clock: Clock
     memory: DeviceMemory
     eval_rollout: Rollout | None = None

@@ -3,18 +3,17 @@ shown.
 """
 
 import os
-import platform
 from dataclasses import replace
 from functools import partial
 
 from megatron_gkd.config import Config, flag_targets, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
-from megatron_gkd.errors import DataError
+from megatron_gkd.identity import check_same_content
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.output_dir import check_output_dir
 from megatron_gkd.output_lock import OutputLock
-from megatron_gkd.parallel import Parallel, first_error, from_rank_0, log_rank_0, world_max
+from megatron_gkd.parallel import Parallel, log_rank_0, world_max
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
 
@@ -40,9 +39,9 @@ def read_data(
 def load_data(
     config: Config, model_args: ModelArgs, parallel: Parallel
 ) -> tuple[SampleDataset, SampleDataset | None]:
-    """(train, evaluation or None). Raises DataError for bad rows, and where the ranks have not all
-    prepared the same ones. Collectives: two maxima of a number over the world, and those of
-    `check_same_rows`.
+    """(train, evaluation or None). Raises DataError for bad rows, ValueError where the ranks have
+    not all the same content. Collectives: two maxima of a number over the world, and those of
+    `check_same_content`.
     """
     train_data, eval_data = load_datasets(
         config.data,
@@ -54,40 +53,11 @@ def load_data(
         writes_responses=config.distill.writes_responses,
         log=partial(log_rank_0, parallel),
     )
-    check_same_rows(train_data, eval_data, parallel)
+    check_same_content(config, train_data, eval_data, parallel.device)
     log_rank_0(parallel, f"Data: {train_data.report.summary()}")
     if eval_data:
         log_rank_0(parallel, f"Evaluation data: {eval_data.report.summary()}")
     return train_data, eval_data
-
-
-def check_same_rows(
-    train_data: SampleDataset, eval_data: SampleDataset | None, parallel: Parallel
-) -> None:
-    """Raise DataError, on every rank, unless all have the same rows: each finds its own of a step
-    by their numbers and lengths, so with others the steps would be wrong, or never end.
-
-    Collectives: a broadcast of four numbers over the world, and those of `first_error`.
-    """
-    own = [*_rows_and_digest(train_data), *_rows_and_digest(eval_data)]
-    first = from_rank_0(own, parallel.device)
-    error = ""
-    if own != first:
-        error = (
-            f"rank {parallel.rank} (on {platform.node()}) has other rows than rank 0, {own[0]} for "
-            f"training and {own[2]} for evaluation against {first[0]} and {first[2]}: all machines "
-            "must have the same files of --dataset and --val_dataset, and the same media"
-        )
-    if said := first_error(error, parallel.device):
-        raise DataError(said)
-
-
-def _rows_and_digest(data: SampleDataset | None) -> tuple[int, int]:
-    """How many rows, and a number of 60 bits that stands for all that was made of them."""
-    if data is None:
-        return 0, 0
-    (digest,) = data.digests(len(data))
-    return len(data), int(digest[:15], 16)
 
 
 def check_data(config: Config, parallel: Parallel) -> None:

@@ -40,6 +40,7 @@ from megatron_gkd.build import build_run
 from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.health import check_health, summary
+from megatron_gkd.identity import check_same_start
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.model.transformer_config import DTYPES
@@ -49,6 +50,7 @@ from megatron_gkd.parallel import (
     Parallel,
     destroy,
     initialize,
+    join,
     log_rank_0,
     resolve_device,
     use_deterministic_kernels,
@@ -214,15 +216,17 @@ def run_from_config(config: Config, launcher: int | None = None) -> None:
             if config.data.show_row is not None:
                 print_row(config)
                 return
+            device = resolve_device(config.model.device)
+            join(device, timedelta(seconds=config.faults.collective_timeout))
+            check_same_start(config, device)  # before they make groups that may not be the same
             parallel = initialize(
-                resolve_device(config.model.device),
+                device,
                 dtype=DTYPES[config.model.torch_dtype],
                 tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
                 expert_model_parallel_size=config.parallel.expert_model_parallel_size,
                 context_parallel_size=config.parallel.context_parallel_size,
                 seed=config.train.seed,
-                timeout=timedelta(seconds=config.faults.collective_timeout),
             )
             if config.data.check_data:
                 check_data(config, parallel)

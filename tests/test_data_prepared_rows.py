@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 
+from megatron_gkd import content_digest
 from megatron_gkd.data import dataset, load_datasets, prepared_rows
 from megatron_gkd.data.source import Source
 from tests import ranks
@@ -180,6 +181,7 @@ def test_other_vocabularies_seeds_libraries_and_code(tmp_path, folder, monkeypat
     data = settings(path, f"{path}#4", prepared_rows=str(tmp_path / "kept"))
 
     def reused(**arguments):
+        content_digest.code_digest.cache_clear()  # as in another process
         return [" reused " in line for line in load(data, folder, **arguments)[2]]
 
     assert reused() == [False, False] and reused() == [True, True]
@@ -191,10 +193,11 @@ def test_other_vocabularies_seeds_libraries_and_code(tmp_path, folder, monkeypat
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(prepared_rows.megatron_gkd, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(content_digest.megatron_gkd, "__file__", str(package / "__init__.py"))
     assert reused() == [False, False] and reused() == [True, True]
     (package / "more.py").write_text("")
     assert reused() == [False, False]
+    content_digest.code_digest.cache_clear()
 
 
 def test_a_setting_that_json_does_not_have_must_be_named(tmp_path, folder):

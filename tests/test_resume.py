@@ -35,7 +35,7 @@ def test_the_first_other_row_is_named(tmp_path, folder):
 
     def note(rows, eval_data=None):
         (said,) = changed_rows(before, load(path, rows, folder), eval_data)
-        return said.split("Note: dataset ")[1].split(": the resumed")[0]
+        return said.removeprefix("dataset ")
 
     assert changed_rows(before, load(path, rows, folder), None) == []
     rows[130] = 999
@@ -55,9 +55,7 @@ def test_evaluation_rows_that_come_or_go(tmp_path, folder):
     data = load(tmp_path / "a.jsonl", range(5), folder)
     other = load(tmp_path / "b.jsonl", range(3), folder)
     (note,) = changed_rows(data_state(data, None), data, other)
-    assert note.startswith(
-        f"Note: val_dataset had 0 rows and has 3, the first other one is {tmp_path}"
-    )
+    assert note.startswith(f"val_dataset had 0 rows and has 3, the first other one is {tmp_path}")
     (note,) = changed_rows(data_state(data, other), data, None)
-    assert note.startswith("Note: val_dataset had 3 rows and has 0: the resumed run")
+    assert note == "val_dataset had 3 rows and has 0"
     assert changed_rows({}, data, other) == []  # of a checkpoint that does not tell

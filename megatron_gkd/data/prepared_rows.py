@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pyarrow
 from pyarrow import compute
 
-import megatron_gkd
+from megatron_gkd.content_digest import code_digest
 from megatron_gkd.data.source import Source, split_suffix, walk
 from megatron_gkd.data.stored_rows import StoredRows
 from megatron_gkd.errors import RowError
@@ -80,11 +80,7 @@ def basis(settings: Any, encoding: dict[str, Any], model_dir: str) -> str:
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             found.add(name, version(name))
-    code = os.path.dirname(megatron_gkd.__file__)
-    for path in _files(code):
-        if path.endswith(".py"):
-            found.add(os.path.relpath(path, code))
-            found.add_file(path)
+    found.add(code_digest())
     for path in _files(model_dir):
         name = os.path.relpath(path, model_dir)
         is_own = os.sep not in name or name.endswith(".jinja")
