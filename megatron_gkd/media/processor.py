@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from megatron_gkd.errors import DataError, RowError, first_line, shortened
 from megatron_gkd.families import families
 from megatron_gkd.media import picture
-from megatron_gkd.media.cache import cache_path, read_cached, write_cached
+from megatron_gkd.media.cache import (
+    UNUSABLE,
+    cache_path,
+    check_writable,
+    read_cached,
+    write_cached,
+)
 from megatron_gkd.media.medium import MAX_PATH, Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.video_file import read_frames, read_sound, scan
@@ -41,6 +49,9 @@ class MediaProcessor:
 
     def __init__(self, folder: str, cache: str | None = None):
         self.folder, self.cache = folder, cache
+        self._cache_is_full = False
+        if cache:
+            self._keep(lambda: check_writable(cache))
 
     @cached_property
     def token_ids(self) -> MediaTokenIds:
@@ -106,9 +117,25 @@ class MediaProcessor:
             "image": self._load_image,
             "video": self._load_video,
         }[reference.kind](reference)
-        if path:
-            write_cached(path, medium)
+        if path and not self._cache_is_full:
+            self._keep(lambda: write_cached(path, medium))
         return medium
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """`write()`; a cache that cannot be written, said once, is read and not written again."""
+        try:
+            write()
+        except UNUSABLE as error:
+            self._cache_is_full = True
+            reason = getattr(error, "strerror", None) or first_line(error)  # without a long path
+            worker = get_worker_info()
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (worker is None or worker.id == 0):
+                print(
+                    f"Note: --media_cache {shortened(str(self.cache), MAX_PATH)} cannot be written "
+                    f"({reason}): features that it lacks are computed each time",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _read_cached(self, reference: Reference) -> tuple[Path | None, Medium | None]:
         """(the medium's cache file, None without a cache; the medium in it, if any)."""
