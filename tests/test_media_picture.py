@@ -168,8 +168,9 @@ def png_of_16_bits(transparent):
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b"<svg/>", "PIL knows no such format: save it as PNG or JPEG"),
-        (stored(Image.fromarray(COLOURS), "EPS"), "EPS is drawn by another program: save it as P"),
+        (b"<svg/>", "it is none of PNG, JPEG, .*: save it as PNG or JPEG"),
+        (stored(Image.fromarray(COLOURS), "EPS"), "it is none of PNG, JPEG, .*: save it as PNG"),
+        (stored(Image.fromarray(COLOURS), "TGA"), "it is none of PNG, JPEG, .*: save it as PNG"),
         (png_of_16_bits((40_000, 3, 500)), "its transparent colour has 16 bits a channel: save it"),
     ],
 )

@@ -4,6 +4,7 @@ placeholder or --max_length.
 
 import contextlib
 import io
+import os
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,9 @@ from megatron_gkd.data import DataError
 from megatron_gkd.data.loader import PADDING, step_loader
 from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.data.order import batch_indices
+from megatron_gkd.errors import RowError
+from megatron_gkd.media.medium import Reference
+from megatron_gkd.media.processor import MediaProcessor
 from tests.test_media_processor import ANSWER, build_model, load, row, write_media
 
 
@@ -139,6 +143,17 @@ def test_bad_media_are_listed_with_their_lines(model, media, tmp_path):
             and reason in message.split(f"rows.jsonl:{line}: ")[1].splitlines()[0]
         ), reason
     assert len(load(model, media, row(), cases[0][0], skip_bad_rows=True)) == 1
+
+
+def test_what_is_no_file_is_refused_at_once(model, tmp_path):
+    """A pipe would be waited for; a device has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    processor = MediaProcessor(model)
+    for kind in ("audio", "image", "video"):
+        for path in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+            for read in (processor.measure, processor.load):
+                with pytest.raises(RowError, match="a folder, pipe, socket or device, where a"):
+                    read(Reference(kind, path, None))
 
 
 def torn(folder, media):

@@ -17,7 +17,8 @@ COMPOSITED = "composited on white"
 SCALED = "scaled from 16-bit grey"
 _ORIENTATION = 0x0112  # EXIF's tag
 _SIXTEEN_BITS = 65535
-_PROGRAMS = ("EPS", "WMF")  # for which PIL starts Ghostscript or asks Windows
+# PIL's others are drawn by other programs (EPS by Ghostscript, WMF by Windows) or seldom tried.
+FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
 
 
 def open_image(file: io.BytesIO | str) -> "Image":
@@ -27,12 +28,10 @@ def open_image(file: io.BytesIO | str) -> "Image":
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(file)
+        Image.init()
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:  # its message would quote the path, or an address in memory
-        raise ValueError("PIL knows no such format: save it as PNG or JPEG") from None
-    if image.format in _PROGRAMS:
-        raise ValueError(f"{image.format} is drawn by another program: save it as PNG")
-    return image
+        raise ValueError(f"it is none of {', '.join(FORMATS)}: save it as PNG or JPEG") from None
 
 
 def upright_size(image: "Image") -> tuple[int, int]:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -300,9 +301,14 @@ class MediaProcessor:
     def _refusing(self, reference: Reference, read: Callable[[], Any]) -> Any:
         """`read()`; any error that it raises about the medium becomes a RowError."""
         try:
-            path = reference.path
-            if path is not None and os.path.isfile(path) and not os.path.getsize(path):
-                raise RowError(f"{reference.name}: the file is empty")
+            if reference.path is not None:
+                status = os.stat(reference.path)
+                if not stat.S_ISREG(status.st_mode):  # a pipe may never end, or begin
+                    raise RowError(
+                        f"{reference.name}: a folder, pipe, socket or device, where a file is read"
+                    )
+                if not status.st_size:
+                    raise RowError(f"{reference.name}: the file is empty")
             return read()
         except (RowError, DataError):
             raise
