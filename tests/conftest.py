@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ SCRIPTS_READ = (
 TRACKERS_READ = [name for name in os.environ if name.startswith(("WANDB_", "SWANLAB_"))]
 for variable in [*SCRIPTS_READ, *TRACKERS_READ]:
     os.environ.pop(variable, None)
+
+# What a shell starts in the background ignores these, and so would the programs under test.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        is_ctrl_c = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
