@@ -38,7 +38,7 @@ def summary(progress: Progress, rows_of_step: int) -> str:
     parts = []
     if skipped := progress.skipped_steps:
         parts.append(
-            f"{skipped} were skipped (NaN, Inf, or no token with a loss; "
+            f"{skipped} were skipped (NaN, Inf, a float16 overflow, or no token with a loss; "
             f"{skipped * rows_of_step} rows)"
         )
     if zero := progress.zero_gradient_steps:

@@ -1,17 +1,26 @@
-"""What a program prints, to whoever listens: a reader that goes away (`| head`) does not end it."""
+"""What a program prints, to whoever listens: neither a reader that goes away (a pipe into head, a
+terminal that is closed) nor a full disk under a log ends it.
+"""
 
+import errno
 import io
 import os
 import sys
 
 
 class _Descriptor(io.FileIO):
-    """From the first write that nobody reads, all go nowhere: also those of child processes."""
+    """From the first write that nobody reads, all go nowhere: also those of child processes. What a
+    full disk does not take is lost.
+    """
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return len(data)  # there may be room for the next
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -19,7 +28,8 @@ class _Descriptor(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """For a program, at its start: from now on a broken pipe of stdout or stderr is no error."""
+    """For a program, at its start: from now on a broken pipe of stdout or stderr, a closed
+    terminal or a full disk is no error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream.flush()

@@ -48,5 +48,5 @@ def test_summary():
     progress = Progress(step=9, skipped_steps=2)
     assert summary(Progress(step=9), 4) == ""
     assert summary(progress, 4).endswith(
-        "9 steps 2 were skipped (NaN, Inf, or no token with a loss; 8 rows)"
+        "9 steps 2 were skipped (NaN, Inf, a float16 overflow, or no token with a loss; 8 rows)"
     )

@@ -1,5 +1,6 @@
 """Nobody reads what a program prints any more: the program goes on."""
 
+import os
 import subprocess
 import sys
 
@@ -35,6 +36,36 @@ def test_a_reader_that_goes_away(stream):
     assert "more" in other and "Error" not in other
     for each in (process.stdout, process.stderr):
         each.close()
+
+
+SPEAKER = """
+import os, sys
+from megatron_gkd.output_stream import outlive_readers
+outlive_readers()
+sys.stdin.read()
+for _ in range(3):
+    print("more", flush=True)
+os._exit(7)
+"""
+
+
+def test_a_full_disk_and_a_closed_terminal():
+    """/dev/full has no room; a terminal whose other end is closed has errors."""
+    master, terminal = os.openpty()
+    with open("/dev/full", "w") as full:
+        for output in (full, terminal):
+            process = subprocess.Popen(
+                [sys.executable, "-c", SPEAKER],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if output == terminal:
+                os.close(master)
+                os.close(terminal)
+            said = process.communicate()[1]
+            assert (process.returncode, said) == (7, "")
 
 
 def test_a_run_into_head(tiny_folder, tmp_path):
