@@ -86,3 +86,15 @@ def checkpoints(tiny_folder, tmp_path_factory):
         to_megatron(folder, root / name, tp)
         made[name] = (Path(folder), root / name)
     return made
+
+
+@pytest.fixture
+def world_of_one():
+    """This process as the only rank, for what ranks tell each other."""
+    import torch
+
+    from megatron_gkd.parallel import join
+
+    join(torch.device("cpu"))
+    yield
+    torch.distributed.destroy_process_group()

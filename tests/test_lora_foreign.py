@@ -35,7 +35,7 @@ from tests.test_lora_adapter import (
 from tests.test_verify import run_verify
 from tests.tower_adapters import write_tower_adapter
 
-PLACE = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0)
+PLACE = SimpleNamespace(rank=0, world_size=1, pp_size=1, device=torch.device("cpu"))
 ENDS = ["conv_out", "proj1", "proj2", "patch_embed.proj", "conv2d1", "conv2d2"]
 ENDS += ["merger.mlp.0", "merger_list.0.mlp.2", "pos_embed", "embed_tokens"]
 
@@ -231,6 +231,7 @@ def config_of(folder, **flags):
     return parse_config(["--model", folder, "--dataset", "d", *words])
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_training_refuses_them_with_the_way_out(folder, model_args, with_rest, capsys):
     router, everything = with_rest["router"][0], with_rest["all"][0]
     way_out = "merge the adapter into the model .*merge_lora .*, or train the adapter again"
@@ -249,6 +250,7 @@ def test_training_refuses_them_with_the_way_out(folder, model_args, with_rest, c
         resolve(config_of(folder, adapter="a/b"), model_args, PLACE)
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_text_leaves_the_towers_ends_out(folder, model_args, tmp_path, capsys):
     """As it does with LoRA on their layers."""
     tensors = random_adapter(model_args, 3, ["q_proj"])

@@ -149,11 +149,12 @@ def test_flags_of_expressions_and_layers(model_args):
 
 
 @pytest.mark.parametrize("given, of_run", [(True, False), (False, True), (True, True)])
+@pytest.mark.usefixtures("world_of_one")
 def test_the_scale_survives_rslora_and_a_higher_rank(model_args, tmp_path, given, of_run):
     """Of an adapter that goes on: with rsLoRA alpha / sqrt(r), which it keeps, else alpha / r."""
     tensors = random_adapter(model_args, 5, ["v_proj"])
     path = write_adapter(tmp_path, tensors, rank=5, alpha=7, targets=["v_proj"], use_rslora=given)
-    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0)
+    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0, world_size=1)
     scale = 7 / (5**0.5 if given else 5)
     for rank in (5, 20):
         flags = ["--model", "m", "--dataset", "d", "--adapter", path, "--lora_rank", str(rank)]
@@ -165,10 +166,11 @@ def test_the_scale_survives_rslora_and_a_higher_rank(model_args, tmp_path, given
         assert rank != 5 or not given or lora.alpha == 7, "exactly, for a resumed run"
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_flags_that_leave_no_linear(model_args, tmp_path):
     tensors = {k: v for k, v in random_adapter(model_args, 2, ["v_proj"]).items() if "s.0." in k}
     path = write_adapter(tmp_path, tensors, rank=2, alpha=4, targets=["v_proj"])
-    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0)
+    place = SimpleNamespace(device=torch.device("cpu"), pp_size=1, rank=0, world_size=1)
     config = parse_config(
         ["--model", "m", "--dataset", "d", "--adapter", path, "--lora_layers", "1"]
     )

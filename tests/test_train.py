@@ -293,7 +293,8 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
-    monkeypatch.setattr(train, "initialize", lambda *args, **kwargs: None)
+    for name in ("join", "check_same_start", "initialize"):
+        monkeypatch.setattr(train, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit) as exit_:
         main(["--model", "m", "--dataset", "d", "--device", "cpu"])
