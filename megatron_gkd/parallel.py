@@ -188,9 +188,9 @@ def initialize(
 ) -> Parallel:
     """Join the process group (see `join`) and build the model-parallel groups. dtype: what the
     model computes in; of float32 all 24 bits (`use_whole_float32`), with others the process keeps
-    its settings. timeout: how long
-    a rank waits for the others in a collective (torch's default is 10 minutes with NCCL, 30 with
-    gloo).
+    its settings. timeout: how long a rank waits for the others in a collective of any group (the
+    defaults are torch's for the world, 10 minutes with NCCL and 30 with gloo, and megatron-core's
+    for the groups of the layout, 30).
 
     Collectives: a rendezvous and the creation of every group. Raises ValueError when the world does
     not divide into the layout.
@@ -231,6 +231,7 @@ def initialize(
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=30 if timeout is None else timeout / timedelta(minutes=1),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

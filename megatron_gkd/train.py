@@ -217,7 +217,8 @@ def run_from_config(config: Config, launcher: int | None = None) -> None:
                 print_row(config)
                 return
             device = resolve_device(config.model.device)
-            join(device, timedelta(seconds=config.faults.collective_timeout))
+            timeout = timedelta(seconds=config.faults.collective_timeout)
+            join(device, timeout)
             check_same_start(config, device)  # before they make groups that may not be the same
             parallel = initialize(
                 device,
@@ -227,6 +228,7 @@ def run_from_config(config: Config, launcher: int | None = None) -> None:
                 expert_model_parallel_size=config.parallel.expert_model_parallel_size,
                 context_parallel_size=config.parallel.context_parallel_size,
                 seed=config.train.seed,
+                timeout=timeout,
             )
             if config.data.check_data:
                 check_data(config, parallel)

@@ -99,6 +99,39 @@ def test_a_process_of_its_own_is_a_world_of_one():
     assert run_ranks(join_without_torchrun, 1) == [(0, 1, 1)]
 
 
+def seconds_of_groups(rank, world_size):
+    """Seconds that each group of a run waits, by what it is called; the run itself is left out."""
+    from torch.distributed.distributed_c10d import _world
+
+    from megatron_gkd import train
+
+    torch.distributed.destroy_process_group()  # whose own timeout is the harness's
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    found = {}
+
+    def look(*args):
+        for group in _world.pg_map:
+            seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+            found[group.group_desc] = seconds
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train", look)
+        patch.setattr(train, "destroy", lambda: None)  # the harness still needs the world
+        flags = ["--model", "m", "--dataset", "d", "--device", "cpu"]
+        train.main([*flags, "--collective_timeout", "77"])
+    return found
+
+
+def test_every_group_of_a_run_waits_collective_timeout():
+    """Not the world's alone: megatron-core gives the groups of the layout 30 minutes of its own."""
+    (seconds,) = run_ranks(seconds_of_groups, 1)
+    layout = {"TENSOR_MODEL_PARALLEL_GROUP", "PIPELINE_MODEL_PARALLEL_GROUP"}
+    assert layout | {"default_pg"} <= seconds.keys()
+    assert set(seconds.values()) == {77.0}, seconds
+
+
 def refusals(rank, world_size, layouts):
     messages = []
     for tp, pp, ep, cp in layouts:
