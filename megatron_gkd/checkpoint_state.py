@@ -37,6 +37,15 @@ _ABOVE_0 = Form("a number above 0", lambda value: _is_number(value) and value > 
 _OBJECT = Form("a JSON object", lambda value: isinstance(value, dict))
 _TRUTH = Form("true or false", lambda value: isinstance(value, bool))
 
+_ROWS = Form(
+    "null or an object with rows, a count, and digests, a list of texts",
+    lambda value: (
+        value is None
+        or isinstance(value, dict)
+        and _COUNT.holds(value.get("rows"))
+        and (value.get("digests") == [] or _are_names(value.get("digests")))
+    ),
+)
 _FORMS = {
     "step": _COUNT,
     "num_updates": _COUNT,
@@ -60,6 +69,11 @@ _LORA_FORMS = {
     "use_rslora": _TRUTH,
     "dropout": Form("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "towers": _TRUTH,
+}
+_DATA_FORMS = {"dataset": _ROWS, "val_dataset": _ROWS}
+_IDENTITY_FORMS = {
+    "weights": Form("a text", lambda value: isinstance(value, str)),
+    "software": _OBJECT,
 }
 _LORA_KEYS = ("rank", "alpha", "targets", "towers")
 
@@ -85,10 +99,18 @@ def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
             f"checkpoint, or start from its weights with --adapter {folder}"
         )
     _check(path, state, _FORMS, "")
-    lacking = [key for key in _LORA_KEYS if key not in state["lora"]]
-    if lacking:
-        raise ValueError(f"{path}: lora lacks {', '.join(lacking)}; resume from another checkpoint")
-    _check(path, state["lora"], _LORA_FORMS, "lora.")
+    for field, forms, keys in (
+        ("lora", _LORA_FORMS, _LORA_KEYS),
+        ("data", _DATA_FORMS, ()),
+        ("identity", _IDENTITY_FORMS, tuple(_IDENTITY_FORMS)),
+    ):
+        if field not in state:  # of an earlier version
+            continue
+        if lacking := [key for key in keys if key not in state[field]]:
+            raise ValueError(
+                f"{path}: {field} lacks {', '.join(lacking)}; resume from another checkpoint"
+            )
+        _check(path, state[field], forms, f"{field}.")
     return state
 
 

@@ -158,21 +158,31 @@ def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):
         *(("lora.targets", value) for value in (None, "q_proj", [], [1], {"q_proj": 1})),
         *(("lora.towers", value) for value in (None, "no", 0)),
         *(("lora.use_rslora", value) for value in (None, "false", 1)),
+        *(("data", value) for value in (None, [])),
+        *(("data.dataset", value) for value in ([], {}, {"rows": 3}, {"rows": "3", "digests": []})),
+        *(("data.dataset", {"rows": 3, "digests": value}) for value in (None, "a", [1])),
+        *(("identity", value) for value in (None, [], {}, {"weights": "a"})),
+        *(("identity.weights", value) for value in (None, 3)),
+        *(("identity.software", value) for value in (None, "1.0", [])),
     ],
 )
 def test_fields_of_the_state(tmp_path, field, value):
     state = dict(step=3, num_updates=3, loss_scale={}, settings={})
     state["lora"] = dict(rank=4, alpha=8, targets=["q_proj"], towers=False, use_rslora=False)
     (tmp_path / STATE).write_text(json.dumps(state))
+    assert read_state(tmp_path, "settings") == state  # of an earlier version
+    state["data"] = dict(dataset=dict(rows=3, digests=["a"]), val_dataset=None)
+    state["identity"] = dict(weights="a", software={"version of torch": "1.0"})
+    (tmp_path / STATE).write_text(json.dumps(state))
     assert read_state(tmp_path, "settings") == state
-    of = state["lora"] if field.startswith("lora.") else state
-    of[field.removeprefix("lora.")] = value
+    group, _, name = field.rpartition(".")
+    (state[group] if group else state)[name] = value
     (tmp_path / STATE).write_text(json.dumps(state))
     with pytest.raises(ValueError) as error:
         read_state(tmp_path, "settings")
     said = str(error.value)
     assert said.startswith(f"{tmp_path / STATE}: ") and "\n" not in said and len(said) < 400
-    assert field.removeprefix("lora.") in said or value == {}
+    assert name in said or value == {}
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{", b"", b"null", b"[]", b"3", b"[" * 100_000])

@@ -3,6 +3,9 @@ is resumed.
 """
 
 import json
+import os
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ def train_each(rank, world_size, argument_lists, change=None):
     from megatron_gkd.data import shared_folder
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
         patch.setattr(shared_folder, "_machine", lambda: f"machine-{rank}")
         if change == "code" and rank == world_size - 1:
             patch.setattr(identity, "code_digest", lambda: "0123")
@@ -113,6 +117,24 @@ def test_ranks_with_other_content(flags, tmp_path):
     assert "rank 2 (on " in said and "has weights of --model '" in said
 
 
+def test_ranks_with_other_settings_beside_the_same_weights(flags, tmp_path):
+    """What config.json and adapter_config.json say changes what the same weights compute."""
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(flags["model"], model)
+    path = model / "config.json"
+    path.write_text(path.read_text().replace('"rope_theta": ', '"rope_theta": 1'))
+    assert path.read_bytes() != Path(flags["model"], "config.json").read_bytes()
+    assert "has weights of --model '" in refused(flags, tmp_path, model=model)
+    run_training(1, arguments(**flags, output_dir=tmp_path / "run"))
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", adapter)
+    (adapter / "checkpoint_manifest.json").unlink()
+    shutil.copytree(adapter, tmp_path / "other")
+    path = tmp_path / "other" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 77}))
+    said = refused(flags | dict(adapter=adapter), tmp_path, adapter=tmp_path / "other")
+    assert "has weights of --adapter '" in said
+
+
 def test_places_may_differ(flags, tmp_path):
     """The same content elsewhere, and what each machine does as it likes, is no difference."""
     here, copy = flags | dict(output_dir=tmp_path / "out"), tmp_path / "rows.jsonl"
@@ -173,6 +195,17 @@ def test_a_digest_of_weights(tmp_path):
     seen.add(weights_digest(str(tmp_path)))
     (tmp_path / "c.safetensors").mkdir()
     assert len(seen) == 5 and "Is a directory" in weights_digest(str(tmp_path))
+
+
+def test_a_header_that_claims_the_whole_file_is_not_read_whole(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little"))
+    os.truncate(path, 2**30)  # holes take no disk
+    tracemalloc.start()
+    weights_digest(str(tmp_path))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20 + 100_000_000
 
 
 def test_rows_are_compared_and_not_their_paths(tiny_folder, tmp_path):
