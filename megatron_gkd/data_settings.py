@@ -15,6 +15,8 @@ from megatron_gkd.flags import (
     setting,
 )
 
+MAX_MEDIA_BYTES = 2**29  # 46 minutes of 48 kHz in one channel, 179 million pixels
+
 
 @dataclass
 class DataConfig:
@@ -90,6 +92,11 @@ class DataConfig:
         "Keep the features of audio, images and videos in this folder; ranks and runs may share "
         "it.",
     )
+    max_media_bytes: int = setting(
+        MAX_MEDIA_BYTES,
+        "A medium that takes more bytes once it is decoded is refused: 4 a sample and channel of "
+        "sound, 3 a pixel of a picture or of a video's frame.",
+    )
     prepared_rows: str | None = setting(
         None,
         "Folder that keeps prepared rows for the next start that would make the same; runs and "
@@ -106,7 +113,7 @@ class DataConfig:
         require_at_least(self, 2, "max_length")
         require_not_empty(self, "teacher_template")
         require_at_least(self, 0, "dataloader_num_workers")
-        require_at_least(self, 1, "dataset_num_proc")
+        require_at_least(self, 1, "dataset_num_proc", "max_media_bytes")
         require_in(
             self, NOT_NEGATIVE, "prepared_rows_gib", way_out="--prepared_rows none keeps none"
         )

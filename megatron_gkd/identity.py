@@ -31,6 +31,7 @@ FREE_SETTINGS = {
     "dataloader_num_workers",
     "dataset_num_proc",
     "media_cache",
+    "max_media_bytes",
     "check_data",
     "download_datasets",
     "allow_zero_signal",

@@ -140,7 +140,7 @@ def _encode(
             )
 
     sizes: dict[Reference, Size] = {}
-    measure = _measuring(processor, sizes, read_media)
+    measure = _measuring(processor, sizes, max_length)
     student = _fill_prompt(
         input_ids[:start],
         labels[:start],
@@ -173,6 +173,9 @@ def _encode(
                 f"the {name} has {num_prompt} tokens and leaves no room for a response in "
                 f"--max_length {max_length}"
             )
+    if read_media:  # only now: a row that is too long is not decoded
+        for reference, size in sizes.items():
+            _check_size(processor.load(reference), size.num_tokens, reference)
     end = start + max_length - max(start, len(teacher.ids))
     num_trained = _num_trained(labels)
     labels = labels[:end]
@@ -207,15 +210,21 @@ def _num_trained(labels: list[int]) -> int:
 
 
 def _measuring(
-    processor: MediaProcessor, sizes: dict[Reference, Size], read_media: bool
+    processor: MediaProcessor, sizes: dict[Reference, Size], max_length: int
 ) -> Callable[[Reference], Size]:
-    """`processor.measure`, called once per medium; the results are kept in `sizes`."""
+    """`processor.measure`, called once per medium; the results are kept in `sizes`. A medium that
+    alone is too long is refused before its tokens are written out.
+    """
 
     def measure(reference: Reference) -> Size:
         if reference not in sizes:
             sizes[reference] = processor.measure(reference)
-            if read_media:
-                _check_size(processor.load(reference), sizes[reference].num_tokens, reference)
+            num_tokens = sizes[reference].num_tokens
+            if num_tokens >= max_length:
+                raise RowError(
+                    f"{reference.name}: has {num_tokens} tokens and leaves no room for a response "
+                    f"in --max_length {max_length}"
+                )
         return sizes[reference]
 
     return measure

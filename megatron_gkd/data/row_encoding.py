@@ -4,6 +4,7 @@ settings of the data say, and the schema.
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def row_encoding(data: DataConfig, model_dir: str, vocab_size: int) -> RowEncodi
         chat_problem,
         data.max_length,
         vocab_size,
-        MediaProcessor(model_dir, data.media_cache),
+        MediaProcessor(model_dir, data.media_cache, data.max_media_bytes),
         data.check_data,
         defaults,
         columns,
@@ -124,6 +125,10 @@ def _text_or_file(value: str | None, flag: str) -> str | None:
     if value is None or not value.endswith(".txt") or "\n" in value:
         return value
     try:
+        if os.path.exists(value) and not os.path.isfile(value):  # a pipe may never end, or begin
+            raise DataError(
+                f"--{flag} {value}: a folder, pipe, socket or device, where a file is read"
+            )
         return Path(value).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--{flag} {value}: {error}") from None

@@ -2,9 +2,10 @@
 them; and all media of a batch.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class Reference(NamedTuple):
         if not self.path:
             return f"{self.kind} ({len(self.data or b'')} bytes)"
         return f"{self.kind} {shortened(self.path, MAX_PATH)}"
+
+    def file(self) -> io.BytesIO | str:
+        """As decoders open it: the bytes, or the path."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        assert self.path is not None
+        return self.path
+
+    def opened(self) -> BinaryIO:
+        """As an open file."""
+        file = self.file()
+        return open(file, "rb") if isinstance(file, str) else file
 
 
 class PromptReferences(NamedTuple):

@@ -7,8 +7,6 @@ decodes it, in the data workers, when its row is reached. Features may be kept o
 """
 
 import hashlib
-import io
-import math
 import os
 import stat
 import sys
@@ -21,6 +19,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from megatron_gkd.data_settings import MAX_MEDIA_BYTES
 from megatron_gkd.errors import DataError, RowError, first_line, shortened
 from megatron_gkd.families import families
 from megatron_gkd.media import picture
@@ -33,7 +32,13 @@ from megatron_gkd.media.cache import (
 )
 from megatron_gkd.media.medium import MAX_PATH, Medium, Reference, Size
 from megatron_gkd.media.positions import MediaTokenIds
-from megatron_gkd.media.video_file import read_frames, read_sound, scan
+from megatron_gkd.media.sound_file import (
+    check_bytes,
+    read_sound,
+    resampled_length,
+    sound_length,
+)
+from megatron_gkd.media.video_file import Scan, read_frames, scan
 from megatron_gkd.media.video_frames import VideoSettings, plan_frames, to_patches
 from megatron_gkd.model.args import read_config
 
@@ -41,15 +46,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}  # for transformers' Auto classes
-_INEXACT_HEADERS = ("MP3", "OGG")  # formats whose headers give the length only roughly
-_UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
+_RGB = 3  # bytes of a pixel
 
 
 class MediaProcessor:
     """Reads media with the processor files of a model folder; each is loaded when first needed."""
 
-    def __init__(self, folder: str, cache: str | None = None):
-        self.folder, self.cache = folder, cache
+    def __init__(self, folder: str, cache: str | None = None, max_bytes: int = MAX_MEDIA_BYTES):
+        """max_bytes: `--max_media_bytes`."""
+        self.folder, self.cache, self.max_bytes = folder, cache, max_bytes
         self._cache_is_full = False
         if cache:
             self._keep(lambda: check_writable(cache))
@@ -100,8 +105,8 @@ class MediaProcessor:
         settings = self._video_settings
 
         def read() -> Size:
-            with _opened(reference) as file:
-                plan = plan_frames(scan(file), settings)
+            with reference.opened() as file:
+                plan = plan_frames(self._scan(file, reference), settings)
             return Size(plan.num_tokens, plan.grid_thw, settings.seconds_per_grid)
 
         return self._refusing(reference, read)
@@ -166,13 +171,8 @@ class MediaProcessor:
 
     def _audio_length(self, reference: Reference) -> int:
         """Number of samples at the processor's rate."""
-        info = None if reference.is_track else self._refusing(reference, lambda: _header(reference))
-        if info is None or info.format in _INEXACT_HEADERS:
-            samples, rate = self._decode_audio(reference)
-            num_samples = len(samples)
-        else:
-            num_samples, rate = info.frames, info.samplerate
-        return math.ceil(num_samples * self._feature_extractor.sampling_rate / rate)
+        rate = self._feature_extractor.sampling_rate
+        return self._refusing(reference, lambda: sound_length(reference, rate, self.max_bytes))
 
     def _num_frames(self, num_samples: int, reference: Reference) -> int:
         extractor = self._feature_extractor
@@ -184,19 +184,14 @@ class MediaProcessor:
             )
         return num_samples // extractor.hop_length
 
-    def _decode_audio(self, reference: Reference) -> tuple[np.ndarray, int]:
-        """(samples of all channels averaged, their rate in Hz)."""
-        samples, rate = self._refusing(reference, lambda: _read_sound(reference))
-        if not np.isfinite(samples).all():
-            raise RowError(f"{reference.name}: a sample is not a finite number")
-        return samples.mean(axis=1), rate
-
     def _load_audio(self, reference: Reference) -> Medium:
         import soxr
 
-        samples, rate = self._decode_audio(reference)
         extractor = self._feature_extractor
-        wanted = math.ceil(len(samples) * extractor.sampling_rate / rate)
+        samples, rate = self._refusing(
+            reference, lambda: read_sound(reference, extractor.sampling_rate, self.max_bytes)
+        )
+        wanted = resampled_length(len(samples), rate, extractor.sampling_rate)
         self._num_frames(wanted, reference)
         if rate != extractor.sampling_rate:
             samples = soxr.resample(samples, rate, extractor.sampling_rate, quality="HQ")
@@ -223,10 +218,11 @@ class MediaProcessor:
         """(width, height of the upright image, `Size.note`)."""
 
         def read() -> tuple[int, int, str]:
-            with picture.open_image(_file(reference)) as image:
+            with picture.open_image(reference.file()) as image:
                 return *picture.upright_size(image), picture.note(image)
 
         width, height, note = self._refusing(reference, read)
+        check_bytes(reference, width * height * _RGB, self.max_bytes)
         if min(width, height) < 2:
             raise RowError(
                 f"{reference.name}: {width} x {height} pixels, an image needs at least 2 x 2"
@@ -237,7 +233,7 @@ class MediaProcessor:
         self._image_size(reference)
 
         def read() -> "PilImage":
-            with picture.open_image(_file(reference)) as image:
+            with picture.open_image(reference.file()) as image:
                 return picture.to_rgb(image)
 
         image = self._refusing(reference, read)
@@ -255,8 +251,8 @@ class MediaProcessor:
         settings = self._video_settings
 
         def read() -> Medium:
-            with _opened(reference) as file:
-                plan = plan_frames(scan(file), settings)
+            with reference.opened() as file:
+                plan = plan_frames(self._scan(file, reference), settings)
                 file.seek(0)
                 patches = to_patches(read_frames(file, plan.times), plan, settings)
             return Medium(
@@ -264,6 +260,14 @@ class MediaProcessor:
             )
 
         return self._refusing(reference, read)
+
+    def _scan(self, file: BinaryIO, reference: Reference) -> Scan:
+        """Of a video none of whose frames is too large."""
+
+        def check(height: int, width: int) -> None:
+            check_bytes(reference, width * height * _RGB, self.max_bytes)
+
+        return scan(file, check)
 
     # The folder's files
     # ----------------------------------------------------------------------------------------------
@@ -330,66 +334,6 @@ class MediaProcessor:
         for path in sorted(Path(self.folder).glob("*processor_config.json")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
-
-
-def _header(reference: Reference) -> Any:
-    """soundfile's, None for what libsndfile does not know: a format, or the length of a stream."""
-    import soundfile
-
-    try:
-        info = soundfile.info(_file(reference))
-    except (soundfile.LibsndfileError, TypeError):  # by the name `.raw` it expects bare samples
-        return None
-    return None if info.frames == _UNKNOWN_LENGTH else info
-
-
-def _read_sound(reference: Reference) -> tuple[np.ndarray, int]:
-    """(samples [samples, channels], their rate in Hz): libsndfile's, or FFmpeg's for a video's
-    track and for formats that libsndfile does not know, such as m4a, aac, wma, webm. Raises
-    RowError for a file that neither can read.
-    """
-    import soundfile
-
-    if reference.is_track:
-        try:
-            with _opened(reference) as file:
-                return read_sound(file)
-        except ValueError as error:
-            raise RowError(
-                f"{reference.name}: this video's sound cannot be read ({first_line(error)}), and "
-                "`use_audio_in_video` takes it, unless `audios` gives one for each video"
-            ) from error
-    if _header(reference) is not None:
-        return soundfile.read(_file(reference), dtype="float32", always_2d=True)
-    try:
-        with _opened(reference) as file:
-            return read_sound(file)
-    except ImportError as error:
-        name = shortened(reference.path or "FILE", MAX_PATH)
-        raise RowError(
-            f"{reference.name}: not one of libsndfile's formats (wav, flac, mp3 ...), and others "
-            f"need PyAV ({first_line(error)}): pip install 'av>=17.1,<20', or convert it: "
-            f"ffmpeg -i {name} NEW_FILE.flac"
-        ) from None
-    except ValueError as error:
-        raise RowError(
-            f"{reference.name}: cannot be read (not one of libsndfile's formats; FFmpeg: "
-            f"{first_line(error)})"
-        ) from error
-
-
-def _file(reference: Reference) -> io.BytesIO | str:
-    """The medium as decoders open it."""
-    if reference.data is not None:
-        return io.BytesIO(reference.data)
-    assert reference.path is not None
-    return reference.path
-
-
-def _opened(reference: Reference) -> BinaryIO:
-    """The medium as an open file."""
-    file = _file(reference)
-    return open(file, "rb") if isinstance(file, str) else file
 
 
 def _image(patches: Tensor, grid_thw: Tensor, merge_size: int) -> Medium:

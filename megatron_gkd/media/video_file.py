@@ -5,7 +5,7 @@ that a playlist names. All functions raise ValueError for a file that is damaged
 lacks what is asked for. H, W: pixels of a frame in height and width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 _HEADERS_WITH_LENGTH = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+_MOST_FRAMES = 10_000_000  # 46 hours of 60 a second
 _CUT_SECONDS = 0.5  # containers disagree with their streams by less
 
 
@@ -30,10 +31,14 @@ class Scan:
     width: int
 
 
-def scan(file: BinaryIO) -> Scan:
-    """Reads all packets: headers may lack the number of frames."""
+def scan(file: BinaryIO, check_size: Callable[[int, int], None]) -> Scan:
+    """Reads all packets: headers may lack the number of frames. check_size: called with the height
+    and width that the header gives, before a frame is decoded, and with those of the first one; it
+    raises for frames that are too large.
+    """
     with _open(file) as container:
         stream = _best(container, "video", "frames")
+        check_size(stream.codec_context.height, stream.codec_context.width)
         times: list[int] = []
         ends: list[int] = []
         first, seconds = None, 0.0
@@ -43,12 +48,15 @@ def scan(file: BinaryIO) -> Scan:
                 end = time + (packet.duration or 0)
                 seconds = max(seconds, float(end * packet.time_base))
                 if packet.stream is stream and not packet.is_discard:
+                    if len(times) == _MOST_FRAMES:
+                        raise ValueError(f"it has more than {_MOST_FRAMES} frames: cut it")
                     times.append(time)
                     ends.append(end)
             if packet.stream is stream and first is None:
                 first = next(iter(packet.decode()), None)
         if first is None or not times:
             raise ValueError("no frame of it can be decoded")
+        check_size(first.height, first.width)
         times.sort()
         base = stream.time_base
         # torchcodec's expression: a rounding error more would change the number of sampled frames
@@ -87,9 +95,9 @@ def read_frames(file: BinaryIO, times: Sequence[int]) -> Iterator[np.ndarray]:
         raise ValueError(f"the frame at {_seconds(stream, times[found])} s cannot be decoded")
 
 
-def read_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
-    """(float32 [samples, channels], their rate in Hz) of the sound, without regard to when it
-    begins in the video.
+def sound_blocks(file: BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
+    """(float32 [samples, channels], their rate in Hz) of the sound, one block after the other,
+    without regard to when it begins in the video.
     """
     import av
 
@@ -97,17 +105,18 @@ def read_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
         stream = _best(container, "audio", "sound")
         resampler = av.AudioResampler(format="fltp")  # the format alone: rate and channels stay
         frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
-        parts: list[Any] = []
+        length, rate = 0, None
         for frame in chain(frames, [None]):
-            if frame is not None or parts:
-                parts += resampler.resample(frame)
-        if not parts:
+            if frame is None and rate is None:
+                break
+            for part in resampler.resample(frame):
+                rate = part.sample_rate  # of HE-AAC twice what the header says
+                length += part.samples
+                yield part.to_ndarray().T, rate
+        if rate is None:
             raise ValueError("its sound is empty")
-        rate = parts[0].sample_rate  # of HE-AAC twice what the header says
-        samples = np.concatenate([part.to_ndarray() for part in parts], axis=1).T
         if stream.duration is not None:
-            _check_whole(container, float(stream.duration * stream.time_base), len(samples) / rate)
-        return samples, rate
+            _check_whole(container, float(stream.duration * stream.time_base), length / rate)
 
 
 @contextmanager
