@@ -99,6 +99,7 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
     optimizer = build_optimizer(config, ddp, parallel)
     if parallel.rank == 0:
         write_description(config, num_parameters, parallel)
+    identity = identity_state(config) if parallel.rank == 0 else {}
     progress = resume(
         config,
         model,
@@ -109,6 +110,7 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
         resume_folder,
         train_data,
         eval_data,
+        identity,
     )
     trackers = []
     if parallel.rank == 0:
@@ -155,7 +157,7 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
         rollout_log=rollout_log,
         writer=writer,
         progress=progress,
-        identity=identity_state(config) if parallel.rank == 0 else {},
+        identity=identity,
         clock=Clock(parallel.device),
         memory=memory,
         recomputation=recomputation,

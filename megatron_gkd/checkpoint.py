@@ -82,11 +82,8 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
     Raises FileNotFoundError for a folder that is not there.
     """
     if resume_from == "latest":
-        found, note = [path for _, path in checkpoints(output_dir)], Path(output_dir, LATEST)
-        name = note.read_text().strip() if note.is_file() else None
-        if name == "" or not found:
-            return None
-        return Path(output_dir, name) if name and Path(output_dir, name) in found else found[-1]
+        there = (path for path in _latest_first(output_dir) if (path / TENSORS).is_file())
+        return next(there, None)
     if not (Path(resume_from) / TENSORS).is_file():
         for path in (Path(resume_from), Path(resume_from) / TENSORS):
             if path.is_symlink() and not path.exists():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_gkd.errors import naming
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.word_sum import WORD_BYTES, added, file_sum, word_sum
 from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
@@ -50,8 +51,9 @@ def write_manifest(folder: Path, step: int, shares: Mapping[str, int]) -> None:
             digest = file_sum(path)
         files[name] = {"bytes": size, "digest": f"{digest:016x}"}
     path = folder / MANIFEST
-    path.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
-    sync(path)
+    with naming(path):
+        path.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
+        sync(path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -3,22 +3,16 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE
+from megatron_gkd.json_fields import OBJECT, TEXT, TRUTH, Form, check_fields
 
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _MOST_STEPS = 10**9 - 1
+_WAY_OUT = "; resume from another checkpoint"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-
-
-class Form(NamedTuple):
-    """What a field may hold, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
 
 
 def _is_number(value: Any) -> bool:
@@ -34,8 +28,6 @@ _COUNT = Form(
     lambda value: type(value) is int and 0 <= value <= _MOST_STEPS,
 )
 _ABOVE_0 = Form("a number above 0", lambda value: _is_number(value) and value > 0)
-_OBJECT = Form("a JSON object", lambda value: isinstance(value, dict))
-_TRUTH = Form("true or false", lambda value: isinstance(value, bool))
 
 _ROWS = Form(
     "null or an object with rows, a count, and digests, a list of texts",
@@ -49,16 +41,16 @@ _ROWS = Form(
 _FORMS = {
     "step": _COUNT,
     "num_updates": _COUNT,
-    "loss_scale": _OBJECT,
-    "lora": _OBJECT,
-    "settings": _OBJECT,
-    "data": _OBJECT,
-    "identity": _OBJECT,
-    "teacher": _TRUTH,
+    "loss_scale": OBJECT,
+    "lora": OBJECT,
+    "settings": OBJECT,
+    "data": OBJECT,
+    "identity": OBJECT,
+    "teacher": TRUTH,
     "on_policy_steps": _COUNT,
     "skipped_steps": _COUNT,
     "bad_in_a_row": _COUNT,
-    "has_learned": _TRUTH,
+    "has_learned": TRUTH,
     "zero_gradient_steps": _COUNT,
     "zero_gradients_in_a_row": _COUNT,
 }
@@ -66,14 +58,14 @@ _LORA_FORMS = {
     "rank": Form("a whole number above 0", lambda value: type(value) is int and value > 0),
     "alpha": _ABOVE_0,
     "targets": Form("a list of names", _are_names),
-    "use_rslora": _TRUTH,
+    "use_rslora": TRUTH,
     "dropout": Form("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "towers": _TRUTH,
+    "towers": TRUTH,
 }
 _DATA_FORMS = {"dataset": _ROWS, "val_dataset": _ROWS}
 _IDENTITY_FORMS = {
-    "weights": Form("a text", lambda value: isinstance(value, str)),
-    "software": _OBJECT,
+    "weights": TEXT,
+    "software": OBJECT,
 }
 _LORA_KEYS = ("rank", "alpha", "targets", "towers")
 
@@ -98,7 +90,7 @@ def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
             f"{path}: lacks {', '.join(sorted(missing))}; resume from another "
             f"checkpoint, or start from its weights with --adapter {folder}"
         )
-    _check(path, state, _FORMS, "")
+    check_fields(path, state, _FORMS, _WAY_OUT)
     for field, forms, keys in (
         ("lora", _LORA_FORMS, _LORA_KEYS),
         ("data", _DATA_FORMS, ()),
@@ -110,7 +102,9 @@ def read_state(folder: Path, *more_keys: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {field} lacks {', '.join(lacking)}; resume from another checkpoint"
             )
-        _check(path, state[field], forms, f"{field}.")
+        inner = {f"{field}.{name}": form for name, form in forms.items()}
+        values = {f"{field}.{name}": value for name, value in state[field].items()}
+        check_fields(path, values, inner, _WAY_OUT)
     return state
 
 
@@ -122,17 +116,6 @@ def check_step(folder: Path, step: int) -> None:
             f"{folder / STATE}: step is {step:,}, and the folder's name says {int(match[1]):,}: "
             "of another checkpoint; resume from another one"
         )
-
-
-def _check(path: Path, values: dict[str, Any], forms: dict[str, Form], before: str) -> None:
-    for field, (words, holds) in forms.items():
-        if field in values and not holds(values[field]):
-            stated = repr(values[field])
-            stated = stated if len(stated) <= 60 else f"{stated[:60]}..."
-            raise ValueError(
-                f"{path}: {before}{field} is {stated}, and must be {words}; resume from another "
-                "checkpoint"
-            )
 
 
 def _why_no_state(folder: Path) -> str:

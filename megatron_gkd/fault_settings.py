@@ -1,4 +1,4 @@
-"""The settings of a run that meets faults: how long it waits for what does not come."""
+"""The settings of a run that meets faults: how long it waits, and what it does on purpose only."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,11 @@ class FaultConfig:
         "Seconds that a rank waits for the others in a collective before it ends the run.",
         aliases=["--ddp_timeout"],
     )
-
     take_over_output_dir: bool = setting(
         False,
         "Take --output_dir from another run that still holds it: it ends without saving. For one "
         "that cannot be ended, on a machine that does not answer.",
     )
-
     allow_changed_inputs: bool = setting(
         False,
         "Resume though rows or base weights are not those that the checkpoint was trained with.",

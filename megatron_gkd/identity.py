@@ -151,13 +151,16 @@ def identity_state(config: Config) -> dict[str, Any]:
     return {"weights": weights_digest(config.model.model), "software": _software()}
 
 
-def changed_identity(before: dict[str, Any], config: Config) -> tuple[list[str], list[str]]:
-    """(what must not have changed without notice, what may have) since `before`, a line each."""
-    now = identity_state(config)
+def changed_identity(
+    before: dict[str, Any], now: dict[str, Any], model: str
+) -> tuple[list[str], list[str]]:
+    """(what must not have changed without notice, what may have) between two `identity_state`, a
+    line each. model: --model, for the lines.
+    """
     changes = []
     if before["weights"] != now["weights"]:
         changes.append(
-            f"the weights of --model {config.model.model} are not those of the checkpoint "
+            f"the weights of --model {model} are not those of the checkpoint "
             f"(digest {before['weights']}, now {now['weights']})"
         )
     notes = [

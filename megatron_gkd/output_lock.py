@@ -127,9 +127,7 @@ class OutputLock:
         lives = owner.lives_here()
         if lives is not None:
             return lives and owner.pid != os.getpid()  # what this process has not released
-        with suppress(
-            OSError
-        ):  # its clock and the file system's may differ from ours: theirs alone
+        with suppress(OSError):  # both times are the file system's, whatever our clock says
             if _now(self.path) - os.fstat(descriptor).st_mtime > LEASE_SECONDS:
                 return False
         self._log(

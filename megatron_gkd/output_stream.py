@@ -28,8 +28,9 @@ class _Descriptor(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """For a program, at its start: from now on a broken pipe of stdout or stderr, a closed
-    terminal or a full disk is no error."""
+    """For a program, at its start: from now on a broken pipe of stdout or stderr, a closed terminal
+    or a full disk is no error.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         stream.flush()

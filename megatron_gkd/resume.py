@@ -52,9 +52,11 @@ def resume(
     folder: Path | None,
     train_data: SampleDataset,
     eval_data: SampleDataset | None,
+    identity: dict[str, Any],
 ) -> Progress:
     """The state of the checkpoint `folder`, if one is resumed (its LoRA weights, `adapter`, are in
     the model). Another rank or other linears than the checkpoint's begin a new stage at step 0.
+    identity: `identity_state`, of rank 0 alone.
 
     Raises ValueError naming a file of the checkpoint that contradicts another one of it, or rows or
     base weights that are not those of the checkpoint. Collectives: those of `first_error`.
@@ -93,7 +95,7 @@ def resume(
             )
     error = ""
     if parallel.rank == 0:  # it goes through all rows
-        error = _changed_inputs(config, folder, state, train_data, eval_data)
+        error = _changed_inputs(config, folder, state, train_data, eval_data, identity)
     if error := first_error(error, parallel.device):
         raise ValueError(error)
     total_steps = config.train.max_steps
@@ -115,13 +117,14 @@ def _changed_inputs(
     state: dict[str, Any],
     train_data: SampleDataset,
     eval_data: SampleDataset | None,
+    identity: dict[str, Any],
 ) -> str:
     """Why the run cannot go on: its rows or base weights are not the checkpoint's, and
     --allow_changed_inputs does not say that they are meant to be others. Prints what is a note.
     """
     changes, notes = changed_rows(state.get("data", {}), train_data, eval_data), list[str]()
     if "identity" in state:
-        changed, notes = changed_identity(state["identity"], config)
+        changed, notes = changed_identity(state["identity"], identity, config.model.model)
         changes += changed
     else:
         print(f"Note: {folder} is of an earlier version: its base weights are not compared")

@@ -113,14 +113,14 @@ def two_nodes(folder: Path) -> Iterator[list[Node]]:
                 nodes.append(Node(name, enter_user))
             peer = ["peer", "name", "eth0", "netns", str(nodes[1].first_process)]
             nodes[0].call("ip", "link", "add", "name", "eth0", "type", "veth", *peer)
-            for node, address in zip(nodes, ADDRESSES, strict=True):
-                node.call("hostname", node.name)
-                node.call("mount", "--bind", str(hosts), "/etc/hosts")
-                node.call("ip", "address", "add", f"{address}/24", "dev", "eth0")
-                node.call("ip", "link", "set", "lo", "up")
-                node.call("ip", "link", "set", "eth0", "up")
-        except OSError as error:
+        except OSError as error:  # no right to make them, no `ip`, no veth in the kernel
             pytest.skip(f"no namespaces can be made here: {error}")
+        for node, address in zip(nodes, ADDRESSES, strict=True):
+            node.call("hostname", node.name)
+            node.call("mount", "--bind", str(hosts), "/etc/hosts")
+            node.call("ip", "address", "add", f"{address}/24", "dev", "eth0")
+            node.call("ip", "link", "set", "lo", "up")
+            node.call("ip", "link", "set", "eth0", "up")
         yield nodes
     finally:
         for node in nodes:

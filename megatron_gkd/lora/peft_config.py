@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.errors import short_repr
 from megatron_gkd.families import Family
 from megatron_gkd.flags import POSITIVE
+from megatron_gkd.json_fields import TEXT, TRUTH, Form, check_fields
 from megatron_gkd.lora_targets import EXPERTS, layers_of, names_of
 
 CONFIG = "adapter_config.json"
@@ -56,16 +58,16 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "rank_pattern": ("numbers above 0 by module", _is_pattern),
-    "alpha_pattern": ("numbers above 0 by module", _is_pattern),
-    "layers_to_transform": ("a number or a list of numbers", _are_layers),
-    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-    "target_modules": ("a name, a pattern or a list of names", _is_text_or_names),
-    "exclude_modules": ("a name, a pattern or a list of names", _is_text_or_names),
-    "lora_dropout": ("a number from 0 to 1", _is_share),
-    "base_model_name_or_path": ("a name", lambda value: isinstance(value, str)),
-    "layers_pattern": ("a name, a pattern or a list of names", _is_text_or_names),
+_FORMS = {
+    "rank_pattern": Form("numbers above 0 by module", _is_pattern),
+    "alpha_pattern": Form("numbers above 0 by module", _is_pattern),
+    "layers_to_transform": Form("a number or a list of numbers", _are_layers),
+    "use_rslora": TRUTH,
+    "target_modules": Form("a name, a pattern or a list of names", _is_text_or_names),
+    "exclude_modules": Form("a name, a pattern or a list of names", _is_text_or_names),
+    "lora_dropout": Form("a number from 0 to 1", _is_share),
+    "base_model_name_or_path": TEXT,
+    "layers_pattern": Form("a name, a pattern or a list of names", _is_text_or_names),
 }
 
 
@@ -82,39 +84,31 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not the settings of an adapter, a JSON object")
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{path}: peft_type {_short(config.get('peft_type'))}, and only LORA adapters load; "
-            f"where peft can merge that kind, {_MERGE}"
+            f"{path}: peft_type {short_repr(config.get('peft_type'))}, and only LORA adapters "
+            f"load; where peft can merge that kind, {_MERGE}"
         )
     for setting in ("lora_alpha", "r"):
         if not _is_positive(config.get(setting)):
-            stated = _short(config[setting]) if setting in config else "missing"
+            value = short_repr(config[setting]) if setting in config else "missing"
             raise ValueError(
-                f"{path}: {setting} is {stated}, and the scale alpha / r of the update is unknown: "
+                f"{path}: {setting} is {value}, and the scale alpha / r of the update is unknown: "
                 "write the number there that the adapter was trained with"
             )
-    for setting, allowed in _FORMS.items():
-        words, holds = allowed
-        if config.get(setting) is not None and not holds(config[setting]):
-            raise ValueError(f"{path}: {setting} is {_short(config[setting])}, and must be {words}")
+    stated = {name: value for name, value in config.items() if value is not None}
+    check_fields(path, stated, _FORMS)
     for setting, neutral in _PLAIN.items():
         if config.get(setting) not in (None, neutral):
             raise ValueError(
-                f"{path}: {setting} = {_short(config[setting])} is not supported "
+                f"{path}: {setting} = {short_repr(config[setting])} is not supported "
                 f"(expected {neutral!r}); {_MERGE}, or train it without"
             )
     if config.get("init_lora_weights") not in _STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights = {_short(config['init_lora_weights'])} belongs to a "
+            f"{path}: init_lora_weights = {short_repr(config['init_lora_weights'])} belongs to a "
             f"changed base model; save it as plain LoRA with PEFT (save_pretrained with "
             f"path_initial_model_for_weight_conversion), or {_MERGE}"
         )
     return config
-
-
-def _short(value: Any) -> str:
-    """As Python writes it, the beginning where that is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def pattern_value(

@@ -1,0 +1,32 @@
+"""What the fields of a JSON file may hold."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_gkd.errors import short_repr
+
+
+class Form(NamedTuple):
+    """What a field may hold, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+TRUTH = Form("true or false", lambda value: isinstance(value, bool))
+OBJECT = Form("a JSON object", lambda value: isinstance(value, dict))
+TEXT = Form("a text", lambda value: isinstance(value, str))
+
+
+def check_fields(
+    path: Path, values: Mapping[str, Any], forms: Mapping[str, Form], way_out: str = ""
+) -> None:
+    """Raise ValueError, naming the file at `path` and the field, where one of `values` is not of
+    its form. Fields that are missing, or have no form, pass. way_out: the end of the message.
+    """
+    for field, (words, holds) in forms.items():
+        if field in values and not holds(values[field]):
+            raise ValueError(
+                f"{path}: {field} is {short_repr(values[field])}, and must be {words}{way_out}"
+            )
