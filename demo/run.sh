@@ -40,7 +40,7 @@ head -n 1 "$DEMO/data/train.jsonl"
 echo "[4/5] training in $DEMO/run: $NPROC ranks on $DEVICE, TP $NPROC, EP $NPROC, $DTYPE"
 rm -rf "$DEMO/run"
 layout=(--tensor_model_parallel_size "$NPROC" --expert_model_parallel_size "$NPROC" --device "$DEVICE")
-"$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
+"$python" -m megatron_gkd.launch --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
     --model "$DEMO/model" --dataset "$DEMO/data/train.jsonl" --val_dataset "$DEMO/data/heldout.jsonl" --max_length 64 \
     --lmbda 0.5 --temperature 1.0 --beta 0.5 \
     --max_completion_length 12 --rollout_temperature 1.0 --top_p 0.9 --top_k 50 --repetition_penalty 1.0 \
@@ -54,6 +54,6 @@ tolerance=$([ "$DTYPE" = float32 ] && echo 1e-4 || echo 1e-3) # JSD of Megatron 
 adapter=$(ls -d "$DEMO"/run/checkpoint-* | sort -V | tail -n 1)
 "$python" -m demo.report --model "$DEMO/model" --heldout "$DEMO/data/heldout.jsonl" --run "$DEMO/run" \
     --adapter "$adapter" --temperature 1.0 --tolerance "$tolerance" --min_obeyed "$MIN_OBEYED"
-PYTHONWARNINGS=ignore "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m checkpoint_tools.verify "${layout[@]}" \
+PYTHONWARNINGS=ignore "$python" -m megatron_gkd.launch --standalone --nproc_per_node "$NPROC" -m checkpoint_tools.verify "${layout[@]}" \
     --hf_model "$DEMO/model" --adapter "$adapter"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; adapter: $adapter, curves: $DEMO/run/curves.png"

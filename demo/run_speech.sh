@@ -56,7 +56,7 @@ layout=(--tensor_model_parallel_size "$NPROC" --expert_model_parallel_size "$NPR
 temperature=2.0
 train() { # FOLDER FLAGS...
     rm -rf "$1"
-    "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
+    "$python" -m megatron_gkd.launch --standalone --nproc_per_node "$NPROC" -m megatron_gkd.train "${layout[@]}" --torch_dtype "$DTYPE" \
         --model "$MODEL" --dataset "$DEMO/data/train.jsonl" --val_dataset "$DEMO/data/heldout.jsonl" --max_length 96 \
         --temperature "$temperature" --beta 0.5 \
         --lora_rank 16 --lora_alpha 32 --lora_dropout 0.0 \

@@ -48,7 +48,7 @@ flags=(
     --save_only_model false # so that a stopped run can be resumed
 )
 
-"$python" -m megatron_gkd.plan --check --gpus "$((NNODES * NPROC_PER_NODE))" "${flags[@]}" "$@"
-[ -z "$check" ] || exit 0
-exec "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC_PER_NODE" \
+[ -z "$check" ] || exec "$python" -m megatron_gkd.plan --check --gpus "$((NNODES * NPROC_PER_NODE))" "${flags[@]}" "$@"
+exec "$python" -m megatron_gkd.launch --check_plan "--gpus $((NNODES * NPROC_PER_NODE))" \
+    --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC_PER_NODE" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m megatron_gkd.train "${flags[@]}" "$@"

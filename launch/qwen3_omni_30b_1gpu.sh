@@ -43,6 +43,6 @@ flags=(
     --output_dir "$OUTPUT" --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true
 )
 
-"$python" -m megatron_gkd.plan --check --gpus 1 "${flags[@]}" "$@"
-[ -z "$check" ] || exit 0
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node 1 -m megatron_gkd.train "${flags[@]}" "$@"
+[ -z "$check" ] || exec "$python" -m megatron_gkd.plan --check --gpus 1 "${flags[@]}" "$@"
+exec "$python" -m megatron_gkd.launch --check_plan "--gpus 1" --standalone --nproc_per_node 1 \
+    -m megatron_gkd.train "${flags[@]}" "$@"

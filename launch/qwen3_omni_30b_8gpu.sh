@@ -78,7 +78,6 @@ flags=(
     --save_only_model true
 )
 
-"$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" "${flags[@]}" "$@"
-[ -z "$check" ] || exit 0
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" \
+[ -z "$check" ] || exec "$python" -m megatron_gkd.plan --check --gpus "$NPROC_PER_NODE" "${flags[@]}" "$@"
+exec "$python" -m megatron_gkd.launch --check_plan "--gpus $NPROC_PER_NODE" --standalone --nproc_per_node "$NPROC_PER_NODE" \
     -m megatron_gkd.train "${flags[@]}" "$@"

@@ -4,13 +4,15 @@
 #   MODEL=... DATASET=... OUTPUT=... sbatch launch/slurm.sh [flags, which override those of multi_node.sh]
 #
 # Two minutes before the time limit the run gets SIGTERM, saves and exits. The same command continues it from the newest
-# checkpoint in OUTPUT (from step 0 if there is none).
+# checkpoint in OUTPUT (from step 0 if there is none), and so does Slurm by itself where it
+# starts the job again: after a node has failed, or scontrol requeue.
 #SBATCH --job-name=megatron_gkd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --requeue
 #SBATCH --signal=TERM@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail

@@ -97,8 +97,6 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
         log_rank_0(parallel, note)
     ddp = in_gradient_reducer(model)
     optimizer = build_optimizer(config, ddp, parallel)
-    if parallel.rank == 0:
-        write_description(config, num_parameters, parallel)
     identity = identity_state(config) if parallel.rank == 0 else {}
     progress = resume(
         config,
@@ -126,6 +124,8 @@ def build_run(config: Config, parallel: Parallel, lock: OutputLock) -> Run:
     )
     check_room(config, parallel, num_parameters, progress.step)
     note_start(config, parallel, resume_folder)
+    if parallel.rank == 0:
+        write_description(config, num_parameters, parallel)
     recomputation = None
     if config.model.recompute == "auto":
         recomputation = Recomputation(model.decoder, parallel, memory, most_tokens)

@@ -7,10 +7,7 @@ alone takes more than a second. Used by the training command and by the tools.
 import argparse
 import difflib
 import math
-import os
 import re
-import sys
-import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -19,7 +16,8 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get
 
 import yaml
 
-SECONDS_FOR_RANK_0 = 5  # to come to its error and end, and for torchrun to end the others
+from megatron_gkd.last_words import say_in_turn
+
 # Names from other programs -> the setting that does it here.
 OTHER_NAMES = {
     "lr": "learning_rate",
@@ -289,18 +287,6 @@ def yaml_flags(
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """The end of a command line: what is wrong to stderr, exit status 2.
-
-    Most errors are those of every rank. Rank 0 speaks at once and ends; the others wait a moment
-    before they do, in which torchrun ends them. What only some ranks have seen (a file that a node
-    lacks) is said by those.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(SECONDS_FOR_RANK_0)
-    print(
-        f"megatron_gkd: error{'' if rank == '0' else f' (rank {rank})'}: {error}",
-        file=sys.stderr,
-        flush=True,
-    )
+    """The end of a command line: what is wrong is said (last_words.py), exit status 2."""
+    say_in_turn(str(error))
     raise SystemExit(2) from error

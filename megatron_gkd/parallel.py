@@ -24,7 +24,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 
 from megatron_gkd import cpu
 
@@ -157,22 +157,27 @@ def use_whole_float32() -> None:
         settings.fp32_precision = "ieee"
 
 
-def join(device: torch.device, timeout: timedelta | None = None) -> None:
+def join(
+    device: torch.device, timeout: timedelta | None = None, store: Store | None = None
+) -> None:
     """Join the process group of the world (torchrun's variables; without them a world of one),
-    unless this process has. timeout: see `initialize`. Collectives: a rendezvous.
+    unless this process has. timeout: see `initialize`; store: where the ranks find each other, by
+    default torchrun's. Collectives: a rendezvous.
     """
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+    if "RANK" not in os.environ:
+        store, rank, size = torch.distributed.HashStore(), 0, 1
+    elif store is not None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend, timeout=timeout, store=store, rank=0, world_size=1
-        )
+        rank = size = -1  # the environment's
+    torch.distributed.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=size
+    )
 
 
 def initialize(

@@ -240,11 +240,13 @@ def write_run_json(
     layout: dict[str, int],
     hardware: dict[str, str],
 ) -> None:
-    """Write OUTPUT/run.json: settings (`Config.to_dict()`), `package_versions()`, parameter counts,
-    parallel sizes, the name of the device, and when: now, with the offset of the time zone.
+    """Write OUTPUT/run.json: the job that torchrun was started as, settings (`Config.to_dict()`),
+    `package_versions()`, parameter counts, parallel sizes, the name of the device, and when: now,
+    with the offset of the time zone.
     """
     os.makedirs(output_dir, exist_ok=True)
     contents = {
+        "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "config": config,
         "versions": versions,
@@ -255,6 +257,20 @@ def write_run_json(
     write_atomically(
         Path(output_dir, "run.json"), json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     )
+
+
+def was_begun_by_this_job(output_dir: str) -> bool:
+    """Whether the run in OUTPUT is this one, which torchrun has started again: after a failure, or
+    with another number of machines. The launcher gives every job an id of its own, as --rdzv_id is
+    meant to be; without one a restart counts.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    try:
+        begun_by = json.loads(Path(output_dir, "run.json").read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return job is not None and begun_by == job and (job != "none" or restarts > 0)
 
 
 def package_versions() -> dict[str, str]:

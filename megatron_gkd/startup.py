@@ -37,6 +37,13 @@ def quiet_imports() -> None:
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
 
 
+def quiet_sockets() -> None:
+    """Before torch is imported: what its sockets would say, with a backtrace, of each other machine
+    that has no name in the network or has ended. Errors, as NCCL's of a collective, still come.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def keep_compiled_kernels() -> None:
     """Triton's compiled kernels go where Triton puts them by default, ~/.triton/cache, and last
     from one run to the next. Without a TRITON_CACHE_DIR of the user's, torch's compiler would move
@@ -47,10 +54,11 @@ def keep_compiled_kernels() -> None:
 
 
 def prepare_imports() -> None:
-    """As `quiet_imports` and `keep_compiled_kernels`, and ends the process with one line where
+    """As the three above, and ends the process with one line where
     Transformer Engine would make the import of megatron-core fail.
     """
     quiet_imports()
+    quiet_sockets()
     keep_compiled_kernels()
     if problem := import_problem():
         exit_with(ValueError(problem))

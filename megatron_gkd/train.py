@@ -6,9 +6,11 @@ divergence -> LoRA gradients -> update
 """
 
 import math
+import os
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -41,6 +43,7 @@ from megatron_gkd.data.batch import Batch
 from megatron_gkd.forward import student_forward, student_forward_backward, teacher_forward
 from megatron_gkd.health import check_health, summary
 from megatron_gkd.identity import check_same_start
+from megatron_gkd.liveness import Membership, joined
 from megatron_gkd.media.towers import StepMedia
 from megatron_gkd.metrics import StepCounts, TokenSums
 from megatron_gkd.model.transformer_config import DTYPES
@@ -50,7 +53,6 @@ from megatron_gkd.parallel import (
     Parallel,
     destroy,
     initialize,
-    join,
     log_rank_0,
     resolve_device,
     use_deterministic_kernels,
@@ -59,11 +61,14 @@ from megatron_gkd.parallel import (
 from megatron_gkd.resume import save_if_due, way_on
 from megatron_gkd.run import Run, StepResult
 from megatron_gkd.run_data import check_data, print_row
+from megatron_gkd.run_folder import was_begun_by_this_job
 
+REFUSALS = (ValueError, OSError, FloatingPointError, SafetensorError)
+"""Errors that end a run with a line"""
 BATCHES_BETWEEN_LOOKS = 8  # of an evaluation: whether the run is asked to stop
 
 
-def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
+def train(config: Config, parallel: Parallel, requests: StopRequests, member: Membership) -> int:
     """The whole run; returns the request that has stopped it early, otherwise 0. Every rank calls
     it; rank 0 prints and writes.
     """
@@ -72,6 +77,7 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
         if owes_evaluation(run):
             log_evaluation(run, requests)
         requests.save_first()
+        note_progress(run, member)
         with closing(run.batches()) as steps:
             for batches in steps:
                 result = train_step(run, batches)
@@ -88,6 +94,7 @@ def train(config: Config, parallel: Parallel, requests: StopRequests) -> int:
                     run.log_step(result, counts)
                 check_health(run)
                 save_if_due(run, result.update, ends=bool(stop) or run.is_complete)
+                note_progress(run, member)
                 if run.is_eval_step and (run.is_complete or not stop):
                     stop = still_ours(log_evaluation(run, requests), config)
                     if stop and run.saved_step < run.progress.step:
@@ -112,6 +119,21 @@ def still_ours(stop: int, config: Config) -> int:
             "(--take_over_output_dir); this one ends and writes nothing more"
         )
     return stop
+
+
+def going_on(config: Config) -> Config:
+    """The settings of a run that torchrun has started again: from its newest checkpoint."""
+    if os.environ.get("RANK", "0") == "0":
+        print("Started again: as with --resume_from_checkpoint latest", flush=True)
+    return replace(config, run=replace(config.run, resume_from_checkpoint="latest"))
+
+
+def note_progress(run: Run, member: Membership) -> None:
+    """What the other ranks are told where this one does not answer any more."""
+    step, is_resumed = run.progress.step, member.step is None and run.progress.step > 0
+    member.step = step
+    if is_resumed or run.saved_step == step > 0:
+        member.way_on = f"go on with {way_on(run)}, from step {step}"
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepResult:
@@ -217,25 +239,27 @@ def run_from_config(config: Config, launcher: int | None = None) -> None:
                 print_row(config)
                 return
             device = resolve_device(config.model.device)
-            timeout = timedelta(seconds=config.faults.collective_timeout)
-            join(device, timeout)
-            check_same_start(config, device)  # before they make groups that may not be the same
-            parallel = initialize(
-                device,
-                dtype=DTYPES[config.model.torch_dtype],
-                tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-                pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-                expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-                context_parallel_size=config.parallel.context_parallel_size,
-                seed=config.train.seed,
-                timeout=timeout,
-            )
-            if config.data.check_data:
-                check_data(config, parallel)
-            else:
-                stopped = train(config, parallel, requests)
-            destroy()
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+            own_run = partial(was_begun_by_this_job, config.run.output_dir)
+            with joined(device, config.faults, REFUSALS, own_run) as member:
+                if member.goes_on:
+                    config = going_on(config)
+                check_same_start(config, device)  # before groups that may not be the same
+                parallel = initialize(
+                    device,
+                    dtype=DTYPES[config.model.torch_dtype],
+                    tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+                    pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+                    expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+                    context_parallel_size=config.parallel.context_parallel_size,
+                    seed=config.train.seed,
+                    timeout=timedelta(seconds=config.faults.group_timeout),
+                )
+                if config.data.check_data:
+                    check_data(config, parallel)
+                else:
+                    stopped = train(config, parallel, requests, member)
+                destroy()
+    except REFUSALS as error:
         exit_with(error)
     if stopped:
         sys.exit(exit_status(stopped))

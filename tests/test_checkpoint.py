@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd import checkpoint, flags
+from megatron_gkd import checkpoint, last_words
 from megatron_gkd.checkpoint import checkpoints, find_checkpoint, note_latest
 from megatron_gkd.checkpoint_manifest import MANIFEST
 from tests.ranks import run_ranks
@@ -439,7 +439,7 @@ def _save_where_one_rank_cannot(rank, world_size, argv, write):
     from megatron_gkd import parallel, train
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
-    flags.SECONDS_FOR_RANK_0 = 0
+    last_words.SECONDS_FOR_RANK_0 = 0
     if rank == 1:
         checkpoint.write_share = partial(write, checkpoint.write_share)
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gkd.config import parse_config, parse_config_or_exit
 from megatron_gkd.distillation import DistillConfig
-from megatron_gkd.flags import SECONDS_FOR_RANK_0
+from megatron_gkd.last_words import SECONDS_FOR_RANK_0
 from megatron_gkd.layout import ParallelConfig, check_layout
 
 REPOSITORY = Path(__file__).parents[1]
@@ -239,7 +239,7 @@ def test_missing_flags_and_the_exit_status(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "--model" in said and said.startswith("megatron_gkd: error: ")
     waited = []
-    monkeypatch.setattr("megatron_gkd.flags.time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("megatron_gkd.last_words.time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         parse_config_or_exit(["--dataset", "d"])

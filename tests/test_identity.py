@@ -29,7 +29,7 @@ def train_each(rank, world_size, argument_lists, change=None):
     from megatron_gkd.data import shared_folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
+        patch.setattr("megatron_gkd.last_words.SECONDS_FOR_RANK_0", 0)
         patch.setattr(shared_folder, "_machine", lambda: f"machine-{rank}")
         if change == "code" and rank == world_size - 1:
             patch.setattr(identity, "code_digest", lambda: "0123")

@@ -242,7 +242,7 @@ def test_torchrun_gives_a_stopped_run_time_to_save(script, environment, tmp_path
         "OUTPUT": str(tmp_path / "out"),
     }
     status, log = launch(script, environment | nodes | {"PYTHON": str(stub)})
-    assert status == 0 and log.splitlines()[-1] == "torch.distributed.run waits 110 s"
+    assert status == 0 and log.splitlines()[-1] == "megatron_gkd.launch waits 110 s"
     assert "--signal=TERM@120" in (REPOSITORY / "launch" / "slurm.sh").read_text()
 
 

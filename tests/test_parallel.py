@@ -125,11 +125,13 @@ def seconds_of_groups(rank, world_size):
 
 
 def test_every_group_of_a_run_waits_collective_timeout():
-    """Not the world's alone: megatron-core gives the groups of the layout 30 minutes of its own."""
+    """Not the world's alone: megatron-core gives the groups of the layout 30 minutes of its own. A
+    little longer, so that liveness.py says first who has not come.
+    """
     (seconds,) = run_ranks(seconds_of_groups, 1)
     layout = {"TENSOR_MODEL_PARALLEL_GROUP", "PIPELINE_MODEL_PARALLEL_GROUP"}
     assert layout | {"default_pg"} <= seconds.keys()
-    assert set(seconds.values()) == {77.0}, seconds
+    assert set(seconds.values()) == {85.85}, seconds  # 77, a twentieth of it, and 5
 
 
 def refusals(rank, world_size, layouts):

@@ -69,15 +69,15 @@ def test_a_script_starts_the_run_that_was_planned(gpus, python, tmp_path):
     environment = nodes | {"MODEL": config.model.model}  # the plan is of a config.json alone
     done = run(script, "--seed", "9", PYTHON=python, **environment)
     assert done.returncode == 0, done.stderr
-    check, start = map(json.loads, done.stdout.splitlines())
-    of_plan = ["-m", "megatron_gkd.plan", "--check", "--gpus", str(gpus), *flags[-7:]]
-    assert check[:12] == of_plan
+    start = json.loads(done.stdout)
+    of_plan = ["--check_plan", " ".join(["--gpus", str(gpus), *flags[-7:]])]
+    assert start[:4] == ["-m", "megatron_gkd.launch", *of_plan]
     module = start.index("megatron_gkd.train")
     config.train.seed = 9  # flags behind the script win
     config.run.recipe = None  # its settings stand there, each by itself
-    assert parse_config(start[module + 1 :]) == parse_config(check[12:]) == config
+    assert parse_config(start[module + 1 :]) == config
     torchrun = " ".join(start[:module])
-    assert "--nproc_per_node 8" in torchrun and "torch.distributed.run" in torchrun
+    assert "--nproc_per_node 8" in torchrun
     where = "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 29500"
     assert (where if gpus > 8 else "--standalone") in torchrun
 
@@ -90,8 +90,8 @@ def test_a_script_starts_anywhere(python, tiny_folder, tmp_path, monkeypatch):
     flags = ["--gpus", "2", "--model", os.path.relpath(model), *LAYOUT[:2]]
     script, _ = written(tmp_path, *flags, "--dataset", "my rows.jsonl#20", "other/NAME#5")
     monkeypatch.chdir("/")
-    check, start = map(json.loads, run(script, PYTHON=python).stdout.splitlines())
-    config = parse_config(check[5:])
+    start = json.loads(run(script, PYTHON=python).stdout)
+    config = parse_config(start[start.index("megatron_gkd.train") + 1 :])
     assert config.data.dataset == [f"{tmp_path}/my rows.jsonl#20", "other/NAME#5"]
     assert config.model.model == str(model)
     assert "--standalone --nproc_per_node 2 " in " ".join(start)

@@ -31,7 +31,13 @@ FOREIGN_FLAGS = {
     "use_vllm",
     "adapters",
     "help",
+    # torchrun
     "nproc_per_node",
+    "nnodes",
+    "max_restarts",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
     # vLLM
     "omni",
     "port",

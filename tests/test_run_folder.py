@@ -16,6 +16,7 @@ from megatron_gkd import run_folder
 from megatron_gkd.run_folder import (
     MetricsWriter,
     package_versions,
+    was_begun_by_this_job,
     write_atomically,
     write_run_json,
 )
@@ -151,7 +152,8 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     assert "4/4" in shown and "loss 0.5000  10 tokens/s  1.00 GiB" in shown
 
 
-def test_run_json(tmp_path):
+def test_run_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     parts = {
         "config": {"model": {"model": "模型"}},
         "versions": package_versions(),
@@ -162,8 +164,34 @@ def test_run_json(tmp_path):
     write_run_json(str(tmp_path / "out"), *parts.values())
     written = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert datetime.fromisoformat(written.pop("started")).tzinfo is not None
-    assert written == parts
+    assert written == parts | {"job": "job"}
     assert parts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize(
+    "job, now, restarts, goes_on",
+    [
+        ("a", "a", "0", True),  # the machines of an elastic job have become others
+        ("a", "b", "0", False),
+        ("a", "b", "2", False),  # it failed before it had begun: the folder is an older job's
+        ("none", "none", "0", False),  # torchrun's name of all jobs that have no other
+        ("none", "none", "1", True),
+        (None, None, "0", False),  # without torchrun
+        ("a", None, "0", False),
+    ],
+)
+def test_whether_torchrun_has_started_a_run_again(
+    tmp_path, monkeypatch, job, now, restarts, goes_on
+):
+    assert not was_begun_by_this_job(str(tmp_path))
+    for name, values in (("RUN_ID", (job, now)), ("RESTART_COUNT", ("0", restarts))):
+        for value in values:
+            monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
+            if value is not None:
+                monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+            if name == "RUN_ID" and value is job and not (tmp_path / "run.json").exists():
+                write_run_json(str(tmp_path), {}, {}, {}, {}, {})
+    assert was_begun_by_this_job(str(tmp_path)) == goes_on
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -25,6 +25,7 @@ def collectives_of_steps(rank, world_size, argv):
 
     from megatron_gkd import train
     from megatron_gkd.config import parse_config
+    from megatron_gkd.liveness import Membership
     from megatron_gkd.stop_requests import StopRequests
     from tests.collectives import Collectives
 
@@ -39,7 +40,7 @@ def collectives_of_steps(rank, world_size, argv):
 
     train.train_step = begin
     with Collectives(parallel.groups) as seen:
-        train.train(config, parallel, StopRequests(None))
+        train.train(config, parallel, StopRequests(None), Membership())
     return dict(zip(KINDS, found[1:]))
 
 

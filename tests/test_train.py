@@ -1,6 +1,7 @@
 """Runs of the command line: what they write, evaluation, and what they refuse."""
 
 import json
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from megatron_gkd import train
 from megatron_gkd.build import settings_notes
 from megatron_gkd.config import parse_config
+from megatron_gkd.liveness import Membership
 from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.train import main
 from megatron_gkd.verify.reference import decoder
@@ -140,7 +142,9 @@ def test_run_folder(data, tmp_path):
         "kl_reverse",
     } <= set(evaluations[0])
     run = json.loads((tmp_path / "run.json").read_text())
-    assert set(run) == {"started", "config", "versions", "parameters", "layout", "hardware"}
+    assert set(run) == {
+        *("started", "job", "config", "versions", "parameters", "layout", "hardware")
+    }
     assert datetime.fromisoformat(run["started"]).tzinfo and run["hardware"]["device"]
     assert run["layout"] == {"world_size": 2, "tp": 1, "pp": 1, "dp": 2, "ep": 1, "cp": 1}
     saved = load_file(tmp_path / "checkpoint-7" / "adapter_model.safetensors")
@@ -292,9 +296,10 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch, capsys):
         raise FileNotFoundError("rows.jsonl is not on this node")
 
     monkeypatch.setenv("RANK", "9")
-    monkeypatch.setattr("megatron_gkd.flags.SECONDS_FOR_RANK_0", 0)
-    for name in ("join", "check_same_start", "initialize"):
+    monkeypatch.setattr("megatron_gkd.last_words.SECONDS_FOR_RANK_0", 0)
+    for name in ("check_same_start", "initialize"):
         monkeypatch.setattr(train, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "joined", lambda *args: nullcontext(Membership()))
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit) as exit_:
         main(["--model", "m", "--dataset", "d", "--device", "cpu"])

@@ -41,6 +41,8 @@ class Node:
         pid = self._unshare.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         self.first_process = int(children[0])
+        # a machine that loses its power leaves the network card of the other as it is
+        self._network = os.open(f"/proc/{self.first_process}/ns/net", os.O_RDONLY)
 
     def enter(self, *kinds: str) -> list[str]:
         return [
@@ -76,15 +78,21 @@ class Node:
             if pipe is not None:
                 pipe.close()
 
+    def close(self) -> None:
+        """The end of the node, and of its end of the cable."""
+        self.end()
+        os.close(self._network)
+
 
 @contextlib.contextmanager
 def two_nodes(folder: Path) -> Iterator[list[Node]]:
-    """Nodes `node0` and `node1`, which know each other by name; the test is skipped, with the
+    """Nodes `node0` and `node1`, which know each other by name, and themselves as 127.0.1.1, as
+    many systems are set up; the test is skipped, with the
     reason, on a machine that lets nobody make namespaces. folder: for their hosts file.
     """
-    hosts = folder / "hosts"
-    lines = ["127.0.0.1 localhost", *map(" ".join, zip(ADDRESSES, NAMES, strict=True))]
-    hosts.write_text("\n".join(lines) + "\n")
+    of_all = ["127.0.0.1 localhost", *map(" ".join, zip(ADDRESSES, NAMES, strict=True))]
+    for name in NAMES:
+        (folder / f"{name}.hosts").write_text("\n".join([f"127.0.1.1 {name}", *of_all]) + "\n")
     room = None
     nodes: list[Node] = []
     try:
@@ -117,14 +125,15 @@ def two_nodes(folder: Path) -> Iterator[list[Node]]:
             pytest.skip(f"no namespaces can be made here: {error}")
         for node, address in zip(nodes, ADDRESSES, strict=True):
             node.call("hostname", node.name)
-            node.call("mount", "--bind", str(hosts), "/etc/hosts")
+            hosts = str(folder / f"{node.name}.hosts")
+            node.call("mount", "--bind", hosts, "/etc/hosts")
             node.call("ip", "address", "add", f"{address}/24", "dev", "eth0")
             node.call("ip", "link", "set", "lo", "up")
             node.call("ip", "link", "set", "eth0", "up")
         yield nodes
     finally:
         for node in nodes:
-            node.end()
+            node.close()
         if room is not None:
             room.kill()
             room.communicate()

@@ -28,7 +28,6 @@ flags=(
 @FLAGS@
 )
 @DATA@
-"$python" -m megatron_gkd.plan --check --gpus @OF_PLAN@ "${flags[@]}" "$@"
-[ -z "$check" ] || exit 0
+[ -z "$check" ] || exec "$python" -m megatron_gkd.plan --check --gpus @OF_PLAN@ "${flags[@]}" "$@"
 @START@ \
     -m megatron_gkd.train "${flags[@]}" "$@"

@@ -23,7 +23,6 @@ CHOSEN = (  # flags that every script names, whatever their values
 PATHS = ("dataset", "val_dataset", "adapter", "teacher_adapter")
 OF_SHELL = ("model", "teacher_model", "dataset", "output_dir", "recipe")  # written otherwise
 TEMPLATE = Path(__file__).with_name("launch_script.sh")
-TORCHRUN = 'exec "$python" -m torch.distributed.run'
 NODE = r""": "${MASTER_ADDR:?the address of the node with NODE_RANK=0}"
 : "${NODE_RANK:?the number of this node, from 0}"
 """
@@ -45,11 +44,13 @@ def script_of(job: Job, choice: Choice, name: str) -> str:
     has_weights = holds_weights(Path(config.model.model))
     variables = [] if has_weights else ["MODEL=/models/NAME"]
     variables += [] if has_data else ["DATASET=train.jsonl"]
-    start, on = f"{TORCHRUN} --standalone --nproc_per_node {per_node}", ""
+    of_plan = " ".join([str(job.gpus), *job.media])
+    launch = f'exec "$python" -m megatron_gkd.launch --check_plan "--gpus {of_plan}"'
+    start, on = f"{launch} --standalone --nproc_per_node {per_node}", ""
     if nodes > 1:
         variables += ["MASTER_ADDR=node0", "NODE_RANK=0"]
         on = f" on {nodes} nodes, started on each"
-        start = f"{NODE}{TORCHRUN} --nnodes {nodes} {RENDEZVOUS}--nproc_per_node {per_node}"
+        start = f"{NODE}{launch} --nnodes {nodes} {RENDEZVOUS}--nproc_per_node {per_node}"
     parts = {
         "TITLE": f"Written by python -m megatron_gkd.plan: {job.gpus} GPUs ({job.rates.name})"
         f"{on}, {job.samples} samples a step.",
@@ -64,7 +65,7 @@ def script_of(job: Job, choice: Choice, name: str) -> str:
         "THREADS": "4" if job.gpus == 1 else "1",
         "FLAGS": "\n".join(flag_lines(config)),
         "DATA": "" if has_data else DATA,
-        "OF_PLAN": " ".join([str(job.gpus), *job.media]),
+        "OF_PLAN": of_plan,
         "START": start if has_weights else WEIGHTS + start,
     }
     template = TEMPLATE.read_text(encoding="utf-8")

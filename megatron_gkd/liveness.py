@@ -1,0 +1,298 @@
+"""Whether the other ranks live. One that is killed, stopped or cut off answers in no collective;
+the others would wait for it, each until a message that names nobody.
+
+Every rank tells the store of the run once a second where its main thread is: three requests of some
+hundred bytes. Rank 0 reads what all say, and writes down whom it has not heard of for
+--collective_timeout; the others read that, and watch rank 0 and the store themselves. Then all that
+live end, with one line and the status EX_TEMPFAIL: a launcher may start the run again.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed import DistError, PrefixStore, Store
+
+from megatron_gkd.errors import first_line
+from megatron_gkd.fault_settings import FaultConfig
+from megatron_gkd.last_words import say, warn
+from megatron_gkd.meeting import Patience, meet, own_connection, reach
+from megatron_gkd.parallel import join
+from megatron_gkd.stop_requests import Stopped
+
+BEAT_SECONDS = 1.0
+HASTE_SECONDS = 5.0
+"""Once a collective has failed: who is silent for so long is the reason"""
+_FLAG = "--collective_timeout"
+_PACKAGE = Path(__file__).parent
+_LOOPS = ("run_from_config", "train", "build_run", "train_step")  # what they call is a phase
+
+
+@dataclass
+class Membership:
+    """This rank among the others: what they are told of it when it does not answer any more."""
+
+    goes_on: bool = False
+    """Whether torchrun has started this run again"""
+    step: int | None = None
+    """Steps that are done; None before the first"""
+    way_on: str = "no checkpoint was written"
+    """How the run goes on from what it has saved"""
+
+
+@contextmanager
+def joined(
+    device: torch.device,
+    faults: FaultConfig,
+    refusals: tuple[type[Exception], ...],
+    goes_on: Callable[[], bool],
+) -> Iterator[Membership]:
+    """Within it the ranks of torchrun's variables are in the process group of the world, and watch
+    each other. A rank that is alone, or is in a group already, watches nobody.
+
+    Raises OSError naming the ranks that have not come within --start_timeout, ValueError where some
+    have a GPU and others have none. Where a rank has gone the process ends. refusals: errors that a
+    run ends with in a line, which is then that of all machines; goes_on: asked on rank 0 for
+    `Membership.goes_on`.
+    """
+    timeout = timedelta(seconds=faults.group_timeout)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size == 1 or torch.distributed.is_initialized():
+        join(device, timeout)
+        yield Membership(goes_on=size == 1 and goes_on())
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    has_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience = Patience(
+        faults.start_timeout,
+        "--start_timeout",
+        lambda line: warn(line) if os.environ.get("LOCAL_RANK", "0") == "0" else None,
+    )
+    store = reach(address, port, has_store, patience)
+    own = {"host": platform.node(), "device": device.type}
+    meeting = meet(store, rank, own, _names(size), patience, partial(_conclude, goes_on))
+    membership = Membership(goes_on=meeting.said["goes_on"])
+    store_of_run = PrefixStore(meeting.token, store)
+    own_client = own_connection(PrefixStore("liveness", store_of_run))
+    hosts = [member["host"] for member in meeting.members]
+    with Liveness(own_client, rank, hosts, faults.collective_timeout, membership, refusals):
+        join(device, timeout, store_of_run)
+        yield membership
+
+
+def _names(size: int) -> list[str]:
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    of_node = [f" (machine {rank // per_node})" if per_node < size else "" for rank in range(size)]
+    return [f"rank {rank}{node}" for rank, node in enumerate(of_node)]
+
+
+def _conclude(goes_on: Callable[[], bool], members: list[dict[str, Any]]) -> dict[str, Any]:
+    first = members[0]
+    for rank, member in enumerate(members):
+        if member["device"] != first["device"]:
+            raise ValueError(
+                f"rank {rank} (on {member['host']}) computes on {member['device']}, rank 0 (on "
+                f"{first['host']}) on {first['device']}: start all machines with the same --device "
+                "and with a torch that sees their GPUs"
+            )
+    return {"goes_on": goes_on()}
+
+
+class Liveness:
+    """The two threads of a rank: one talks to the store, the other looks at what is known and ends
+    the process, also where the store does not answer. hosts: of all ranks, known to rank 0; limit:
+    seconds of silence; refusals: errors that a run ends with in a line.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        hosts: list[str],
+        limit: float,
+        membership: Membership,
+        refusals: tuple[type[Exception], ...],
+    ):
+        self._store, self._rank, self._limit, self._membership = store, rank, limit, membership
+        self._beat_seconds = min(BEAT_SECONDS, limit / 10)
+        self._main = threading.main_thread().ident or 0
+        self._hosts, self._refusals = hosts, refusals
+        self._number, self._state, self._why = 0, "", ""
+        # Seconds, but for those in which this process was stopped as a whole.
+        self._clock = self._answered = 0.0
+        self._told: dict[int, dict[str, Any]] = {}
+        """What this rank has last heard of others: rank 0 of all"""
+        self._told_at = dict.fromkeys(range(len(hosts)) if rank == 0 else (0,), 0.0)
+        self._first_lost: float | None = None
+        self._verdict: dict[str, Any] | None = None
+        self._last_words: dict[str, Any] | None = None
+        self._done, self._ends = threading.Event(), threading.Lock()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._talk, "beats"), (self._watch, "liveness"))
+        ]
+
+    def __enter__(self) -> "Liveness":
+        for rank, host in enumerate(self._hosts):  # of ranks that die before they tell anything
+            self._store.compare_set(f"beat/{rank}", "", self._record(host))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and is_lost_connection(error):
+            self._wait_for_verdict(error)
+        self._state = "done" if error is None else "ended"
+        if isinstance(error, self._refusals):
+            said = {"line": f"rank {self._rank} (on {platform.node()}): {error}", "status": 2}
+            self._last_words = {"rank": self._rank} | said
+        elif error is not None:
+            why = "it was asked to stop" if isinstance(error, Stopped) else first_line(error)
+            what = f"has ended ({type(error).__name__}: {why})"
+            self._last_words = _verdict(self._rank, platform.node(), what)
+        self._done.set()
+        for thread in self._threads:  # the first may wait for a store that does not answer
+            thread.join(2 * BEAT_SECONDS)
+
+    def _wait_for_verdict(self, error: BaseException) -> NoReturn:
+        """A collective has failed in the main thread: which rank was it?"""
+        self._state, self._why = "lost", first_line(error)
+        time.sleep(4 * HASTE_SECONDS)
+        self._end(_verdict(self._rank, platform.node(), f"lost the others: {self._why}"))
+
+    def _talk(self) -> None:
+        while not self._done.is_set():
+            with suppress(DistError):  # no answer: the other thread sees how long
+                self._store.set(f"beat/{self._rank}", self._record(platform.node()))
+                self._listen()
+                if self._store.check(["verdict"]):
+                    self._verdict = json.loads(self._store.get("verdict"))
+                self._answered = self._clock
+            self._done.wait(self._beat_seconds)
+        with suppress(DistError):
+            self._store.set(f"beat/{self._rank}", self._record(platform.node()))
+            if self._last_words is not None:
+                self._publish(self._last_words)
+
+    def _record(self, host: str) -> str:
+        """What the others are told."""
+        self._number += 1
+        step = self._membership.step
+        when = "before its first step" if step is None else f"in step {step + 1}"
+        doing = f"{when}, {_place(sys._current_frames().get(self._main))}"
+        told = {"host": host, "state": self._state, "why": self._why, "doing": doing}
+        return json.dumps(told | {"number": self._number})
+
+    def _publish(self, verdict: dict[str, Any]) -> None:
+        self._store.set("verdict", json.dumps(verdict))
+
+    def _listen(self) -> None:
+        keys = [f"beat/{rank}" for rank in self._told_at]
+        if not self._store.check(keys):
+            return  # the last of them has not begun
+        for rank, text in zip(self._told_at, self._store.multi_get(keys), strict=True):
+            told = json.loads(text)
+            if told != self._told.get(rank):
+                self._told[rank], self._told_at[rank] = told, self._clock
+        lost = [rank for rank, told in self._told.items() if told["state"] == "lost"]
+        if self._first_lost is None and (lost or self._state == "lost"):
+            self._first_lost = self._clock
+        verdict = self._silent() or self._absent(lost)
+        if verdict and self._rank == 0:
+            self._publish(verdict)
+        self._verdict = self._verdict or verdict
+
+    @property
+    def _patience(self) -> float:
+        hurries = self._first_lost is not None or self._state == "lost"
+        return min(self._limit, HASTE_SECONDS) if hurries else self._limit
+
+    def _silent(self) -> dict[str, Any] | None:
+        """Who says nothing any more."""
+        for rank, told in self._told.items():
+            seconds = self._clock - self._told_at[rank]
+            if rank != self._rank and told["state"] not in ("done", "ended"):
+                if seconds > self._patience:
+                    what = f"has not answered for {seconds:.0f} s ({_FLAG} {self._limit:g})"
+                    if self._first_lost is not None:
+                        what = f"is gone (silent for {seconds:.0f} s after a collective failed)"
+                    return _verdict(rank, told["host"], f"{what}; it was {told['doing']}")
+        return None
+
+    def _absent(self, lost: list[int]) -> dict[str, Any] | None:
+        """Of ranks that all live, the one that others have waited for: it has lost nobody."""
+        if self._rank != 0 or self._first_lost is None:
+            return None
+        if self._clock - self._first_lost < 2 * self._patience:
+            return None
+        for rank, told in self._told.items():
+            if told["state"] == "":
+                what = f"did not come to a collective in {self._limit:g} s ({_FLAG})"
+                return _verdict(rank, told["host"], f"{what}; it is {told['doing']}")
+        told = self._told[lost[0]]
+        return _verdict(lost[0], told["host"], f"lost the others: {told['why']}")
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._done.wait(self._beat_seconds):
+            now = time.monotonic()
+            self._clock += min(now - before, 3 * self._beat_seconds)
+            before = now
+            if self._verdict:
+                self._end(self._verdict)
+            seconds = self._clock - self._answered
+            if seconds > self._patience:
+                host = self._told.get(0, {}).get("host", os.environ["MASTER_ADDR"])
+                what = f"has not answered for {seconds:.0f} s ({_FLAG} {self._limit:g})"
+                self._end(
+                    {"rank": 0, "line": f"the store on the machine of rank 0 ({host}) {what}"}
+                )
+
+    def _end(self, verdict: dict[str, Any]) -> NoReturn:
+        """The first rank of a machine that lives says it."""
+        self._ends.acquire()  # for ever: the other thread, too, may have come here
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        is_lost_here = verdict["rank"] == self._rank - local_rank
+        line, status = verdict["line"], verdict.get("status", os.EX_TEMPFAIL)
+        if status == os.EX_TEMPFAIL:
+            line += f". All ranks end; {self._membership.way_on}"
+        say(line, aloud=local_rank == int(is_lost_here))
+        os._exit(status)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone or has not come."""
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )
+
+
+def _verdict(rank: int, host: str, what: str) -> dict[str, Any]:
+    return {"rank": rank, "line": f"rank {rank} (on {host}) {what}"}
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where a thread is: the phase of the run, and the innermost line of this package."""
+    phase = line = ""
+    while frame is not None:  # from the inside
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            line = line or f"megatron_gkd/{path.relative_to(_PACKAGE)}:{frame.f_lineno}"
+            name = frame.f_code.co_name
+            if name in _LOOPS:
+                return f"in {phase or name} ({line})"
+            phase = name
+        frame = frame.f_back
+    return f"in {phase or 'its start'} ({line or 'elsewhere'})"
