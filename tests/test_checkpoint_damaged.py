@@ -216,8 +216,10 @@ def test_numbers_that_no_run_can_go_on_from(whole, tmp_path):
 def test_an_adapter_that_is_not_finite(data, whole, tmp_path):
     adapter = shutil.copytree(whole / "checkpoint-3", tmp_path / "adapter")
     edited(adapter / TENSORS, with_number(float("nan")), folder=adapter)
-    with pytest.raises(RuntimeError, match=f"--adapter {adapter}: .*{NOT_FINITE}"):
-        run_training(1, flags_of_run(data, tmp_path / "out", max_steps=1, adapter=adapter))
+    for flag in ("adapter", "teacher_adapter"):
+        flags = flags_of_run(data, tmp_path / "out", max_steps=1, **{flag: adapter})
+        with pytest.raises(RuntimeError, match=f"--{flag} {adapter}: .*{NOT_FINITE}"):
+            run_training(1, flags)
 
 
 def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):
