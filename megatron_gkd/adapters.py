@@ -187,11 +187,13 @@ def open_teacher(
     config: Config, model_args: ModelArgs, parallel: Parallel, *, has_media: bool
 ) -> PeftAdapter | None:
     """The adapter of --teacher_adapter, if it is set. Raises FileNotFoundError or ValueError naming
-    the flag, where the folder is missing or does not fit the model.
+    the flag, where the folder is missing, damaged or does not fit the model. Collectives: those of
+    `check_whole`.
     """
     folder = config.distill.teacher_adapter
     if folder is None:
         return None
+    check_whole(Path(folder), [TENSORS], parallel, "--teacher_adapter")
     with named_by_flag("teacher_adapter"):
         adapter = PeftAdapter(folder, model_args)
         check_trainable_linears(

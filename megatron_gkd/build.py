@@ -210,8 +210,8 @@ def build_base(
 ) -> torch.nn.Module:
     """This rank's stage of the decoder with the weights of --model, room behind the experts' for
     the run's adapters (the student's and the teacher's), and as `model.towers` the towers that the
-    run needs. Raises ValueError or FileNotFoundError. Collectives: with --load_from_peers those of
-    `load_weights` and `build_towers`.
+    run needs. Raises ValueError or FileNotFoundError. Collectives: those of `load_weights` and
+    `build_towers`.
 
     audio, visual: whether the data has audio, and images or videos; a tower that nothing uses is
     not built. teacher: the adapter of --teacher_adapter.

@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from megatron_gkd.checkpoint_manifest import (
     write_manifest,
 )
 from megatron_gkd.checkpoint_state import check_step, read_state
+from megatron_gkd.checkpoint_values import what_cannot_be
 from megatron_gkd.formats.job import sync
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.peft_config import TENSORS
@@ -69,10 +70,16 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of the complete checkpoints in a run folder, oldest first."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
-        match = _FOLDER.fullmatch(path.name)
-        if match and (path / TENSORS).is_file():
-            found.append((int(match[1]), path))
+        step = step_of(path)
+        if step is not None and (path / TENSORS).is_file():
+            found.append((step, path))
     return sorted(found)
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder checkpoint-N; None for another name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
@@ -82,7 +89,7 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
     Raises FileNotFoundError for a folder that is not there.
     """
     if resume_from == "latest":
-        there = (path for path in _latest_first(output_dir) if (path / TENSORS).is_file())
+        there = (path for path in latest_first(output_dir) if (path / TENSORS).is_file())
         return next(there, None)
     if not (Path(resume_from) / TENSORS).is_file():
         for path in (Path(resume_from), Path(resume_from) / TENSORS):
@@ -123,17 +130,14 @@ def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:
     found: list[Path] = []
     with agreed(parallel.device, f"--resume_from_checkpoint latest, in {output_dir}: "):
         if parallel.rank == 0:
-            found = _latest_first(output_dir)
+            found = latest_first(output_dir)
     wrong = ""
-    for place in count():
-        name = found[place].name if place < len(found) else ""
-        name = text_of_rank(name, 0, parallel.device)
-        if not name:
-            break
-        wrong = _why_not(Path(output_dir, name), parallel)
+    for folder, wrong in looked_at(output_dir, found, parallel):
         if not wrong:
-            return Path(output_dir, name)
-        log_rank_0(parallel, f"Note: {name} is skipped, an earlier one is looked for: {wrong}")
+            return folder
+        log_rank_0(
+            parallel, f"Note: {folder.name} is skipped, an earlier one is looked for: {wrong}"
+        )
     if wrong:
         raise ValueError(
             f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole, the last "
@@ -142,14 +146,30 @@ def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:
     return None
 
 
-def _latest_first(output_dir: str | Path) -> list[Path]:
+def looked_at(
+    output_dir: str | Path, found: Sequence[Path], parallel: Parallel
+) -> Iterator[tuple[Path, str]]:
+    """Each of rank 0's checkpoints `found` in `output_dir`, in turn, with why a run cannot go on
+    from it, the same on every rank; "" where it can. Collectives: for each that is asked for those
+    of `text_of_rank`, `what_is_wrong` and `what_cannot_be`; `text_of_rank` at the end.
+    """
+    for place in count():
+        name = found[place].name if place < len(found) else ""
+        name = text_of_rank(name, 0, parallel.device)
+        if not name:
+            return
+        folder = Path(output_dir, name)
+        yield folder, why_not(folder, parallel)
+
+
+def latest_first(output_dir: str | Path) -> list[Path]:
     """`latest`, then the checkpoints before it, newest first; those without an adapter too."""
     note = Path(output_dir, LATEST)
     name = note.read_text().strip() if note.is_file() else None
     steps = [
-        (int(match[1]), path)
+        (step, path)
         for path in Path(output_dir).glob("checkpoint-*")
-        if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()
+        if (step := step_of(path)) is not None and path.is_dir()
     ]
     last = next((step for step, path in steps if path.name == name), None)
     if name == "":
@@ -157,9 +177,9 @@ def _latest_first(output_dir: str | Path) -> list[Path]:
     return [path for step, path in sorted(steps, reverse=True) if last is None or step <= last]
 
 
-def _why_not(folder: Path, parallel: Parallel) -> str:
+def why_not(folder: Path, parallel: Parallel) -> str:
     """Why a run cannot go on from `folder`, the same on every rank; "" where it can. Collectives:
-    those of `what_is_wrong`.
+    those of `what_is_wrong` and, where that finds nothing, of `what_cannot_be`.
     """
     error = ""
     if parallel.rank == 0:
@@ -170,20 +190,30 @@ def _why_not(folder: Path, parallel: Parallel) -> str:
                 check_step(folder, read_state(folder)["step"])
         except (OSError, ValueError) as caught:
             error = str(caught)
-    return what_is_wrong(folder, None, parallel, error)
+    wrong = what_is_wrong(folder, None, parallel, error)
+    return wrong or what_cannot_be(folder, None, parallel)
 
 
 def check_whole(folder: Path, names: Sequence[str] | None, parallel: Parallel, flag: str) -> None:
     """Raise ValueError, on every rank, where the files of the folder that `flag` names, or of them
-    those of `names`, are not what its manifest says. A folder without a manifest passes.
-    Collectives: those of `what_is_wrong`.
+    those of `names`, are not what its manifest says, or hold numbers that no run can go on from;
+    with the checkpoint before it that has none of this. Without a manifest numbers alone are looked
+    at. Collectives: those of `what_is_wrong` and `what_cannot_be`; where something is wrong those
+    of `looked_at`.
     """
-    wrong = what_is_wrong(folder, names, parallel)
+    wrong, as_they_are = what_is_wrong(folder, names, parallel), ""
     if wrong:
-        raise ValueError(
-            f"{flag} {folder}: {wrong}; give another checkpoint, or remove "
-            f"{folder / MANIFEST} to use the files as they are"
-        )
+        as_they_are = f", or remove {folder / MANIFEST} to use the files as they are"
+    wrong = wrong or what_cannot_be(folder, names, parallel)
+    if not wrong:
+        return
+    own_step, before = step_of(folder), list[Path]()
+    if own_step and parallel.rank == 0:
+        before = [path for step, path in checkpoints(folder.parent) if step < own_step]
+    good = (path for path, error in looked_at(folder.parent, before[::-1], parallel) if not error)
+    newest = next(good, None)
+    earlier = f" ({newest} is the newest good one before it)" if newest else ""
+    raise ValueError(f"{flag} {folder}: {wrong}; give another checkpoint{earlier}{as_they_are}")
 
 
 def note_latest(output_dir: str | Path, folder: Path | None) -> None:

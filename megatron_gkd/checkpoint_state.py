@@ -29,6 +29,15 @@ _COUNT = Form(
 )
 _ABOVE_0 = Form("a number above 0", lambda value: _is_number(value) and value > 0)
 
+_SCALE = Form(
+    "empty or an object with scale, a number above 0, growth_tracker and hysteresis_tracker",
+    lambda value: (
+        value == {}
+        or isinstance(value, dict)
+        and _ABOVE_0.holds(value.get("scale"))
+        and all(_is_number(value.get(f"{name}_tracker")) for name in ("growth", "hysteresis"))
+    ),
+)
 _ROWS = Form(
     "null or an object with rows, a count, and digests, a list of texts",
     lambda value: (
@@ -41,7 +50,7 @@ _ROWS = Form(
 _FORMS = {
     "step": _COUNT,
     "num_updates": _COUNT,
-    "loss_scale": OBJECT,
+    "loss_scale": _SCALE,
     "lora": OBJECT,
     "settings": OBJECT,
     "data": OBJECT,

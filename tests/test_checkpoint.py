@@ -259,7 +259,7 @@ def test_files_that_are_missing_or_wrong(data, tmp_path):
 
     for name, expected in [
         (damaged(OPTIMIZER, None), f"{OPTIMIZER} is missing"),
-        (damaged(OPTIMIZER, "torn"), f"{OPTIMIZER}: damaged"),
+        (damaged(OPTIMIZER, "torn"), f"{OPTIMIZER}: not a complete safetensors file"),
         (damaged(STATE, "{"), f"{STATE}: damaged"),
         (damaged(STATE, "{}"), f"{STATE}: lacks lora, loss_scale, num_updates, step;"),
         (tmp_path / "checkpoint-7", "expected a checkpoint-STEP folder, or latest"),

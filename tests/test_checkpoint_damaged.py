@@ -1,18 +1,21 @@
 """Checkpoints whose files are not what was written: which one a run goes on from, what it says."""
 
 import json
+import re
 import shutil
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_gkd import parallel
 from megatron_gkd.checkpoint import check_whole, find_checkpoint, latest_of_rank_0
-from megatron_gkd.checkpoint_files import OPTIMIZER, STATE
-from megatron_gkd.checkpoint_manifest import MANIFEST
+from megatron_gkd.checkpoint_files import OPTIMIZER, STATE, TEACHER_FOLDER
+from megatron_gkd.checkpoint_manifest import MANIFEST, write_manifest
 from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, read_config
 from tests.ranks import run_ranks
@@ -32,6 +35,9 @@ def whole(data, tmp_path_factory):
     flags = dict(max_steps=3, save_steps=1, lmbda=0, **layout_flags(tp=2, ep=2))
     run_training(2, flags_of_run(data, output, **flags))
     return output
+
+
+NOT_FINITE = r"tensor \S+ holds NaN or Inf: an update had ruined it before it was saved"
 
 
 def flip(path: Path) -> None:
@@ -129,6 +135,93 @@ def test_each_damage_is_named_and_the_newest_whole_checkpoint_taken(whole, tmp_p
         assert expected in line, case
 
 
+def edited(path: Path, edit, folder: Path | None = None) -> None:
+    """A file with what `edit` makes of its tensors, of which it gets the name of the first second
+    moment, if there is one; the manifest is of the new file.
+    """
+    tensors = load_file(path)
+    first = next((name for name in tensors if name.endswith(".exp_avg_sq")), next(iter(tensors)))
+    save_file(edit(tensors, first), path)
+    folder = folder or next(one for one in path.parents if one.name == "checkpoint-3")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 3, {})
+
+
+def with_number(number: float):
+    def edit(tensors, first):
+        tensors[first].view(-1)[-1] = number
+        return tensors
+
+    return edit
+
+
+def teacher_with_nan(path: Path) -> None:
+    path.parent.mkdir()
+    shutil.copyfile(path.parents[1] / TENSORS, path)
+    edited(path, with_number(float("nan")))
+
+
+RUINED = {
+    "NaN in a moment": (OPTIMIZER, partial(edited, edit=with_number(float("nan"))), NOT_FINITE),
+    "Inf in a moment": (OPTIMIZER, partial(edited, edit=with_number(float("inf"))), NOT_FINITE),
+    "-Inf in a weight": (TENSORS, partial(edited, edit=with_number(-float("inf"))), NOT_FINITE),
+    "NaN in the teacher": (f"{TEACHER_FOLDER}/{TENSORS}", teacher_with_nan, NOT_FINITE),
+    "a square below 0": (
+        OPTIMIZER,
+        partial(edited, edit=with_number(-1e-9)),
+        r"tensor \S+ is -1e-09 at its least, and a mean of squares is not below 0",
+    ),
+    "all moments zero": (
+        OPTIMIZER,
+        partial(edited, edit=lambda found, _: {name: 0 * of for name, of in found.items()}),
+        "all moments are 0, and trainer_state.json counts 3 updates",
+    ),
+    "moments of another dtype": (
+        OPTIMIZER,
+        partial(edited, edit=lambda found, _: {name: of.half() for name, of in found.items()}),
+        r"tensor \S+ is F16, and a run writes F32",
+    ),
+    "weights of another dtype": (
+        TENSORS,
+        partial(edited, edit=lambda found, _: {name: of.bfloat16() for name, of in found.items()}),
+        r"tensor \S+ is BF16, and a run writes F32",
+    ),
+}
+
+
+def test_numbers_that_no_run_can_go_on_from(whole, tmp_path):
+    """In files that are what was written, of a version with a manifest and of one without:
+    checkpoint-2 is taken, and named where checkpoint-3 was asked for.
+    """
+    folders = []
+    for number, (name, ruin, _) in enumerate(RUINED.values()):
+        for has_manifest in (True, False):
+            folders.append(shutil.copytree(whole, tmp_path / f"{number}-{has_manifest}"))
+            ruin(folders[-1] / "checkpoint-3" / name)
+            if not has_manifest:
+                (folders[-1] / "checkpoint-3" / MANIFEST).unlink()
+    of_ranks = run_ranks(look_in, 3, [str(folder) for folder in folders])
+    for of_rank in of_ranks[1:]:
+        assert [of[:2] for of in of_rank] == [of[:2] for of in of_ranks[0]]
+    cases = [case for case in RUINED.items() for _ in (True, False)]
+    for folder, (case, (name, _, expected)), found in zip(folders, cases, of_ranks[0]):
+        latest, refusal, said = found
+        assert latest == folder / "checkpoint-2", case
+        path = re.escape(f"{folder / 'checkpoint-3' / name}: ")
+        assert re.search(f"^Note: checkpoint-3 is skipped.*{path}{expected}.*$", said), case
+        good = re.escape(f"({folder / 'checkpoint-2'} is the newest good one before it)")
+        assert re.search(f"{path}{expected}.*; give another checkpoint {good}$", refusal), case
+
+
+def test_an_adapter_that_is_not_finite(data, whole, tmp_path):
+    adapter = shutil.copytree(whole / "checkpoint-3", tmp_path / "adapter")
+    edited(adapter / TENSORS, with_number(float("nan")), folder=adapter)
+    for flag in ("adapter", "teacher_adapter"):
+        flags = flags_of_run(data, tmp_path / "out", max_steps=1, **{flag: adapter})
+        with pytest.raises(RuntimeError, match=f"--{flag} {adapter}: .*{NOT_FINITE}"):
+            run_training(1, flags)
+
+
 def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy")
     flip(copy / "checkpoint-3" / OPTIMIZER)
@@ -145,12 +238,16 @@ def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):
         run_training(1, flags_of_run(data, tmp_path / "next", max_steps=1, adapter=adapter))
 
 
+SCALE = {"scale": 2.0, "growth_tracker": 0, "hysteresis_tracker": 1.0}
+NAN_SCALE = {"scale": float("nan")}
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
         *(("step", value) for value in (None, "3", -1, 1.5, True, [3], {"step": 3}, 10**12)),
         *(("num_updates", value) for value in (None, "3", -1, {})),
-        *(("loss_scale", value) for value in (None, 1.0, [])),
+        *(("loss_scale", value) for value in (None, 1.0, [], {"scale": 1.0}, SCALE | NAN_SCALE)),
         *(("settings", value) for value in (None, "all", [1])),
         *(("lora", value) for value in (None, "r", [], {})),
         *(("lora.rank", value) for value in (None, 0, -4, "4", 4.5, [4], 10**400 * -1)),
@@ -167,7 +264,7 @@ def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):
     ],
 )
 def test_fields_of_the_state(tmp_path, field, value):
-    state = dict(step=3, num_updates=3, loss_scale={}, settings={})
+    state = dict(step=3, num_updates=3, loss_scale=SCALE, settings={})
     state["lora"] = dict(rank=4, alpha=8, targets=["q_proj"], towers=False, use_rslora=False)
     (tmp_path / STATE).write_text(json.dumps(state))
     assert read_state(tmp_path, "settings") == state  # of an earlier version

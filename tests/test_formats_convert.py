@@ -362,7 +362,7 @@ def test_every_type_can_be_carried(tmp_path, dtype):
     """What is written as a chunk is found again, whatever torch makes of its type."""
     values = torch.arange(12).reshape(3, 4).to(dtype)
     with open(tmp_path / "chunks", "w+b") as file:
-        *_, start, length = write_chunk(file, TensorSlice("key", (slice(0, 3),)), values)
+        *_, start, length, _ = write_chunk(file, TensorSlice("key", (slice(0, 3),)), values)
         offset = _elements(file, (3, 4), dtype)
     block = read_block(tmp_path / "chunks", start + offset, dtype, 4, range(3), range(4))
     assert start + length == (tmp_path / "chunks").stat().st_size

@@ -2,6 +2,7 @@
 and sent in one broadcast of bounded size; what one rank cannot read ends all.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_gkd import parallel
 from megatron_gkd.formats import loading, peers
 from megatron_gkd.formats.loading import load_weights, parameter_slices
 from megatron_gkd.formats.safetensors_folder import SINGLE
+from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
@@ -188,17 +190,17 @@ def test_towers_come_from_all_ranks_of_the_first_stage(tiny_folder, world_size, 
 # --- what one rank cannot read --------------------------------------------------------------------
 
 
-def load_own_folder(rank, world_size, folders, sizes, towers):
+def load_own_folder(rank, world_size, folders, sizes, towers, from_peers):
     """Each rank with its own folder, as where a machine has a damaged copy."""
     peers.BUCKET_BYTES, folder = BUCKET, folders[rank]
     place, model_args = place_at(**sizes), read_model_args(folders[0])
     try:
         if towers:
-            wanted = dict(audio=True, visual=True, from_peers=True)
+            wanted = dict(audio=True, visual=True, from_peers=from_peers)
             build_towers(folder, model_args, place, torch.bfloat16, **wanted)
         else:
             model = build_decoder(model_args, place, torch.bfloat16)
-            load_weights(model, model_args, place, folder, from_peers=True)
+            load_weights(model, model_args, place, folder, from_peers=from_peers)
     except ValueError as error:
         return str(error)
 
@@ -213,6 +215,16 @@ def of_checkpoint(folder):
         path.write_bytes(b"\0" * path.stat().st_size)
 
 
+def flip(folder):
+    """One bit in the middle of every chunk: most of them of its numbers."""
+    for chunks in TorchDist(folder / "release")._chunks.values():
+        for chunk in chunks:
+            with open(folder / "release" / chunk.file, "r+b") as file:
+                place = chunk.start + chunk.length // 2
+                byte = os.pread(file.fileno(), 1, place)[0]
+                os.pwrite(file.fileno(), bytes([byte ^ 4]), place)
+
+
 @pytest.mark.parametrize(
     "kind, damage, message",
     [
@@ -220,6 +232,7 @@ def of_checkpoint(folder):
         ("hf", lambda folder: cut(folder / SINGLE), "not a complete safetensors file"),
         ("towers", lambda folder: cut(folder / SINGLE), "not a complete safetensors file"),
         ("megatron", of_checkpoint, "damaged at the chunk"),
+        ("megatron", flip, "damaged, or changed since the conversion; convert it again"),
     ],
 )
 def test_every_rank_hears_what_one_cannot_read(
@@ -235,10 +248,13 @@ def test_every_rank_hears_what_one_cannot_read(
     damage(broken)
     bad = 1  # of the first stage
     folders = [broken if rank == bad else Path(whole) for rank in range(4)]
-    messages = run_ranks(load_own_folder, 4, folders, dict(pp=2), kind == "towers", timeout=120)
-    assert len(set(messages)) == 1
-    assert message in messages[0] and str(broken) in messages[0]
-    assert f"(rank {bad}, on " in messages[0] and "\n" not in messages[0]
+    for from_peers in (True, False):
+        messages = run_ranks(
+            load_own_folder, 4, folders, dict(pp=2), kind == "towers", from_peers, timeout=120
+        )
+        assert len(set(messages)) == 1
+        assert message in messages[0] and str(broken) in messages[0]
+        assert f"(rank {bad}, on " in messages[0] and "\n" not in messages[0]
 
 
 # --- memory ---------------------------------------------------------------------------------------

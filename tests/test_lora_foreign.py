@@ -264,6 +264,7 @@ def test_text_leaves_the_towers_ends_out(folder, model_args, tmp_path, capsys):
     assert "1 linears at the towers' ends (audio_tower.proj1, ...)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_a_teacher_that_would_be_the_base_is_refused(folder, model_args, tmp_path):
     """LoRA that was never trained, whichever of its matrices is zero; or on towers that no row
     reaches.

@@ -204,6 +204,7 @@ def check_gradients(results, expected):
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 PLACE = SimpleNamespace(
+    rank=0,
     is_first_stage=True,
     groups=SimpleNamespace(tp_cp=ALONE),
     pp_size=1,
@@ -217,6 +218,7 @@ def towers_of(folder, dtype=torch.float32, place=PLACE, **kinds):
     )
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_frozen_and_bit_for_bit_in_bfloat16(folder):
     """Tables of positions stay in fp32, as in transformers."""
     towers = towers_of(folder, torch.bfloat16)
@@ -266,6 +268,7 @@ def features_of_rows(batches, media):
     return found
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_rows_in_other_micro_batches_have_the_same_features(folder):
     """In another order, some several times with other responses, beside other rows and apart: what
     was encoded once, bit for bit.
@@ -315,6 +318,7 @@ def test_shares_are_balanced():
     assert [sum(work[chunk.start] for chunk in share) for share in shares] == [7, 6, 5]
 
 
+@pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize(
     "kinds, message", [(dict(audio=False), "audio tower"), (dict(visual=False), "vision tower")]
 )
@@ -324,6 +328,7 @@ def test_media_without_their_tower_are_refused(folder, kinds, message):
         towers_of(folder, **kinds).encode(batch.media)
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_deepstack_must_fit_on_the_first_stage(folder):
     """Two decoder layers read the vision tower's features, a stage of four holds one; audio needs
     none.
@@ -337,6 +342,7 @@ def test_deepstack_must_fit_on_the_first_stage(folder):
     assert towers_of(folder, place=stage, visual=False) is None
 
 
+@pytest.mark.usefixtures("world_of_one")
 def test_wrong_number_of_placeholders_is_refused(folder):
     batch = make_batch([make_rows(MediaTokenIds.read(folder))[0][0]], 1)
     batch.media.audio_tokens += 1
@@ -363,6 +369,7 @@ def broken(folder, tmp_path):
 NAME = "thinker.audio_tower.layers.0.fc1.weight"
 
 
+@pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize(
     "change, message",
     [

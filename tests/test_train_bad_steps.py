@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -162,10 +163,35 @@ def test_bad_steps_push_no_checkpoint_out(data, tmp_path):
         and f"{sound} is from before" in message
     )
     assert "Try a lower --learning_rate" in message
+    # a run that ends with a bad step saves the weights of the good one before
+    short = ruinous | dict(max_steps=last_good + 1, resume_from_checkpoint=sound)
+    run_training(1, flags_of_run(data, tmp_path, **short))
+    message = error_of_run(1, flags_of_run(data, tmp_path, **ruinous))
+    also_ruined = tmp_path / f"checkpoint-{last_good + 1}"
+    for folder in (ruined, also_ruined):
+        assert f"{folder} was written right after the last good step" in message
+    assert f"{sound} is from before" in message
     on = flags | dict(max_steps=last_good + 2, learning_rate=0.001, resume_from_checkpoint=sound)
     run_training(1, flags_of_run(data, tmp_path, **on))
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 0
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{last_good + 2}"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_no_way_on(data, tmp_path):
+    """An update to Inf, which is saved: not named as a way on, and not taken as `latest`."""
+    flags = dict(save_steps=1, warmup_ratio=0, lr_scheduler_type="constant", max_bad_steps=2)
+    run_training(1, flags_of_run(data, tmp_path, max_steps=2, learning_rate=0.001, **flags))
+    flags |= dict(max_steps=9, resume_from_checkpoint="latest")
+    message = error_of_run(1, flags_of_run(data, tmp_path, **flags, learning_rate=1e300))
+    ruined = tmp_path / "checkpoint-3"
+    assert re.search(f"{ruined} is no way on: {ruined}/adapter_model.*holds NaN or Inf", message)
+    assert f"{tmp_path / 'checkpoint-2'} is from before" in message
+    said = run_training(1, flags_of_run(data, tmp_path, **flags | dict(max_steps=3)))
+    assert "Note: checkpoint-3 is skipped" in said and "checkpoint-2 at step 2 of 3" in said
+    elsewhere = flags | dict(learning_rate=1e300, resume_from_checkpoint=ruined)
+    message = error_of_run(1, flags_of_run(data, tmp_path / "elsewhere", **elsewhere))
+    there = tmp_path / "elsewhere" / "checkpoint-4"
+    assert f"{there} is no way on" in message and f"the run went on from {ruined}" in message
 
 
 def _writes_badly(rank, world_size, argv, steps):

@@ -23,6 +23,7 @@ from checkpoint_tools.merge_lora import MergeLoraConfig
 from checkpoint_tools.merge_lora import convert as merge_lora
 from checkpoint_tools.verify import VerifyConfig, folders_of, verify
 from megatron_gkd.families import family_of
+from megatron_gkd.formats.block_digests import DIGESTS
 from megatron_gkd.formats.stored_tensor import memory
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.lora.peft_writer import save_tensors
@@ -126,7 +127,10 @@ def test_equal_models_pass(folder, checkpoint, adapter, merged, world_size, tp, 
 
 
 def rewrite(checkpoint, key, index, change):
-    """Change one matrix (or vector) of a checkpoint where it lies in its files."""
+    """Change one matrix (or vector) of a checkpoint where it lies in its files, as a converter that
+    was wrong: without digests that tell.
+    """
+    (checkpoint / "release" / DIGESTS).unlink(missing_ok=True)
     stored = TorchDist(checkpoint / "release")
     values = change(stored.read(TensorSlice(key, (*index, slice(None)))).clone())
     for chunk in stored._chunks_at(key, index):

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_gkd.formats.megatron_folder import MegatronFolder
-from megatron_gkd.formats.peers import read, read_with_peers
+from megatron_gkd.formats.peers import read_or_end_all, read_with_peers
 from megatron_gkd.formats.safetensors_folder import SafetensorsFolder, check_tensors
 from megatron_gkd.formats.torch_dist import find_torch_dist
 from megatron_gkd.formats.weight_map import COLUMNS, ROWS, Entry, weight_map
@@ -88,10 +88,12 @@ def _zero_padding(model: Any, model_args: ModelArgs, parallel: Parallel) -> None
 
 
 def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder | MegatronFolder:
-    """The tensors of a model folder of either format, checked against its config.json's sizes."""
+    """The tensors of a model folder of either format, checked against its config.json's sizes; what
+    is read of a Megatron checkpoint is compared with its digests.
+    """
     checkpoint = find_torch_dist(folder)
     if checkpoint:
-        return MegatronFolder(checkpoint, model_args)
+        return MegatronFolder(checkpoint, model_args, compared=True)
     tensors = SafetensorsFolder(folder)
     check_tensors(tensors, model_args)
     return tensors
@@ -109,9 +111,9 @@ def load_weights(
     bytes it read. from_peers: of the ranks that hold the same slices (data- and context-parallel
     ones, of an expert those that have it) each reads a part and gets the rest from the others.
 
-    Raises FileNotFoundError or ValueError, the same on every rank, naming the file or tensor that
-    is missing, unexpected or misshapen. No collectives, with `from_peers` those of
-    `read_with_peers`. On a terminal rank 0 shows a bar.
+    Raises ValueError, the same on every rank, naming the file or tensor that is missing,
+    unexpected, misshapen or damaged. Collectives: those of `read_or_end_all`, with `from_peers`
+    those of `read_with_peers`. On a terminal rank 0 shows a bar.
     """
     _zero_padding(model, model_args, parallel)
     slices = list(parameter_slices(model, model_args, parallel))
@@ -124,7 +126,9 @@ def load_weights(
         leave=False,
     ) as bar:
         if not from_peers:
-            return read(slices, open_folder(folder, model_args), bar.update)
+            return read_or_end_all(
+                slices, partial(open_folder, folder, model_args), parallel, bar.update
+            )
         # of the experts a slice is in one of them: `where` begins with its number here
         experts = [part for part in slices if isinstance(part.where[0], int)]
         others = [part for part in slices if not isinstance(part.where[0], int)]

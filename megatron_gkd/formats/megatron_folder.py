@@ -61,11 +61,11 @@ class CheckpointTensor:
 class MegatronFolder:
     """The tensors of a torch_dist checkpoint under their Hugging Face names."""
 
-    def __init__(self, checkpoint: str | Path, model_args: ModelArgs):
-        """Raises FileNotFoundError or ValueError naming the file or tensor that is missing,
-        misshapen or damaged.
+    def __init__(self, checkpoint: str | Path, model_args: ModelArgs, *, compared: bool = False):
+        """compared: as for `TorchDist`. Raises FileNotFoundError or ValueError naming the file or
+        tensor that is missing, misshapen or damaged.
         """
-        self.checkpoint = TorchDist(checkpoint)
+        self.checkpoint = TorchDist(checkpoint, compared=compared)
         self.folder = self.checkpoint.folder
         self.prefix = self._find_prefix()
         self._check(model_args)

@@ -154,7 +154,7 @@ def write_megatron_folder(
     }
     shards = plan_shards(files, shard_bytes)
     identity = {
-        "tool": "hf_to_megatron 1",
+        "tool": "hf_to_megatron 2",
         "source": str(hf_model.absolute()),
         "files": file_states(hf_model, [*folder.headers, *extra_files]),
         "tp_size": source.tp_size,

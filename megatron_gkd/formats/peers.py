@@ -69,6 +69,30 @@ def read(
     return num_bytes
 
 
+def read_or_end_all(
+    parts: Sequence[ParameterSlice],
+    open_folder: Callable[[], Folder],
+    parallel: Parallel,
+    count: Callable[[int], object] = no_one,
+) -> int:
+    """`read`, on every rank of the world, of a folder that a rank with nothing to read does not
+    open. Raises ValueError on every rank, with the same text, where one of them could not read.
+    Collectives: those of `first_error`.
+    """
+    num_bytes, error, mistake = 0, "", None
+    try:
+        if parts:
+            num_bytes = read(parts, open_folder(), count)
+    except (ValueError, OSError, SafetensorError) as caught:
+        error = str(caught) or type(caught).__name__
+    except Exception as caught:  # of this code: the other ranks wait all the same
+        error, mistake = f"{type(caught).__name__}: {caught}", caught
+    where = f" (rank {parallel.rank}, on {platform.node()})"
+    if said := first_error(error + where if error else "", parallel.device):
+        raise mistake or ValueError(said)
+    return num_bytes
+
+
 def read_with_peers(
     shared: Sequence[tuple[Sequence[ParameterSlice], ProcessGroup]],
     open_folder: Callable[[], Folder],
@@ -81,23 +105,12 @@ def read_with_peers(
     shared: slices, and the group of the ranks that have the same ones in the same order. The folder
     is opened by the ranks that read something of it.
 
-    Raises ValueError on every rank, with the same text, where one of them could not read: nothing
-    is broadcast then. Collectives: those of `first_error`; broadcasts of at most BUCKET_BYTES in
-    the groups, each byte of a slice in one of them.
+    Raises as `read_or_end_all`: nothing is broadcast then. Collectives: its own; broadcasts of at
+    most BUCKET_BYTES in the groups, each byte of a slice in one of them.
     """
     all_buckets = [bucket for parts, group in shared for bucket in buckets(parts, group)]
     own = [part for bucket in all_buckets if bucket.is_read_here for part in bucket.parts]
-    num_bytes, error, mistake = 0, "", None
-    try:
-        if own:
-            num_bytes = read(own, open_folder(), count)
-    except (ValueError, OSError, SafetensorError) as caught:
-        error = str(caught) or type(caught).__name__
-    except Exception as caught:  # of this code: the other ranks wait all the same
-        error, mistake = f"{type(caught).__name__}: {caught}", caught
-    where = f" (rank {parallel.rank}, on {platform.node()})"
-    if said := first_error(error + where if error else "", parallel.device):
-        raise mistake or ValueError(said)
+    num_bytes = read_or_end_all(own, open_folder, parallel, count)
     for bucket in all_buckets:
         bucket.broadcast()
         if not bucket.is_read_here:

@@ -93,6 +93,11 @@ def as_rows(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
     return matrix.reshape([len(matrix), *size[1:]] if size else [])
 
 
+def as_matrix(size: tuple[int, ...]) -> tuple[int, int]:
+    """[rows, columns] of a tensor of shape `size`: its first axis, and all others as one."""
+    return (size[0] if size else 1, math.prod(size[1:]))
+
+
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

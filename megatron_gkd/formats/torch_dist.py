@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_gkd.formats.stored_tensor import read_block
+from megatron_gkd.formats.block_digests import DIGESTS, BlockDigests
+from megatron_gkd.formats.stored_tensor import as_matrix, read_block
 from megatron_gkd.model.tensor_slice import TensorSlice
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -189,11 +190,16 @@ class TorchDist:
     matrix.
     """
 
-    def __init__(self, folder: str | Path):
-        """Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another
+    def __init__(self, folder: str | Path, *, compared: bool = False):
+        """compared: what is read with the converter's digests, where it has written them.
+
+        Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another
         format.
         """
         self.folder = Path(folder)
+        self.digests = None
+        if compared and (self.folder / DIGESTS).is_file() and (self.folder / METADATA).is_file():
+            self.digests = BlockDigests(self.folder, METADATA)
         described, storage_data = self._read_metadata()
         tensors = {
             key: t
@@ -272,15 +278,16 @@ class TorchDist:
         stored dtype.
 
         A vector has one column, a tensor of more axes as many as its axes after the first hold
-        together. Raises ValueError where chunks do not cover them or a file is damaged.
+        together. Raises ValueError where chunks do not cover them, or a file is damaged or not what
+        its digests say.
         """
         key, index = wanted.name, wanted.matrix
-        size = _as_matrix(self.sizes[key][len(index) :])
+        size = as_matrix(self.sizes[key][len(index) :])
         asked = [range(*part.indices(n)) for part, n in zip((*wanted.slices, slice(None)), size)]
         found = torch.empty(*map(len, asked), dtype=self.dtypes[key])
         missing = found.numel()
         for chunk in self._chunks_at(key, index):
-            first, size = chunk.offsets[len(index) :], _as_matrix(chunk.sizes[len(index) :])
+            first, size = chunk.offsets[len(index) :], as_matrix(chunk.sizes[len(index) :])
             held = [range(o, o + n) for o, n in zip((*first, 0, 0), size)]
             both = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(asked, held)]
             if all(map(len, both)):
@@ -314,11 +321,14 @@ class TorchDist:
         self, key: str, chunk: StoredChunk, index: tuple[int, ...], rows: range, columns: range
     ) -> Tensor:
         """Rows and columns, by their numbers in the chunk, of its matrix at `index`."""
-        number, size = 0, _as_matrix(chunk.sizes[len(index) :])
+        number, size = 0, as_matrix(chunk.sizes[len(index) :])
         for position, first, width in zip(index, chunk.offsets, chunk.sizes):
             number = number * width + position - first
         start = self._payload(key, chunk) + number * math.prod(size) * self.dtypes[key].itemsize
-        return read_block(self.folder / chunk.file, start, self.dtypes[key], size[1], rows, columns)
+        path, dtype = self.folder / chunk.file, self.dtypes[key]
+        if self.digests:
+            return self.digests.read_block(path, chunk.start, start, dtype, size, rows, columns)
+        return read_block(path, start, dtype, size[1], rows, columns)
 
     def _payload(self, key: str, chunk: StoredChunk) -> int:
         """First byte of the chunk's elements in its file. A chunk is a zip archive with the
@@ -338,10 +348,6 @@ class TorchDist:
                 os.close(descriptor)
             self._payloads[chunk.file, chunk.start] = chunk.start + offset
         return self._payloads[chunk.file, chunk.start]
-
-
-def _as_matrix(size: tuple[int, ...]) -> tuple[int, int]:
-    return (size[0] if size else 1, math.prod(size[1:]))
 
 
 def _elements(file: io.RawIOBase, sizes: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_gkd.formats.block_digests import block_digests, write_digests
 from megatron_gkd.formats.torch_dist import CONFIG, METADATA, TRACKER
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.model.tensor_slice import TensorSlice
@@ -37,14 +38,15 @@ EXTRA_STATE_FILE = "__extra_state_0.distcp"
 
 def write_chunk(file: BinaryIO, place: TensorSlice, values: Tensor) -> list:
     """Append `values`, rows (and columns) of one matrix, as the chunk at `place` in the checkpoint.
-    Returns its record [key, offsets, sizes, first byte, length] for `write_description`.
+    Returns its record [key, offsets, sizes, first byte, length, digests] for `write_description`.
     """
     offsets = [part if isinstance(part, int) else part.start for part in place.index]
     sizes = [1] * len(place.matrix) + list(values.shape)
     start = file.tell()
     torch.save(values.reshape(sizes), file)
     offsets = (offsets + [0] * len(sizes))[: len(sizes)]  # on every axis; a scalar has none
-    return [place.name, offsets, sizes, start, file.tell() - start]
+    digests = block_digests(values)
+    return [place.name, offsets, sizes, start, file.tell() - start, digests]
 
 
 def write_description(
@@ -62,16 +64,19 @@ def write_description(
         for key, size in sizes.items()
     }
     storage = {}
+    digests: dict[str, dict[int, str]] = {file: {} for file in records}
     for file, chunks in records.items():
-        for key, offsets, chunk_sizes, start, length in chunks:
+        for key, offsets, chunk_sizes, start, length, of_chunk in chunks:
             number = len(tensors[key].chunks)
             tensors[key].chunks.append(
                 ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk_sizes))
             )
             storage[MetadataIndex(key, offsets, number)] = _StorageInfo(file, start, length)
+            digests[file][start] = of_chunk
     described = tensors | _write_extra_states(folder, model_args, storage)
     with open(folder / METADATA, "wb") as stream:
         pickle.dump(Metadata(described, planner_data=None, storage_data=storage), stream)
+    write_digests(folder, METADATA, digests)
     content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     torch.save(
         {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megatron_gkd.formats.loading import open_folder
-from megatron_gkd.formats.peers import Folder, read, read_with_peers
+from megatron_gkd.formats.peers import Folder, read_or_end_all, read_with_peers
 from megatron_gkd.lora.modules import LoraLinear
 from megatron_gkd.media.chunks import (
     DOWNSAMPLING,
@@ -280,8 +280,8 @@ def build_towers(
     from_peers: bool = False,
 ) -> Towers | None:
     """The folder's towers that `audio` and `visual` ask for; None on later pipeline stages and if
-    there is none. No collectives; `from_peers`, where each rank of the first stage reads a part of
-    them, those of `read_with_peers`.
+    there is none. Collectives: those of `read_or_end_all`; with `from_peers`, where each rank of
+    the first stage reads a part of them, those of `read_with_peers`.
 
     Raises ValueError, the same on every rank: a tensor is missing, unexpected or misshapen (naming
     it), the towers' width is not the decoder's, or the first stage holds too few layers for
@@ -319,8 +319,7 @@ def build_towers(
         return tensors
 
     if not parallel.is_first_stage:
-        if from_peers:
-            read_with_peers([], opened, parallel)
+        read_or_end_all([], opened, parallel)
         return None
     options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
     with no_init_weights():  # every weight is read from the folder
@@ -338,7 +337,7 @@ def build_towers(
     if from_peers:
         read_with_peers([(parts, parallel.groups.tp_dp_cp)], opened, parallel)
     else:
-        read(parts, opened())
+        read_or_end_all(parts, opened, parallel)
     return built
 
 
