@@ -38,6 +38,7 @@ FOREIGN_FLAGS = {
     "rdzv_backend",
     "rdzv_endpoint",
     "rdzv_id",
+    "requeue",  # Slurm
     # vLLM
     "omni",
     "port",
