@@ -1,10 +1,13 @@
 """What the fields of a JSON file may hold."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_gkd.errors import short_repr
+
+_LARGEST_NUMBER = sys.float_info.max
 
 
 class Form(NamedTuple):
@@ -12,6 +15,21 @@ class Form(NamedTuple):
 
     words: str
     holds: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold: not NaN, not infinite, no whole number of
+    hundreds of digits.
+    """
+    return type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER
+
+
+def whole(least: int, most: int) -> Form:
+    """A whole number from `least` to `most`."""
+    return Form(
+        f"a whole number from {least} to {most:,}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
 
 
 TRUTH = Form("true or false", lambda value: isinstance(value, bool))

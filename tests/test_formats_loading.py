@@ -349,10 +349,10 @@ def change_config(folder, top=None, **text_config):
         ),
         (
             dict(rope_scaling={"rope_type": "default", "mrope_section": [2, 2]}),
-            r"mrope_section = \[2, 2\] .* three sizes",
+            r"mrope_section is \[2, 2\], .* three sizes",
         ),
-        (dict(head_dim=0), "text_config.head_dim = 0 .* an even number"),
-        (dict(rope_theta=-1.0), "text_config.rope_theta = -1.0 .* above 0"),
+        (dict(head_dim=0), "text_config.head_dim is 0, .* an even number"),
+        (dict(rope_theta=-1.0), "text_config.rope_theta is -1.0, .* above 0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         (dict(hidden_size="32"), "hidden_size"),
         (

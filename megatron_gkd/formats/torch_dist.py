@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_gkd.formats.stored_tensor import read_block
+from megatron_gkd.links import check_link
 from megatron_gkd.model.tensor_slice import TensorSlice
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -178,9 +179,11 @@ def find_torch_dist(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     tracker = folder / TRACKER
+    check_link(tracker)
     if tracker.is_file():
         text = tracker.read_text().strip()
         folder = folder / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    check_link(folder / CONFIG)
     return folder if (folder / CONFIG).is_file() else None
 
 
@@ -226,6 +229,7 @@ class TorchDist:
                 f"{path}: sharded_backend is {backend!r}; only torch_dist checkpoints are read"
             )
         path = self.folder / METADATA
+        check_link(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete")
         try:
@@ -259,6 +263,7 @@ class TorchDist:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
         for name, end in ends.items():
             path = self.folder / name
+            check_link(path)
             if path.parent != self.folder or not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: {METADATA} lists it")
             if path.stat().st_size < end:
