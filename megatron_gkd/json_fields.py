@@ -1,5 +1,6 @@
 """What the fields of a JSON file may hold."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +36,19 @@ def whole(least: int, most: int) -> Form:
 TRUTH = Form("true or false", lambda value: isinstance(value, bool))
 OBJECT = Form("a JSON object", lambda value: isinstance(value, dict))
 TEXT = Form("a text", lambda value: isinstance(value, str))
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises ValueError saying that the file is not `what`
+    where it holds anything else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not {what} ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not {what} (no JSON object)")
+    return found
 
 
 def check_fields(

@@ -3,6 +3,7 @@ shown.
 """
 
 import os
+import platform
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +28,8 @@ def read_data(
     without a `lock` nothing is written there, and weights are not looked at. Raises ValueError,
     OSError or DataError. Collectives: those of `agreed`, `check_output_dir` and `load_data`.
     """
-    with agreed(parallel.device, ""):
+    many = parallel.world_size > 1
+    with agreed(parallel.device, f"rank {parallel.rank} (on {platform.node()}): " if many else ""):
         model_args = read_model_args(config.model.model)
         if lock is not None:
             check_headers(config.model.model, model_args)

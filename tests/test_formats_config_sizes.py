@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.families import families
 from megatron_gkd.formats.loading import check_headers
 from megatron_gkd.formats.sources import open_source
@@ -236,6 +237,17 @@ def test_a_type_of_model_that_is_no_text(tmp_path, value):
 def test_a_config_that_is_not_utf_8(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
     assert str(tmp_path / "config.json") in refusal(read_model_args, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", "[" * 100_000, '{"eos_token_id": {}}'])
+def test_a_generation_config_that_is_none(tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
+    assert str(tmp_path / "generation_config.json") in refusal(read_stop_token_ids, tmp_path)
+
+
+def test_sections_that_are_none_end_no_response(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"thinker_config": 3, "text_config": [1]}))
+    assert read_stop_token_ids(tmp_path) == []
 
 
 # --- links ----------------------------------------------------------------------------------------

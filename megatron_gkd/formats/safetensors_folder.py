@@ -20,11 +20,18 @@ from megatron_gkd.formats.config_sizes import (
 )
 from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES, StoredTensor
 from megatron_gkd.formats.weight_map import decoder_tensors
+from megatron_gkd.json_fields import Form, check_fields, read_object
 from megatron_gkd.links import check_link
 from megatron_gkd.model.args import ModelArgs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FORMS = {
+    "weight_map": Form(
+        "an object of names of tensors and files",
+        lambda value: isinstance(value, dict) and all(isinstance(of, str) for of in value.values()),
+    )
+}
 _ROWS_AT_ONCE = 4096  # of two matrices that are compared
 
 
@@ -119,12 +126,9 @@ class SafetensorsFolder:
                 else ""
             )
             raise FileNotFoundError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there{hint}")
-        try:
-            listed = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{index}: not a safetensors index with a weight_map ({error!r})"
-            ) from error
+        found = read_object(index, "a safetensors index with a weight_map")
+        check_fields(index, {"weight_map": None, **found}, _FORMS)
+        listed = found["weight_map"]
         others = sorted(set(listed.values()) - {SINGLE})
         if has_single and others:
             raise ValueError(

@@ -5,7 +5,6 @@ torch take seconds to import, and the planner needs neither. What this decoder c
 is refused by the name of the setting, never approximated.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 from megatron_gkd.errors import short_repr
 from megatron_gkd.families import Family, families, family_of
-from megatron_gkd.json_fields import TRUTH, check_fields
+from megatron_gkd.json_fields import TRUTH, check_fields, read_object
 from megatron_gkd.links import check_link, check_links
 from megatron_gkd.model.config_fields import check_rope, check_tower, text_settings
 
@@ -113,14 +112,14 @@ def read_config(folder: str | Path) -> FolderConfig:
             f"--model {folder}: no config.json there; expected a Hugging Face folder of {titles}, "
             f"or a checkpoint of checkpoint_tools.hf_to_megatron{way_out}"
         )
+    raw = read_object(path, "the settings of a model")
+    model_type: Any = raw.get("model_type")
     try:
-        raw = json.loads(path.read_text())
-        model_type: Any = raw.get("model_type") if isinstance(raw, dict) else None
         if not isinstance(model_type, str):
             raise ValueError(f"model_type is {short_repr(model_type)}, and must be a text")
         family = family_of(model_type)
         section = family.section if family.prefixes[model_type] else ""
-        settings = raw.get(section) if section else raw
+        settings: Any = raw.get(section) if section else raw
         text = settings
         if isinstance(settings, dict) and family.text_section:
             text = settings.get(family.text_section)
@@ -134,7 +133,7 @@ def read_config(folder: str | Path) -> FolderConfig:
         ):
             _refuse_quantised(part, where, family)
         found = FolderConfig(path, model_type, _with_towers(settings, family))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     for tower in family.towers:
         check_tower(path, tower, found.settings)
