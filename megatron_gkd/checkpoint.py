@@ -12,8 +12,6 @@ OUTPUT/latest_checkpoint          name of the last run's newest, empty before it
 All ranks write into these files (checkpoint_files.py), so all must see the output folder.
 """
 
-import errno
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -43,6 +41,7 @@ from megatron_gkd.checkpoint_manifest import (
 from megatron_gkd.checkpoint_state import check_step, read_state
 from megatron_gkd.checkpoint_values import what_cannot_be
 from megatron_gkd.formats.job import sync
+from megatron_gkd.links import check_link
 from megatron_gkd.lora.adapter import adapter_slices
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.lora.slots import TEACHER
@@ -92,30 +91,12 @@ def find_checkpoint(resume_from: str, output_dir: str | Path) -> Path | None:
         there = (path for path in latest_first(output_dir) if (path / TENSORS).is_file())
         return next(there, None)
     if not (Path(resume_from) / TENSORS).is_file():
-        for path in (Path(resume_from), Path(resume_from) / TENSORS):
-            if path.is_symlink() and not path.exists():
-                raise FileNotFoundError(
-                    f"--resume_from_checkpoint {resume_from}: {path} is a link "
-                    f"{_where_it_leads(path)}"
-                )
+        check_link(Path(resume_from) / TENSORS, f"--resume_from_checkpoint {resume_from}: ")
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume_from}: no {TENSORS} there; expected a "
             "checkpoint-STEP folder, or latest"
         )
     return Path(resume_from)
-
-
-def _where_it_leads(link: Path) -> str:
-    """Of a link that leads nowhere, for the end of a message."""
-    try:
-        link.stat()
-    except FileNotFoundError:
-        return f"to {os.readlink(link)}, which is not there"
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "that leads in a circle"
-        return f"that cannot be followed: {error.strerror}"
-    return f"to {os.readlink(link)}"
 
 
 def latest_of_rank_0(output_dir: str | Path, parallel: Parallel) -> Path | None:

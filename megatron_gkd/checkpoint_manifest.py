@@ -14,6 +14,7 @@ import torch
 from megatron_gkd.errors import naming
 from megatron_gkd.formats.job import sync
 from megatron_gkd.formats.word_sum import WORD_BYTES, added, file_sum, word_sum
+from megatron_gkd.links import check_link
 from megatron_gkd.parallel import Parallel, agreed, from_rank_0, text_of_rank
 
 MANIFEST = "checkpoint_manifest.json"
@@ -85,6 +86,7 @@ def _check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise FileNotFoundError or ValueError naming a file that is missing or has another size."""
     for name, known in files.items():
         path = folder / name
+        check_link(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, which {MANIFEST} lists")
         size = path.stat().st_size

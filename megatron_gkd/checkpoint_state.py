@@ -1,13 +1,12 @@
 """trainer_state.json of a checkpoint: what it must have, read and checked."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE
-from megatron_gkd.json_fields import OBJECT, TEXT, TRUTH, Form, check_fields
+from megatron_gkd.json_fields import OBJECT, TEXT, TRUTH, Form, check_fields, is_number, whole
 
 _STATE_KEYS = ("step", "num_updates", "loss_scale", "lora")  # besides what the caller adds
 _MOST_STEPS = 10**9 - 1
@@ -15,19 +14,12 @@ _WAY_OUT = "; resume from another checkpoint"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-_COUNT = Form(
-    f"a whole number from 0 to {_MOST_STEPS:,}",
-    lambda value: type(value) is int and 0 <= value <= _MOST_STEPS,
-)
-_ABOVE_0 = Form("a number above 0", lambda value: _is_number(value) and value > 0)
+_COUNT = whole(0, _MOST_STEPS)
+_ABOVE_0 = Form("a number above 0", lambda value: is_number(value) and value > 0)
 
 _SCALE = Form(
     "empty or an object with scale, a number above 0, growth_tracker and hysteresis_tracker",
@@ -64,11 +56,11 @@ _FORMS = {
     "zero_gradients_in_a_row": _COUNT,
 }
 _LORA_FORMS = {
-    "rank": Form("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "rank": whole(1, 2**31 - 1),
     "alpha": _ABOVE_0,
     "targets": Form("a list of names", _are_names),
     "use_rslora": TRUTH,
-    "dropout": Form("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "dropout": Form("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
     "towers": TRUTH,
 }
 _DATA_FORMS = {"dataset": _ROWS, "val_dataset": _ROWS}

@@ -3,17 +3,19 @@ shown.
 """
 
 import os
+import platform
 from dataclasses import replace
 from functools import partial
 
 from megatron_gkd.config import Config, flag_targets, layout_line
 from megatron_gkd.data import SampleDataset, load_datasets, num_steps_of_epochs
 from megatron_gkd.data.show_row import show_row
+from megatron_gkd.formats.loading import check_headers
 from megatron_gkd.identity import check_same_content
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.output_dir import check_output_dir
 from megatron_gkd.output_lock import OutputLock
-from megatron_gkd.parallel import Parallel, log_rank_0, world_max
+from megatron_gkd.parallel import Parallel, agreed, log_rank_0, world_max
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
 
@@ -23,10 +25,14 @@ def read_data(
 ) -> tuple[ModelArgs, SampleDataset, SampleDataset | None]:
     """(sizes of the model, training data, evaluation data or None), once it is clear that the
     layout fits the model and that all ranks can write into --output_dir, whose lock rank 0 takes;
-    without a `lock` nothing is written there. Raises ValueError, OSError or DataError. Collectives:
-    those of `check_output_dir` and `load_data`.
+    without a `lock` nothing is written there, and weights are not looked at. Raises ValueError,
+    OSError or DataError. Collectives: those of `agreed`, `check_output_dir` and `load_data`.
     """
-    model_args = read_model_args(config.model.model)
+    many = parallel.world_size > 1
+    with agreed(parallel.device, f"rank {parallel.rank} (on {platform.node()}): " if many else ""):
+        model_args = read_model_args(config.model.model)
+        if lock is not None:
+            check_headers(config.model.model, model_args)
     flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if lock is not None:

@@ -122,7 +122,10 @@ def test_a_changed_folder_or_checkpoint_is_noticed(checkpoints, tmp_path):
             {name: t for name, t in manifest["tensors"].items() if name != last},
             f"{last} is unknown to {MANIFEST}",
         ),
-        (manifest["tensors"] | {"talker.x": {}}, "talker.x is not in the folder"),
+        (
+            manifest["tensors"] | {"talker.x": manifest["tensors"][last]},
+            "talker.x is not in the folder",
+        ),
         (
             manifest["tensors"] | {last: manifest["tensors"][last] | {"shape": [1]}},
             f"{last} is .*{MANIFEST} says .* \\[1\\]",
@@ -130,6 +133,13 @@ def test_a_changed_folder_or_checkpoint_is_noticed(checkpoints, tmp_path):
     ):
         (tmp_path / "back" / MANIFEST).write_text(json.dumps(manifest | {"tensors": changed}))
         refuse_folder(tmp_path / "back", tmp_path, message)
+    for field, value in (
+        *(("tensors", value) for value in (None, [], {last: None}, {last: {"dtype": "F32"}})),
+        *(("files", value) for value in (3, {"config.json": []}, {"config.json": {"bytes": "3"}})),
+        ("made_by", 3),
+    ):
+        (tmp_path / "back" / MANIFEST).write_text(json.dumps(manifest | {field: value}))
+        refuse_folder(tmp_path / "back", tmp_path, f"{MANIFEST}: {field} is .*, and must be ")
     assert not list(tmp_path.glob(".out*"))  # noticed before anything was read
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
@@ -211,6 +221,11 @@ def test_checkpoints_that_are_refused(checkpoints, tmp_path):
     (copy / "huggingface").rename(tmp_path / "aside")
     refuse("holds the decoder alone; name the Hugging Face folder")
     (tmp_path / "aside").rename(copy / "huggingface")
+    for text in ("[]", "{", "null", "[" * 100_000):
+        (copy / "release" / "metadata.json").write_text(text)
+        refuse("metadata.json: not metadata of a checkpoint")
+    (copy / "release" / "metadata.json").write_text('{"sharded_backend": ["torch_dist"]}')
+    refuse(r"sharded_backend is \['torch_dist'\]; only torch_dist")
     (copy / "release" / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     refuse("sharded_backend is 'zarr'; only torch_dist")
     shutil.rmtree(copy / "release")

@@ -3,6 +3,7 @@ rank reads.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -259,9 +260,13 @@ def test_shards_that_do_not_fit_the_index(broken_shards):
         FileNotFoundError, match=f"{INDEX}: lists {shard.name}, which is not in the folder"
     ):
         check(folder)
-    for text in ("{", "{}", "[]"):
+    for text in ("{", "[]", "null", "[" * 100_000):
         (folder / INDEX).write_text(text)
         with pytest.raises(ValueError, match=f"{INDEX}: not a safetensors index"):
+            check(folder)
+    for value in (None, [shard.name], {name: 3}, {name: [shard.name]}, math.nan):
+        (folder / INDEX).write_text(json.dumps({"weight_map": value}))
+        with pytest.raises(ValueError, match=f"{INDEX}: weight_map is .*, and must be an object"):
             check(folder)
 
 
@@ -349,10 +354,10 @@ def change_config(folder, top=None, **text_config):
         ),
         (
             dict(rope_scaling={"rope_type": "default", "mrope_section": [2, 2]}),
-            r"mrope_section = \[2, 2\] .* three sizes",
+            r"mrope_section is \[2, 2\], .* three sizes",
         ),
-        (dict(head_dim=0), "text_config.head_dim = 0 .* an even number"),
-        (dict(rope_theta=-1.0), "text_config.rope_theta = -1.0 .* above 0"),
+        (dict(head_dim=0), "text_config.head_dim is 0, .* an even number"),
+        (dict(rope_theta=-1.0), "text_config.rope_theta is -1.0, .* above 0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         (dict(hidden_size="32"), "hidden_size"),
         (

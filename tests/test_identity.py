@@ -115,6 +115,8 @@ def test_ranks_with_other_content(flags, tmp_path):
     assert "has rows of --dataset '8 rows " in said and "rank 0 has '8 rows " in said
     said = refused(flags, tmp_path, model=other_weights(flags["model"], tmp_path / "model"))
     assert "rank 2 (on " in said and "has weights of --model '" in said
+    said = refused(flags, tmp_path, model=tmp_path / "nowhere")
+    assert "rank 2 (on " in said and f"--model {tmp_path / 'nowhere'}: no config.json there" in said
 
 
 def test_ranks_with_other_settings_beside_the_same_weights(flags, tmp_path):

@@ -366,7 +366,7 @@ def broken(folder, tmp_path):
     return make
 
 
-NAME = "thinker.audio_tower.layers.0.fc1.weight"
+NAME = "thinker.audio_tower.layers.0.fc2.weight"
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -380,7 +380,7 @@ NAME = "thinker.audio_tower.layers.0.fc1.weight"
         ),
         (
             lambda tensors: tensors.update({NAME: torch.zeros(3, 5)}),
-            rf"{NAME} has shape \[3, 5\], .* \[128, 64\]",
+            rf"{NAME} has shape \[3, 5\], .* \[64, 128\]",
         ),
     ],
 )

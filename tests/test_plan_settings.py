@@ -102,7 +102,7 @@ MEDIA = ["--gpus", "8", "--media", "audio", "image"]
         ({"vision_config": "large"}, "vision_config is a str, expected an object"),
         (
             {"vision_config": {"deepstack_visual_indexes": 5}},
-            "vision_config.deepstack_visual_indexes = 5 is not supported",
+            "vision_config.deepstack_visual_indexes is 5, and must be a list",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from megatron_gkd.data.report import Lengths
 from megatron_gkd.families import families
 from megatron_gkd.plan.memory import standing_parts
 from megatron_gkd.plan.tower_memory import MediaShapes, media_bytes, of_tower
-from megatron_gkd.plan.towers import DEFAULTS, AudioTower, VisualTower, read_towers
+from megatron_gkd.plan.towers import AudioTower, VisualTower, read_towers
 from megatron_gkd.plan.training_memory import moments
 from megatron_gkd.plan.workload import workload
 from tests.live_bytes import LiveBytes
@@ -71,7 +71,8 @@ def _alone(rank, world_size, cases):
             lora_rank=lora_rank,
             drops=False,
         )
-        counted = vars(of_tower(kind.of(DEFAULTS[name] | sizes), shapes))
+        (tower,) = (of for of in families()["qwen3_omni"].towers if of.name == name)
+        counted = vars(of_tower(kind.of({**tower.defaults, **sizes}), shapes))
         counted["backward"] += counted["kept"]
         found.append({name: (measured[name], counted[name]) for name in measured})
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_gkd.families import families
-from megatron_gkd.plan.towers import DEFAULTS, AudioTower, VisualTower, read_towers
+from megatron_gkd.plan.towers import AudioTower, VisualTower, read_towers
 from tests.ranks import run_ranks
 from tests.tower_adapters import RANK
 from tests.train_runs import SMALL
@@ -31,9 +31,8 @@ def test_a_size_of_a_tower_that_is_none_is_refused(value, tiny_folder, tmp_path)
     of_audio = config.get("thinker_config", config)["audio_config"]
     of_audio["encoder_layers"] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json: audio_config.encoder_layers = "):
+    with pytest.raises(ValueError, match="config.json: audio_config.encoder_layers is "):
         read_towers(tmp_path, True, False)
-    assert read_towers(tmp_path, False, True)
 
 
 def _built(rank, world_size, folder):
@@ -54,7 +53,7 @@ def test_what_config_json_leaves_out_is_as_transformers_has_it():
     family = families()["qwen3_omni"]
     config = family.config_class()()
     for tower in family.towers:
-        defaults = DEFAULTS[tower.name]
+        defaults = tower.defaults
         of_transformers = getattr(config, tower.config)
         for name, value in defaults.items():
             found = getattr(of_transformers, name)

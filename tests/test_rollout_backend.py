@@ -463,14 +463,14 @@ def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder,
     write_json(tmp_path, "generation_config.json", {"eos_token_id": [12, 3]})
     assert read_stop_token_ids(tmp_path) == [3, 12]
     for content, reason in (
-        ([], "must hold an object"),
+        ([], "not the settings of a model"),
         ({"eos_token_id": True}, "eos_token_id is True"),
     ):
         write_json(tmp_path, "generation_config.json", content)
         with pytest.raises(ValueError, match=f"generation_config.json: {reason}"):
             read_stop_token_ids(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="generation_config.json: not JSON"):
+    with pytest.raises(ValueError, match="generation_config.json: not the settings of a model"):
         read_stop_token_ids(tmp_path)
     write_json(tmp_path, "generation_config.json", {"eos_token_id": "<|im_end|>"})
     with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '<|im_end|>'"):

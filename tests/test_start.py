@@ -35,7 +35,7 @@ def start(rank, world_size, argv):
     "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
 )
 def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
-    """Over the world seven maxima of a number or two and a broadcast of one, for the output folder,
+    """Over the world eight maxima of a number or two and a broadcast of one, for the output folder,
     the data and the weights; and the weights themselves once.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
@@ -54,7 +54,7 @@ def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
         for calls, weights, _ in of_ranks:
             maxima = [call for call in calls if call[0] == "all_reduce"]
             sizes_of_maxima = sorted(call[2] for call in maxima)
-            assert sizes_of_maxima == [8] * 6 + [16]
+            assert sizes_of_maxima == [8] * 7 + [16]
             broadcasts = [call for call in calls if call[0] == "broadcast"]
             assert broadcasts.pop(0) == ("broadcast", "world", 8, 8)
             sent = sum(given for _, _, given, _ in broadcasts)

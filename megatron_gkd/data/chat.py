@@ -24,6 +24,7 @@ from megatron_gkd.data.rendered_turns import RenderedTurns
 from megatron_gkd.data.turn_span import Rendered, TurnSpan
 from megatron_gkd.errors import DataError, RowError, short_repr
 from megatron_gkd.families import language_sections
+from megatron_gkd.json_fields import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", SENTENCEPIECE_FILE)
@@ -208,16 +209,12 @@ def _end_of_text_ids(folder: str | Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: must hold an object, is a {type(content).__name__}")
+        content = read_object(path, "the settings of a model")
         for place in places:
-            section = content
+            section: Any = content
             for key in place:
-                section = section.get(key) or {}
+                section = section.get(key)
+                section = section if isinstance(section, dict) else {}
             if section.get("eos_token_id") is not None:
                 return _as_ids(section["eos_token_id"], path)
     try:
@@ -237,6 +234,6 @@ def _as_ids(value: Any, path: Path) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(
-            f"{path}: eos_token_id is {value!r}; expected a token id or a list of them"
+            f"{path}: eos_token_id is {short_repr(value)}; expected a token id or a list of them"
         )
     return sorted(set(ids))

@@ -4,9 +4,19 @@ Plain data. What needs transformers' classes is a function that imports them whe
 that a config.json is read without importing torch or transformers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class SizeInWeights(NamedTuple):
+    """Where the weights show a size that config.json states."""
+
+    setting: str
+    tensor: str
+    axis: int
+    length: Callable[[Mapping[str, Any]], int] | None = None
+    """Along that axis, of all settings; None: the setting itself"""
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,26 @@ class Tower:
     """The setting in that section that must be the decoder's hidden size"""
     layers: str
     """Its list of layers"""
+    defaults: Mapping[str, Any]
+    """Its sizes, with transformers' values for those that config.json leaves out; a tuple numbers
+    some of its layers"""
+    width_and_heads: tuple[str, str]
+    """The settings of which the second must divide the first"""
+    num_layers: str
+    """The setting that says how many layers there are"""
+    counts: Mapping[str, str]
+    """setting -> the list of modules that has as many"""
+    in_weights: tuple[SizeInWeights, ...]
     lora_linears: tuple[str, ...]
     """What `--lora_towers` wraps in each layer"""
     ends: tuple[str, ...]
     """Its other linears (of a list the first), on which LoRA can only be merged"""
     load_class: Callable[[], Any]
     """transformers' class of it"""
+
+    def sizes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a config's settings, with transformers' values for those that are left out."""
+        return {**self.defaults, **settings.get(self.config, {})}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,9 +4,10 @@ and talker and code2wav, which turn its text into speech and travel along.
 A folder holds the whole model (tensors under `thinker.`) or a thinker alone (no prefix).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_gkd.families.family import Family, Tower
+from megatron_gkd.families.family import Family, SizeInWeights, Tower
 
 _MEDIA_TOKENS = (
     "audio_token_id",
@@ -18,6 +19,25 @@ _MEDIA_TOKENS = (
     "vision_end_token_id",
     "position_id_per_seconds",
 )
+
+
+_AUDIO: dict[str, Any] = dict(d_model=1280, encoder_layers=32, encoder_ffn_dim=5120)
+_AUDIO |= dict(encoder_attention_heads=20, num_mel_bins=128, downsample_hidden_size=480)
+_AUDIO |= dict(output_dim=3584, max_source_positions=1500, n_window=50, conv_chunksize=500)
+_AUDIO |= dict(n_window_infer=800)
+_VISUAL: dict[str, Any] = dict(hidden_size=1152, depth=27, intermediate_size=4304, num_heads=16)
+_VISUAL |= dict(in_channels=3, patch_size=16, temporal_patch_size=2, spatial_merge_size=2)
+_VISUAL |= dict(out_hidden_size=3584, num_position_embeddings=2304)
+_VISUAL |= dict(deepstack_visual_indexes=(8, 16, 24))
+
+
+def _convolved_bins(sizes: Mapping[str, Any]) -> int:
+    """Numbers of a frame behind three convolutions of stride 2 over its mel bins."""
+    return sizes["downsample_hidden_size"] * -(-sizes["num_mel_bins"] // 8)
+
+
+def _merged_width(sizes: Mapping[str, Any]) -> int:
+    return sizes["hidden_size"] * sizes["spatial_merge_size"] ** 2
 
 
 def _config_class() -> Any:
@@ -103,6 +123,17 @@ FAMILY = Family(
             config="audio_config",
             output_size="output_dim",
             layers="layers",
+            defaults=_AUDIO,
+            width_and_heads=("d_model", "encoder_attention_heads"),
+            num_layers="encoder_layers",
+            counts={"encoder_layers": "layers"},
+            in_weights=(
+                SizeInWeights("d_model", "ln_post.weight", 0),
+                SizeInWeights("encoder_ffn_dim", "layers.0.fc1.weight", 0),
+                SizeInWeights("downsample_hidden_size", "conv2d1.weight", 0),
+                SizeInWeights("num_mel_bins", "conv_out.weight", 1, _convolved_bins),
+                SizeInWeights("output_dim", "proj2.weight", 0),
+            ),
             lora_linears=(
                 "self_attn.q_proj",
                 "self_attn.k_proj",
@@ -119,6 +150,20 @@ FAMILY = Family(
             config="vision_config",
             output_size="out_hidden_size",
             layers="blocks",
+            defaults=_VISUAL,
+            width_and_heads=("hidden_size", "num_heads"),
+            num_layers="depth",
+            counts={"depth": "blocks", "deepstack_visual_indexes": "merger_list"},
+            in_weights=(
+                SizeInWeights("hidden_size", "patch_embed.proj.weight", 0),
+                SizeInWeights("in_channels", "patch_embed.proj.weight", 1),
+                SizeInWeights("temporal_patch_size", "patch_embed.proj.weight", 2),
+                SizeInWeights("patch_size", "patch_embed.proj.weight", 3),
+                SizeInWeights("intermediate_size", "blocks.0.mlp.linear_fc1.weight", 0),
+                SizeInWeights("num_position_embeddings", "pos_embed.weight", 0),
+                SizeInWeights("spatial_merge_size", "merger.mlp.0.weight", 1, _merged_width),
+                SizeInWeights("out_hidden_size", "merger.mlp.2.weight", 0),
+            ),
             lora_linears=("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"),
             ends=(
                 "patch_embed.proj",

@@ -5,6 +5,7 @@ Names and shapes come from transformers' own model, built on the `meta` device, 
 allocated.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,28 +16,31 @@ from megatron_gkd.formats.safetensors_folder import SafetensorsFolder
 from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES
 from megatron_gkd.formats.weight_map import decoder_tensors
 from megatron_gkd.model.args import ModelArgs
+from megatron_gkd.model.config_fields import check_modules
 
 
 def frozen_tensors(folder: Path, model_args: ModelArgs) -> tuple[dict[str, list[int]], set[str]]:
     """(name -> shape of every parameter outside the decoder, names of buffers that a folder may
     hold as well), as FOLDER/config.json says.
 
-    Raises ValueError where transformers makes no model of config.json.
+    Raises ValueError where transformers makes no model of config.json, or would make one of more
+    modules than any has.
     """
     family, prefix = model_args.family, model_args.prefix
     whole = family.whole_class if prefix else None
     model_class = (whole or family.model_class)()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    section = getattr(config, family.section) if prefix else config
-    text = getattr(section, family.text_section) if family.text_section else section
-    text.num_hidden_layers = 1  # the decoder is not looked at
+    path = folder / "config.json"
+    check_modules(path, json.loads(path.read_text()))
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        section = getattr(config, family.section) if prefix else config
+        text = getattr(section, family.text_section) if family.text_section else section
+        text.num_hidden_layers = 1  # the decoder is not looked at
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever a setting that is missing or impossible leads to
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers makes no model of it ({error})"
-        ) from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: transformers makes no model of it ({said})") from error
     parameters = revert_weight_conversion(model, dict(model.named_parameters()))
     buffers = revert_weight_conversion(model, dict(model.named_buffers()))
     decoder = (f"{prefix}model.", f"{prefix}lm_head.")

@@ -99,6 +99,17 @@ def open_folder(folder: str | Path, model_args: ModelArgs) -> SafetensorsFolder 
     return tensors
 
 
+def check_headers(folder: str | Path, model_args: ModelArgs) -> None:
+    """Raise FileNotFoundError or ValueError, before anything is allocated, where a model folder of
+    either format has not the tensors of its config.json. Reads no weights.
+    """
+    checkpoint = find_torch_dist(folder)
+    if checkpoint:
+        MegatronFolder(checkpoint, model_args)
+    else:
+        check_tensors(SafetensorsFolder(folder), model_args, headers_only=True)
+
+
 def load_weights(
     model: Any,
     model_args: ModelArgs,

@@ -9,13 +9,32 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_gkd.formats.safetensors_folder import INDEX
 from megatron_gkd.formats.stored_tensor import LazyTensor, StoredTensor
+from megatron_gkd.json_fields import TEXT, Form, check_fields, read_object
 
 MANIFEST = "conversion_manifest.json"
 # Names of pickles, and of what may hold one.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+_TENSOR = {"dtype": str, "shape": list, "bytes": int, "sha256": str}
+_FILE = {"bytes": int, "sha256": str}
+
+
+def _all_are(value: Any, fields: dict[str, type]) -> bool:
+    """Whether `value` is an object of objects that have all these fields."""
+    return isinstance(value, dict) and all(
+        isinstance(of, dict) and all(type(of.get(name)) is kind for name, kind in fields.items())
+        for of in value.values()
+    )
+
+
+_FORMS = {
+    "made_by": TEXT,
+    "tensors": Form("dtype, shape, bytes and sha256 by tensor", lambda of: _all_are(of, _TENSOR)),
+    "files": Form("bytes and sha256 by file", lambda of: _all_are(of, _FILE)),
+}
 _NOT_COPIED = (".git", ".cache")  # a clone's and a download's own records, as large as the model
 
 
@@ -73,12 +92,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        return Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a manifest ({error}); remove it if it is not ours"
-        ) from error
+    found = read_object(path, "a manifest; remove it if it is not ours")
+    stated = {"made_by": None} | {name: found[name] for name in _FORMS if name in found}
+    check_fields(path, stated, _FORMS, "; remove the file if it is not ours")
+    return Manifest(**stated)
 
 
 def describe_file(path: Path) -> dict:

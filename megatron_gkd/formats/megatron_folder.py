@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_gkd.formats.config_sizes import (
+    check_decoder_sizes,
+    check_tower_sizes,
+    checkpoint_places,
+)
 from megatron_gkd.formats.stored_tensor import DECODER_DTYPES, SAFETENSORS_NAMES, as_rows
 from megatron_gkd.formats.torch_dist import METADATA, TorchDist
 from megatron_gkd.formats.weight_map import checkpoint_slices, decoder_tensors, stored_entries
@@ -82,6 +87,12 @@ class MegatronFolder:
                 name, rows = key[len(FROZEN) :], (slice(0, size[0] if size else 1),)
                 pair = SlicePair(TensorSlice(name, rows), TensorSlice(key, rows))
                 self.tensors[name] = CheckpointTensor(self.checkpoint, (pair,), size)
+        frozen = {name: tensor.size for name, tensor in self.tensors.items() if name not in sizes}
+        check_tower_sizes(model_args, frozen, self._file_of)
+
+    def _file_of(self, name: str) -> Path:
+        """That says what tensor `name` is."""
+        return self.folder / METADATA
 
     def slice(self, name: str) -> CheckpointTensor:
         """Tensor `name`, not read: `[index]` reads only those bytes."""
@@ -107,6 +118,8 @@ class MegatronFolder:
             for key, size in self.checkpoint.sizes.items()
             if not key.startswith(FROZEN) and not _OPTIMIZER.match(key)
         }
+        places = checkpoint_places(model_args, self.prefix)
+        check_decoder_sizes(model_args, sizes, self._file_of, places)
         for entry in stored_entries(model_args).values():
             key, wanted = self.prefix + entry.key, (*entry.stacked, *entry.matrix_size())
             found = sizes.pop(key, None)

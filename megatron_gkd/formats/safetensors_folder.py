@@ -6,17 +6,32 @@ name them.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_gkd.formats.config_sizes import (
+    check_decoder_sizes,
+    check_num_layers,
+    check_tower_sizes,
+    folder_places,
+)
 from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES, StoredTensor
 from megatron_gkd.formats.weight_map import decoder_tensors
+from megatron_gkd.json_fields import Form, check_fields, read_object
+from megatron_gkd.links import check_link
 from megatron_gkd.model.args import ModelArgs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FORMS = {
+    "weight_map": Form(
+        "an object of names of tensors and files",
+        lambda value: isinstance(value, dict) and all(isinstance(of, str) for of in value.values()),
+    )
+}
 _ROWS_AT_ONCE = 4096  # of two matrices that are compared
 
 
@@ -97,6 +112,8 @@ class SafetensorsFolder:
     def _listed(self) -> dict[str, str]:
         """Tensor -> file as the index says; empty for a single file without an index."""
         index, has_single = self.folder / INDEX, (self.folder / SINGLE).is_file()
+        for name in (INDEX, SINGLE):
+            check_link(self.folder / name)
         if not index.is_file():
             if has_single:
                 return {}
@@ -109,18 +126,17 @@ class SafetensorsFolder:
                 else ""
             )
             raise FileNotFoundError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there{hint}")
-        try:
-            listed = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{index}: not a safetensors index with a weight_map ({error!r})"
-            ) from error
+        found = read_object(index, "a safetensors index with a weight_map")
+        check_fields(index, {"weight_map": None, **found}, _FORMS)
+        listed = found["weight_map"]
         others = sorted(set(listed.values()) - {SINGLE})
         if has_single and others:
             raise ValueError(
                 f"{self.folder}: {SINGLE} is there, and {INDEX} lists {others[0]}: "
                 "which of them is the model?"
             )
+        for name in sorted(set(listed.values())):
+            check_link(self.folder / name)
         missing = sorted(
             name for name in set(listed.values()) if not (self.folder / name).is_file()
         )
@@ -136,12 +152,14 @@ class SafetensorsFolder:
         return self.tensors[name]
 
 
-def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
+def check_tensors(
+    folder: SafetensorsFolder, model_args: ModelArgs, *, headers_only: bool = False
+) -> None:
     """Raise ValueError unless every decoder tensor is as config.json says, and the others belong to
-    a tower or another model of the family. Reads headers only, and both matrices of a tied head
-    that is stored twice.
+    a tower or another model of the family. Reads headers only, and unless `headers_only` both
+    matrices of a tied head that is stored twice.
     """
-    expected = decoder_tensors(model_args)
+    expected = decoder_tensors(_of_folder(folder, model_args))
     missing = [name for name in expected if name not in folder.file_of]
     family, prefix = model_args.family, model_args.prefix
     known = tuple(f"{prefix}{tower.name}." for tower in family.towers) + (
@@ -176,8 +194,22 @@ def check_tensors(folder: SafetensorsFolder, model_args: ModelArgs) -> None:
                 f"{file}: tensor {name} is {tensor.get_dtype()}, "
                 f"expected one of {DECODER_DTYPE_NAMES} (nothing quantised)"
             )
-    if model_args.tie_word_embeddings and f"{model_args.prefix}lm_head.weight" in folder.file_of:
+    head = f"{model_args.prefix}lm_head.weight"
+    if model_args.tie_word_embeddings and head in folder.file_of and not headers_only:
         _check_tied(folder, model_args)
+
+
+def _of_folder(folder: SafetensorsFolder, model_args: ModelArgs) -> ModelArgs:
+    """The sizes, compared with the headers; where tensors that would show them are missing, those
+    of one layer with one expert, of which one is missing too. Raises ValueError where they differ.
+    """
+    shapes = {name: tensor.size for name, tensor in folder.tensors.items()}
+    file_of = lambda name: folder.folder / folder.file_of[name]
+    has_layers = check_num_layers(model_args, shapes, file_of)
+    places = folder_places(model_args)
+    complete = check_decoder_sizes(model_args, shapes, file_of, places) and has_layers
+    check_tower_sizes(model_args, shapes, file_of)
+    return model_args if complete else replace(model_args, num_layers=1, num_experts=1)
 
 
 def _other_prefix(folder: SafetensorsFolder, model_args: ModelArgs) -> str:

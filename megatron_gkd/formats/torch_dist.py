@@ -7,7 +7,6 @@ code is refused before that code is even looked up. Of a chunk only the bytes as
 """
 
 import io
-import json
 import math
 import os
 import pickle
@@ -22,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from megatron_gkd.errors import short_repr
 from megatron_gkd.formats.block_digests import DIGESTS, BlockDigests
 from megatron_gkd.formats.stored_tensor import as_matrix, read_block
+from megatron_gkd.json_fields import read_object
+from megatron_gkd.links import check_link
 from megatron_gkd.model.tensor_slice import TensorSlice
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -179,9 +181,11 @@ def find_torch_dist(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     tracker = folder / TRACKER
+    check_link(tracker)
     if tracker.is_file():
-        text = tracker.read_text().strip()
+        text = tracker.read_text(errors="replace").strip()
         folder = folder / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    check_link(folder / CONFIG)
     return folder if (folder / CONFIG).is_file() else None
 
 
@@ -226,12 +230,14 @@ class TorchDist:
 
     def _read_metadata(self) -> tuple[dict[str, Any], dict[Any, Any]]:
         path = self.folder / CONFIG
-        backend = json.loads(path.read_text()).get("sharded_backend")
+        backend = read_object(path, "metadata of a checkpoint").get("sharded_backend")
         if backend != "torch_dist":
             raise ValueError(
-                f"{path}: sharded_backend is {backend!r}; only torch_dist checkpoints are read"
+                f"{path}: sharded_backend is {short_repr(backend)}; only torch_dist checkpoints "
+                "are read"
             )
         path = self.folder / METADATA
+        check_link(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete")
         try:
@@ -265,6 +271,7 @@ class TorchDist:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
         for name, end in ends.items():
             path = self.folder / name
+            check_link(path)
             if path.parent != self.folder or not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: {METADATA} lists it")
             if path.stat().st_size < end:

@@ -8,8 +8,7 @@ from typing import Any
 
 from megatron_gkd.errors import short_repr
 from megatron_gkd.families import Family
-from megatron_gkd.flags import POSITIVE
-from megatron_gkd.json_fields import TEXT, TRUTH, Form, check_fields
+from megatron_gkd.json_fields import TEXT, TRUTH, Form, check_fields, is_number
 from megatron_gkd.lora_targets import EXPERTS, layers_of, names_of
 
 CONFIG = "adapter_config.json"
@@ -38,7 +37,7 @@ _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and POSITIVE.holds(value)
+    return is_number(value) and value > 0
 
 
 def _is_pattern(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_gkd.links import check_link
 from megatron_gkd.lora.adapter import adapter_tensors
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, read_config
 from megatron_gkd.lora.peft_names import layer_and_linear, peft_names, unwrapped
@@ -35,6 +36,7 @@ class PeftAdapter:
         self.folder, self.model_args = Path(folder), model_args
         self._family, self._names = model_args.family, peft_names(model_args.family)
         for name in (CONFIG, TENSORS):
+            check_link(self.folder / name)
             if not (self.folder / name).is_file():
                 raise FileNotFoundError(
                     f"{self.folder}: no {name}; expected a PEFT adapter folder"

@@ -18,9 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_gkd.json_fields import Form, check_fields, is_number, whole
 from megatron_gkd.model.args import read_config
 
 Grid = tuple[int, int, int]
+
+_TOKEN_ID = whole(0, 2**31 - 1)
+_FORMS = {f"{kind}_token_id": _TOKEN_ID for kind in ("audio", "image", "video")}
+_FORMS |= {
+    f"{kind}_{end}_token_id": _TOKEN_ID for kind in ("audio", "vision") for end in ("start", "end")
+}
+_FORMS |= {"position_id_per_seconds": Form("a number above 0", lambda v: is_number(v) and v > 0)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class MediaTokenIds:
         read_settings = config.family.media_settings
         if read_settings is None:
             raise ValueError(f"{config.path}: {config.family.title} has no audio, images or videos")
+        stated = {name: of for name, of in config.settings.items() if of is not None}
+        check_fields(config.path, stated, _FORMS)
         loaded = config.load()
         try:
             return cls(**read_settings(loaded))

@@ -300,7 +300,9 @@ class MediaProcessor:
 
     @cached_property
     def _n_window(self) -> int:
-        return read_config(self.folder).settings["audio_config"].get("n_window", 50)
+        config = read_config(self.folder)
+        (tower,) = (of for of in config.family.towers if of.name == "audio_tower")
+        return tower.sizes(config.settings)["n_window"]
 
     def _refusing(self, reference: Reference, read: Callable[[], Any]) -> Any:
         """`read()`; any error that it raises about the medium becomes a RowError."""

@@ -5,38 +5,19 @@ torch take seconds to import, and the planner needs neither. What this decoder c
 is refused by the name of the setting, never approximated.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_gkd.errors import short_repr
 from megatron_gkd.families import Family, families, family_of
+from megatron_gkd.json_fields import TRUTH, check_fields, read_object
+from megatron_gkd.links import check_link, check_links
+from megatron_gkd.model.config_fields import check_rope, check_tower, text_settings
 
-# Type of each setting of `Family.text_defaults`; an int will do for a float.
-_TYPES: dict[str, type] = {
-    "num_hidden_layers": int,
-    "hidden_size": int,
-    "num_attention_heads": int,
-    "num_key_value_heads": int,
-    "head_dim": int,
-    "num_experts": int,
-    "num_experts_per_tok": int,
-    "norm_topk_prob": bool,
-    "moe_intermediate_size": int,
-    "mlp_only_layers": list,
-    "decoder_sparse_step": int,
-    "vocab_size": int,
-    "hidden_act": str,
-    "rms_norm_eps": float,
-    "rope_theta": float,
-    "attention_bias": bool,
-    "attention_dropout": float,
-    "sliding_window": int,
-    "use_sliding_window": bool,
-}
-_MAY_BE_NULL = ("head_dim", "mlp_only_layers", "sliding_window", "use_sliding_window")
-MOST_LAYERS = 1024  # more are a mistake in the file, or an attack
+# Tokenizer, template, processors, index: who is there does not say whether it is missed.
+_READ_BESIDE = (".json", ".jinja", ".model", ".txt")
 _DEFAULT_MROPE_SECTION = (24, 20, 20)  # transformers' own
 
 
@@ -59,6 +40,7 @@ class ModelArgs:
     rope_theta: float
     mrope_section: tuple[int, ...]  # (head_dim / 2, 0, 0) where one position turns all channels
     tie_word_embeddings: bool
+    path: Path = field(default=Path("config.json"), compare=False)  # of the file
 
     @property
     def family(self) -> Family:
@@ -109,7 +91,7 @@ class FolderConfig:
         try:
             return self.family.config_class().from_dict(self.settings)
         except (ValueError, StrictDataclassError) as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from error
 
 
 def read_config(folder: str | Path) -> FolderConfig:
@@ -117,6 +99,7 @@ def read_config(folder: str | Path) -> FolderConfig:
     model of no family, a section that is missing.
     """
     path = Path(folder) / "config.json"
+    check_link(path, f"--model {folder}: ")
     if not path.is_file():
         inside = (path.parent / "metadata.json").is_file()
         way_out = (
@@ -129,12 +112,14 @@ def read_config(folder: str | Path) -> FolderConfig:
             f"--model {folder}: no config.json there; expected a Hugging Face folder of {titles}, "
             f"or a checkpoint of checkpoint_tools.hf_to_megatron{way_out}"
         )
+    raw = read_object(path, "the settings of a model")
+    model_type: Any = raw.get("model_type")
     try:
-        raw = json.loads(path.read_text())
-        model_type: Any = raw.get("model_type") if isinstance(raw, dict) else None
+        if not isinstance(model_type, str):
+            raise ValueError(f"model_type is {short_repr(model_type)}, and must be a text")
         family = family_of(model_type)
         section = family.section if family.prefixes[model_type] else ""
-        settings = raw.get(section) if section else raw
+        settings: Any = raw.get(section) if section else raw
         text = settings
         if isinstance(settings, dict) and family.text_section:
             text = settings.get(family.text_section)
@@ -147,9 +132,12 @@ def read_config(folder: str | Path) -> FolderConfig:
             (f"{family.text_section}.", text),
         ):
             _refuse_quantised(part, where, family)
-        return FolderConfig(path, model_type, _with_towers(settings, family))
-    except (ValueError, RecursionError) as error:
+        found = FolderConfig(path, model_type, _with_towers(settings, family))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for tower in family.towers:
+        check_tower(path, tower, found.settings)
+    return found
 
 
 def _with_towers(settings: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -192,30 +180,21 @@ def _refuse_quantised(settings: dict[str, Any], where: str, family: Family) -> N
 
 
 def read_model_args(folder: str | Path) -> ModelArgs:
-    """Read FOLDER/config.json. Raises FileNotFoundError, or ValueError naming the file and the
-    unsupported setting.
+    """Read FOLDER/config.json. Raises FileNotFoundError, also for a link beside it that leads
+    nowhere, or ValueError naming the file and the setting that is unsupported or has another type
+    or range.
     """
+    check_links(folder, _READ_BESIDE, f"--model {folder}: ")
     config = read_config(folder)
-    text, where = _text_settings(config), _where(config)
+    where = _where(config)
+    text = text_settings(config.path, where, config.text, config.family)
 
     def refuse(setting: str, value: Any, supported: str) -> NoReturn:
         raise ValueError(
-            f"{where}{setting} = {value!r} is not supported (this decoder has {supported})"
+            f"{config.path}: {where}{setting} = {short_repr(value)} is not supported "
+            f"(this decoder has {supported})"
         )
 
-    for setting in (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-    ):
-        if text[setting] < 1:
-            refuse(setting, text[setting], "at least one")
-    if text["num_hidden_layers"] > MOST_LAYERS:
-        refuse("num_hidden_layers", text["num_hidden_layers"], f"at most {MOST_LAYERS}")
     head_dim = text["head_dim"]
     head_dim = text["hidden_size"] // text["num_attention_heads"] if head_dim is None else head_dim
     if head_dim < 2 or head_dim % 2:
@@ -227,8 +206,6 @@ def read_model_args(folder: str | Path) -> ModelArgs:
         every = "a mixture of experts in every layer: 1"
         refuse("decoder_sparse_step", text["decoder_sparse_step"], every)
     num_experts, per_token = text["num_experts"], text["num_experts_per_tok"]
-    if num_experts < 1:
-        refuse("num_experts", num_experts, "at least one expert")
     if per_token > num_experts:
         refuse("num_experts_per_tok", per_token, f"num_experts {num_experts}")
     if per_token == 1 and text["norm_topk_prob"]:
@@ -259,49 +236,23 @@ def read_model_args(folder: str | Path) -> ModelArgs:
         norm_topk_prob=text["norm_topk_prob"],
         moe_intermediate_size=text["moe_intermediate_size"],
         vocab_size=text["vocab_size"],
-        rms_norm_eps=text["rms_norm_eps"],
+        rms_norm_eps=float(text["rms_norm_eps"]),
         **_rope(config, text["rope_theta"], head_dim, refuse),
         tie_word_embeddings=_tie_word_embeddings(config),
+        path=config.path,
     )
 
 
 def _tie_word_embeddings(config: FolderConfig) -> bool:
     tied = config.settings.get("tie_word_embeddings", False)
-    if type(tied) is not bool:
-        raise ValueError(
-            f"{config.path}: tie_word_embeddings = {tied!r} is a {type(tied).__name__}, "
-            "expected a bool"
-        )
+    check_fields(config.path, {"tie_word_embeddings": tied}, {"tie_word_embeddings": TRUTH})
     return tied
 
 
 def _where(config: FolderConfig) -> str:
     """What comes before a setting's name in a message."""
     section = config.family.text_section
-    return f"{config.path}: {section}." if section else f"{config.path}: "
-
-
-def _text_settings(config: FolderConfig) -> dict[str, Any]:
-    """The settings of `Family.text_defaults`, as config.json or transformers has them. Raises
-    ValueError for one of another type.
-    """
-    found: dict[str, Any] = {}
-    for name, default in config.family.text_defaults.items():
-        alias = config.family.aliases.get(name, name)  # wins in transformers where both are there
-        known_as = alias if alias in config.text else name
-        value, wanted = config.text.get(known_as, default), _TYPES[name]
-        if value is None and name in _MAY_BE_NULL:
-            found[name] = None
-            continue
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if type(value) is not wanted:
-            raise ValueError(
-                f"{_where(config)}{known_as} = {value!r} is of type {type(value).__name__}, "
-                f"expected {wanted.__name__}"
-            )
-        found[name] = value
-    return found
+    return f"{section}." if section else ""
 
 
 def _rope(
@@ -310,28 +261,22 @@ def _rope(
     """rope_theta and mrope_section. The hub writes `rope_theta` beside `rope_scaling`, transformers
     5 writes both into `rope_parameters`.
     """
-    rope = config.text.get("rope_scaling") or config.text.get("rope_parameters") or {}
+    name = "rope_scaling" if config.text.get("rope_scaling") else "rope_parameters"
+    rope = config.text.get(name) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        refuse("rope_scaling", rope, "one rotary embedding for all layers")
+        refuse(name, rope, "one rotary embedding for all layers")
+    check_rope(config.path, f"{_where(config)}{name}.", rope)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     interleaved = config.family.interleaved_mrope
     if rope_type not in (("default", "mrope") if interleaved else ("default",)):
-        refuse("rope_scaling.rope_type", rope_type, "'default'")
+        refuse(f"{name}.rope_type", rope_type, "'default'")
     partial = rope.get("partial_rotary_factor", config.text.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         refuse("partial_rotary_factor", partial, "1.0")
     rope_theta = rope.get("rope_theta", rope_theta)
-    if isinstance(rope_theta, bool) or not isinstance(rope_theta, int | float) or rope_theta <= 0:
-        refuse("rope_theta", rope_theta, "a number above 0")
     if not interleaved:
         return {"rope_theta": float(rope_theta), "mrope_section": (head_dim // 2, 0, 0)}
     mrope_section = rope.get("mrope_section", _DEFAULT_MROPE_SECTION)
     # Their sum need not be head_dim / 2: transformers cuts what is too much, and leaves to time
     # what is missing.
-    if (
-        not isinstance(mrope_section, list | tuple)
-        or len(mrope_section) != 3
-        or not all(isinstance(size, int) and size >= 0 for size in mrope_section)
-    ):
-        refuse("rope_scaling.mrope_section", mrope_section, "three sizes: time, height, width")
     return {"rope_theta": float(rope_theta), "mrope_section": tuple(mrope_section)}

@@ -11,15 +11,6 @@ from typing import Any
 
 from megatron_gkd.model.args import read_config
 
-AUDIO: dict[str, Any] = dict(d_model=1280, encoder_layers=32, encoder_ffn_dim=5120)
-AUDIO |= dict(encoder_attention_heads=20, num_mel_bins=128, downsample_hidden_size=480)
-AUDIO |= dict(output_dim=3584, max_source_positions=1500, n_window=50, conv_chunksize=500)
-VISUAL: dict[str, Any] = dict(hidden_size=1152, depth=27, intermediate_size=4304, num_heads=16)
-VISUAL |= dict(in_channels=3, patch_size=16, temporal_patch_size=2, spatial_merge_size=2)
-VISUAL |= dict(out_hidden_size=3584, num_position_embeddings=2304)
-VISUAL |= dict(deepstack_visual_indexes=(8, 16, 24))
-DEFAULTS = {"audio_tower": AUDIO, "visual": VISUAL}
-
 
 def linear(inputs: int, outputs: int) -> int:
     """With a bias."""
@@ -145,25 +136,13 @@ Tower = AudioTower | VisualTower
 
 def read_towers(folder: str | Path, audio: bool, visual: bool) -> tuple[Tower, ...]:
     """Those of FOLDER/config.json that are asked for, which the first stage holds. Raises as
-    `read_config`, or ValueError for a size that is none.
+    `read_config`.
     """
     config, wanted = read_config(folder), {"audio_tower": audio, "visual": visual}
     found: list[Tower] = []
     for tower in config.family.towers:
         if wanted[tower.name]:
-            defaults = DEFAULTS[tower.name]
-            sizes = defaults | config.settings.get(tower.config, {})
-            for name, default in defaults.items():
-                if isinstance(default, tuple) and not isinstance(sizes[name], list | tuple):
-                    raise ValueError(
-                        f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
-                        "(a tower has a list of its layers)"
-                    )
-                if isinstance(default, int) and not (type(sizes[name]) is int and sizes[name] > 0):
-                    raise ValueError(
-                        f"{config.path}: {tower.config}.{name} = {sizes[name]!r} is not supported "
-                        "(a tower has a whole number of at least one)"
-                    )
+            sizes = tower.sizes(config.settings)
             kind: Any = AudioTower if tower.name == "audio_tower" else VisualTower
             found.append(kind.of(sizes))
     return tuple(found)
