@@ -27,7 +27,7 @@ _SCALE = Form(
         value == {}
         or isinstance(value, dict)
         and _ABOVE_0.holds(value.get("scale"))
-        and all(_is_number(value.get(f"{name}_tracker")) for name in ("growth", "hysteresis"))
+        and all(is_number(value.get(f"{name}_tracker")) for name in ("growth", "hysteresis"))
     ),
 )
 _ROWS = Form(
