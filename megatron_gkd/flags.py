@@ -288,5 +288,5 @@ def yaml_flags(
 
 def exit_with(error: Exception) -> NoReturn:
     """The end of a command line: what is wrong is said (last_words.py), exit status 2."""
-    say_in_turn(str(error))
+    say_in_turn(str(error), transient=isinstance(error, OSError))
     raise SystemExit(2) from error

@@ -130,8 +130,9 @@ def check_same_content(
     ):
         if folder and folder != "latest":  # which rank 0 finds
             own[f"weights of {flag}"] = weights_digest(folder)
-    way_out = "all machines must have the same files of --dataset, --val_dataset and their media, "
-    check_same(own, device, f"{way_out}and of --model and the adapters")
+    files = f"--dataset {' '.join(config.data.dataset)}, --model {config.model.model}"
+    way_out = f"it has {files}; all machines must have the same files of --dataset, --val_dataset "
+    check_same(own, device, f"{way_out}and their media, and of --model and the adapters")
 
 
 def _rows_and_digest(data: SampleDataset | None) -> str:

@@ -40,6 +40,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args, parse_min_max_nnodes
 
 from megatron_gkd.child_processes import STOP_SIGNALS
+from megatron_gkd.flags import exit_with
 from megatron_gkd.last_words import LAUNCHER, warn
 from megatron_gkd.machines import (
     LAST_SECONDS,
@@ -70,6 +71,8 @@ class Agent(LocalElasticAgent):
         )
         self._machines = machines
         self._failed_at: float | None = None
+        self._ended: dict[int, int] = {}
+        """Process numbers in the order in which the ranks ended"""
         self._killed: set[int] = set()
         """Process numbers of ranks that did not fail themselves"""
 
@@ -88,8 +91,7 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state in (State.FAILED, State.UNHEALTHY):
             self._failed_at = None
-            found = [failure.exitcode for failure in result.failures.values()]
-            if any(status == REFUSED or is_stop(status) for status in found):
+            if any(map(is_final, result.failures.values())):
                 self._remaining_restarts = 0
             failure = self.first_failure(result)
             if self._remaining_restarts and failure is not None:
@@ -99,10 +101,10 @@ class Agent(LocalElasticAgent):
 
     def first_failure(self, result: RunResult) -> Failure | None:
         """Of the ranks that have failed by themselves."""
-        failures = {
-            rank: one for rank, one in result.failures.items() if one.pid not in self._killed
-        }
-        return first_failure(failures)
+        by_time = sorted(
+            result.failures.items(), key=lambda item: self._ended.get(item[1].pid, len(self._ended))
+        )
+        return first_failure({rank: one for rank, one in by_time if one.pid not in self._killed})
 
     def _statuses(self) -> dict[int, int | None]:
         """By process number; None: it goes on. The processes are left for torch to wait for."""
@@ -116,6 +118,8 @@ class Agent(LocalElasticAgent):
             exited = ended is not None and ended.si_code == os.CLD_EXITED
             sign = 1 if exited else -1  # as subprocess tells what a signal has ended
             found[pid] = None if ended is None else sign * ended.si_status
+            if ended is not None:
+                self._ended.setdefault(pid, len(self._ended))
         return found
 
     def _kill_ranks(self) -> None:
@@ -136,6 +140,15 @@ def is_stop(status: int) -> bool:
     return status - 128 in STOP_SIGNALS
 
 
+def is_final(failure: ProcessFailure) -> bool:
+    """Whether starting the rank again would not help: it was refused something that the file system
+    has no part in, or asked to stop.
+    """
+    said = failure.error_file_data.get("message")
+    transient = isinstance(said, dict) and said.get("transient", False)
+    return is_stop(failure.exitcode) or (failure.exitcode == REFUSED and not transient)
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status: that of the rank that has failed first; 128 and the signal's number where a
     signal has ended it.
@@ -149,6 +162,8 @@ def main(argv: Sequence[str]) -> int:
     if args.standalone or (is_static and num_machines == 1 and args.master_port is None):
         args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
         args.rdzv_id = str(uuid.uuid4())
+    elif num_machines > 1 and not is_static and args.rdzv_id == "none":
+        exit_with(ValueError(f"--rdzv_backend {args.rdzv_backend}: name the job with --rdzv_id"))
     args.master_port = args.master_port or 29500
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch would, and say it in six lines
     os.environ[LAUNCHER] = str(os.getpid())
@@ -228,11 +243,8 @@ def run(
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heard)
     result = agent.run()
-    if result is None or not result.is_failed():
-        spec.rdzv_handler.shutdown()
-        return None
     spec.rdzv_handler.shutdown()
-    return agent.first_failure(result)
+    return agent.first_failure(result) if result is not None and result.is_failed() else None
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> Failure | None:
@@ -242,14 +254,14 @@ def first_failure(failures: dict[int, ProcessFailure]) -> Failure | None:
     """
     if not failures:
         return None
-    by_kind = sorted(
-        failures.items(),
-        key=lambda item: (
-            (item[1].exitcode != REFUSED, item[1].exitcode == os.EX_TEMPFAIL)
-            + ((item[0],) if item[1].exitcode == REFUSED else (0,))
-        ),
-    )
-    rank, failure = by_kind[0]
+
+    def order(one: tuple[int, ProcessFailure]) -> tuple[int, int]:
+        rank, failure = one
+        if failure.exitcode == REFUSED:
+            return 0, rank
+        return (2 if failure.exitcode == os.EX_TEMPFAIL else 1), 0
+
+    rank, failure = min(failures.items(), key=order)
     host = platform.node()
     if is_stop(failure.exitcode):
         return Failure(failure.exitcode, "", "")

@@ -1,7 +1,7 @@
 """Whether the other ranks live. One that is killed, stopped or cut off answers in no collective;
 the others would wait for it, each until a message that names nobody.
 
-Every rank tells the store of the run once a second where its main thread is: three requests of some
+Every rank tells the store of the run once a second where its main thread is: four requests of some
 hundred bytes. Rank 0 reads what all say, and writes down whom it has not heard of for
 --collective_timeout; the others read that, and watch rank 0 and the store themselves. Then all that
 live end, with one line and the status EX_TEMPFAIL: a launcher may start the run again.
@@ -30,13 +30,14 @@ from megatron_gkd.fault_settings import FaultConfig
 from megatron_gkd.last_words import say, warn
 from megatron_gkd.meeting import Patience, meet, own_connection, reach
 from megatron_gkd.parallel import join
-from megatron_gkd.stop_requests import Stopped
+from megatron_gkd.stop_requests import Stopped, exit_status
 
 BEAT_SECONDS = 1.0
 HASTE_SECONDS = 5.0
 """Once a collective has failed: who is silent for so long is the reason"""
 _FLAG = "--collective_timeout"
 _PACKAGE = Path(__file__).parent
+_MAX_NAMED = 4
 _LOOPS = ("run_from_config", "train", "build_run", "train_step")  # what they call is a phase
 
 
@@ -85,9 +86,9 @@ def joined(
     meeting = meet(store, rank, own, _names(size), patience, partial(_conclude, goes_on))
     membership = Membership(goes_on=meeting.said["goes_on"])
     store_of_run = PrefixStore(meeting.token, store)
-    own_client = own_connection(PrefixStore("liveness", store_of_run))
+    connect = partial(own_connection, PrefixStore("liveness", store_of_run))
     hosts = [member["host"] for member in meeting.members]
-    with Liveness(own_client, rank, hosts, faults.collective_timeout, membership, refusals):
+    with Liveness(connect, rank, hosts, faults.collective_timeout, membership, refusals):
         join(device, timeout, store_of_run)
         yield membership
 
@@ -118,14 +119,15 @@ class Liveness:
 
     def __init__(
         self,
-        store: Store,
+        connect: Callable[[], Store],
         rank: int,
         hosts: list[str],
         limit: float,
         membership: Membership,
         refusals: tuple[type[Exception], ...],
     ):
-        self._store, self._rank, self._limit, self._membership = store, rank, limit, membership
+        self._connect, self._store = connect, connect()
+        self._rank, self._limit, self._membership = rank, limit, membership
         self._beat_seconds = min(BEAT_SECONDS, limit / 10)
         self._main = threading.main_thread().ident or 0
         self._hosts, self._refusals = hosts, refusals
@@ -135,6 +137,8 @@ class Liveness:
         self._told: dict[int, dict[str, Any]] = {}
         """What this rank has last heard of others: rank 0 of all"""
         self._told_at = dict.fromkeys(range(len(hosts)) if rank == 0 else (0,), 0.0)
+        self._moved_at = 0.0
+        """When a rank was last seen somewhere else than before"""
         self._first_lost: float | None = None
         self._verdict: dict[str, Any] | None = None
         self._last_words: dict[str, Any] | None = None
@@ -146,7 +150,8 @@ class Liveness:
 
     def __enter__(self) -> "Liveness":
         for rank, host in enumerate(self._hosts):  # of ranks that die before they tell anything
-            self._store.compare_set(f"beat/{rank}", "", self._record(host))
+            told = {"host": host, "state": "", "why": "", "doing": "at its start", "step": None}
+            self._store.compare_set(f"beat/{rank}", "", json.dumps(told))
         for thread in self._threads:
             thread.start()
         return self
@@ -156,15 +161,20 @@ class Liveness:
             self._wait_for_verdict(error)
         self._state = "done" if error is None else "ended"
         if isinstance(error, self._refusals):
-            said = {"line": f"rank {self._rank} (on {platform.node()}): {error}", "status": 2}
-            self._last_words = {"rank": self._rank} | said
+            self._last_words = self._verdict_of_own(f": {error}", 2)
+            self._last_words["transient"] = isinstance(error, OSError)
+        elif isinstance(error, Stopped):
+            self._last_words = self._verdict_of_own(" was asked to stop", exit_status(error.number))
         elif error is not None:
-            why = "it was asked to stop" if isinstance(error, Stopped) else first_line(error)
-            what = f"has ended ({type(error).__name__}: {why})"
-            self._last_words = _verdict(self._rank, platform.node(), what)
+            why = f" has ended ({type(error).__name__}: {first_line(error)})"
+            self._last_words = self._verdict_of_own(why, os.EX_TEMPFAIL)
         self._done.set()
         for thread in self._threads:  # the first may wait for a store that does not answer
             thread.join(2 * BEAT_SECONDS)
+
+    def _verdict_of_own(self, what: str, status: int) -> dict[str, Any]:
+        line = f"rank {self._rank} (on {platform.node()}){what}"
+        return {"rank": self._rank, "line": line, "status": status}
 
     def _wait_for_verdict(self, error: BaseException) -> NoReturn:
         """A collective has failed in the main thread: which rank was it?"""
@@ -174,26 +184,29 @@ class Liveness:
 
     def _talk(self) -> None:
         while not self._done.is_set():
-            with suppress(DistError):  # no answer: the other thread sees how long
-                self._store.set(f"beat/{self._rank}", self._record(platform.node()))
+            try:
+                self._store.set(f"beat/{self._rank}", self._record())
                 self._listen()
                 if self._store.check(["verdict"]):
                     self._verdict = json.loads(self._store.get("verdict"))
                 self._answered = self._clock
+            except (DistError, ValueError):  # the other thread sees for how long
+                with suppress(DistError):  # a broken connection is not mended by itself
+                    self._store = self._connect()
             self._done.wait(self._beat_seconds)
         with suppress(DistError):
-            self._store.set(f"beat/{self._rank}", self._record(platform.node()))
+            self._store.set(f"beat/{self._rank}", self._record())
             if self._last_words is not None:
                 self._publish(self._last_words)
 
-    def _record(self, host: str) -> str:
+    def _record(self) -> str:
         """What the others are told."""
         self._number += 1
         step = self._membership.step
         when = "before its first step" if step is None else f"in step {step + 1}"
         doing = f"{when}, {_place(sys._current_frames().get(self._main))}"
-        told = {"host": host, "state": self._state, "why": self._why, "doing": doing}
-        return json.dumps(told | {"number": self._number})
+        told = {"host": platform.node(), "state": self._state, "why": self._why, "doing": doing}
+        return json.dumps(told | {"step": step, "number": self._number})
 
     def _publish(self, verdict: dict[str, Any]) -> None:
         self._store.set("verdict", json.dumps(verdict))
@@ -204,12 +217,15 @@ class Liveness:
             return  # the last of them has not begun
         for rank, text in zip(self._told_at, self._store.multi_get(keys), strict=True):
             told = json.loads(text)
-            if told != self._told.get(rank):
+            before = self._told.get(rank, {})
+            if told != before:
                 self._told[rank], self._told_at[rank] = told, self._clock
+            if told["doing"] != before.get("doing"):
+                self._moved_at = self._clock
         lost = [rank for rank, told in self._told.items() if told["state"] == "lost"]
         if self._first_lost is None and (lost or self._state == "lost"):
             self._first_lost = self._clock
-        verdict = self._silent() or self._absent(lost)
+        verdict = self._silent() or self._absent(lost) or self._stuck()
         if verdict and self._rank == 0:
             self._publish(verdict)
         self._verdict = self._verdict or verdict
@@ -221,28 +237,51 @@ class Liveness:
 
     def _silent(self) -> dict[str, Any] | None:
         """Who says nothing any more."""
-        for rank, told in self._told.items():
-            seconds = self._clock - self._told_at[rank]
-            if rank != self._rank and told["state"] not in ("done", "ended"):
-                if seconds > self._patience:
-                    what = f"has not answered for {seconds:.0f} s ({_FLAG} {self._limit:g})"
-                    if self._first_lost is not None:
-                        what = f"is gone (silent for {seconds:.0f} s after a collective failed)"
-                    return _verdict(rank, told["host"], f"{what}; it was {told['doing']}")
-        return None
+        waited = {
+            rank: self._clock - self._told_at[rank]
+            for rank, told in self._told.items()
+            if rank != self._rank and told["state"] not in ("done", "ended")
+        }
+        rank = max(waited, key=waited.__getitem__, default=self._rank)
+        if waited.get(rank, 0) <= self._patience:
+            return None
+        what = f"has not answered for {waited[rank]:.0f} s ({_FLAG} {self._limit:g})"
+        if self._first_lost is not None:
+            what = f"is gone (silent for {waited[rank]:.0f} s after a collective failed)"
+        told = self._told[rank]
+        return _verdict(rank, told["host"], f"{what}; it was {told['doing']}")
 
     def _absent(self, lost: list[int]) -> dict[str, Any] | None:
-        """Of ranks that all live, the one that others have waited for: it has lost nobody."""
+        """Of ranks that all live, those that others have waited for: they have lost nobody."""
         if self._rank != 0 or self._first_lost is None:
             return None
         if self._clock - self._first_lost < 2 * self._patience:
             return None
-        for rank, told in self._told.items():
-            if told["state"] == "":
-                what = f"did not come to a collective in {self._limit:g} s ({_FLAG})"
-                return _verdict(rank, told["host"], f"{what}; it is {told['doing']}")
+        absent = [rank for rank, told in self._told.items() if told["state"] == ""]
+        if absent:
+            what = f"did not come to a collective in {self._limit:g} s ({_FLAG})"
+            places = [f"rank {rank} is {self._told[rank]['doing']}" for rank in absent[:_MAX_NAMED]]
+            host = self._told[absent[0]]["host"]
+            return _verdict(absent[0], host, f"{what}; {'; '.join(places)}")
         told = self._told[lost[0]]
         return _verdict(lost[0], told["host"], f"lost the others: {told['why']}")
+
+    def _stuck(self) -> dict[str, Any] | None:
+        """A rank that hangs, before NCCL ends the process or gloo the collective: none has moved,
+        and the others wait for it elsewhere. Not before the first step, where a rank may work for
+        long at one place, nor where all are at the same, waiting for a device or for data.
+        """
+        if self._rank != 0 or self._clock - self._moved_at <= self._limit:
+            return None
+        told = self._told
+        places = [one["doing"] for one in told.values()]
+        begins = any(one["step"] is None or one["state"] for one in told.values())
+        if begins or len(set(places)) == 1:
+            return None
+        rank = min(told, key=lambda rank: places.count(told[rank]["doing"]))
+        what = f"did not come to a collective in {self._limit:g} s ({_FLAG}), in which none moved"
+        doing = f"it is {told[rank]['doing']}, most are {max(places, key=places.count)}"
+        return _verdict(rank, told[rank]["host"], f"{what}; {doing}")
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -261,22 +300,27 @@ class Liveness:
                 )
 
     def _end(self, verdict: dict[str, Any]) -> NoReturn:
-        """The first rank of a machine that lives says it."""
+        """Every rank says it, as nobody knows who else can; a launcher prints one line."""
         self._ends.acquire()  # for ever: the other thread, too, may have come here
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        is_lost_here = verdict["rank"] == self._rank - local_rank
         line, status = verdict["line"], verdict.get("status", os.EX_TEMPFAIL)
         if status == os.EX_TEMPFAIL:
             line += f". All ranks end; {self._membership.way_on}"
-        say(line, aloud=local_rank == int(is_lost_here))
+        # what reads our output, or the disk of the launcher's file, may stand still
+        threading.Thread(target=_exit_late, args=(status,), daemon=True).start()
+        say(line, transient=verdict.get("transient", False))
         os._exit(status)
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective has failed because another rank is gone or has not come."""
     return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error)
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
+
+
+def _exit_late(status: int) -> None:
+    time.sleep(HASTE_SECONDS)
+    os._exit(status)
 
 
 def _verdict(rank: int, host: str, what: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Machines:
         """Of another machine"""
         self._place, self._rank, self._size, self._seconds = (address, port), rank, size, seconds
         with suppress(OSError):
-            if rank > 0 and is_loopback(ip := resolve(address, port)):
+            if rank > 0 and is_loopback(ip := resolve(address, port)) and ip != address:
                 warn(
                     f"{address} is {ip} on {platform.node()}: machine {rank} looks for the first "
                     "machine on itself. If it is another one, give MASTER_ADDR as an address of it"
@@ -98,10 +98,14 @@ class Machines:
 
     def _watch(self) -> None:
         store = own_connection(self._store)
-        with suppress(DistError):  # the first machine has ended
-            while not self._ends.wait(POLL_SECONDS) and self.failure is None:
+        while not self._ends.wait(POLL_SECONDS) and self.failure is None:
+            try:
                 if store.check([_KEY]):
                     self.failure = Failure(**json.loads(store.get(_KEY)))
+            except (DistError, ValueError, TypeError):  # a broken connection is not mended
+                with suppress(DistError):  # the first machine has ended
+                    store = own_connection(self._store)
+        with suppress(DistError, ValueError, TypeError):
             if self._own is not None:
                 own = json.dumps(asdict(self._own)).encode()
                 first = store.compare_set(_KEY, "", own.decode())

@@ -4,16 +4,22 @@ they wait for is said; who does not come in time is named.
 
 import json
 import platform
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch.distributed import DistError, Store, TCPStore
+
+from megatron_gkd.errors import first_line
+
+Result = TypeVar("Result")
 
 _MAX_NAMED = 8
 _GRACE_SECONDS = 10.0  # for an answer, where members have not begun to wait at the same moment
@@ -62,6 +68,30 @@ class Meeting:
     said: dict[str, Any]
 
 
+def bounded(seconds: float, who: str, work: Callable[[], Result]) -> Result:
+    """`work()`, in a thread of its own, since a request to a store that does not answer has no end.
+    Raises OSError after `seconds`, and where the store is gone.
+    """
+    done: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise OSError(f"{who}: the first machine does not answer any more") from None
+    if isinstance(error, DistError):
+        raise OSError(f"{who}: the first machine has ended ({first_line(error)})") from error
+    if error is not None:
+        raise error
+    return cast(Result, result)
+
+
 def reach(address: str, port: int, is_host: bool, patience: Patience) -> TCPStore:
     """The store at that place, which the member that `is_host` opens. Raises OSError where nobody
     answers in time.
@@ -81,20 +111,18 @@ def reach(address: str, port: int, is_host: bool, patience: Patience) -> TCPStor
             )
         waits_for = f"waiting for the first machine, {place} ({reason})"
         patience.wait(0.2, partial(str, waits_for))
+
+    def connect() -> TCPStore:
+        settings: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
+        return TCPStore(address, port, is_master=is_host, timeout=_REQUEST, **settings)
+
     try:
-        return TCPStore(
-            address,
-            port,
-            is_master=is_host,
-            timeout=_REQUEST,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except DistError as error:
+        return bounded(patience.seconds + _GRACE_SECONDS, platform.node(), connect)
+    except OSError as error:
         raise OSError(
             f"{platform.node()}: the store at {place} cannot be "
-            f"{'opened' if is_host else 'reached'} ({str(error).splitlines()[0]}): another program "
-            "may have the port; give all machines another MASTER_PORT"
+            f"{'opened' if is_host else 'reached'} ({error}): another program may have the port; "
+            "give all machines another MASTER_PORT"
         ) from error
 
 
@@ -118,6 +146,19 @@ def meet(
 
     Raises OSError, on every member that has come, naming those who have not in time.
     """
+    seconds = patience.seconds + 2 * _GRACE_SECONDS
+    work = partial(_meet, store, member, own, names, patience, conclude)
+    return bounded(seconds, names[member], work)
+
+
+def _meet(
+    store: Store,
+    member: int,
+    own: dict[str, Any],
+    names: Sequence[str],
+    patience: Patience,
+    conclude: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> Meeting:
     card = own | {"nonce": secrets.token_hex(8)}
     seconds = min(1.0, 0.02 + len(names) / 1000)  # between two looks: 1,000 members are no flood
     if member == 0:
@@ -147,7 +188,7 @@ def _gather(
     seconds: float,
     conclude: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> Meeting:
-    """`meet` of member 0."""
+    """`_meet` of member 0."""
     others = range(1, len(names))
     for member in others:
         store.delete_key(f"here/{member}")  # of an earlier meeting

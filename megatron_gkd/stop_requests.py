@@ -25,7 +25,11 @@ SECONDS_OF_ONE_REQUEST = 0.5  # torchrun, Slurm and a terminal may each send a s
 
 
 class Stopped(BaseException):
-    """Raised by the signal itself in a run that has not begun its first step."""
+    """Raised by the signal itself in a run that has not begun its first step; its number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class StopRequests:
@@ -60,7 +64,7 @@ class StopRequests:
             return
         self.number = LAUNCHER_DIED if self._launcher_died else number
         if not self.saves:
-            raise Stopped
+            raise Stopped(self.number)
 
     def watch(self, pipe: int) -> None:
         """The thread, until _LAST comes through the pipe."""

@@ -131,7 +131,10 @@ def test_one_node(script, layout, line, environment, tmp_path):
     check_one_step(tmp_path / "out", layout)
 
 
-def test_slurm_and_two_nodes(environment, tmp_path):
+@pytest.mark.parametrize(
+    "requeued", [False, pytest.param(True, marks=pytest.mark.extended)], ids=["once", "requeued"]
+)
+def test_slurm_and_two_nodes(environment, tmp_path, requeued):
     commands = {
         "scontrol": 'test "$*" = "show hostnames node[0-1]" && printf "127.0.0.1\\n127.0.0.2\\n"',
         "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" || exit 1\nwait %1',
@@ -158,6 +161,12 @@ def test_slurm_and_two_nodes(environment, tmp_path):
     assert "2 ranks = TP 1 x PP 1 x DP 2; EP 2: 4 of 8 experts a rank" in log
     layout = {"world_size": 2, "tp": 1, "ep": 2, "dp": 2}
     check_one_step(tmp_path / "out", layout)
+    if requeued:  # Slurm starts the job's script again, as it was submitted
+        again = environment | slurm | {"SLURM_RESTART_COUNT": "1"}
+        status, log = launch("slurm.sh", again, "--tensor_model_parallel_size", "1")
+        assert status == 0 and "Nothing is left to do" in log, log
+        assert f"Resumed {tmp_path / 'out' / 'checkpoint-1'} at step 1 of 1" in log
+    assert "#SBATCH --requeue" in (REPOSITORY / "launch" / "slurm.sh").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gkd import machines, network
+from megatron_gkd import launch, machines, network
 from megatron_gkd.machines import Failure, Machines, start_timeout
 from tests.ports import free_port
 from tests.ranks import _context
@@ -66,6 +66,14 @@ AGAIN = (*TWO, "--max_restarts", "1")
         ("if rank == 1: refuse()\ntime.sleep(30)", 2, "): --flag 3: must be 4", 1),
         ("refuse()", 2, "megatron_gkd: error: --flag 3: must be 4", 1),
         (
+            "if attempt == 0: exit_with(OSError('Stale file handle'))",
+            *(0, None, 2),
+        ),
+        (
+            "if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)\ntime.sleep(0.5); os.abort()",
+            *(139, "rank 1 (on ", 2),
+        ),
+        (
             "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nif attempt < 1: time.sleep(30)",
             137,
             "was ended by SIGKILL (too little memory? the system's log tells). All ranks end",
@@ -75,7 +83,16 @@ AGAIN = (*TWO, "--max_restarts", "1")
         ("sys.exit(0 if attempt == 1 else 75)", 0, None, 2),
         ("sys.exit(128 + signal.SIGTERM)", 143, None, 1),
     ],
-    ids=["one refuses", "all refuse", "killed", "traceback", "started again", "stopped"],
+    ids=[
+        "one refuses",
+        "all refuse",
+        "file system",
+        "cascade",
+        "killed",
+        "traceback",
+        "started again",
+        "stopped",
+    ],
 )
 def test_one_line_and_the_exit_status(tmp_path, code, status, last, starts):
     """What was refused or asked to stop is not started again."""
@@ -156,6 +173,13 @@ def test_a_machine_that_does_not_come_is_named(tmp_path, absent, whom):
     status, said = run.end()
     assert status == 2 and whom in said.splitlines()[-1] and "--start_timeout" in said, said
     assert "waiting for " in said and "of 2 s (--start_timeout)" in said
+
+
+def test_an_elastic_job_needs_a_name(capsys):
+    """By which it knows that it was started before (run_folder.was_begun_by_this_job)."""
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--nnodes", "1:2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "h:1", "x.py"])
+    assert ended.value.code == 2 and "name the job with --rdzv_id" in capsys.readouterr().err
 
 
 def test_start_timeout_of_the_command():

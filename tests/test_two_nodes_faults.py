@@ -3,6 +3,7 @@ how the run goes on.
 """
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -66,13 +67,13 @@ class Pair:
         for one in self.temporary:
             one.mkdir(exist_ok=True)
 
-    def start_node(self, rank: int, *flags: str, launch: list[str] | None = None):
+    def start_node(self, rank: int, *flags: str, launch=None, environment=None):
         where = ["--nnodes", "2", "--node_rank", str(rank), "--master_addr", NAMES[0]]
         command = [sys.executable, "-m", "megatron_gkd.launch", *(launch or where)]
         command += ["--nproc_per_node", "1", "-m", "megatron_gkd.train"]
         command += flags_of(self.environment, self.output, *flags)
-        environment = self.environment | {"TMPDIR": str(self.temporary[rank])}
-        return self.nodes[rank].start(command, environment, self.logs[rank])
+        own = {"TMPDIR": str(self.temporary[rank])} | (environment or {})
+        return self.nodes[rank].start(command, self.environment | own, self.logs[rank])
 
     def start(self, *flags: str, of_second: tuple[str, ...] = (), launch=None):
         return [
@@ -130,7 +131,11 @@ def check_same_run(output: Path, undisturbed: Path) -> None:
         ("--dataset", "absent.jsonl", ["absent.jsonl does not exist"]),
         pytest.param("--model", "absent", ["no config.json"], marks=pytest.mark.extended),
         pytest.param("--lora_rnk", "4", ["--lora_rnk"], marks=pytest.mark.extended),
-        pytest.param("--dataset", "other.jsonl", ["rows of --dataset"], marks=pytest.mark.extended),
+        pytest.param(
+            *("--dataset", "other.jsonl", ["rows of --dataset", "other.jsonl; all machines"]),
+            marks=pytest.mark.extended,
+        ),
+        pytest.param("code", "", ["has code of megatron_gkd"], marks=pytest.mark.extended),
         pytest.param("--lora_rank", "4", ["has --lora_rank 4"], marks=pytest.mark.extended),
     ],
 )
@@ -140,7 +145,16 @@ def test_a_node_that_ends_early_takes_the_other_down(environment, tmp_path, flag
     value = str(tmp_path / value) if flag in ("--dataset", "--model") else value
     with two_nodes(tmp_path) as nodes:
         pair = Pair(nodes, tmp_path, environment)
-        programs = pair.start(of_second=(flag, value))
+        if flag == "code":
+            other = shutil.copytree(REPOSITORY / "megatron_gkd", tmp_path / "code/megatron_gkd")
+            with open(other / "health.py", "a") as file:
+                file.write("OTHER = 1\n")
+            programs = [
+                pair.start_node(0),
+                pair.start_node(1, environment={"PYTHONPATH": str(other.parent)}),
+            ]
+        else:
+            programs = pair.start(of_second=(flag, value))
         assert wait_all(programs, SECONDS_TO_START) == [2, 2], pair.tails()
         pair.check_no_traceback()
         for rank in (0, 1):
