@@ -132,12 +132,11 @@ class Liveness:
         self._main = threading.main_thread().ident or 0
         self._hosts, self._refusals = hosts, refusals
         self._number, self._state, self._why = 0, "", ""
-        # Seconds, but for those in which this process was stopped as a whole.
-        self._clock = self._answered = 0.0
+        begun = self._answered = time.monotonic()
         self._told: dict[int, dict[str, Any]] = {}
         """What this rank has last heard of others: rank 0 of all"""
-        self._told_at = dict.fromkeys(range(len(hosts)) if rank == 0 else (0,), 0.0)
-        self._moved_at = 0.0
+        self._told_at = dict.fromkeys(range(len(hosts)) if rank == 0 else (0,), begun)
+        self._moved_at = begun
         """When a rank was last seen somewhere else than before"""
         self._first_lost: float | None = None
         self._verdict: dict[str, Any] | None = None
@@ -189,7 +188,7 @@ class Liveness:
                 self._listen()
                 if self._store.check(["verdict"]):
                     self._verdict = json.loads(self._store.get("verdict"))
-                self._answered = self._clock
+                self._answered = time.monotonic()
             except (DistError, ValueError):  # the other thread sees for how long
                 with suppress(DistError):  # a broken connection is not mended by itself
                     self._store = self._connect()
@@ -219,12 +218,12 @@ class Liveness:
             told = json.loads(text)
             before = self._told.get(rank, {})
             if told != before:
-                self._told[rank], self._told_at[rank] = told, self._clock
+                self._told[rank], self._told_at[rank] = told, time.monotonic()
             if told["doing"] != before.get("doing"):
-                self._moved_at = self._clock
+                self._moved_at = time.monotonic()
         lost = [rank for rank, told in self._told.items() if told["state"] == "lost"]
         if self._first_lost is None and (lost or self._state == "lost"):
-            self._first_lost = self._clock
+            self._first_lost = time.monotonic()
         verdict = self._silent() or self._absent(lost) or self._stuck()
         if verdict and self._rank == 0:
             self._publish(verdict)
@@ -238,7 +237,7 @@ class Liveness:
     def _silent(self) -> dict[str, Any] | None:
         """Who says nothing any more."""
         waited = {
-            rank: self._clock - self._told_at[rank]
+            rank: time.monotonic() - self._told_at[rank]
             for rank, told in self._told.items()
             if rank != self._rank and told["state"] not in ("done", "ended")
         }
@@ -255,7 +254,7 @@ class Liveness:
         """Of ranks that all live, those that others have waited for: they have lost nobody."""
         if self._rank != 0 or self._first_lost is None:
             return None
-        if self._clock - self._first_lost < 2 * self._patience:
+        if time.monotonic() - self._first_lost < 2 * self._patience:
             return None
         absent = [rank for rank, told in self._told.items() if told["state"] == ""]
         if absent:
@@ -271,7 +270,7 @@ class Liveness:
         and the others wait for it elsewhere. Not before the first step, where a rank may work for
         long at one place, nor where all are at the same, waiting for a device or for data.
         """
-        if self._rank != 0 or self._clock - self._moved_at <= self._limit:
+        if self._rank != 0 or time.monotonic() - self._moved_at <= self._limit:
             return None
         told = self._told
         places = [one["doing"] for one in told.values()]
@@ -284,14 +283,10 @@ class Liveness:
         return _verdict(rank, told[rank]["host"], f"{what}; {doing}")
 
     def _watch(self) -> None:
-        before = time.monotonic()
         while not self._done.wait(self._beat_seconds):
-            now = time.monotonic()
-            self._clock += min(now - before, 3 * self._beat_seconds)
-            before = now
             if self._verdict:
                 self._end(self._verdict)
-            seconds = self._clock - self._answered
+            seconds = time.monotonic() - self._answered
             if seconds > self._patience:
                 host = self._told.get(0, {}).get("host", os.environ["MASTER_ADDR"])
                 what = f"has not answered for {seconds:.0f} s ({_FLAG} {self._limit:g})"

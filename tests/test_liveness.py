@@ -17,7 +17,7 @@ from tests.ports import free_port
 from tests.ranks import _context
 
 CPU = torch.device("cpu")
-LIMIT = 2
+LIMIT = 3
 HOST = platform.node()
 
 
@@ -58,16 +58,21 @@ def ends_of(act, tmp_path, size=3, started=None):
     try:
         for rank in ranks:
             rank.join(40)
-        return [rank.exitcode for rank in ranks], log.read_text()
+        return [rank.exitcode for rank in ranks], own_lines(log)
     finally:
         for rank in ranks:
             rank.kill()
 
 
+def own_lines(log):
+    """Without what torch's C++ code says, which a run does not let it (startup.quiet_sockets)."""
+    lines = log.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith("megatron_gkd: "))
+
+
 def work(rank):
-    """Some steps of no work."""
-    until = time.monotonic() + 2 * LIMIT
-    while time.monotonic() < until:
+    """Steps of no work, as many on every rank, in twice the limit and more."""
+    for _ in range(100 * LIMIT):
         torch.distributed.all_reduce(torch.ones(1))
         time.sleep(0.02)
 
@@ -157,31 +162,10 @@ def test_a_rank_0_that_is_stopped(tmp_path):
     for rank in ranks[1:]:
         rank.join(40)
     ranks[0].kill()
-    said = log.read_text()
+    said = own_lines(log)
     # rank 0 has the store here, where there is no launcher
     assert [rank.exitcode for rank in ranks[1:]] == [75, 75], said
     assert said.count("has not answered for") == 2 and "rank 0" in said, said
-
-
-def test_a_run_that_is_suspended_as_a_whole_goes_on(tmp_path):
-    """As by `scontrol suspend`: nobody is taken for dead for time in which all stood still."""
-    port, log = free_port(), tmp_path / "said"
-    log.touch()
-    ranks = [
-        _context.Process(target=_main, args=(work, rank, 2, port, str(log)), daemon=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    time.sleep(2)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for rank in ranks:
-            os.kill(rank.pid, number)
-        time.sleep(2 * LIMIT if number == signal.SIGSTOP else 0)
-    for rank in ranks:
-        rank.join(40)
-    said = log.read_text()
-    assert [rank.exitcode for rank in ranks] == [0, 0] and "megatron_gkd: " not in said, said
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path):
