@@ -29,7 +29,7 @@ def what_cannot_be(folder: Path, names: Sequence[str] | None, parallel: Parallel
 
     Raises OSError, on every rank, where one of them cannot read. Collectives: a broadcast of three
     numbers over the world, those of `agreed` and `first_error`, with moments a maximum of one
-    number.
+    number; where all of them are 0 those of `agreed` and `first_error` again.
     """
     wanted = [name in (names or _FILES) and (folder / name).is_file() for name in _FILES]
     wanted_by_rank_0 = from_rank_0([int(one) for one in wanted], parallel.device)
@@ -50,13 +50,27 @@ def what_cannot_be(folder: Path, names: Sequence[str] | None, parallel: Parallel
     if error := first_error(error, parallel.device):
         return error
     if OPTIMIZER in present and not any(largest([moves], parallel.device)):
+        with agreed(parallel.device, where):
+            if parallel.rank == 0:
+                error = _why_not_zero(folder)
+        error = first_error(error, parallel.device)
+    return error
+
+
+def _why_not_zero(folder: Path) -> str:
+    """Why moments that are all 0 are not the run's; "" where they may be: every gradient was 0, or
+    an earlier version wrote the state, which does not say.
+    """
+    try:
         state = read_state(folder)
-        if state["num_updates"] and state.get("has_learned", True):
-            return (
-                f"{folder / OPTIMIZER}: all moments are 0, and {STATE} counts "
-                f"{state['num_updates']:,} updates: emptied, or of another checkpoint"
-            )
-    return ""
+    except ValueError as error:
+        return str(error)
+    if not (state["num_updates"] and state.get("has_learned")):
+        return ""
+    return (
+        f"{folder / OPTIMIZER}: all moments are 0, and {STATE} counts {state['num_updates']:,} "
+        "updates: emptied, or of another checkpoint"
+    )
 
 
 def _check_types(tensors: Sequence[StoredTensor]) -> None:
@@ -72,7 +86,7 @@ def _check_types(tensors: Sequence[StoredTensor]) -> None:
 def _share(tensors: Sequence[StoredTensor], parallel: Parallel) -> Iterator[StoredTensor]:
     """This rank's: those that begin in its part of all bytes. Of a type without NaN none."""
     kept = [tensor for tensor in tensors if tensor.dtype_name in DECODER_DTYPE_NAMES]
-    total, start = sum(tensor.num_bytes for tensor in kept), 0
+    total, start = max(sum(tensor.num_bytes for tensor in kept), 1), 0  # all may be empty
     for tensor in kept:
         if start * parallel.world_size // total == parallel.rank:
             yield tensor
