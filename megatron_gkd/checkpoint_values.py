@@ -11,7 +11,13 @@ from pathlib import Path
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE, TEACHER_FOLDER
 from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.formats.safetensors_folder import read_header, stored_tensors
-from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES, StoredTensor, row_blocks
+from megatron_gkd.formats.stored_tensor import (
+    DECODER_DTYPE_NAMES,
+    StoredTensor,
+    as_matrix,
+    read_opened,
+    row_blocks,
+)
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.parallel import Parallel, agreed, first_error, from_rank_0, largest
 
@@ -43,8 +49,9 @@ def what_cannot_be(folder: Path, names: Sequence[str] | None, parallel: Parallel
                 tensors = list(stored_tensors(folder / name, read_header(folder / name)).values())
                 if is_of_a_run:
                     _check_types(tensors)
-                for tensor in _share(tensors, parallel):
-                    moves |= _check(tensor) and name == OPTIMIZER
+                with open(folder / name, "rb") as file:
+                    for tensor in _share(tensors, parallel):
+                        moves |= _check(tensor, file.fileno()) and name == OPTIMIZER
         except ValueError as caught:
             error = str(caught)
     if error := first_error(error, parallel.device):
@@ -93,11 +100,17 @@ def _share(tensors: Sequence[StoredTensor], parallel: Parallel) -> Iterator[Stor
         start += tensor.num_bytes
 
 
-def _check(tensor: StoredTensor) -> bool:
-    """Whether a number of it is not 0. Raises ValueError for one that no run can go on from."""
+def _check(tensor: StoredTensor, descriptor: int) -> bool:
+    """Whether a number of it is not 0. descriptor: of its file. Raises ValueError for a number that
+    no run can go on from.
+    """
     is_square, moves = tensor.name.endswith(_SECOND_MOMENT), False
-    for rows in row_blocks(tensor):
-        block = tensor[rows,]
+    _, width = as_matrix(tensor.size)
+    for part in row_blocks(tensor):
+        rows = range(part.start, part.stop)
+        block = read_opened(
+            descriptor, tensor.path, tensor.start, tensor.dtype, width, rows, range(width)
+        )
         if not block.numel():
             continue
         low, high = (float(bound) for bound in block.aminmax())  # both NaN where one number is
