@@ -179,8 +179,9 @@ def check_whole(folder: Path, names: Sequence[str] | None, parallel: Parallel, f
     """Raise ValueError, on every rank, where the files of the folder that `flag` names, or of them
     those of `names`, are not what its manifest says, or hold numbers that no run can go on from;
     with the checkpoint before it that has none of this. Without a manifest numbers alone are looked
-    at. Collectives: those of `what_is_wrong` and `what_cannot_be`; where something is wrong those
-    of `looked_at`.
+    at. OSError, on every rank, where rank 0 cannot list the checkpoints before it. Collectives:
+    those of `what_is_wrong` and `what_cannot_be`; where something is wrong those of `agreed` and
+    `looked_at`.
     """
     wrong, as_they_are = what_is_wrong(folder, names, parallel), ""
     if wrong:
@@ -189,12 +190,14 @@ def check_whole(folder: Path, names: Sequence[str] | None, parallel: Parallel, f
     if not wrong:
         return
     own_step, before = step_of(folder), list[Path]()
-    if own_step and parallel.rank == 0:
-        before = [path for step, path in checkpoints(folder.parent) if step < own_step]
+    refusal = f"{flag} {folder}: {wrong}; give another checkpoint"
+    with agreed(parallel.device, f"{refusal}; those beside it cannot be read: "):
+        if own_step and parallel.rank == 0:
+            before = [path for step, path in checkpoints(folder.parent) if step < own_step]
     good = (path for path, error in looked_at(folder.parent, before[::-1], parallel) if not error)
     newest = next(good, None)
     earlier = f" ({newest} is the newest good one before it)" if newest else ""
-    raise ValueError(f"{flag} {folder}: {wrong}; give another checkpoint{earlier}{as_they_are}")
+    raise ValueError(f"{refusal}{earlier}{as_they_are}")
 
 
 def note_latest(output_dir: str | Path, folder: Path | None) -> None:

@@ -11,7 +11,13 @@ from pathlib import Path
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE, TEACHER_FOLDER
 from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.formats.safetensors_folder import read_header, stored_tensors
-from megatron_gkd.formats.stored_tensor import DECODER_DTYPE_NAMES, StoredTensor, row_blocks
+from megatron_gkd.formats.stored_tensor import (
+    DECODER_DTYPE_NAMES,
+    StoredTensor,
+    as_matrix,
+    read_opened,
+    row_blocks,
+)
 from megatron_gkd.lora.peft_config import TENSORS
 from megatron_gkd.parallel import Parallel, agreed, first_error, from_rank_0, largest
 
@@ -29,7 +35,7 @@ def what_cannot_be(folder: Path, names: Sequence[str] | None, parallel: Parallel
 
     Raises OSError, on every rank, where one of them cannot read. Collectives: a broadcast of three
     numbers over the world, those of `agreed` and `first_error`, with moments a maximum of one
-    number.
+    number; where all of them are 0 those of `agreed` and `first_error` again.
     """
     wanted = [name in (names or _FILES) and (folder / name).is_file() for name in _FILES]
     wanted_by_rank_0 = from_rank_0([int(one) for one in wanted], parallel.device)
@@ -43,20 +49,35 @@ def what_cannot_be(folder: Path, names: Sequence[str] | None, parallel: Parallel
                 tensors = list(stored_tensors(folder / name, read_header(folder / name)).values())
                 if is_of_a_run:
                     _check_types(tensors)
-                for tensor in _share(tensors, parallel):
-                    moves |= _check(tensor) and name == OPTIMIZER
+                with open(folder / name, "rb") as file:
+                    for tensor in _share(tensors, parallel):
+                        moves |= _check(tensor, file.fileno()) and name == OPTIMIZER
         except ValueError as caught:
             error = str(caught)
     if error := first_error(error, parallel.device):
         return error
     if OPTIMIZER in present and not any(largest([moves], parallel.device)):
+        with agreed(parallel.device, where):
+            if parallel.rank == 0:
+                error = _why_not_zero(folder)
+        error = first_error(error, parallel.device)
+    return error
+
+
+def _why_not_zero(folder: Path) -> str:
+    """Why moments that are all 0 are not the run's; "" where they may be: every gradient was 0, or
+    an earlier version wrote the state, which does not say.
+    """
+    try:
         state = read_state(folder)
-        if state["num_updates"] and state.get("has_learned", True):
-            return (
-                f"{folder / OPTIMIZER}: all moments are 0, and {STATE} counts "
-                f"{state['num_updates']:,} updates: emptied, or of another checkpoint"
-            )
-    return ""
+    except ValueError as error:
+        return str(error)
+    if not (state["num_updates"] and state.get("has_learned")):
+        return ""
+    return (
+        f"{folder / OPTIMIZER}: all moments are 0, and {STATE} counts {state['num_updates']:,} "
+        "updates: emptied, or of another checkpoint"
+    )
 
 
 def _check_types(tensors: Sequence[StoredTensor]) -> None:
@@ -72,18 +93,24 @@ def _check_types(tensors: Sequence[StoredTensor]) -> None:
 def _share(tensors: Sequence[StoredTensor], parallel: Parallel) -> Iterator[StoredTensor]:
     """This rank's: those that begin in its part of all bytes. Of a type without NaN none."""
     kept = [tensor for tensor in tensors if tensor.dtype_name in DECODER_DTYPE_NAMES]
-    total, start = sum(tensor.num_bytes for tensor in kept), 0
+    total, start = max(sum(tensor.num_bytes for tensor in kept), 1), 0  # all may be empty
     for tensor in kept:
         if start * parallel.world_size // total == parallel.rank:
             yield tensor
         start += tensor.num_bytes
 
 
-def _check(tensor: StoredTensor) -> bool:
-    """Whether a number of it is not 0. Raises ValueError for one that no run can go on from."""
+def _check(tensor: StoredTensor, descriptor: int) -> bool:
+    """Whether a number of it is not 0. descriptor: of its file. Raises ValueError for a number that
+    no run can go on from.
+    """
     is_square, moves = tensor.name.endswith(_SECOND_MOMENT), False
-    for rows in row_blocks(tensor):
-        block = tensor[rows,]
+    _, width = as_matrix(tensor.size)
+    for part in row_blocks(tensor):
+        rows = range(part.start, part.stop)
+        block = read_opened(
+            descriptor, tensor.path, tensor.start, tensor.dtype, width, rows, range(width)
+        )
         if not block.numel():
             continue
         low, high = (float(bound) for bound in block.aminmax())  # both NaN where one number is

@@ -55,7 +55,7 @@ def last_good_checkpoint(run: Run) -> str:
     A checkpoint that was written right after the last good step may hold what ruined the others.
 
     Collectives: those of `agreed`; those of `looked_at`, for the checkpoints of this run until one
-    is from before; a broadcast of one number for each that is not.
+    is from before; those of `agreed` and a broadcast of one number for each that is not.
     """
     parallel, output_dir = run.parallel, run.config.run.output_dir
     last_good, found, said = run.progress.step - run.progress.bad_in_a_row, list[Path](), []
@@ -75,8 +75,10 @@ def last_good_checkpoint(run: Run) -> str:
                     f"{folder} was written right after the last good step, which may have ruined "
                     "the weights"
                 )
-                last_good -= from_rank_0([_bad_before(folder, parallel)], parallel.device)[0]
-    except OSError as error:
+                with agreed(parallel.device, ""):
+                    bad_before = _bad_before(folder, parallel)
+                last_good -= from_rank_0([bad_before], parallel.device)[0]
+    except (OSError, ValueError) as error:
         said.append(f"checkpoints cannot be read: {error}")
     resumed = run.config.run.resume_from_checkpoint
     if resumed and Path(resumed).resolve().parent != Path(output_dir).resolve():

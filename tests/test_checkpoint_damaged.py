@@ -3,21 +3,25 @@
 import json
 import re
 import shutil
+import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_gkd import parallel
+from megatron_gkd import checkpoint, checkpoint_values, health, parallel
 from megatron_gkd.checkpoint import check_whole, find_checkpoint, latest_of_rank_0
 from megatron_gkd.checkpoint_files import OPTIMIZER, STATE, TEACHER_FOLDER
 from megatron_gkd.checkpoint_manifest import MANIFEST, write_manifest
 from megatron_gkd.checkpoint_state import read_state
 from megatron_gkd.lora.peft_config import CONFIG, TENSORS, read_config
+from megatron_gkd.run import Progress
 from tests.ranks import run_ranks
 from tests.test_checkpoint import flags_of_run, write_data
 from tests.train_runs import layout_flags, run_training
@@ -220,6 +224,97 @@ def test_an_adapter_that_is_not_finite(data, whole, tmp_path):
         flags = flags_of_run(data, tmp_path / "out", max_steps=1, **{flag: adapter})
         with pytest.raises(RuntimeError, match=f"--{flag} {adapter}: .*{NOT_FINITE}"):
             run_training(1, flags)
+
+
+def test_an_adapter_without_numbers(data, whole, tmp_path):
+    """As DeepSpeed's ZeRO-3 leaves it."""
+    adapter = shutil.copytree(whole / "checkpoint-3", tmp_path / "adapter")
+    empty = lambda found, _: {name: of[:0] for name, of in found.items()}
+    edited(adapter / TENSORS, empty, folder=adapter)
+    flags = flags_of_run(data, tmp_path / "out", max_steps=1, adapter=adapter)
+    with pytest.raises(RuntimeError, match=rf"{adapter / TENSORS}: tensor \S+ is empty, \[0, "):
+        run_training(1, flags)
+
+
+def without_moments(folder: Path, **learned) -> None:
+    """checkpoint-3 with moments of 0, in its state `has_learned` as given or not at all."""
+    state = json.loads((folder / "checkpoint-3" / STATE).read_text())
+    del state["has_learned"]
+    (folder / "checkpoint-3" / STATE).write_text(json.dumps(state | learned))
+    zeros = lambda found, _: {name: 0 * of for name, of in found.items()}
+    edited(folder / "checkpoint-3" / OPTIMIZER, zeros)
+
+
+def test_moments_that_may_be_zero(whole, tmp_path):
+    """Of a run whose gradients were all 0, and of an earlier version, which did not say."""
+    folders = [shutil.copytree(whole, tmp_path / name) for name in ("no signal", "earlier")]
+    without_moments(folders[0], has_learned=False)
+    without_moments(folders[1])
+    for found in run_ranks(look_in, 2, [str(folder) for folder in folders]):
+        assert found == [(folder / "checkpoint-3", None, "") for folder in folders]
+
+
+def opened_in_a_look(rank, world_size, folder):
+    """How often each file is opened by Python, in a process that ends with this."""
+    place, opened = parallel.initialize(torch.device("cpu")), Counter()
+
+    def count(event, args):
+        if event == "open" and str(args[0]).startswith(str(folder)):
+            opened[Path(args[0]).name] += 1
+
+    sys.addaudithook(count)
+    assert not checkpoint_values.what_cannot_be(folder, None, place)
+    return opened
+
+
+def test_a_file_is_not_opened_for_each_tensor(whole):
+    """But for its header, then for its numbers: 30B with LoRA on all linears of the experts has
+    110,592 tensors in both files.
+    """
+    (opened,) = run_ranks(opened_in_a_look, 1, whole / "checkpoint-3")
+    assert opened == {TENSORS: 2, OPTIMIZER: 2}
+
+
+def look_where_rank_0_cannot(rank, world_size, emptied, whole):
+    """What each look says that one more reading of rank 0 fails in."""
+    place, found = parallel.initialize(torch.device("cpu")), []
+    run = SimpleNamespace(
+        parallel=place,
+        progress=Progress(step=3),
+        config=SimpleNamespace(
+            run=SimpleNamespace(output_dir=str(whole), resume_from_checkpoint=None)
+        ),
+    )
+
+    def fail(*args):
+        raise OSError("gone")
+
+    looks = [
+        (checkpoint_values, "read_state", lambda: check_whole(emptied, None, place, "--flag")),
+        (checkpoint, "checkpoints", lambda: check_whole(emptied, None, place, "--flag")),
+        (health, "read_state", lambda: health.last_good_checkpoint(run)),
+    ]
+    for module, name, look in looks:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(module, name, fail)
+            try:
+                found.append(look())
+            except OSError as error:
+                found.append(str(error))
+    return found
+
+
+def test_no_rank_waits_for_what_rank_0_cannot_read(whole, tmp_path):
+    emptied = shutil.copytree(whole, tmp_path / "emptied") / "checkpoint-3"
+    without_moments(emptied.parent, has_learned=True)
+    of_ranks = run_ranks(look_where_rank_0_cannot, 2, emptied, whole, timeout=60)
+    assert of_ranks[0] == of_ranks[1]
+    state, beside, before = of_ranks[0]
+    assert re.fullmatch(rf"rank 0 \(on \S+\) cannot read {emptied}: gone", state)
+    assert beside.startswith(f"--flag {emptied}: {emptied / OPTIMIZER}: all moments are 0")
+    assert beside.endswith("; give another checkpoint; those beside it cannot be read: gone")
+    assert "right after the last good step" in before and "cannot be read: gone;" in before
 
 
 def test_a_run_goes_on_from_the_whole_one_or_not_at_all(data, whole, tmp_path):

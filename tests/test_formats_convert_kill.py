@@ -26,7 +26,6 @@ from checkpoint_tools.merge_lora import convert as merge_lora
 from megatron_gkd.formats import job as job_module
 from megatron_gkd.formats import workers
 from megatron_gkd.formats.job import DONE, Job, Journal, run_job
-from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.model.args import read_model_args
 from tests.adapters import ALL, random_adapter, write_adapter
 from tests.conversions import TIED
@@ -117,13 +116,7 @@ def test_both_directions_survive_kills(tiny_folder, tmp_path):
     hf_to_megatron(HfToMegatronConfig(folder, str(tmp_path / "calm"), num_workers=2), SHARD_BYTES)
     assert not list(tmp_path.glob(".*.partial"))
     calm, killed = (folder_hashes(tmp_path / name) for name in ("calm", "checkpoint"))
-    del (
-        calm["release/.metadata"],
-        killed["release/.metadata"],
-    )  # equal lists, which pickle abbreviates differently
     assert calm == killed
-    calm, killed = (vars(TorchDist(tmp_path / name / "release")) for name in ("calm", "checkpoint"))
-    assert all(calm[part] == killed[part] for part in ("sizes", "dtypes", "_chunks"))
 
 
 def test_a_merge_survives_kills(tiny_folder, tmp_path):

@@ -15,6 +15,7 @@ from megatron_gkd.formats.loading import load_weights, parameter_slices
 from megatron_gkd.formats.safetensors_folder import SINGLE
 from megatron_gkd.formats.torch_dist import TorchDist
 from megatron_gkd.formats.weight_map import decoder_tensors
+from megatron_gkd.media import towers as towers_module
 from megatron_gkd.media.towers import build_towers
 from megatron_gkd.model.args import read_model_args
 from megatron_gkd.model.decoder import build_decoder
@@ -255,6 +256,40 @@ def test_every_rank_hears_what_one_cannot_read(
         assert len(set(messages)) == 1
         assert message in messages[0] and str(broken) in messages[0]
         assert f"(rank {bad}, on " in messages[0] and "\n" not in messages[0]
+
+
+def build_towers_where_one_fails(rank, world_size, folder):
+    """Rank 1 has no room for the modules, then meets a mistake where it reads."""
+    place, model_args, found = place_at(pp=2), read_model_args(folder), []
+    failures = [
+        (towers_module, "_without_weights", torch.OutOfMemoryError("no room")),
+        (peers, "read", ZeroDivisionError("by zero")),
+    ]
+    for module, name, error in failures:
+
+        def fail(*args, error=error):
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(module, name, fail)
+            try:
+                build_towers(folder, model_args, place, torch.bfloat16, audio=True, visual=True)
+            except Exception as caught:
+                found.append((type(caught).__name__, str(caught)))
+    return found
+
+
+def test_the_others_hear_of_a_mistake_that_one_raises_as_it_is(tiny_folder):
+    folder = tiny_folder(**WHOLE)
+    of_ranks = run_ranks(build_towers_where_one_fails, 4, folder, timeout=60)
+    assert of_ranks[1] == [("OutOfMemoryError", "no room"), ("ZeroDivisionError", "by zero")]
+    room, mistake = of_ranks[0]
+    assert of_ranks[2] == of_ranks[3] == of_ranks[0]
+    assert room[0] == "OSError" and mistake[0] == "ValueError"
+    assert room[1].startswith("rank 1 (on ")
+    assert room[1].endswith(f"cannot build the towers of {folder}: OutOfMemoryError: no room")
+    assert mistake[1].startswith("ZeroDivisionError: by zero (rank 1, on ")
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -111,15 +111,30 @@ def read_block(
 
     Raises ValueError naming `path` when it ends early.
     """
-    matrix = torch.empty(len(rows), len(columns), dtype=dtype)
-    contiguous = [matrix] if len(columns) == width else list(matrix)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        for number, target in enumerate(contiguous):
-            offset = ((rows.start + number) * width + columns.start) * dtype.itemsize
-            _read_into(descriptor, target, start + offset, path)
+        return read_opened(descriptor, path, start, dtype, width, rows, columns)
     finally:
         os.close(descriptor)
+
+
+def read_opened(
+    descriptor: int,
+    path: Path,
+    start: int,
+    dtype: torch.dtype,
+    width: int,
+    rows: range,
+    columns: range,
+) -> Tensor:
+    """`read_block` of a file that is open, for many small tensors of one: a network file system asks
+    its server at each opening.
+    """
+    matrix = torch.empty(len(rows), len(columns), dtype=dtype)
+    contiguous = [matrix] if len(columns) == width else list(matrix)
+    for number, target in enumerate(contiguous):
+        offset = ((rows.start + number) * width + columns.start) * dtype.itemsize
+        _read_into(descriptor, target, start + offset, path)
     return matrix
 
 

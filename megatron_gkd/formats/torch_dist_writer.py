@@ -63,6 +63,9 @@ def write_description(
         key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(size), [])
         for key, size in sizes.items()
     }
+    # pickle abbreviates what is the same object: with one text a name the file does not depend on
+    # whether the records come from this process or from the journal of an earlier one
+    names = {key: key for key in tensors}
     storage = {}
     digests: dict[str, dict[int, str]] = {file: {} for file in records}
     for file, chunks in records.items():
@@ -71,7 +74,7 @@ def write_description(
             tensors[key].chunks.append(
                 ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk_sizes))
             )
-            storage[MetadataIndex(key, offsets, number)] = _StorageInfo(file, start, length)
+            storage[MetadataIndex(names[key], offsets, number)] = _StorageInfo(file, start, length)
             digests[file][start] = of_chunk
     described = tensors | _write_extra_states(folder, model_args, storage)
     with open(folder / METADATA, "wb") as stream:

@@ -8,7 +8,8 @@ the chunks each and an all-gather joins them. M media tokens, H hidden size, D d
 """
 
 import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from megatron_gkd.families.family import Tower
 from megatron_gkd.formats.loading import open_folder
 from megatron_gkd.formats.peers import Folder, read_or_end_all, read_with_peers
 from megatron_gkd.lora.modules import LoraLinear
@@ -35,7 +37,7 @@ from megatron_gkd.media.medium import Media
 from megatron_gkd.model.args import ModelArgs, read_config
 from megatron_gkd.model.decoder import check_deepstack
 from megatron_gkd.model.tensor_slice import ParameterSlice, TensorSlice
-from megatron_gkd.parallel import Parallel
+from megatron_gkd.parallel import Parallel, agreed
 
 
 class Towers(nn.Module):
@@ -280,12 +282,12 @@ def build_towers(
     from_peers: bool = False,
 ) -> Towers | None:
     """The folder's towers that `audio` and `visual` ask for; None on later pipeline stages and if
-    there is none. Collectives: those of `read_or_end_all`; with `from_peers`, where each rank of
-    the first stage reads a part of them, those of `read_with_peers`.
+    there is none. Collectives: those of `agreed` and `read_or_end_all`; with `from_peers`, where
+    each rank of the first stage reads a part of them, those of `read_with_peers`.
 
     Raises ValueError, the same on every rank: a tensor is missing, unexpected or misshapen (naming
     it), the towers' width is not the decoder's, or the first stage holds too few layers for
-    deepstack.
+    deepstack. OSError where another rank could not build them.
     """
     wanted = {"audio_tower": audio, "visual": visual}
     towers = [tower for tower in model_args.family.towers if wanted[tower.name]]
@@ -318,16 +320,14 @@ def build_towers(
             _check(module, tensors, f"{found.prefix}{name}.")
         return tensors
 
-    if not parallel.is_first_stage:
+    where = f"rank {parallel.rank} (on {platform.node()}) cannot build the towers of {folder}: "
+    with agreed(parallel.device, where):
+        if parallel.is_first_stage:
+            modules |= _without_weights(towers, configs, dtype, attn_impl, parallel.device)
+    if not modules:
         read_or_end_all([], opened, parallel)
         return None
-    options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
-    with no_init_weights():  # every weight is read from the folder
-        for tower in towers:
-            tower_class: Any = tower.load_class()
-            modules[tower.name] = tower_class._from_config(configs[tower.name], **options)
     built = Towers(parallel, modules.get("audio_tower"), modules.get("visual"), shares=shares)
-    built.to(parallel.device)
     parts = [
         ParameterSlice(TensorSlice(f"{found.prefix}{name}.{key}", rows), parameter, rows)
         for name, module in modules.items()
@@ -339,6 +339,24 @@ def build_towers(
     else:
         read_or_end_all(parts, opened, parallel)
     return built
+
+
+def _without_weights(
+    towers: Sequence[Tower],
+    configs: Mapping[str, Any],
+    dtype: torch.dtype,
+    attn_impl: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The modules, by name: every weight is read from the folder later. configs: by name."""
+    options = {"dtype": dtype, "attn_implementation": "eager" if attn_impl == "eager" else "sdpa"}
+    modules: dict[str, Any] = {}
+    with no_init_weights():
+        for tower in towers:
+            tower_class: Any = tower.load_class()
+            module = tower_class._from_config(configs[tower.name], **options)
+            modules[tower.name] = module.to(device)
+    return modules
 
 
 def _check(tower: nn.Module, tensors: Folder, prefix: str) -> None:
