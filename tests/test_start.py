@@ -106,9 +106,9 @@ def test_machines_with_other_rows(tiny_folder, tmp_path):
         of_0[1:],
         (2, 1, 1),
         (
-            "rows of --dataset '9 rows {}', rank 0 has '8 rows {}': all machines",
-            "rows of --dataset '8 rows {}', rank 0 has '8 rows {}': all machines",
-            "rows of --val_dataset '0 rows', rank 0 has '8 rows {}': all machines",
+            "rows of --dataset '9 rows {}', rank 0 has '8 rows {}': it has --dataset ",
+            "rows of --dataset '8 rows {}', rank 0 has '8 rows {}': it has --dataset ",
+            "rows of --val_dataset '0 rows', rank 0 has '8 rows {}': it has --dataset ",
         ),
     ):
         assert said.startswith(f"rank {rank} (on ")

@@ -127,7 +127,7 @@ def read_opened(
     rows: range,
     columns: range,
 ) -> Tensor:
-    """`read_block` of a file that is open, for many small tensors of one: a network file system asks
+    """`read_block` of an open file, for many small tensors of one: a network file system asks
     its server at each opening.
     """
     matrix = torch.empty(len(rows), len(columns), dtype=dtype)
