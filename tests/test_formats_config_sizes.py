@@ -134,10 +134,32 @@ def test_sizes_of_towers(folder, checkpoint, tmp_path, tower, setting):
             setting
         ]
         value = stated[:-1] if isinstance(stated, list) else 2 * stated
-        change(copy, tower.config, **{setting: value})
+        name = tower.aliases.get(setting, setting)
+        change(copy, tower.config, **{setting: stated, name: stated})
+        opened(copy)
+        change(copy, tower.config, **{setting: stated, name: value})  # the alias wins
         said = refusal(opened, copy)
         assert said.startswith(f"{copy / 'config.json'}: {tower.config}.{setting} is ")
         assert f"tensor thinker.{tower.name}." in said and "shape" in said
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower.name)
+def test_sizes_of_towers_under_other_names_or_none(folder, tmp_path, tower):
+    """As transformers reads them: the alias alone is enough, and null is left out."""
+    path = tmp_path / "config.json"
+    config = json.loads((folder / "config.json").read_text())
+    section = config["thinker_config"][tower.config]
+    stated = tower.sizes(config["thinker_config"])
+    for name, alias in tower.aliases.items():
+        section.pop(name, None)
+        section[alias] = stated[name]
+    found = tower.sizes(config["thinker_config"])
+    assert [found[name] for name in tower.defaults] == [stated[name] for name in tower.defaults]
+    section |= dict.fromkeys(tower.aliases.values(), None)
+    path.write_text(json.dumps(config))
+    read_model_args(tmp_path)
+    found = tower.sizes(config["thinker_config"])
+    assert all(found[name] == tower.defaults[name] for name in tower.aliases)
 
 
 def test_heads_that_are_derived(folder, tmp_path):
@@ -192,7 +214,7 @@ FIELDS |= {
     ("text_config", "rope_scaling"): ("default", [1], 3, {"rope_theta": math.nan}),
 }
 FIELDS |= {
-    (tower.config, name): NO_SIZE if isinstance(default, int) else (None, 1, "[0]", [-1], [999])
+    (tower.config, name): (*NO_SIZE[1:],) if isinstance(default, int) else (1, "[0]", [-1])
     for tower in TOWERS
     for name, default in tower.defaults.items()
 }
@@ -204,6 +226,9 @@ def test_fields_of_another_type_or_range(folder, tmp_path, section, field):
         shutil.copy(folder / "config.json", tmp_path / "config.json")
         if field == "rope_theta":
             change(tmp_path, section, rope_scaling=None, rope_parameters=None)
+        for tower in TOWERS:
+            if tower.config == section and field in tower.aliases:
+                change(tmp_path, section, **{tower.aliases[field]: None})  # it would win
         change(tmp_path, section, **{field: value})
         said = refusal(read_model_args, tmp_path)
         named = f"{section}.{field}" if section else field

@@ -75,7 +75,7 @@ def test_check(tmp_path):
     "content, part",
     [
         (None, "no config.json there"),
-        ("{", "config.json: Expecting"),
+        ("{", "config.json: not the settings of a model (Expecting"),
         ('{"model_type": "llama"}', "model_type 'llama' is not supported"),
         (
             '{"model_type": "qwen3_omni_moe", "thinker_config": [1]}',
@@ -83,16 +83,16 @@ def test_check(tmp_path):
         ),
         (
             '{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_key_value_heads": 0}}',
-            "num_key_value_heads = 0",
+            "num_key_value_heads is 0",
         ),
         (
             '{"model_type": "qwen3_omni_moe_thinker", "text_config": {"num_experts": "many"}}',
             "num_experts",
         ),
-        ('{"model_type": "qwen3_moe", "num_hidden_layers": 10000000}', "at most 1024"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 10000000}', "from 1 to 1,024"),
         ("[" * 100_000, "recursion"),
-        ('{"model_type": "qwen3_moe", "num_experts_per_tok": 0}', "num_experts_per_tok = 0"),
-        ('{"model_type": "qwen3_moe", "moe_intermediate_size": 0}', "moe_intermediate_size = 0"),
+        ('{"model_type": "qwen3_moe", "num_experts_per_tok": 0}', "num_experts_per_tok is 0"),
+        ('{"model_type": "qwen3_moe", "moe_intermediate_size": 0}', "moe_intermediate_size is 0"),
     ],
 )
 def test_check_of_a_folder_that_is_no_model(tmp_path, monkeypatch, capsys, content, part):

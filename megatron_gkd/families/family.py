@@ -49,10 +49,15 @@ class Tower:
     """Its other linears (of a list the first), on which LoRA can only be merged"""
     load_class: Callable[[], Any]
     """transformers' class of it"""
+    aliases: Mapping[str, str]
+    """setting -> another name of it, which wins in transformers where both are there"""
 
     def sizes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Of a config's settings, with transformers' values for those that are left out."""
-        return {**self.defaults, **settings.get(self.config, {})}
+        section = settings.get(self.config) or {}
+        given = {name: value for name, value in section.items() if value is not None}
+        spelled = {name: given[alias] for name, alias in self.aliases.items() if alias in given}
+        return {**self.defaults, **given, **spelled}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

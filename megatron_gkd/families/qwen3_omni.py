@@ -144,6 +144,12 @@ FAMILY = Family(
             ),
             ends=("conv_out", "proj1", "proj2"),
             load_class=_audio_encoder,
+            aliases={
+                "encoder_layers": "num_hidden_layers",
+                "d_model": "hidden_size",
+                "encoder_attention_heads": "num_attention_heads",
+                "encoder_ffn_dim": "intermediate_size",
+            },
         ),
         Tower(
             name="visual",
@@ -173,6 +179,7 @@ FAMILY = Family(
                 "merger_list.0.mlp.2",
             ),
             load_class=_vision_encoder,
+            aliases={"depth": "num_hidden_layers", "num_heads": "num_attention_heads"},
         ),
     ),
     other_models=("talker.", "code2wav."),

@@ -17,7 +17,7 @@ from megatron_gkd.links import check_link, check_links
 from megatron_gkd.model.config_fields import check_rope, check_tower, text_settings
 
 # Tokenizer, template, processors, index: who is there does not say whether it is missed.
-_READ_BESIDE = (".json", ".jinja", ".model", ".txt")
+_READ_BESIDE = (".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 _DEFAULT_MROPE_SECTION = (24, 20, 20)  # transformers' own
 
 

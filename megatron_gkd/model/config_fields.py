@@ -130,12 +130,6 @@ def check_tower(path: Path, tower: Tower, settings: Mapping[str, Any]) -> None:
         forms[f"{tower.config}.{name}"] = _TOWER_FORMS.get(name, form)
     depth = f"{tower.config}.{tower.num_layers}"
     check_fields(path, values, forms | {depth: _LAYERS})
-    for name, default in tower.defaults.items():
-        if not isinstance(default, int) and any(n >= values[depth] for n in sizes[name]):
-            raise ValueError(
-                f"{path}: {tower.config}.{name} is {short_repr(sizes[name])}, and {depth} "
-                f"{values[depth]}: no such layers"
-            )
     width, heads = tower.width_and_heads
     if sizes[width] % sizes[heads]:
         raise ValueError(
