@@ -169,7 +169,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ[LAUNCHER] = str(os.getpid())
     quiet_agent()
     config, command, arguments = config_from_args(args)
-    failure = None if plan_flags is None else check_plan(plan_flags, arguments)
+    of = f" (machine {args.node_rank}, on {platform.node()})" if num_machines > 1 else ""
+    failure = None if plan_flags is None else check_plan(plan_flags, arguments, of)
     machines = None
     try:
         if is_static and num_machines > 1:
@@ -280,9 +281,9 @@ def first_failure(failures: dict[int, ProcessFailure]) -> Failure | None:
     return Failure(failure.exitcode, line, "")
 
 
-def check_plan(own_flags: Sequence[str], arguments: Sequence[str]) -> Failure | None:
+def check_plan(own_flags: Sequence[str], arguments: Sequence[str], of: str) -> Failure | None:
     """`megatron_gkd.plan --check` with `own_flags` and those of the training command in
-    `arguments`.
+    `arguments`; of: whose failure it is, where there are several machines.
     """
     flags = arguments[arguments.index("megatron_gkd.train") + 1 :]
     command = [sys.executable, "-m", "megatron_gkd.plan", "--check", *own_flags, *flags]
@@ -295,7 +296,7 @@ def check_plan(own_flags: Sequence[str], arguments: Sequence[str]) -> Failure | 
         line = "the plan could not be checked, see above"
         if said.exists():
             line = json.loads(said.read_text())["message"]["message"]
-    return Failure(status if status > 0 else 128 - status, line, "")
+    return Failure(status if status > 0 else 128 - status, line, of)
 
 
 def quiet_agent() -> None:

@@ -76,6 +76,30 @@ def test_two_nodes_train_as_one(environment, tmp_path, expert_parallel):
     ]
 
 
+@pytest.mark.parametrize("without", [1, pytest.param(0, marks=pytest.mark.extended)])
+def test_a_node_without_the_model(environment, tmp_path, without):
+    """Before anything starts there, and as the last line of both: machine, flag and path."""
+    absent = {"MODEL": str(tmp_path / "absent")}
+    with two_nodes(tmp_path) as nodes:
+        logs = [tmp_path / f"{name}.log" for name in NAMES]
+        shared = dict(MASTER_ADDR=NAMES[0], NNODES="2", NPROC_PER_NODE="1", MASTER_PORT="29500")
+        programs = [
+            node.start(
+                [*SCRIPT, *STEPS, *layout(2)],
+                environment
+                | dict(shared, NODE_RANK=str(rank), OUTPUT=str(tmp_path / "out"))
+                | (absent if rank == without else {}),
+                logs[rank],
+            )
+            for rank, node in enumerate(nodes)
+        ]
+        statuses = wait_all(programs, 120)
+    last = [log.read_text().splitlines()[-1] for log in logs]
+    assert statuses == [2, 2] and last[0] == last[1], last
+    whose = f"error (machine {without}, on {NAMES[without]}): --model {absent['MODEL']}: no config"
+    assert whose in last[0] and not (tmp_path / "out").exists()
+
+
 def test_nodes_are_apart_and_end_with_who_made_them(tmp_path):
     """Names, link and own processes; a killed test leaves no process of a node."""
     with two_nodes(tmp_path) as nodes:
