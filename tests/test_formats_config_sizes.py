@@ -139,7 +139,9 @@ def test_sizes_of_towers(folder, checkpoint, tmp_path, tower, setting):
         opened(copy)
         change(copy, tower.config, **{setting: stated, name: value})  # the alias wins
         said = refusal(opened, copy)
-        assert said.startswith(f"{copy / 'config.json'}: {tower.config}.{setting} is ")
+        stated = f"{value}, of length {len(value)}" if isinstance(value, list) else f"{value}"
+        said = said.replace(f"{value:,}", f"{value}") if isinstance(value, int) else said
+        assert said.startswith(f"{copy / 'config.json'}: {tower.config}.{name} is {stated}, ")
         assert f"tensor thinker.{tower.name}." in said and "shape" in said
 
 
@@ -156,8 +158,10 @@ def test_sizes_of_towers_under_other_names_or_none(folder, tmp_path, tower):
     found = tower.sizes(config["thinker_config"])
     assert [found[name] for name in tower.defaults] == [stated[name] for name in tower.defaults]
     section |= dict.fromkeys(tower.aliases.values(), None)
+    section[tower.num_layers] = 0  # none: a run on text alone has no use for them
     path.write_text(json.dumps(config))
     read_model_args(tmp_path)
+    del section[tower.num_layers]
     found = tower.sizes(config["thinker_config"])
     assert all(found[name] == tower.defaults[name] for name in tower.aliases)
 
@@ -216,7 +220,12 @@ FIELDS |= {
 FIELDS |= {
     (tower.config, name): (*NO_SIZE[1:],) if isinstance(default, int) else (1, "[0]", [-1])
     for tower in TOWERS
-    for name, default in tower.defaults.items()
+    for name, default in (tower.defaults | {of: 1 for of in tower.aliases.values()}).items()
+}
+FIELDS |= {
+    (tower.config, name): [value for value in NO_SIZE[1:] if value != 0]
+    for tower in TOWERS
+    for name in (tower.num_layers, tower.aliases[tower.num_layers])
 }
 
 
@@ -336,6 +345,7 @@ def test_a_link_that_nothing_reads_is_left_alone(folder, tmp_path):
     copy = copy_of(folder, tmp_path / "model")
     (copy / "pytorch_model.bin").symlink_to(tmp_path / "removed")
     (copy / "README.md").symlink_to(tmp_path / "removed")
+    (copy / "notes.txt").symlink_to(tmp_path / "removed")
     opened(copy)
 
 

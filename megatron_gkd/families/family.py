@@ -59,6 +59,12 @@ class Tower:
         spelled = {name: given[alias] for name, alias in self.aliases.items() if alias in given}
         return {**self.defaults, **given, **spelled}
 
+    def spelling(self, size: str, settings: Mapping[str, Any]) -> str:
+        """For messages: its section and the name under which `sizes` has found it."""
+        alias = self.aliases.get(size, size)
+        is_given = (settings.get(self.config) or {}).get(alias) is not None
+        return f"{self.config}.{alias if is_given else size}"
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Family:

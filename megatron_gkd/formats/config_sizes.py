@@ -124,16 +124,13 @@ def _check_tower(config: FolderConfig, tower: Tower, shapes: Shapes, file_of: Fi
         wanted = length(sizes) if length else sizes[setting]
         place = Place(setting, root + tensor, axis, wanted)
         if place.tensor in shapes:
-            named = f"{tower.config}.{setting}"
+            named = tower.spelling(setting, config.settings)
             _compare(config.path, named, sizes[setting], place, shapes, file_of)
     for setting, modules in tower.counts.items():
         found = _numbered(shapes, f"{root}{modules}.", "")
-        value = sizes[setting]
         if found:
-            number = value if isinstance(value, int) else len(value)
-            _compare_number(
-                config.path, f"{tower.config}.{setting}", number, found, shapes, file_of
-            )
+            named = tower.spelling(setting, config.settings)
+            _compare_number(config.path, named, sizes[setting], found, shapes, file_of)
 
 
 def _compare(
@@ -162,12 +159,22 @@ def _numbered(shapes: Shapes, before: str, after: str) -> dict[int, str]:
 
 
 def _compare_number(
-    path: Path, setting: str, value: int, found: dict[int, str], shapes: Shapes, file_of: FileOf
+    path: Path,
+    setting: str,
+    value: int | Sequence[int],
+    found: dict[int, str],
+    shapes: Shapes,
+    file_of: FileOf,
 ) -> None:
+    """value: how many there are, or a list with an element for each."""
     number = max(found) + 1
-    if value != number:
+    if isinstance(value, int):
+        length, stated = value, f"{value:,}"
+    else:
+        length, stated = len(value), f"{short_repr(value)}, of length {len(value)}"
+    if length != number:
         last = found[number - 1]
         raise ValueError(
-            f"{path}: {setting} is {value:,}, and the weights have {number:,}: the last is that of "
+            f"{path}: {setting} is {stated}, and the weights have {number:,}: the last is that of "
             f"tensor {last}, of shape {list(shapes[last])} in {file_of(last)}; {_WAY_OUT}"
         )

@@ -14,6 +14,7 @@ from megatron_gkd.json_fields import TEXT, TRUTH, Form, check_fields, is_number,
 MOST_LAYERS = 1024  # more are a mistake in the file, or an attack
 _SIZE = whole(1, 2**40)
 _LAYERS = whole(1, MOST_LAYERS)
+_LAYERS_OF_TOWER = whole(0, MOST_LAYERS)  # a run on text alone may have none
 _ABOVE_0 = Form("a number above 0", lambda value: is_number(value) and value > 0)
 _SHARE = Form("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 
@@ -123,16 +124,14 @@ def check_tower(path: Path, tower: Tower, settings: Mapping[str, Any]) -> None:
     divide its width.
     """
     sizes = tower.sizes(settings)
-    values = {f"{tower.config}.{name}": value for name, value in sizes.items()}
-    forms = {}
     for name, default in tower.defaults.items():
         form = _SIZE if isinstance(default, int) else _LAYER_NUMBERS
-        forms[f"{tower.config}.{name}"] = _TOWER_FORMS.get(name, form)
-    depth = f"{tower.config}.{tower.num_layers}"
-    check_fields(path, values, forms | {depth: _LAYERS})
+        form = _LAYERS_OF_TOWER if name == tower.num_layers else _TOWER_FORMS.get(name, form)
+        field = tower.spelling(name, settings)
+        check_fields(path, {field: sizes[name]}, {field: form})
     width, heads = tower.width_and_heads
     if sizes[width] % sizes[heads]:
         raise ValueError(
-            f"{path}: {tower.config}.{heads} is {short_repr(sizes[heads])}, and must divide "
-            f"{width} {short_repr(sizes[width])}"
+            f"{path}: {tower.spelling(heads, settings)} is {short_repr(sizes[heads])}, and must "
+            f"divide {tower.spelling(width, settings)} {short_repr(sizes[width])}"
         )
