@@ -15,7 +15,7 @@ from megatron_gkd.identity import check_same_content
 from megatron_gkd.model.args import ModelArgs, read_model_args
 from megatron_gkd.output_dir import check_output_dir
 from megatron_gkd.output_lock import OutputLock
-from megatron_gkd.parallel import Parallel, agreed, log_rank_0, world_max
+from megatron_gkd.parallel import Parallel, agreed, first_error, log_rank_0, world_max
 from megatron_gkd.trackers import check_installed
 from megatron_gkd.zero_signal import check_responses
 
@@ -26,13 +26,20 @@ def read_data(
     """(sizes of the model, training data, evaluation data or None), once it is clear that the
     layout fits the model and that all ranks can write into --output_dir, whose lock rank 0 takes;
     without a `lock` nothing is written there, and weights are not looked at. Raises ValueError,
-    OSError or DataError. Collectives: those of `agreed`, `check_output_dir` and `load_data`.
+    OSError or DataError. Collectives: those of `agreed`, `first_error`, `check_output_dir` and
+    `load_data`.
     """
-    many = parallel.world_size > 1
-    with agreed(parallel.device, f"rank {parallel.rank} (on {platform.node()}): " if many else ""):
-        model_args = read_model_args(config.model.model)
-        if lock is not None:
-            check_headers(config.model.model, model_args)
+    many, refusal = parallel.world_size > 1, ""
+    where = f"rank {parallel.rank} (on {platform.node()}): " if many else ""
+    with agreed(parallel.device, where):
+        try:
+            model_args = read_model_args(config.model.model)
+            if lock is not None:
+                check_headers(config.model.model, model_args)
+        except ValueError as error:
+            refusal = f"{where}{error}"
+    if refusal := first_error(refusal, parallel.device):
+        raise ValueError(refusal)  # on every rank: it is none of what a second try may find mended
     flag_targets(config.lora, model_args)  # raises before the data are read
     log_rank_0(parallel, layout_line(config, parallel.world_size, model_args))
     if lock is not None:

@@ -1,8 +1,10 @@
 """What the ranks ask of each other until the first step: it does not grow with them."""
 
+import json
 import re
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +37,7 @@ def start(rank, world_size, argv):
     "sizes", [dict(), pytest.param(dict(tp=2, pp=2, ep=2), marks=pytest.mark.extended)]
 )
 def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
-    """Over the world eight maxima of a number or two and a broadcast of one, for the output folder,
+    """Over the world nine maxima of a number or two and a broadcast of one, for the output folder,
     the data and the weights; and the weights themselves once.
     """
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(40))
@@ -54,7 +56,7 @@ def test_a_start_does_not_grow_with_the_ranks(tiny_folder, tmp_path, sizes):
         for calls, weights, _ in of_ranks:
             maxima = [call for call in calls if call[0] == "all_reduce"]
             sizes_of_maxima = sorted(call[2] for call in maxima)
-            assert sizes_of_maxima == [8] * 7 + [16]
+            assert sizes_of_maxima == [8] * 8 + [16]
             broadcasts = [call for call in calls if call[0] == "broadcast"]
             assert broadcasts.pop(0) == ("broadcast", "world", 8, 8)
             sent = sum(given for _, _, given, _ in broadcasts)
@@ -87,7 +89,9 @@ def read_on_machines(rank, world_size, flags, changes):
 
 
 def test_machines_with_other_rows(tiny_folder, tmp_path):
-    """One row more, one that is as long but another, other rows for evaluation: said by all."""
+    """One row more, one that is as long but another, other rows for evaluation, a config.json with
+    a size that is none: said by all, as a ValueError.
+    """
     rows = make_rows(9)
     changed = [rows[0] | {"input_ids": rows[0]["input_ids"][::-1]}, *rows[1:8]]
     names = ("here", "more", "other")
@@ -99,16 +103,21 @@ def test_machines_with_other_rows(tiny_folder, tmp_path):
     here, more, other = (paths[name] for name in names)
     evaluates = here | dict(val_dataset=here["dataset"])
     cases = [(here, here, here), (here, here, more), (here, other, more), (evaluates, here, here)]
+    config = json.loads((Path(flags["model"]) / "config.json").read_text())
+    config["thinker_config"]["text_config"]["num_experts"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cases.append((here, here | dict(model=tmp_path), here))
     of_0, *others = run_ranks(read_on_machines, 3, flags, cases)
     assert all(of_rank == of_0 for of_rank in others)
     assert of_0[0] is None
     for said, rank, text in zip(
         of_0[1:],
-        (2, 1, 1),
+        (2, 1, 1, 1),
         (
             "rows of --dataset '9 rows {}', rank 0 has '8 rows {}': it has --dataset ",
             "rows of --dataset '8 rows {}', rank 0 has '8 rows {}': it has --dataset ",
             "rows of --val_dataset '0 rows', rank 0 has '8 rows {}': it has --dataset ",
+            r"^rank 1 \(on \S+\): \S+/config.json: text_config.num_experts is 0, and must be ",
         ),
     ):
         assert said.startswith(f"rank {rank} (on ")
