@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_gkd.data.chat import read_stop_token_ids
 from megatron_gkd.families import families
@@ -124,6 +125,18 @@ def test_sizes_of_the_decoder(folder, checkpoint, tmp_path, setting):
     said = refusal(opened, copy)
     assert said.startswith(f"{copy / 'config.json'}: text_config.{setting} is {value}")
     assert f"{key}, and its shape in {copy / 'release' / '.metadata'} is [" in said
+
+
+def test_a_size_whose_tensor_is_missing(folder, tmp_path):
+    """The tensor is named; no tensor is listed by the number that nothing shows to be right."""
+    copy = copy_of(folder, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    gate = f"{LAYER}mlp.gate.weight"
+    del tensors[gate]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    change(copy, "text_config", num_experts=10**5)
+    assert f"the folder misses tensor {gate} (sizes" in refusal(opened, copy)
 
 
 @pytest.mark.parametrize("tower, setting", SIZES_OF_TOWERS, ids=lambda of: getattr(of, "name", of))
