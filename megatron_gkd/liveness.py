@@ -64,9 +64,9 @@ def joined(
     each other. A rank that is alone, or is in a group already, watches nobody.
 
     Raises OSError naming the ranks that have not come within --start_timeout, ValueError where some
-    have a GPU and others have none. Where a rank has gone the process ends. refusals: errors that a
-    run ends with in a line, which is then that of all machines; goes_on: asked on rank 0 for
-    `Membership.goes_on`.
+    have a GPU and others have none, or where torchrun's variables are not all there. Where a rank
+    has gone the process ends. refusals: errors that a run ends with in a line, which is then that
+    of all machines; goes_on: asked on rank 0 for `Membership.goes_on`.
     """
     timeout = timedelta(seconds=faults.group_timeout)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -74,6 +74,9 @@ def joined(
         join(device, timeout)
         yield Membership(goes_on=size == 1 and goes_on())
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {size} and {', '.join(missing)} not set: use torchrun")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     has_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     patience = Patience(
@@ -88,7 +91,9 @@ def joined(
     store_of_run = PrefixStore(meeting.token, store)
     connect = partial(own_connection, PrefixStore("liveness", store_of_run))
     hosts = [member["host"] for member in meeting.members]
-    with Liveness(connect, rank, hosts, faults.collective_timeout, membership, refusals):
+    lingers = has_store or (rank == 0 and int(os.environ.get("LOCAL_WORLD_SIZE", size)) < size)
+    limit = faults.collective_timeout
+    with Liveness(connect, rank, hosts, limit, membership, refusals, lingers):
         join(device, timeout, store_of_run)
         yield membership
 
@@ -114,7 +119,8 @@ def _conclude(goes_on: Callable[[], bool], members: list[dict[str, Any]]) -> dic
 class Liveness:
     """The two threads of a rank: one talks to the store, the other looks at what is known and ends
     the process, also where the store does not answer. hosts: of all ranks, known to rank 0; limit:
-    seconds of silence; refusals: errors that a run ends with in a line.
+    seconds of silence; refusals: errors that a run ends with in a line; lingers: the store may end
+    with this process, which others still have to look at.
     """
 
     def __init__(
@@ -125,12 +131,14 @@ class Liveness:
         limit: float,
         membership: Membership,
         refusals: tuple[type[Exception], ...],
+        lingers: bool,
     ):
         self._connect, self._store = connect, connect()
         self._rank, self._limit, self._membership = rank, limit, membership
         self._beat_seconds = min(BEAT_SECONDS, limit / 10)
         self._main = threading.main_thread().ident or 0
         self._hosts, self._refusals = hosts, refusals
+        self._linger_seconds = 3 * self._beat_seconds if lingers else 0.0
         self._number, self._state, self._why = 0, "", ""
         begun = self._answered = time.monotonic()
         self._told: dict[int, dict[str, Any]] = {}
@@ -169,7 +177,7 @@ class Liveness:
             self._last_words = self._verdict_of_own(why, os.EX_TEMPFAIL)
         self._done.set()
         for thread in self._threads:  # the first may wait for a store that does not answer
-            thread.join(2 * BEAT_SECONDS)
+            thread.join(2 * BEAT_SECONDS + self._linger_seconds)
 
     def _verdict_of_own(self, what: str, status: int) -> dict[str, Any]:
         line = f"rank {self._rank} (on {platform.node()}){what}"
@@ -197,6 +205,7 @@ class Liveness:
             self._store.set(f"beat/{self._rank}", self._record())
             if self._last_words is not None:
                 self._publish(self._last_words)
+                time.sleep(self._linger_seconds)
 
     def _record(self) -> str:
         """What the others are told."""
@@ -297,6 +306,7 @@ class Liveness:
     def _end(self, verdict: dict[str, Any]) -> NoReturn:
         """Every rank says it, as nobody knows who else can; a launcher prints one line."""
         self._ends.acquire()  # for ever: the other thread, too, may have come here
+        time.sleep(self._linger_seconds)
         line, status = verdict["line"], verdict.get("status", os.EX_TEMPFAIL)
         if status == os.EX_TEMPFAIL:
             line += f". All ranks end; {self._membership.way_on}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_gkd import meeting
+from megatron_gkd.liveness import _conclude, joined
 from megatron_gkd.meeting import Patience, meet, reach
 from tests.ports import free_port
 from tests.ranks import _context
@@ -27,7 +28,6 @@ def _main(act, rank, size, port, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     from megatron_gkd import last_words
     from megatron_gkd.flags import exit_with
-    from megatron_gkd.liveness import joined
 
     last_words.SECONDS_FOR_RANK_0 = 1
     torch.set_num_threads(1)
@@ -270,12 +270,20 @@ def test_what_member_0_refuses_all_refuse():
 
 def test_devices_that_differ_are_refused():
     """Before a group is made, in which NCCL would wait for gloo."""
-    from megatron_gkd.liveness import _conclude
-
     members = [{"host": "a", "device": "cuda"}, {"host": "b", "device": "cpu"}]
     with pytest.raises(ValueError, match=r"rank 1 \(on b\) computes on cpu, rank 0 \(on a\) on cu"):
         _conclude(lambda: False, members)
     assert _conclude(lambda: True, members[:1]) == {"goes_on": True}
+
+
+def test_variables_of_torchrun_that_are_not_all_there(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    faults = SimpleNamespace(group_timeout=5)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 and RANK, MASTER_ADDR, MASTER_PORT not"):
+        with joined(CPU, faults, (), lambda: False):
+            pass
 
 
 def test_nobody_answers_at_the_address():
