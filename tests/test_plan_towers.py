@@ -25,11 +25,11 @@ def test_tower_parameters_are_those_of_the_towers(tiny_folder):
     assert read_towers(tiny_folder(family="qwen3_moe", **SMALL), True, True) == ()
 
 
-@pytest.mark.parametrize("value", ["many", -3, 0, 1.5, True, None])
+@pytest.mark.parametrize("value", ["many", -3, 1.5, True])
 def test_a_size_of_a_tower_that_is_none_is_refused(value, tiny_folder, tmp_path):
     config = json.loads((Path(tiny_folder(**SMALL)) / "config.json").read_text())
     of_audio = config.get("thinker_config", config)["audio_config"]
-    of_audio["encoder_layers"] = value
+    of_audio |= {"encoder_layers": value, "num_hidden_layers": None}  # whose name would win
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json: audio_config.encoder_layers is "):
         read_towers(tmp_path, True, False)
