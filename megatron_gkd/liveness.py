@@ -167,27 +167,23 @@ class Liveness:
         if error is not None and is_lost_connection(error):
             self._wait_for_verdict(error)
         self._state = "done" if error is None else "ended"
+        own = self._rank, platform.node()
         if isinstance(error, self._refusals):
-            self._last_words = self._verdict_of_own(f": {error}", 2)
-            self._last_words["transient"] = isinstance(error, OSError)
+            self._last_words = _verdict(*own, f": {error}", 2, isinstance(error, OSError))
         elif isinstance(error, Stopped):
-            self._last_words = self._verdict_of_own(" was asked to stop", exit_status(error.number))
+            self._last_words = _verdict(*own, " was asked to stop", exit_status(error.number))
         elif error is not None:
             why = f" has ended ({type(error).__name__}: {first_line(error)})"
-            self._last_words = self._verdict_of_own(why, os.EX_TEMPFAIL)
+            self._last_words = _verdict(*own, why)
         self._done.set()
         for thread in self._threads:  # the first may wait for a store that does not answer
             thread.join(2 * BEAT_SECONDS + self._linger_seconds)
-
-    def _verdict_of_own(self, what: str, status: int) -> dict[str, Any]:
-        line = f"rank {self._rank} (on {platform.node()}){what}"
-        return {"rank": self._rank, "line": line, "status": status}
 
     def _wait_for_verdict(self, error: BaseException) -> NoReturn:
         """A collective has failed in the main thread: which rank was it?"""
         self._state, self._why = "lost", first_line(error)
         time.sleep(4 * HASTE_SECONDS)
-        self._end(_verdict(self._rank, platform.node(), f"lost the others: {self._why}"))
+        self._end(_verdict(self._rank, platform.node(), f" lost the others: {self._why}"))
 
     def _talk(self) -> None:
         while not self._done.is_set():
@@ -257,7 +253,7 @@ class Liveness:
         if self._first_lost is not None:
             what = f"is gone (silent for {waited[rank]:.0f} s after a collective failed)"
         told = self._told[rank]
-        return _verdict(rank, told["host"], f"{what}; it was {told['doing']}")
+        return _verdict(rank, told["host"], f" {what}; it was {told['doing']}")
 
     def _absent(self, lost: list[int]) -> dict[str, Any] | None:
         """Of ranks that all live, those that others have waited for: they have lost nobody."""
@@ -270,9 +266,9 @@ class Liveness:
             what = f"did not come to a collective in {self._limit:g} s ({_FLAG})"
             places = [f"rank {rank} is {self._told[rank]['doing']}" for rank in absent[:_MAX_NAMED]]
             host = self._told[absent[0]]["host"]
-            return _verdict(absent[0], host, f"{what}; {'; '.join(places)}")
+            return _verdict(absent[0], host, f" {what}; {'; '.join(places)}")
         told = self._told[lost[0]]
-        return _verdict(lost[0], told["host"], f"lost the others: {told['why']}")
+        return _verdict(lost[0], told["host"], f" lost the others: {told['why']}")
 
     def _stuck(self) -> dict[str, Any] | None:
         """A rank that hangs, before NCCL ends the process or gloo the collective: none has moved,
@@ -289,7 +285,7 @@ class Liveness:
         rank = min(told, key=lambda rank: places.count(told[rank]["doing"]))
         what = f"did not come to a collective in {self._limit:g} s ({_FLAG}), in which none moved"
         doing = f"it is {told[rank]['doing']}, most are {max(places, key=places.count)}"
-        return _verdict(rank, told[rank]["host"], f"{what}; {doing}")
+        return _verdict(rank, told[rank]["host"], f" {what}; {doing}")
 
     def _watch(self) -> None:
         while not self._done.wait(self._beat_seconds):
@@ -298,21 +294,20 @@ class Liveness:
             seconds = time.monotonic() - self._answered
             if seconds > self._patience:
                 host = self._told.get(0, {}).get("host", os.environ["MASTER_ADDR"])
-                what = f"has not answered for {seconds:.0f} s ({_FLAG} {self._limit:g})"
-                self._end(
-                    {"rank": 0, "line": f"the store on the machine of rank 0 ({host}) {what}"}
-                )
+                line = f"the store on the machine of rank 0 ({host}) has not answered for "
+                line += f"{seconds:.0f} s ({_FLAG} {self._limit:g})"
+                self._end({"line": line, "status": os.EX_TEMPFAIL, "transient": False})
 
     def _end(self, verdict: dict[str, Any]) -> NoReturn:
         """Every rank says it, as nobody knows who else can; a launcher prints one line."""
         self._ends.acquire()  # for ever: the other thread, too, may have come here
         time.sleep(self._linger_seconds)
-        line, status = verdict["line"], verdict.get("status", os.EX_TEMPFAIL)
+        line, status = verdict["line"], verdict["status"]
         if status == os.EX_TEMPFAIL:
             line += f". All ranks end; {self._membership.way_on}"
         # what reads our output, or the disk of the launcher's file, may stand still
         threading.Thread(target=_exit_late, args=(status,), daemon=True).start()
-        say(line, transient=verdict.get("transient", False))
+        say(line, transient=verdict["transient"])
         os._exit(status)
 
 
@@ -328,8 +323,12 @@ def _exit_late(status: int) -> None:
     os._exit(status)
 
 
-def _verdict(rank: int, host: str, what: str) -> dict[str, Any]:
-    return {"rank": rank, "line": f"rank {rank} (on {host}) {what}"}
+def _verdict(
+    rank: int, host: str, what: str, status: int = os.EX_TEMPFAIL, transient: bool = False
+) -> dict[str, Any]:
+    """What all ranks say as they end, and their exit status; transient: see `last_words.say`."""
+    line = f"rank {rank} (on {host}){what}"
+    return {"line": line, "status": status, "transient": transient}
 
 
 def _place(frame: FrameType | None) -> str:

@@ -43,9 +43,9 @@ class Patience:
         self._every = min(30.0, seconds / 4)
         self._begun = self._said = time.monotonic()
 
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() - self._begun > self.seconds
+    def is_over(self, grace: float = 0.0) -> bool:
+        """Whether they have waited for longer, by more than `grace` seconds."""
+        return time.monotonic() - self._begun > self.seconds + grace
 
     def wait(self, seconds: float, whom: Callable[[], str]) -> None:
         """Sleep; `whom` is asked where it is time to say whom this member waits for."""
@@ -103,7 +103,7 @@ def reach(address: str, port: int, is_host: bool, patience: Patience) -> TCPStor
             break
         except OSError as error:  # nobody listens yet; there is no such name, no route
             reason = error.strerror or str(error)
-        if patience.is_over:
+        if patience.is_over():
             raise OSError(
                 f"{platform.node()}: nothing answers at {place} ({reason}) for "
                 f"{patience.seconds:g} s ({patience.flag}): start the first machine too, with this "
@@ -164,12 +164,9 @@ def _meet(
     if member == 0:
         return _gather(store, card, names, patience, seconds, conclude)
     waits_for = f"{names[member]} is here and waits for the others"
-    over = 0.0
     while not store.check([f"answer/{card['nonce']}"]):
         store.set(f"here/{member}", json.dumps(card))  # again: member 0 removes what it finds
-        if patience.is_over:
-            over += seconds
-        if over > _GRACE_SECONDS:
+        if patience.is_over(_GRACE_SECONDS):
             raise OSError(f"{names[0]} did not come in {patience.seconds:g} s ({patience.flag})")
         patience.wait(seconds, lambda: waits_for)
     answer = json.loads(store.get(f"answer/{card['nonce']}"))
@@ -201,7 +198,7 @@ def _gather(
     here = list(others)
     answer: dict[str, Any] = {}
     while here and not store.check([f"here/{member}" for member in here]):
-        if patience.is_over:
+        if patience.is_over():
             late = f"did not come in {patience.seconds:g} s ({patience.flag}); look at the output"
             answer = {"late": f"{missing()} {late} there, and start all at about the same time"}
             here = [member for member in others if store.check([f"here/{member}"])]
