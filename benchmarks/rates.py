@@ -181,7 +181,7 @@ def token_entries(
         with as_student(model):
             engine = bench.engine(SAMPLED, 400, graphs=graphs)
             batch = RowBatch(engine, bench.prompts(2, 8), None, 1, 2, 0, [0, 1])
-            batch.cache.reserve(300)
+            batch.reserve(300)
             numbers = iter(range(300))
             write = lambda batch=batch, numbers=numbers: batch.write_token(next(numbers))
             seconds = clock(write, number=20)

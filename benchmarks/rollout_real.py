@@ -116,7 +116,7 @@ class RolloutBench:
         started = self.wait()
         batch = RowBatch(engine, prompts, None, 1, num_rows, 0, list(range(num_rows)))
         prefilled = self.wait()
-        batch.cache.reserve(num_tokens + warm)
+        batch.reserve(num_tokens + warm)
         for number in range(warm):
             batch.write_token(number)
         warmed = self.wait()
@@ -191,7 +191,7 @@ class RolloutBench:
         same, different = num_rows, 0
         for number in range(127):
             for batch in batches:
-                batch.cache.reserve(128)
+                batch.reserve(128)
                 batch.write_token(number)
             tokens = [batch.rows.tokens[:num_rows].tolist() for batch in batches]
             same += sum(a == b for a, b in zip(*tokens))

@@ -228,7 +228,7 @@ def count_token(rank, world_size, sizes):
         engine = bench.engine(SAMPLED, RESPONSE, graphs=False)
         prompts = bench.prompts(number, LENGTH - RESPONSE)
         batch = RowBatch(engine, prompts, None, 1, number, 0, list(range(number)))
-        batch.cache.reserve(RESPONSE)
+        batch.reserve(RESPONSE)
         batch.write_token(0)
         seen, counting = Collectives(parallel.groups), Counting()
         with seen, counting:

@@ -47,7 +47,7 @@ def count(rank, world_size, folder, tp, ep, num_written, max_new_tokens=MAX_NEW_
     prompts = [[row + 1] * (PROMPT_LENGTH - row) for row in range(NUM_ROWS)]
     with torch.no_grad():
         batch = RowBatch(engine, prompts, None, 1, NUM_ROWS, 0, list(range(NUM_ROWS)))
-        batch.cache.reserve(num_written + 1)
+        batch.reserve(num_written + 1)
         first = max(0, num_written - MAX_NEW_TOKENS)
         batch.cache.response[..., :first, :] = 0
         for number in range(first, num_written):

@@ -63,8 +63,8 @@ def compile_all():
 
 
 def write_texts():
-    """Texts of both modules' kernels through an engine whose batch becomes smaller, two samples a
-    prompt: of Triton's also the slots after it.
+    """Texts of both modules' kernels through an engine whose batch becomes smaller and whose cache
+    grows, two samples a prompt: of Triton's also the slots after either, and the cache's rows.
     """
     from demo.tiny.config import TinyModelConfig
     from demo.tiny.folder import build_folder
@@ -81,6 +81,7 @@ def write_texts():
     # a look after every second token, so that few tokens will do
     triton_kernels.MOST_KEY_PARTS = 2
     cache.LOOK = generate.LOOK = row_batch.LOOK = 2
+    cache.CAPACITY = 3  # grows for the fourth of four tokens
     with tempfile.TemporaryDirectory() as work:
         config = TinyModelConfig(
             thinker_only=True,
@@ -119,15 +120,17 @@ def write_texts():
                 max_new_tokens=5,
                 stop_token_ids=stops,
             )
-            shrink = generate.RowBatch.shrink
+            reserve = generate.RowBatch.reserve
 
-            def watched(batch, size, shrink=shrink):
-                shrink(batch, size)
-                slots.append((batch.size, batch.rows.slots[: batch.size].tolist()))
+            def watched(batch, num_tokens, reserve=reserve):
+                before = batch.rows.slots[: batch.size].tolist()
+                reserve(batch, num_tokens)
+                after = batch.rows.slots[: batch.size].tolist()
+                slots.append((before, after, batch.cache.response.shape[2]))
 
-            generate.RowBatch.shrink = watched
+            generate.RowBatch.reserve = watched
             found = generate.generate(engine, prompts, seed=1, row_ids=[0, 1, 2], num_samples=2)
-            generate.RowBatch.shrink = shrink
+            generate.RowBatch.reserve = reserve
             texts[kernels.__name__.split(".")[-1], stopping] = [
                 response.token_ids for response in found
             ]
@@ -186,12 +189,17 @@ def test_weights_are_read_in_16_bytes(compiled):
 @pytest.mark.skipif(CUDA, reason="the interpreter runs these kernels on a CPU's model")
 def test_texts_through_an_engine():
     """Triton's kernels find the keys of a prompt that samples share, and those of rows that have
-    moved to other places: no two places write into one slot.
+    moved to other places: no two places write into one slot. Where the cache grows, the responses
+    that have ended leave it.
     """
     texts, slots = in_a_process(write_texts, interpret_triton=True)
     for stopping in (False, True):
         expected = texts["torch_kernels", stopping]
         assert texts["triton_kernels", stopping] == expected
         assert len(set(map(tuple, expected))) > 3
-    assert {size for size, _ in slots} == {8, 4}
-    assert all(len(set(of_batch)) == size for size, of_batch in slots)
+    first = list(range(8))
+    whole, grown = (first, first, 8), (first[:4], first[:4], 4)
+    moved = slots[-2][0]  # places of rows that go on, as they were
+    assert len(set(moved)) == 4 and moved != first[:4]
+    kept_by_triton = [whole, whole, (moved, moved, 8), (moved, first[:4], 4)]
+    assert slots == [whole, whole, grown, grown, *kept_by_triton]

@@ -1,5 +1,5 @@
-"""On-policy text of rows with audio, images and video: equal to transformers' generate, token by
-token.
+"""Text of rows with audio, images and video: the student's, with LoRA, equal to what transformers
+generates with peft, the teacher's to what it generates without, token by token.
 """
 
 from collections import defaultdict
@@ -10,9 +10,11 @@ import torch
 
 from demo.tiny.config import TinyModelConfig
 from demo.tiny.folder import build_folder
+from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
-from tests.adapters import load_thinker
+from megatron_gkd.model.args import read_model_args
+from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import build, initialize
 from tests.packed import rows_of
 from tests.random_media import make_batch, make_rows
@@ -40,9 +42,17 @@ def folder(tmp_path_factory):
     return build_folder(str(tmp_path_factory.mktemp("model") / "thinker"), TinyModelConfig(**sizes))
 
 
-def write(rank, world_size, folder, tp, pp, ep):
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    tensors = random_adapter(read_model_args(folder), 2, LINEARS)
+    return write_adapter(
+        tmp_path_factory.mktemp("adapter"), tensors, rank=2, alpha=3, targets=LINEARS
+    )
+
+
+def write(rank, world_size, folder, adapter, tp, pp, ep):
     """{side: {row: two texts}} of this rank's micro-batches, and the student's log-probabilities
-    {row: [2 x text]}. LoRA is there, W_up at zero: it changes nothing.
+    {row: [2 x text]}.
     """
     place = initialize(tp, pp, ep)
     rows, batches, first = make_rows(MediaTokenIds.read(folder)), [], 0
@@ -50,7 +60,7 @@ def write(rank, world_size, folder, tp, pp, ep):
         batches.append(make_batch([*of_batch], tp, first))
         first += len(of_batch)
     batches = batches[place.dp_rank :: place.dp_size]
-    model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
+    model_args, model = build(place, folder, adapter)
     towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     settings = dict(max_new_tokens=MAX_NEW_TOKENS, max_tokens=200)
     rollout = megatron_rollout(model, model_args, place, **settings)
@@ -72,19 +82,17 @@ def write(rank, world_size, folder, tp, pp, ep):
 
 
 @pytest.fixture(scope="module")
-def expected(folder):
+def expected(folder, adapter):
     """As `write` returns it."""
-    model, log_probabilities = load_thinker(folder), {}
-    texts = {side: {} for side in SIDES}
-    for number, row in enumerate(
-        row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch
-    ):
-        for side in SIDES:
+    texts, log_probabilities = {}, {}
+    rows = [row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch]
+    settings = dict(do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0)
+    settings |= dict(return_dict_in_generate=True, output_logits=True)
+    models = dict(student=load_peft(load_thinker(folder), adapter)[0], teacher=load_thinker(folder))
+    for side, model in models.items():
+        texts[side] = {}
+        for number, row in enumerate(rows):
             inputs = row.inputs(side, with_response=False)
-            settings = dict(
-                do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=[], pad_token_id=0
-            )
-            settings |= dict(return_dict_in_generate=True, output_logits=True)
             found = model.generate(**inputs, **settings)
             text = found.sequences[0, inputs["input_ids"].shape[1] :]
             texts[side][number] = [text.tolist()] * 2
@@ -95,12 +103,12 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_text_equals_transformers(folder, expected, layout):
+def test_greedy_text_equals_transformers(folder, adapter, expected, layout):
     """Two samples of each row; and its log-probabilities."""
     expected_texts, expected_values = expected
     assert expected_texts["student"] != expected_texts["teacher"]
     texts, values = {side: {} for side in SIDES}, {}
-    for of_rank, values_of_rank in run_ranks(write, layout[0], folder, *layout[1:]):
+    for of_rank, values_of_rank in run_ranks(write, layout[0], folder, adapter, *layout[1:]):
         for side in SIDES:
             texts[side] |= of_rank[side]
         values |= values_of_rank

@@ -65,19 +65,32 @@ class KeyValueCache:
         self.response = anchor.new_empty(num_layers, 2, num_rows, num_groups, capacity, head_dim)
         self._publish()
 
-    def reserve(self, num_tokens: int) -> None:
-        """Room for so many response tokens a row; what is there is kept."""
+    def reserve(self, num_tokens: int, slots: Tensor) -> None:
+        """Room for so many response tokens a row; what is there is kept.
+
+        slots: int32 [B'], the response rows that are still written, B' <= B. Where the room grows
+        the others go, and `slots` becomes 0 .. B' - 1.
+        """
         capacity = self.response.shape[4]
         while capacity < min(num_tokens, self.max_new_tokens):
             capacity = min(2 * capacity, self.max_new_tokens)
         grown = capacity - self.response.shape[4]
         if not grown:
             return
-        if self.joined is not None:
+        if self.joined is not None:  # `join` has left the others out
             self._split(_longer(self.joined, grown))
-        else:
-            self.response = _longer(self.response, grown)
-            self._publish()
+            return
+        of_layers = list(self.response)
+        *_, num_groups, _, head_dim = self.response.shape
+        longer = self.response.new_empty(
+            len(of_layers), 2, len(slots), num_groups, capacity, head_dim
+        )
+        # a layer at a time: an index makes a copy
+        for kept, layer in zip(longer, of_layers):
+            kept[..., : capacity - grown, :].copy_(layer.index_select(1, slots))
+        self.response = longer
+        slots.copy_(torch.arange(len(slots)))
+        self._publish()
 
     def join(self, prompts: Tensor, slots: Tensor) -> None:
         """For kernels that read a row's keys as one: row i becomes the one of prompt prompts[i] and

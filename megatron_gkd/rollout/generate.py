@@ -86,7 +86,7 @@ def generate(
             return responses
         batch.shrink(engine.batch_size(state))
         end = min(num_written + LOOK, settings.max_new_tokens)
-        batch.cache.reserve(end)
+        batch.reserve(end)
         while num_written < end:
             batch.write_token(num_written - 1)
             num_written += 1

@@ -29,7 +29,8 @@ class Graphs:
         graph = self._graphs[key]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # other threads may call CUDA meanwhile; only what this one calls must be capturable
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 call()
             self._graphs[key] = graph
         graph.replay()

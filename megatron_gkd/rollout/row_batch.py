@@ -126,6 +126,10 @@ class RowBatch:
         mask = mask.masked_fill(is_hidden, -float("inf"))
         self.key_mask = mask.repeat_interleave(self.weights.sizes.groups, dim=0)[:, None]
 
+    def reserve(self, num_tokens: int) -> None:
+        """Room for so many response tokens of every place."""
+        self.cache.reserve(num_tokens, self.rows.first(self.size).slots)
+
     def write_token(self, num_written: int) -> None:
         """Every row's newest token into the cache, and the next one drawn.
 
