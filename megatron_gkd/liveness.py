@@ -38,6 +38,8 @@ HASTE_SECONDS = 5.0
 _FLAG = "--collective_timeout"
 _PACKAGE = Path(__file__).parent
 _MAX_NAMED = 4
+_LOOK = "megatron_gkd/rollout/row_batch.py"
+"""Where ranks wait for a CUDA graph, whose collectives NCCL's watchdog does not see"""
 _LOOPS = ("run_from_config", "train", "build_run", "train_step")  # what they call is a phase
 
 
@@ -273,15 +275,23 @@ class Liveness:
     def _stuck(self) -> dict[str, Any] | None:
         """A rank that hangs, before NCCL ends the process or gloo the collective: none has moved,
         and the others wait for it elsewhere. Not before the first step, where a rank may work for
-        long at one place, nor where all are at the same, waiting for a device or for data.
+        long at one place, nor where all are at the same, waiting for a device or for data; but in
+        a rollout nobody else ends that.
         """
         if self._rank != 0 or time.monotonic() - self._moved_at <= self._limit:
             return None
         told = self._told
         places = [one["doing"] for one in told.values()]
         begins = any(one["step"] is None or one["state"] for one in told.values())
-        if begins or len(set(places)) == 1:
+        if begins:
             return None
+        if len(set(places)) == 1:
+            if _LOOK not in places[0]:
+                return None
+            what = f" and all others have waited for their devices for {self._limit:g} s ({_FLAG})"
+            what += f", {places[0]}: collectives of its CUDA graph may hang; "
+            what += "--rollout_cuda_graphs false has none"
+            return _verdict(0, told[0]["host"], what)
         rank = min(told, key=lambda rank: places.count(told[rank]["doing"]))
         what = f"did not come to a collective in {self._limit:g} s ({_FLAG}), in which none moved"
         doing = f"it is {told[rank]['doing']}, most are {max(places, key=places.count)}"

@@ -145,6 +145,15 @@ def use_deterministic_kernels() -> None:
     module.fill_uninitialized_memory = False
 
 
+def keep_graphs_unregistered() -> None:
+    """Unless the environment says otherwise, NCCL leaves the buffers of collectives in CUDA graphs
+    (rollouts have some) where they are: it would register each as part of one allocation, which
+    torch's expandable segments are not, and the graph would hang or read elsewhere. NCCL reads it
+    when it starts.
+    """
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
 def use_whole_float32() -> None:
     """Products and convolutions of float32 in float32, until the process ends: not in TF32 (10 bits
     of mantissa), which is cuDNN's default and may be the environment's for products.
@@ -167,6 +176,7 @@ def join(
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    keep_graphs_unregistered()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:

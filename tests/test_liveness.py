@@ -14,6 +14,7 @@ import torch
 from megatron_gkd import meeting
 from megatron_gkd.liveness import _conclude, joined
 from megatron_gkd.meeting import Patience, meet, reach
+from megatron_gkd.rollout.row_batch import RowBatch
 from tests.ports import free_port
 from tests.ranks import _context
 
@@ -103,6 +104,19 @@ def stand_still(rank):
     torch.distributed.all_reduce(torch.ones(1))
 
 
+class _Never:
+    """Numbers of a device that hangs: who asks for them waits."""
+
+    def __getitem__(self, index):
+        time.sleep(60)
+
+
+def wait_for_a_graph(rank):
+    """All ranks at the same line: they ask for the tokens that a CUDA graph was to write."""
+    rows = SimpleNamespace(first=lambda size: SimpleNamespace(written=_Never()))
+    RowBatch.newest(SimpleNamespace(rows=rows, size=1), 0, 1)
+
+
 def refuse(rank):
     if rank == 1:
         raise ValueError("--flag 3: must be 4")
@@ -130,6 +144,11 @@ def test_ranks_that_live_are_left_alone(tmp_path):
             [75, 75, 75],
             f"rank 1 (on {HOST}) did not come to a collective in {LIMIT} s",
         ),
+        (
+            wait_for_a_graph,
+            [75, 75, 75],
+            f"rank 0 (on {HOST}) and all others have waited for their devices for {LIMIT} s",
+        ),
         (refuse, [2, 2, 2], "--flag 3: must be 4"),
         (err, [75, 70, 75], f"rank 1 (on {HOST}) has ended (TypeError: a mistake). All ranks end"),
     ],
@@ -146,6 +165,8 @@ def test_the_others_name_the_rank_and_end(tmp_path, act, statuses, line):
         assert all("All ranks end; go on with the flag" in one for one in lines)
     if act is hang:
         assert all("rank 1 is in step 5, in " in one for one in lines)
+    if act is wait_for_a_graph:
+        assert all("step 5, in newest (megatron_gkd/rollout/row_batch.py:" in one for one in lines)
     if act is stand_still:
         assert all("it is in step 5, in wait (megatron_gkd/meeting.py:" in one for one in lines)
 

@@ -9,6 +9,7 @@ import torch
 from megatron.core import tensor_parallel
 
 from megatron_gkd import parallel
+from tests.processes import in_a_process
 from tests.ranks import run_ranks
 
 
@@ -147,6 +148,21 @@ def refusals(rank, world_size, layouts):
             )
         messages.append(str(error.value))
     return messages
+
+
+def graph_registration(asked):
+    os.environ.pop("NCCL_GRAPH_REGISTER", None)
+    os.environ.update(asked)
+    parallel.join(torch.device("cpu"))
+    return [os.environ["NCCL_GRAPH_REGISTER"]]
+
+
+@pytest.mark.parametrize("asked, expected", [({}, "0"), ({"NCCL_GRAPH_REGISTER": "1"}, "1")])
+def test_nccl_leaves_the_buffers_of_graphs_alone(asked, expected):
+    """Before it starts, in any process that joins a group; megatron-core refuses other settings
+    beside expandable segments, too.
+    """
+    assert in_a_process(graph_registration, asked) == [expected]
 
 
 def test_impossible_worlds_name_both_numbers():

@@ -295,6 +295,12 @@ def test_texts_do_not_depend_on_the_rest_of_the_batch(folder, prompts):
         large, growing = run(folder, layout, settings, dict(capacity=8, **settings))
         assert texts_of(large) == texts_of(growing) == expected
         for written, grown in zip(large, growing):
+            for row, samples in written.responses.items():
+                for one, other in zip(samples, grown.responses[row]):
+                    assert one.log_probabilities == pytest.approx(
+                        other.log_probabilities, rel=0, abs=1e-5
+                    )
+        for written, grown in zip(large, growing):
             assert written.sizes == grown.sizes == sorted(written.sizes, reverse=True)
             assert written.sizes[0] == 16 > written.sizes[-1]
             assert written.capacities == [40] * 39

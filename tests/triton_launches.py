@@ -1,6 +1,10 @@
 """Triton launches without a GPU: recorded instead of run, and compiled for one that is not here."""
 
 import contextlib
+import os
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -68,3 +72,14 @@ def compile_launch(launch: Launch, capability: int = 90):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.function, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled_bytes(kernel) -> int:
+    """Of a thread, registers that lie in memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
+        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r" STACK:(\d+)", found)[1])

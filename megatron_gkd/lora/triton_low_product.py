@@ -20,9 +20,10 @@ from torch import Tensor
 from megatron_gkd.lora.dropout import GROUP, LANES, ROUNDS, Drop
 
 BLOCK_T = 32  # rows of a program
-MOST_LOW = 64  # low numbers of a program, at most; more of them draw the mask again
+MOST_LOW = 64  # low numbers of a program, at most (of fp32 half); more of them draw the mask again
 ENOUGH_PROGRAMS = 512  # of backward_weight, so that a GPU is full
 NUM_WARPS = 4
+FORWARD_STAGES = 2  # three, Triton's default, take more shared memory than an A100 or L40S has
 _LANES, _GROUP, _ROUNDS = tl.constexpr(LANES), tl.constexpr(GROUP), tl.constexpr(ROUNDS)
 
 
@@ -249,11 +250,12 @@ def _store_part(
 
 def low_forward(x: Tensor, down: Tensor, drop: Drop, offsets: Tensor | None = None) -> Tensor:
     """As in low_product.py."""
-    x, down = _rows(x), down.contiguous()
+    x, down = _rows(x), down.to(x.dtype).contiguous()
     low = x.new_empty(len(x), down.shape[-2])
-    grid = (_num_blocks(len(x), offsets), triton.cdiv(low.shape[1], _block_r(low.shape[1])))
+    grid = (_num_blocks(len(x), offsets), triton.cdiv(low.shape[1], _block_r(low)))
     if low.numel():
-        forward_kernel[grid](x, down, offsets, low, **_arguments(x, low.shape[1], drop, offsets))
+        arguments = _arguments(x, low, drop, offsets)
+        forward_kernel[grid](x, down, offsets, low, num_stages=FORWARD_STAGES, **arguments)
     return low
 
 
@@ -266,7 +268,7 @@ def low_backward_input(
 ) -> Tensor:
     """As in low_product.py."""
     grad_low, down = grad_low.contiguous(), down.contiguous()
-    num_low, width = down.shape[-2:]
+    width = down.shape[-1]
     out = grad_low.new_empty(len(grad_low), width) if into is None else into
     grid = (_num_blocks(len(out), offsets), triton.cdiv(width, GROUP))
     if out.numel():
@@ -276,7 +278,7 @@ def low_backward_input(
             offsets,
             out,
             ADD=into is not None,
-            **_arguments(out, num_low, drop, offsets),
+            **_arguments(out, grad_low, drop, offsets),
         )
     return out
 
@@ -288,13 +290,14 @@ def low_backward_weight(
     grad_low, x = grad_low.contiguous(), _rows(x)
     (num_rows, num_low), width = grad_low.shape, x.shape[1]
     num_experts = 1 if offsets is None else len(offsets)
-    num_tiles = triton.cdiv(width, GROUP) * triton.cdiv(num_low, _block_r(num_low))
+    low_tiles = triton.cdiv(num_low, _block_r(grad_low))
+    num_tiles = triton.cdiv(width, GROUP) * low_tiles
     parts = triton.cdiv(ENOUGH_PROGRAMS, num_tiles * num_experts)
     parts = max(1, min(parts, num_rows // num_experts // BLOCK_T))
     out = x.new_empty(parts, num_experts, num_low, width, dtype=torch.float32)
-    grid = (triton.cdiv(width, GROUP), parts * num_experts, triton.cdiv(num_low, _block_r(num_low)))
+    grid = (triton.cdiv(width, GROUP), parts * num_experts, low_tiles)
     backward_weight_kernel[grid](
-        grad_low, x, offsets, out, PARTS=parts, **_arguments(x, num_low, drop, offsets)
+        grad_low, x, offsets, out, PARTS=parts, **_arguments(x, grad_low, drop, offsets)
     )
     total = out[0] if parts == 1 else out.sum(0)
     return total[0] if offsets is None else total
@@ -305,16 +308,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _block_r(num_low: int) -> int:
-    return max(16, min(MOST_LOW, triton.next_power_of_2(num_low)))
+def _block_r(low: Tensor) -> int:
+    """Of low [T, R] or its gradient."""
+    most = MOST_LOW * 2 // low.element_size()
+    return max(16, min(most, triton.next_power_of_2(low.shape[1])))
 
 
 def _num_blocks(num_rows: int, offsets: Tensor | None) -> int:
     return triton.cdiv(num_rows, BLOCK_T) + (0 if offsets is None else len(offsets))
 
 
-def _arguments(x: Tensor, num_low: int, drop: Drop, offsets: Tensor | None) -> dict:
-    """What all kernels take; x [T, in] or its gradient, whose rows may lie further apart."""
+def _arguments(x: Tensor, low: Tensor, drop: Drop, offsets: Tensor | None) -> dict:
+    """What all kernels take; x [T, in] or its gradient, whose rows may lie further apart; low
+    [T, R] or its gradient.
+    """
     num_experts = 1 if offsets is None else len(offsets)
     return dict(
         num_rows=len(x),
@@ -324,9 +331,9 @@ def _arguments(x: Tensor, num_low: int, drop: Drop, offsets: Tensor | None) -> d
         THRESHOLD=drop.threshold,
         WIDTH=x.shape[1],
         ROW=x.stride(0),
-        R=num_low,
+        R=low.shape[1],
         BLOCK_T=BLOCK_T,
-        BLOCK_R=_block_r(num_low),
+        BLOCK_R=_block_r(low),
         BLOCK_E=0 if offsets is None else triton.next_power_of_2(num_experts),
         num_warps=NUM_WARPS,
     )

@@ -31,29 +31,17 @@ def cache_offset(
 
 
 @triton.jit
-def projected(
-    qkv: tl.tensor,
-    up: tl.tensor,
-    low: tl.tensor,
-    is_row: tl.tensor,
-    first: tl.tensor,
-    column: tl.tensor,
-    N: tl.constexpr,
+def sum_of_parts(
+    parts: tl.tensor,
+    is_number: tl.tensor,
     WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Columns of 16 rows of the fused projection with LoRA; the rows' parts begin at `first`."""
-    values = tl.zeros((16, column.shape[0]), tl.float32)
+    """The sum of SPLIT blocks of numbers, WIDTH apart."""
+    total = tl.zeros(parts.shape, tl.float32)
     for split in tl.static_range(SPLIT):
-        at = first[:, None] + split * WIDTH + column[None, :]
-        values += tl.load(qkv + at, mask=is_row[:, None], other=0.0).to(tl.float32)
-    if RANK > 0:
-        r = tl.arange(0, BLOCK_R)
-        tile = tl.load(up + r[:, None] * N + column[None, :], mask=r[:, None] < RANK, other=0.0)
-        values = tl.dot(low, tile, values, input_precision="ieee")
-    return values
+        total += tl.load(parts + split * WIDTH, mask=is_number, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -89,18 +77,20 @@ def rotate_kernel(
     is_row = rows < num_rows
     dtype = query.dtype.element_ty
     first = rows * SPLIT * WIDTH
-    low = tl.zeros((16, BLOCK_R), tl.float32)
-    if RANK > 0:
-        r = tl.arange(0, BLOCK_R)
-        for split in tl.static_range(SPLIT):
-            numbers = qkv + first[:, None] + split * WIDTH + N + r[None, :]
-            is_low = is_row[:, None] & (r[None, :] < RANK)
-            low += tl.load(numbers, mask=is_low, other=0.0).to(tl.float32)
-    low = low.to(dtype)
     column = head * D + i
-    x = projected(qkv, up, low, is_row, first, column, N, WIDTH, RANK, BLOCK_R, SPLIT)
-    column += D // 2
-    y = projected(qkv, up, low, is_row, first, column, N, WIDTH, RANK, BLOCK_R, SPLIT)
+    at = qkv + first[:, None] + column[None, :]
+    x = sum_of_parts(at, is_row[:, None], WIDTH, SPLIT)
+    y = sum_of_parts(at + D // 2, is_row[:, None], WIDTH, SPLIT)
+    for start in range(0, RANK, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        is_low = r < RANK
+        numbers = qkv + first[:, None] + N + r[None, :]
+        low = sum_of_parts(numbers, is_row[:, None] & is_low[None, :], WIDTH, SPLIT).to(dtype)
+        tile = up + r[:, None] * N + column[None, :]
+        w = tl.load(tile, mask=is_low[:, None], other=0.0)
+        x = tl.dot(low, w, x, input_precision="ieee")
+        w = tl.load(tile + D // 2, mask=is_low[:, None], other=0.0)
+        y = tl.dot(low, w, y, input_precision="ieee")
     x = x.to(dtype).to(tl.float32)
     y = y.to(dtype).to(tl.float32)
     if place <= QUERIES:

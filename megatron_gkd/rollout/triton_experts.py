@@ -56,15 +56,19 @@ def low_of(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """down [R, WIDTH] @ x [WIDTH], fp32 [R]."""
+    """down [R, WIDTH] @ x [WIDTH], fp32 [R]. Two blocks are loaded at once; of all of them the
+    registers would not hold the numbers of a large R.
+    """
     r, lanes = tl.arange(0, R), tl.arange(0, BLOCK)
     total = tl.zeros((R, BLOCK), tl.float32)
-    for start in tl.static_range(0, WIDTH, BLOCK):
-        i = start + lanes
-        is_column = i < WIDTH
-        a = tl.load(x + i, mask=is_column, other=0.0).to(tl.float32)
-        at = down + r[:, None] * WIDTH + i[None, :]
-        total += tl.load(at, mask=is_column[None, :], other=0.0).to(tl.float32) * a[None, :]
+    AT_ONCE: tl.constexpr = 1 if WIDTH <= BLOCK else 2
+    for first in range(0, WIDTH, AT_ONCE * BLOCK):
+        for start in tl.static_range(0, AT_ONCE * BLOCK, BLOCK):
+            i = first + start + lanes
+            is_column = i < WIDTH
+            a = tl.load(x + i, mask=is_column, other=0.0).to(tl.float32)
+            at = down + r[:, None] * WIDTH + i[None, :]
+            total += tl.load(at, mask=is_column[None, :], other=0.0).to(tl.float32) * a[None, :]
     return tl.sum(total, 1)
 
 

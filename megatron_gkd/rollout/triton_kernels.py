@@ -54,6 +54,7 @@ DENSE_TILE, GATE_UP_TILE, DOWN_TILE = (32, 128, 4, 4), (32, 128, 4, 4), (64, 128
 KEY_BLOCK, KEY_STAGES, KEY_WARPS = 64, 2, 4
 ORDER_BLOCK = 64
 MOST_KEY_PARTS = 32
+LOW_BLOCK = 64  # low numbers of qkv that a program multiplies with W_up at a time
 
 
 def _block(size: int, largest: int) -> int:
@@ -126,7 +127,7 @@ def qkv(
         sizes.head_dim,
         products.shape[2],
         0 if up is None else len(up),
-        16 if up is None else max(16, triton.next_power_of_2(len(up))),
+        16 if up is None else max(16, min(LOW_BLOCK, triton.next_power_of_2(len(up)))),
         products.shape[1],
         num_warps=4,
     )

@@ -58,7 +58,7 @@ def update_of(
     update = tl.zeros(column.shape, tl.float32)
     for part in tl.static_range(PARTS):
         update += tl.load(parts + part * WIDTH + column, mask=is_column, other=0.0).to(tl.float32)
-    for first in tl.static_range(0, RANK, 8):
+    for first in range(0, RANK, 8):
         r = first + tl.arange(0, 8)
         low = tl.zeros((8,), tl.float32)
         for part in tl.static_range(PARTS):
