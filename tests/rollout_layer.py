@@ -170,3 +170,14 @@ def run_scores(kernels, penalty, temperature, num_real, device) -> dict[str, tor
         values, columns = found.top_k(20)
         results |= dict(values=values[:3], columns=columns[:3])
     return {name: value.double().cpu() for name, value in results.items()}
+
+
+def run_best(kernels, num_columns, has_noise, device) -> dict[str, torch.Tensor]:
+    """Of six rows: equal scores, a row of padding alone, one with a NaN, with or without noise."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(6, num_columns, generator=generator).round(decimals=1)
+    scores[3] = -float("inf")
+    scores[4, num_columns // 2] = float("nan")
+    keys = torch.randint(2**62, (6,), generator=generator) * 2 - 2**62
+    value, column = kernels.best_of(scores.to(device), keys.to(device) if has_noise else None, 3000)
+    return {name: x.cpu() for name, x in dict(value=value, column=column).items()}

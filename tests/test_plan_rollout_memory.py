@@ -6,14 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.real_decoder import REAL_SHAPE
 from megatron_gkd.config import parse_config
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.plan.memory import GIB, estimate
-from megatron_gkd.plan.rollout_memory import BUCKETS, CAPACITY, places, rollout_moments
+from megatron_gkd.plan.rollout_memory import (
+    BUCKETS,
+    CAPACITY,
+    SORT_BYTES,
+    draw_bytes,
+    places,
+    rollout_moments,
+)
 from megatron_gkd.plan.workload import workload
 from megatron_gkd.rollout import cache, engine
+from megatron_gkd.rollout.sampling import top_p_cut_off
 from tests.live_bytes import LiveBytes
 from tests.plans import GUIDE_STEP
 from tests.ranks import run_ranks
@@ -22,6 +31,7 @@ from tests.test_plan_measured import SIZES, VOCABULARY, flags_of
 from tests.train_runs import build_parts
 
 LENGTH, WRITTEN, SAMPLES = 60, 24, 2
+REAL_POSITION = 48 * 2 * 4 * 128 * 2  # bytes of a token's keys and values on one rank
 
 
 def _rollout(rank, world_size, argv, number):
@@ -69,7 +79,7 @@ def _rollout(rank, world_size, argv, number):
         prefill_tokens=118,  # two rows of those lengths, of less than 150 tokens
         num_laid_out=1,
     )
-    always = estimate(args, config.parallel, load).always
+    always = estimate(args, config.parallel, load, device="cpu").always
     # neither gradients nor AdamW's moments are there
     always["LoRA, gradients, AdamW"] //= 4
     measured["all"] = memory.peak()
@@ -104,7 +114,7 @@ def test_a_rollout_holds_what_the_planner_counts(world_size, layout, number, tin
 
 def test_places_are_the_engines():
     assert (CAPACITY, BUCKETS) == (cache.CAPACITY, engine.BUCKETS)
-    for rows in (1, 3, 17, 100, 129, 1000):
+    for rows in (1, 3, 17, 100, 129, 200, 1000):
         for tp, ep in ((1, 1), (2, 2), (2, 4), (8, 8)):
             layout = ParallelConfig(tp, 1, ep, 1)
             multiple = 1 if tp % ep == 0 else tp
@@ -124,6 +134,44 @@ def test_context_parallel_ranks_share_a_rollout():
         for layout, of in ((two, load), (ParallelConfig(), alone))
     )
     assert shared[keys] == own[keys]
+
+
+@pytest.mark.parametrize("written", [512, 600, 1030, 2100, 4200, 16384])
+def test_room_grows_as_the_cache_does(written):
+    """The room before and after, at the last time it grows: those of the cache itself."""
+    table = cache.CacheTable.on(torch.device("meta"), torch.bfloat16)
+    sizes = dict(num_layers=2, num_prompts=1, num_rows=3, num_groups=1, head_dim=8)
+    keys = cache.KeyValueCache(table, **sizes, prompt_width=1, max_new_tokens=written)
+    slots, room = torch.arange(3, dtype=torch.int32, device="meta"), [0]
+    for number in range(1, written + 1, cache.LOOK):
+        keys.reserve(min(number + cache.LOOK, written), slots)
+        if keys.response.shape[4] != room[-1]:
+            room.append(keys.response.shape[4])
+    assert room[-1] == written
+    args, load = REAL_SHAPE.model_args(), replace(GUIDE_STEP, prompt_tokens=100)
+    load = replace(load, completion_tokens=written, prefill_tokens=100, batch_size=1)
+    moments = list(rollout_moments(args, ParallelConfig(), load, 0))
+    most = max(parts["keys and values"] for parts in moments)
+    of_prompts = REAL_POSITION * load.prompts_of_rank(ParallelConfig()) * 100
+    growing = sum(room[-2:])
+    assert most - of_prompts == REAL_POSITION * places(ParallelConfig(), load) * growing
+
+
+def test_sorting_all_scores_is_counted():
+    """Where --top_p is alone: what it takes besides the scores."""
+    memory, scores = LiveBytes(), torch.randn(4, 20_000)
+    with memory:
+        memory.begin()
+        top_p_cut_off(scores, 0.9, None)
+    assert memory.peak() == pytest.approx(SORT_BYTES * scores.numel(), rel=0.1)
+    load = replace(GUIDE_STEP, completion_tokens=8)
+    args, one = REAL_SHAPE.model_args(), ParallelConfig()
+    plain, sorting = (draw_bytes(args, one, replace(load, sorts_scores=on)) for on in (False, True))
+    columns = args.padded_vocab_size(1)
+    assert plain == 4 * columns * 8 and sorting == plain + 4 * columns * SORT_BYTES
+    flags = ["--model", "m", "--dataset", "d", "--top_p", "0.9"]
+    for top_k, sorts in (("50", False), ("0", True)):
+        assert workload(parse_config([*flags, "--top_k", top_k]), args).sorts_scores is sorts
 
 
 RECORDS = Path(__file__).parents[1] / "docs" / "benchmarks" / "rollout_h100.jsonl"
@@ -155,4 +203,5 @@ def test_a_rollout_is_what_a_gpu_showed(rows, length, written, is_student, peak)
     found = estimate(args, one, load)
     held = found.always["base"] + found.always["LoRA, gradients, AdamW"] // 4
     held += found.always["LoRA laid out"] * is_student + found.always["sampler"]
+    held += found.always["rollouts' graphs"]
     assert (held + sum(found.rollout.values())) / GIB == pytest.approx(peak, rel=0.05)

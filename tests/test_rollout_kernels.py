@@ -13,11 +13,12 @@ import torch
 from megatron_gkd.rollout import torch_kernels
 from tests.gpu import SHARED_MEMORY
 from tests.processes import in_a_process
-from tests.rollout_layer import CASES, LayerCase, run_layer, run_scores
+from tests.rollout_layer import CASES, LayerCase, run_best, run_layer, run_scores
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # penalty, temperature, columns that are no padding
+BEST = [(4000, True), (4000, False), (500, True)]  # columns; whether there is noise
 SCORES = [(1.1, 1.0, 4352), (1.0, 0.7, 4200), (1.3, 0.0, 4352), (1.2, 0.9, 0)]
 REAL = LayerCase(
     num_rows=32,
@@ -45,6 +46,7 @@ def run_all():
         triton_kernels.MOST_KEY_PARTS = 32 if CUDA or name == "one row, rank 1" else 4
         results[name] = run_layer(triton_kernels, case, DEVICE)
     results |= {case: run_scores(triton_kernels, *case, DEVICE) for case in SCORES}
+    results |= {case: run_best(triton_kernels, *case, DEVICE) for case in BEST}
     return results
 
 
@@ -59,6 +61,7 @@ def compile_all(case, capability):
     with recorded_launches() as launches:
         run_layer(triton_kernels, case)
         run_scores(triton_kernels, 1.1, 1.0, 4352, "cpu")
+        run_best(triton_kernels, 4352, True, "cpu")
     for launch in launches:
         kernel = compile_launch(launch, capability)
         spilled = spilled_bytes(kernel)
@@ -169,6 +172,16 @@ def test_scores_equal_torch(computed, case):
         torch.testing.assert_close(found, expected[key], rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("case", BEST, ids=str)
+def test_the_best_equal_torch(computed, case):
+    """The same noise, and the lowest column of equal scores."""
+    found, expected = computed[case], run_best(torch_kernels, *case, "cpu")
+    has_number = torch.arange(6) != 4
+    assert found["column"][4] in range(case[0])
+    assert torch.equal(found["column"][has_number], expected["column"][has_number])
+    torch.testing.assert_close(found["value"][:3], expected["value"][:3], rtol=1e-14, atol=1e-14)
+
+
 @pytest.fixture(scope="module")
 def compiled():
     return in_a_process(compile_all, REAL, 90)
@@ -177,7 +190,9 @@ def compiled():
 def test_a_layer_is_few_launches(compiled):
     """At the real sizes, with LoRA on every linear; the router's product is one of cuBLAS's."""
     names = [name for name, *_ in compiled]
-    of_layer = [name for name in names if name not in ("sum_kernel", "scores_kernel")]
+    of_layer = [
+        name for name in names if name not in ("sum_kernel", "scores_kernel", "best_kernel")
+    ]
     assert of_layer.count("add_norm_kernel") == 1  # this layer is run with one of its two norms
     assert len(of_layer) + 1 + 1 == 13
 

@@ -2,6 +2,7 @@
 generates with peft, the teacher's to what it generates without, token by token.
 """
 
+import weakref
 from collections import defaultdict
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from megatron_gkd.lora_targets import LINEARS
 from megatron_gkd.media.positions import MediaTokenIds
 from megatron_gkd.media.towers import StepMedia, build_towers
 from megatron_gkd.model.args import read_model_args
+from megatron_gkd.rollout.row_batch import RowBatch
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.lora_runs import build, initialize
 from tests.packed import rows_of
@@ -66,6 +68,20 @@ def write(rank, world_size, folder, adapter, tp, pp, ep):
     rollout = megatron_rollout(model, model_args, place, **settings)
     rollout = replace(rollout, num_samples=2)
     texts, log_probabilities = {side: defaultdict(list) for side in SIDES}, defaultdict(list)
+    prefill, write_token, features = RowBatch._prefill, RowBatch.write_token, []
+
+    def read(batch, prompts, media):
+        if media is not None and media.features is not None:
+            features.append(weakref.ref(media.features.embeddings))
+        return prefill(batch, prompts, media)
+
+    def write_one(batch, num_written):
+        assert all(of_rollout() is None for of_rollout in features)  # they have served
+        write_token(batch, num_written)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(RowBatch, "_prefill", read)
+    patch.setattr(RowBatch, "write_token", write_one)
     for side in SIDES:
         media = StepMedia(towers, [batch.media for batch in batches])
         for new in rollout.respond(batches, 0, side, media):
@@ -78,6 +94,8 @@ def write(rank, world_size, folder, adapter, tp, pp, ep):
             if side == "student":
                 for row, values in zip(new.rows, new.log_probabilities.split(MAX_NEW_TOKENS)):
                     log_probabilities[row] += values.tolist()
+    patch.undo()
+    assert len(features) == 2 or not place.is_first_stage or place.dp_size > 1
     return {side: dict(of_side) for side, of_side in texts.items()}, dict(log_probabilities)
 
 

@@ -13,7 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_gkd.rollout import torch_kernels
+from megatron_gkd.rollout import sampling, torch_kernels
+from megatron_gkd.rollout.noise import gumbel, keys_of_step
 from megatron_gkd.rollout.sampling import Sampler
 from megatron_gkd.rollout.scores import GROUP, Scores
 from tests.ranks import run_ranks
@@ -88,13 +89,6 @@ def transformers_scores(case, logits, seen):
     return torch.cat(rows)
 
 
-class NoiseFromTable(Sampler):
-    """Draws the column with the largest score + table[row, column]."""
-
-    def noise(self, columns, step):
-        return self.table.gather(1, columns)
-
-
 def draw_each_column(rank, world_size, cases, logits, seen):
     """For each case, (tokens, log-probabilities) of V draws for each row, with the noise of
     `raised_columns`. cases: with transformers' scores.
@@ -105,9 +99,13 @@ def draw_each_column(rank, world_size, cases, logits, seen):
         sampler = make_sampler(
             make_sampling(**case), rank, world_size, num_rows=len(rows), seen=rows
         )
-        sampler.__class__, sampler.table = NoiseFromTable, raised_columns(expected)
+        table = raised_columns(expected)
+        from_table = lambda keys, columns, table=table: table.gather(1, columns)
         drawn = shard(logits.repeat_interleave(VOCAB_SIZE, dim=0), rank, world_size)
-        found.append(sampler.draw(drawn, number(0)))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (sampling, torch_kernels):  # among candidates, among all columns
+                patch.setattr(module, "gumbel", from_table)
+            found.append(sampler.draw(drawn, number(0)))
     return found
 
 
@@ -254,6 +252,10 @@ def test_draws_follow_the_softmax_at_any_sharding(case):
     assert not torch.equal(draw_many(0, 1, logits, sampling, NUM_DRAWS, 8), draws)
 
 
+def noise_of(sampler, columns, step):
+    return gumbel(keys_of_step(sampler.row_keys[: len(columns)], number(step)), columns)
+
+
 def all_columns(num_rows, first=0, end=PADDED_SIZE):
     return torch.arange(first, end).expand(num_rows, -1)
 
@@ -261,7 +263,7 @@ def all_columns(num_rows, first=0, end=PADDED_SIZE):
 def test_noise_is_gumbel_and_independent_of_its_neighbours():
     sampler = make_sampler(make_sampling(), num_rows=200)
     noise = torch.stack(
-        [sampler.noise(all_columns(200), number(step)) for step in range(20)]
+        [noise_of(sampler, all_columns(200), step) for step in range(20)]
     )  # [steps, rows, columns]
     sample = noise.flatten().sort().values
     size = sample.numel()
@@ -280,17 +282,15 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours():
 def test_noise_depends_on_seed_row_step_and_column_alone():
     """Not on the row's place, the columns of the rank, or what else is drawn."""
     whole = make_sampler(make_sampling(), row_ids=[3, 8], seed=5)
-    noise = whole.noise(all_columns(2), number(4))
+    noise = noise_of(whole, all_columns(2), 4)
     part = make_sampler(make_sampling(), rank=1, world_size=2, row_ids=[8], seed=5)
-    assert torch.equal(noise[1:, 100:200], part.noise(all_columns(1, 100, 200), number(4)))
+    assert torch.equal(noise[1:, 100:200], noise_of(part, all_columns(1, 100, 200), 4))
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(noise, whole.noise(all_columns(2), number(5)))
+    assert not torch.equal(noise, noise_of(whole, all_columns(2), 5))
     other = make_sampler(make_sampling(), row_ids=[3, 8], seed=6)
-    assert not torch.equal(noise, other.noise(all_columns(2), number(4)))
+    assert not torch.equal(noise, noise_of(other, all_columns(2), 4))
     whole.begin(6, [3, 8], [[2], [1]], [1, 0])
-    assert torch.equal(
-        whole.noise(all_columns(2), number(4)), other.noise(all_columns(2), number(4))
-    )
+    assert torch.equal(noise_of(whole, all_columns(2), 4), noise_of(other, all_columns(2), 4))
 
 
 def test_rows_that_are_taken_keep_their_noise_and_what_they_have_seen():

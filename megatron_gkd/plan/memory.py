@@ -29,7 +29,7 @@ from megatron_gkd.plan.parameters import (
     lora_parameters,
     place_bytes,
 )
-from megatron_gkd.plan.rollout_memory import rollout_parts, sampler_bytes
+from megatron_gkd.plan.rollout_memory import draw_bytes, rollout_parts, sampler_bytes
 from megatron_gkd.plan.shapes import Device
 from megatron_gkd.plan.tower_memory import tower_lora_parameters
 from megatron_gkd.plan.training_memory import training_parts
@@ -105,9 +105,12 @@ def estimate(
         groups = num_communicators(layout, world_size)
         outside = {"CUDA context": CONTEXT_BYTES * whole_card}
         outside["communicators"] = groups * COMMUNICATOR_BYTES
+    graphs = {}
+    if device == "cuda" and load.completion_tokens and layout.pipeline_model_parallel_size == 1:
+        graphs = {"rollouts' graphs": draw_bytes(args, layout, load)}
     found = [
         Estimate(
-            standing_parts(args, layout, load, stage),
+            standing_parts(args, layout, load, stage) | graphs,
             training_parts(args, layout, load, stage, device=device, kept_layers=kept_layers),
             rollout_parts(args, layout, load, stage, device=device),
             outside,

@@ -5,6 +5,7 @@ Legend: P prompts, B places of rows that are written, W positions of the longest
 that responses have room for.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from megatron_gkd.plan.training_memory import kinds, layers_of_stage
 from megatron_gkd.plan.workload import Workload
 
 CAPACITY = 512  # response positions that the cache starts with (rollout/cache.py)
+SORT_BYTES = 32  # a score: sorted, with its column; probabilities as fp64 and integers
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # places, then multiples of 64 (engine.py)
 
 
@@ -31,7 +33,7 @@ def places(layout: ParallelConfig, load: Workload) -> int:
     multiple = tp if tp % ep else 1  # experts are spread over replicas
     rows = load.written_rows(layout)
     sizes = [size for size in BUCKETS if size >= rows and size % multiple == 0]
-    step = 64 * multiple
+    step = math.lcm(64, multiple)
     return sizes[0] if sizes else -(-rows // step) * step
 
 
@@ -39,6 +41,15 @@ def sampler_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> in
     """Of which tokens each row has seen, kept from rollout to rollout."""
     tp = layout.tensor_model_parallel_size
     return places(layout, load) * (args.padded_vocab_size(tp) // tp + 16)
+
+
+def draw_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
+    """Of one draw: logits and scores in fp32; where all scores are sorted, these and their
+    probabilities besides.
+    """
+    tp = layout.tensor_model_parallel_size
+    of_a_number = 8 + SORT_BYTES * load.sorts_scores
+    return places(layout, load) * args.padded_vocab_size(tp) // tp * of_a_number
 
 
 def rollout_parts(
@@ -79,28 +90,34 @@ def rollout_moments(
     shapes = replace(layers[0].shapes, layout=alone, tokens=tokens, routed_rows=routed_rows)
     of_layers = max(forward(replace(layer, shapes=shapes)) for layer in layers)
     last = num_prompts * args.hidden_size * load.number_bytes
-    features = deepstack = 0
+    features = of_media = deepstack = 0
     if stage == 0:
         # of each micro-batch, from the step's start on where towers are frozen; and joined
         num_media = media_tokens(load, load.batch_size * load.accumulation * load.row_tokens)
-        features = feature_bytes(load, num_media)
+        of_media = feature_bytes(load, num_media)
         if load.lora_towers:
             yield {
-                "features of media": features,
+                "features of media": of_media,
                 "towers' activations": tower_bytes(load, device).forward,
             }
-            yield {"features of media": 2 * features}
+            yield {"features of media": 2 * of_media}
         else:
-            features *= 2
+            features = of_media
         deepstack = deepstack_bytes(load, min(media_tokens(load, tokens), shapes.shard))
-    held = {"keys and values": prompts + responses, "features of media": features}
-    yield held | {"prompts": of_layers + last + deepstack}
+    held = {"keys and values": prompts + responses}
+    joined_too = {"features of media": features + of_media}
+    yield held | joined_too | {"prompts": of_layers + last + deepstack}
     logits = rows * args.padded_vocab_size(tp) // tp * 4
     seen = sampler_bytes(args, layout, load)  # the prompts' tokens, beside the sampler's own
-    yield held | {"sampling": logits + seen}
+    yield held | joined_too | {"sampling": draw_bytes(args, layout, load) + seen}
+    held["features of media"] = features
     if load.completion_tokens > CAPACITY:  # it doubles until it is enough
-        longest = position * rows * load.completion_tokens
-        yield held | {"keys and values": prompts + longest + longest // 2}
+        capacity = CAPACITY
+        while 2 * capacity < load.completion_tokens:
+            capacity *= 2
+        both = position * rows * (capacity + load.completion_tokens)
+        of_prompts = 2 * position * rows * load.prompt_tokens if device == "cpu" else prompts
+        yield held | {"keys and values": of_prompts + both}
     if device == "cpu":  # each row's prompt is copied before its response
         joined = position * rows * load.prompt_tokens + responses
         yield held | {"keys and values": joined, "sampling": 5 * logits}

@@ -11,6 +11,7 @@ from megatron_gkd.distillation import DistillConfig, parse_schedule
 from megatron_gkd.layout import ParallelConfig
 from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.plan.towers import Tower
+from megatron_gkd.responses import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Workload:
     """0: no step writes its responses"""
     num_generations: int = 1
     prefill_tokens: int = 0
+    sorts_scores: bool = False
+    """Whether a token is drawn with --top_p among all columns, without --top_k"""
     num_laid_out: int = 1
     """Adapters that write: the student's, and the teacher's with --seq_kd or for rollouts.jsonl"""
     towers: Sequence[Tower] = ()
@@ -112,6 +115,7 @@ def workload(
         completion_tokens=completion if writes else 0,
         num_generations=config.rollout.num_generations,
         prefill_tokens=config.rollout.rollout_prefill_tokens,
+        sorts_scores=_sorts_scores(config.rollout),
         num_laid_out=1 + (has_teacher_adapter and teacher_writes),
         towers=towers,
         lora_towers=config.lora.lora_towers,
@@ -121,6 +125,10 @@ def workload(
         response_tokens=response_tokens or response,
         on_policy_share=on_policy_share(distill, train.max_steps),
     )
+
+
+def _sorts_scores(rollout: RolloutConfig) -> bool:
+    return rollout.rollout_temperature > 0 and rollout.top_p < 1 and not rollout.top_k
 
 
 def on_policy_share(distill: DistillConfig, max_steps: int) -> float:

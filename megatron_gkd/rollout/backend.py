@@ -112,7 +112,11 @@ class MegatronBackend:
         own = range(parallel.cp_rank, len(prompts.token_ids), parallel.cp_size)
         # also the towers, which encode the prompts' media
         with toggle(model), eval_mode(model), torch.no_grad():
-            media = prompts.media()
+
+            def media() -> PromptMedia | None:
+                of_all = prompts.media()
+                return None if of_all is None else of_all.of(own)
+
             written = _Written()
             try:
                 written.responses = generate(
@@ -121,7 +125,7 @@ class MegatronBackend:
                     seed=(self.seed << 32) + step,
                     row_ids=[prompts.row_ids[index] for index in own],
                     sample_ids=[prompts.sample_ids[index] for index in own],
-                    media=None if media is None else media.of(own),
+                    media=media,
                     num_samples=prompts.num_samples,
                 )
             except FloatingPointError as error:

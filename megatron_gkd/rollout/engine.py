@@ -2,6 +2,7 @@
 and the CUDA graphs that read it.
 """
 
+import math
 from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class GenerationSettings:
 def bucket(num_rows: int, multiple: int = 1) -> int:
     """The smallest batch size for so many rows that is a multiple of `multiple`."""
     sizes = (size for size in BUCKETS if size >= num_rows and size % multiple == 0)
-    step = 64 * multiple
+    step = math.lcm(64, multiple)
     return next(sizes, -(-num_rows // step) * step)
 
 

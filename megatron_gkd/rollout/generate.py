@@ -6,7 +6,7 @@ ended where the batch can become smaller. Legend: P prompts of this data-paralle
 each, B rows, T = max_new_tokens.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def generate(
     seed: int,
     row_ids: Sequence[int],
     sample_ids: Sequence[int] | None = None,
-    media: PromptMedia | None = None,
+    media: Callable[[], PromptMedia | None] = lambda: None,
     num_samples: int = 1,
 ) -> list[Response]:
     """n = num_samples responses to each prompt of this data-parallel rank, prompt by prompt.
@@ -54,7 +54,7 @@ def generate(
     errors name; sample_ids: a number of each prompt that is unique in the global batch
     (default: row_ids). Together with `seed` it determines the noise, so neither layout nor
     batch changes a text, as far as they leave the logits alone. media: None where all prompts are
-    text.
+    text; called once, so that nothing else holds it when the prompts have been read.
 
     Holds keys and values meanwhile: of P prompts as long as the longest, and of B responses as long
     as any so far (up to twice that, for a moment three times). Collectives: those
@@ -68,11 +68,12 @@ def generate(
     settings = engine.settings
     check_prompts(prompts, row_ids, settings.max_new_tokens, engine.vocab_size)
     sample_ids = row_ids if sample_ids is None else sample_ids
+    of_prompts = media()  # on every rank: towers may hold collectives
     num_rows = engine.largest_of_ranks(len(prompts) * num_samples)
     if not num_rows:
         return []
-    batch = RowBatch(engine, prompts, media, num_samples, num_rows, seed, sample_ids)
-    del media  # the features have served
+    batch = RowBatch(engine, prompts, of_prompts, num_samples, num_rows, seed, sample_ids)
+    del of_prompts  # the features have served
     responses = [Response([], []) for _ in range(len(prompts) * num_samples)]
     noted, num_written = 0, 1
     while True:

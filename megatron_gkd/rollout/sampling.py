@@ -3,8 +3,8 @@
 
 Filters are applied as in `transformers`: repetition penalty, temperature, top-k, top-p. With top-k
 each rank sends its k best columns, and what follows concerns these candidates alone. The draw is
-Gumbel-max: argmax of score + noise. The noise of a column is a hash of (seed, row id, step,
-column), so the same seed gives the same text at every layout and batch size.
+Gumbel-max: argmax of score + noise (noise.py), so the same seed gives the same text at every layout
+and batch size.
 
 Deviations from `transformers`: among scores equal to its cut-off top-k keeps any k, and top-p keeps
 all. Legend: B rows,
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_gkd.rollout.noise import gumbel, keys_of_rows, keys_of_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Sampler:
         """New texts: row_ids identify the rows in the noise; the row's prompt counts as seen."""
         device = self.row_keys.device
         ids = torch.tensor(row_ids, dtype=torch.int64, device=device)
-        self.row_keys[: len(row_ids)] = _mix(ids + _mix(torch.full_like(ids, seed)))
+        self.row_keys[: len(row_ids)] = keys_of_rows(ids, seed)
         self.seen.zero_()
         if self.sampling.repetition_penalty != 1:
             tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
@@ -149,7 +151,8 @@ class Sampler:
             score = score[:, : sampling.top_k]
             dropped = score < _lowest_kept(score, sampling.top_p)
             score = score.masked_fill(dropped, -float("inf"))
-            score = score + self.noise(column[:, : sampling.top_k].long(), step)
+            keys = keys_of_step(self.row_keys[: len(score)], step)
+            score = score + gumbel(keys, column[:, : sampling.top_k].long())
         # Among equal scores the lowest id: ranks and their columns come in order.
         index = score.argmax(dim=1, keepdim=True)
         tokens = column.gather(1, index)[:, 0].long().where(log_sum.isfinite(), -1)
@@ -159,24 +162,13 @@ class Sampler:
 
     def _best(self, scores: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """The one candidate of this rank, score and column [B, 1]: greedy, or among all columns."""
-        scores = scores.double()
+        keys = None
         if self.sampling.temperature > 0:
+            keys = keys_of_step(self.row_keys[: len(scores)], step)
             if self.sampling.top_p < 1:
                 lowest = top_p_cut_off(scores, self.sampling.top_p, self.group)
                 scores = scores.masked_fill(scores < lowest, -float("inf"))
-            columns = self.first_column + torch.arange(scores.shape[1], device=scores.device)
-            scores = scores + self.noise(columns.expand(len(scores), -1), step)
-        column = scores.argmax(dim=1, keepdim=True)  # the first of equal scores
-        return scores.gather(1, column), column
-
-    def noise(self, columns: Tensor, step: Tensor) -> Tensor:
-        """Standard Gumbel noise [B, n] fp64 for columns [B, n], a pure function of (seed, row id,
-        step, column).
-        """
-        step_keys = _mix(self.row_keys[: len(columns)] + step + 1)
-        bits = _mix(step_keys[:, None] + columns * _GOLDEN)
-        uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
-        return -torch.log(-torch.log(uniform))
+        return self.kernels.best_of(scores, keys, self.first_column)
 
 
 def top_p_cut_off(scores: Tensor, top_p: float, group: Any) -> Tensor:
@@ -204,22 +196,3 @@ def _all_gather(x: Tensor, group: Any) -> list[Tensor]:
     parts = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return parts
-
-
-# splitmix64 (Steele, Lea, Flood 2014) in int64 arithmetic, which wraps around: its published
-# constants as signed numbers.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """int64 -> int64; each bit of the result depends on every bit of x."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
-    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
-    return x ^ _shift(x, 31)

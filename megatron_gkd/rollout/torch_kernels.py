@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from megatron_gkd.model.grouped import grouped_product
 from megatron_gkd.rollout.cache import KeyValueCache, Rows
+from megatron_gkd.rollout.noise import gumbel
 from megatron_gkd.rollout.scores import Scores
 from megatron_gkd.rollout.weights import Delta, LayerWeights, Linear, Routing, Sizes
 
@@ -172,3 +173,16 @@ def scores_of(
     if temperature not in (0, 1):
         scores = scores / temperature
     return Scores(scores, log_sum, None)
+
+
+def best_of(scores: Tensor, step_keys: Tensor | None, first_column: int) -> tuple[Tensor, Tensor]:
+    """Scores fp32 [B, C] -> the largest sum of score and noise fp64 [B, 1], or the largest score
+    where there are no keys, and its column int64 [B, 1]: the lowest of equal ones. first_column:
+    token id of column 0. Of a row with a NaN any column.
+    """
+    scores = scores.double()
+    if step_keys is not None:
+        columns = first_column + torch.arange(scores.shape[1], device=scores.device)
+        scores = scores + gumbel(step_keys, columns.expand(len(scores), -1))
+    column = scores.argmax(dim=1, keepdim=True)
+    return scores.gather(1, column), column

@@ -32,12 +32,13 @@ from megatron_gkd.rollout.triton_experts import (
     route_kernel,
 )
 from megatron_gkd.rollout.triton_linear import add_norm_kernel, linear_kernel, sum_kernel
-from megatron_gkd.rollout.triton_sampling import scores_of
+from megatron_gkd.rollout.triton_sampling import best_of, scores_of
 from megatron_gkd.rollout.weights import Delta, LayerWeights, Linear, Routing, Sizes
 
 __all__ = [
     "add_norm",
     "attend",
+    "best_of",
     "experts",
     "output",
     "qkv",
