@@ -1,9 +1,9 @@
 """How the responses of on-policy steps are written. Imports nothing slow."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_gkd.flags import (
-    NOT_NEGATIVE,
     POSITIVE,
     Range,
     require,
@@ -41,8 +41,9 @@ class RolloutConfig:
         require_at_least(self, 1, "max_completion_length")
         require_at_least(self, 1, "num_generations")
         require_at_least(self, 1, "rollout_prefill_tokens")
-        greedy_or_more = Range("0 (greedy) or more", NOT_NEGATIVE.holds)
-        require_in(self, greedy_or_more, "rollout_temperature")
+        # logits over a smaller one are no fp32 numbers
+        is_one = lambda value: value == 0 or 1e-6 <= value < math.inf
+        require_in(self, Range("0 (greedy) or 1e-6 or more", is_one), "rollout_temperature")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]", "1 switches it off")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or more", "0 switches it off")
         require_in(self, POSITIVE, "repetition_penalty", way_out="1 switches it off")

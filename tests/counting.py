@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # On CUDA each of these makes the host wait, or has a size that the host must ask for.
 WAITS = {
@@ -21,11 +22,18 @@ WAITS = {
     "bincount",
     "equal",
     "is_nonzero",
+    "index.Tensor.mask",
+    "index_put_.mask",
 }
 # No launches: memory is reserved, a tensor or a number of the host is made, a range is marked.
 HOST = {"empty", "empty.memory_format", "empty_like", "new_empty", "empty_strided", "detach_"}
 HOST |= {"new_empty_strided", "lift_fresh", "resize_", "set_.source_Storage", "randint.low"}
 HOST |= {"_record_function_enter_new", "_record_function_exit._RecordFunction"}
+
+
+def _is_mask(x) -> bool:
+    """Whether an index by it has a size that the host must ask for."""
+    return torch.is_tensor(x) and x.dtype == torch.bool
 
 
 class Counting(TorchDispatchMode):
@@ -48,6 +56,8 @@ class Counting(TorchDispatchMode):
         elif not function.is_view:
             if function._overloadname not in ("default", "out"):
                 name = f"{name}.{function._overloadname}"
+            if name.startswith("index") and any(map(_is_mask, tree_leaves(args[1:]))):
+                name = f"{name}.mask"
             self.operations[name] += 1
             tensors = [x for x in (*args, result) if torch.is_tensor(x)]
             self.elements[name] += sum(x.numel() for x in tensors)

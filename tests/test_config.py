@@ -210,6 +210,7 @@ def test_values_that_begin_with_a_dash():
         (["--top_k", "-1"], ["--top_k -1"]),
         (["--repetition_penalty", "0"], ["--repetition_penalty 0.0"]),
         (["--rollout_temperature", "-1"], ["--rollout_temperature -1.0"]),
+        (["--rollout_temperature", "1e-7"], ["--rollout_temperature 1e-07", "1e-6 or more"]),
         (["--max_completion_length", "0"], ["--max_completion_length 0"]),
         (["--learning_rate", "inf"], ["--learning_rate inf"]),
         (["--warmup_ratio", "5"], ["--warmup_ratio 5.0", "[0, 1]"]),

@@ -41,14 +41,16 @@ def prompts():
 
 def write_all(folder, adapter, prompts):
     """Texts of the student, greedy and sampled (three samples of each prompt), with the graph and
-    without it; and which kernels ran.
+    without it, and between two of its rollouts the teacher's, on other prompts; the cache grows in
+    each. And which kernels ran.
     """
     from megatron_gkd.formats.loading import load_weights
-    from megatron_gkd.lora import apply_lora
+    from megatron_gkd.lora import apply_lora, as_student, as_teacher
     from megatron_gkd.lora.load import load_adapter
     from megatron_gkd.lora.peft_folder import PeftAdapter
     from megatron_gkd.model.decoder import build_decoder
     from megatron_gkd.parallel import initialize, resolve_device
+    from megatron_gkd.rollout import cache
     from megatron_gkd.rollout.generate import generate
     from tests.rollouts import GREEDY, make_engine, make_sampling
 
@@ -60,7 +62,7 @@ def write_all(folder, adapter, prompts):
     options = dict(rank=stored.rank, alpha=stored.alpha, dropout=0.5, targets=stored.targets)
     apply_lora(model, model_args, parallel, **options, seed=0)
     load_adapter(model, model_args, parallel, stored)
-    texts = {}
+    texts, cache.CAPACITY = {}, 16
     for name, sampling, num_samples in (("greedy", GREEDY, 1), ("sampled", sampled, 3)):
         for graphs in (True, False):
             engine = make_engine(
@@ -71,14 +73,14 @@ def write_all(folder, adapter, prompts):
                 max_new_tokens=MAX_NEW_TOKENS,
                 cuda_graphs=graphs,
             )
-            for rollout in range(2):  # the second one replays what the first has captured
-                responses = generate(
-                    engine,
-                    prompts,
-                    seed=3,
-                    row_ids=range(len(prompts)),
-                    num_samples=num_samples,
-                )
+            authors = as_student, as_student, as_teacher, as_student  # captured, replayed
+            for rollout, author in enumerate(authors):
+                is_teacher = author is as_teacher
+                read = [prompts[-1] + prompts[0], *prompts[::-1]] if is_teacher else prompts
+                with author(model):
+                    responses = generate(
+                        engine, read, seed=3, row_ids=range(len(read)), num_samples=num_samples
+                    )
                 texts[name, graphs, rollout] = [found.token_ids for found in responses]
     texts["kernels"] = engine.decoder.kernels.__name__
     return texts
@@ -94,23 +96,31 @@ def test_kernels_of_the_device_run(texts):
     assert texts["kernels"].endswith(f"{kind}_kernels")
 
 
+def greedy_text(model, prompt):
+    ids = model.generate(
+        input_ids=torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=[],
+        pad_token_id=0,
+    )
+    return ids[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "eager"])
 def test_greedy_text_equals_peft(texts, folder, adapter, prompts, graphs):
     model, _ = load_peft(load_thinker(folder), adapter)
-    for row, prompt in enumerate(prompts):
-        ids = model.generate(
-            input_ids=torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=[],
-            pad_token_id=0,
-        )
-        expected = ids[0, len(prompt) :].tolist()
-        for rollout in range(2):
-            assert texts["greedy", graphs, rollout][row] == expected
+    expected = [greedy_text(model, prompt) for prompt in prompts]
+    for rollout in (0, 1, 3):
+        assert texts["greedy", graphs, rollout] == expected
+    base = load_thinker(folder)
+    read = [prompts[-1] + prompts[0], *prompts[::-1]]
+    assert texts["greedy", graphs, 2] == [greedy_text(base, prompt) for prompt in read]
 
 
 def test_graph_and_eager_sample_the_same_texts(texts):
     graphed = texts["sampled", True, 0]
     assert len(graphed) == 3 * len(LENGTHS) == len(set(map(tuple, graphed)))
-    assert graphed == texts["sampled", True, 1] == texts["sampled", False, 0]
+    for rollout in (0, 1, 3):
+        assert graphed == texts["sampled", True, rollout] == texts["sampled", False, rollout]
+    assert texts["sampled", True, 2] == texts["sampled", False, 2]

@@ -15,6 +15,7 @@ from megatron_gkd.plan.memory import GIB, estimate
 from megatron_gkd.plan.rollout_memory import (
     BUCKETS,
     CAPACITY,
+    LEAST_ROOM,
     SORT_BYTES,
     draw_bytes,
     places,
@@ -114,6 +115,7 @@ def test_a_rollout_holds_what_the_planner_counts(world_size, layout, number, tin
 
 def test_places_are_the_engines():
     assert (CAPACITY, BUCKETS) == (cache.CAPACITY, engine.BUCKETS)
+    assert LEAST_ROOM == engine.LEAST_ROOM
     for rows in (1, 3, 17, 100, 129, 200, 1000):
         for tp, ep in ((1, 1), (2, 2), (2, 4), (8, 8)):
             layout = ParallelConfig(tp, 1, ep, 1)

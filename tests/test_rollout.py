@@ -219,8 +219,13 @@ def peft_text(folder, prompts, adapter_folder):
 
 @pytest.mark.parametrize(
     "layout",
-    [(1, 1, 1, 1), (2, 2, 1, 2), (4, 1, 2, 2), (8, 8, 1, 8)],
-    ids=["single", "TP2-EP2", "PP2-EP2", "TP8-EP8"],
+    [
+        pytest.param((1, 1, 1, 1), id="single"),
+        pytest.param((2, 2, 1, 2), id="TP2-EP2", marks=pytest.mark.extended),
+        pytest.param((4, 4, 1, 2), id="TP4-EP2"),
+        pytest.param((4, 1, 2, 2), id="PP2-EP2-DP2", marks=pytest.mark.smoke),
+        pytest.param((8, 8, 1, 8), id="TP8-EP8"),
+    ],
 )
 def test_lora_on_and_off_equal_peft(
     folder, prompts, adapter_folder, peft_text, single_rank, layout

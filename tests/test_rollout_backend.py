@@ -477,12 +477,10 @@ def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder,
         read_stop_token_ids(tmp_path)
 
 
-def write_a_bad_row(rank, world_size, folder):
-    """Two context-parallel ranks share the rows and the experts; the logits of row 1, the second
-    rank's, are not finite: what each rank says.
-    """
+def write_a_bad_row(rank, world_size, folder, ep):
+    """What two context-parallel ranks say of row 1, the second one's, whose logits are not finite."""
     parallel = parallel_module.initialize(
-        torch.device("cpu"), expert_model_parallel_size=2, context_parallel_size=2
+        torch.device("cpu"), expert_model_parallel_size=ep, context_parallel_size=2
     )
     model_args = read_model_args(folder)
     model = build_decoder(model_args, parallel, torch.float32)
@@ -495,6 +493,7 @@ def write_a_bad_row(rank, world_size, folder):
     return str(error.value)
 
 
-def test_ranks_that_share_rows_name_the_bad_one(folder):
-    said = run_ranks(write_a_bad_row, 2, folder)
+@pytest.mark.parametrize("ep", [1, 2])
+def test_ranks_that_share_rows_name_the_bad_one(folder, ep):
+    said = run_ranks(write_a_bad_row, 2, folder, ep)
     assert said[0] == said[1] and "not finite for row 1 " in said[0]

@@ -159,6 +159,23 @@ def texts_of(batches, side):
     return texts
 
 
+def check_settings(parts):
+    """Each flag is a setting of the engine, and of the greedy one but for the temperature."""
+    flags = dict(rollout_temperature=0.7, top_p=0.8, top_k=7, repetition_penalty=1.3)
+    flags |= dict(max_completion_length=11, rollout_prefill_tokens=77, num_generations=3)
+    rollout = make_rollout(RolloutConfig(**flags, rollout_cuda_graphs=False), **parts)
+    sampling = dict(temperature=0.7, top_p=0.8, top_k=7, repetition_penalty=1.3)
+    engine = rollout.backend.engine
+    for used, temperature in ((engine, 0.7), (engine.greedy, 0.0)):
+        found = used.settings
+        assert vars(found.sampling) == sampling | dict(temperature=temperature)
+        sizes = found.max_new_tokens, found.prefill_tokens, found.cuda_graphs
+        assert sizes == (11, 77, False)
+    assert (rollout.num_samples, rollout.max_new_tokens) == (3, 11)
+    evaluation = rollout.for_evaluation(parts["data"], Budget(max_tokens=50))
+    assert (evaluation.num_samples, evaluation.greedy) == (1, True)
+
+
 def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, ep):
     """{(step, author): (text of the training model, text of transformers)} by row, and what the
     second engine was asked for. At step n the model has the n-th adapter.
@@ -187,14 +204,7 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
         for numbered in next(loader)
     ]
     assert len(batches) > 1
-    rollout = make_rollout(
-        RolloutConfig(
-            max_completion_length=MAX_NEW_TOKENS,
-            rollout_temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-        ),
+    parts = dict(
         model=model,
         model_args=model_args,
         parallel=place,
@@ -203,6 +213,17 @@ def write_with_both(rank, world_size, folder, dataset, adapters, saved, tp, pp, 
         budget=budget,
         packing=packed,
         seed=0,
+    )
+    check_settings(parts)
+    rollout = make_rollout(
+        RolloutConfig(
+            max_completion_length=MAX_NEW_TOKENS,
+            rollout_temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+        ),
+        **parts,
     )
     found, events = {}, []
     engine = TransformersBackend(folder, saved, events, **vars(rollout.backend))

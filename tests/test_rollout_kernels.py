@@ -6,6 +6,8 @@ before triton is imported.
 """
 
 import tempfile
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from megatron_gkd.rollout import torch_kernels
 from tests.gpu import SHARED_MEMORY
 from tests.processes import in_a_process
-from tests.rollout_layer import CASES, LayerCase, run_best, run_layer, run_scores
+from tests.rollout_layer import CASES, LayerCase, make, run_best, run_layer, run_scores
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -164,6 +166,18 @@ def test_kernels_equal_torch(computed, name):
             assert (found - wanted).norm() <= tolerance * wanted.norm(), key
 
 
+def test_the_router_is_fp32():
+    """As in training, whatever the weights' dtype."""
+    layer, sizes, *_, x, _ = make(LayerCase(dtype=torch.bfloat16), "cpu")
+    exact = replace(layer, router=layer.router.float())
+    found, expected = (
+        torch_kernels.route(rows, weights, sizes, (0, 1))
+        for rows, weights in ((x, layer), (x.float(), exact))
+    )
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.probabilities, expected.probabilities)
+
+
 @pytest.mark.parametrize("case", SCORES, ids=str)
 def test_scores_equal_torch(computed, case):
     """Scores, log-sum-exp (NaN where a logit is not finite) and the largest through the groups."""
@@ -182,19 +196,57 @@ def test_the_best_equal_torch(computed, case):
     torch.testing.assert_close(found["value"][:3], expected["value"][:3], rtol=1e-14, atol=1e-14)
 
 
+class _Watched:
+    """The module of Triton kernels, whose functions' own torch operations are counted."""
+
+    CAPTURABLE = True
+
+    def __init__(self, counting):
+        self.counting = counting
+
+    def __getattr__(self, name):
+        from megatron_gkd.rollout import triton_kernels
+
+        def counted(*arguments):
+            with self.counting:
+                return getattr(triton_kernels, name)(*arguments)
+
+        return counted
+
+
+def count_launches(is_partial):
+    """(of Triton, of torch) by name, of a layer with one of its two norms; is_partial: experts of
+    other ranks, too.
+    """
+    from tests.counting import HOST, Counting
+    from tests.triton_launches import recorded_launches
+
+    case, counting = REAL, Counting()
+    if not is_partial:
+        case = REAL._replace(num_experts=4, experts_per_token=4)
+    with recorded_launches() as launches:
+        run_layer(_Watched(counting), case)
+    of_torch = {name: n for name, n in counting.operations.items() if name not in HOST}
+    return [launch.function.__name__ for launch in launches], of_torch
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_what_torch_launches_beside_triton(is_partial):
+    """The router's product, whose casts CUDA does without; zeros for pairs of other ranks."""
+    of_triton, of_torch = in_a_process(count_launches, is_partial)
+    assert of_torch.pop("_to_copy") == 2 and of_torch.pop("mm") == 1
+    assert of_torch == ({"new_zeros": 1} if is_partial else {})
+    of_layer = Counter(of_triton)
+    sums = of_layer.pop("sum_kernel")  # before the all-reduces, with tensor parallelism
+    assert sums == 2 and of_layer["add_norm_kernel"] == 1
+    num_launches = of_layer.total() + 1 + 1  # the other norm, the router's product
+    assert num_launches == 13
+    assert num_launches + sums + 1 <= 16  # the zeros; collectives are counted with the ranks
+
+
 @pytest.fixture(scope="module")
 def compiled():
     return in_a_process(compile_all, REAL, 90)
-
-
-def test_a_layer_is_few_launches(compiled):
-    """At the real sizes, with LoRA on every linear; the router's product is one of cuBLAS's."""
-    names = [name for name, *_ in compiled]
-    of_layer = [
-        name for name in names if name not in ("sum_kernel", "scores_kernel", "best_kernel")
-    ]
-    assert of_layer.count("add_norm_kernel") == 1  # this layer is run with one of its two norms
-    assert len(of_layer) + 1 + 1 == 13
 
 
 def test_weights_are_read_in_16_bytes(compiled):

@@ -2,6 +2,7 @@
 generates with peft, the teacher's to what it generates without, token by token.
 """
 
+import functools
 import weakref
 from collections import defaultdict
 from dataclasses import replace
@@ -22,13 +23,17 @@ from tests.packed import rows_of
 from tests.random_media import make_batch, make_rows
 from tests.ranks import run_ranks
 from tests.rollouts import megatron_rollout
+from tests.tower_adapters import make_model, write_tower_adapter
 
 VOCAB_SIZE, MAX_NEW_TOKENS = 503, 5
 SIDES = ("student", "teacher")
-LAYOUTS = [
-    pytest.param((1, 1, 1, 1), id="single"),
-    pytest.param((4, 2, 2, 2), id="TP2-PP2-EP2"),
-    pytest.param((3, 1, 1, 1), id="DP3-text-on-one-rank"),
+# LoRA on every linear of the decoder, or on its attention and both towers; the layout
+CASES = [
+    pytest.param("decoder", (1, 1, 1, 1), id="single"),
+    pytest.param("decoder", (4, 2, 2, 2), id="TP2-PP2-EP2", marks=pytest.mark.smoke),
+    pytest.param("decoder", (3, 1, 1, 1), id="DP3-text-on-one-rank"),
+    pytest.param("towers", (1, 1, 1, 1), id="towers", marks=pytest.mark.extended),
+    pytest.param("towers", (4, 2, 2, 2), id="towers-TP2-PP2-EP2"),
 ]
 
 
@@ -45,14 +50,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter(folder, tmp_path_factory):
+def adapters(folder, tmp_path_factory):
     tensors = random_adapter(read_model_args(folder), 2, LINEARS)
-    return write_adapter(
-        tmp_path_factory.mktemp("adapter"), tensors, rank=2, alpha=3, targets=LINEARS
-    )
+    paths = {kind: tmp_path_factory.mktemp(kind) for kind in ("decoder", "towers")}
+    return {
+        "decoder": write_adapter(paths["decoder"], tensors, rank=2, alpha=3, targets=LINEARS),
+        "towers": write_tower_adapter(folder, paths["towers"]),
+    }
 
 
-def write(rank, world_size, folder, adapter, tp, pp, ep):
+def write(rank, world_size, folder, kind, adapter, tp, pp, ep):
     """{side: {row: two texts}} of this rank's micro-batches, and the student's log-probabilities
     {row: [2 x text]}.
     """
@@ -62,8 +69,12 @@ def write(rank, world_size, folder, adapter, tp, pp, ep):
         batches.append(make_batch([*of_batch], tp, first))
         first += len(of_batch)
     batches = batches[place.dp_rank :: place.dp_size]
-    model_args, model = build(place, folder, adapter)
-    towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
+    if kind == "towers":
+        model_args, model = make_model(place, folder, adapter=adapter)
+        towers = model.towers
+    else:
+        model_args, model = build(place, folder, adapter)
+        towers = build_towers(folder, model_args, place, torch.float32, audio=True, visual=True)
     settings = dict(max_new_tokens=MAX_NEW_TOKENS, max_tokens=200)
     rollout = megatron_rollout(model, model_args, place, **settings)
     rollout = replace(rollout, num_samples=2)
@@ -99,8 +110,7 @@ def write(rank, world_size, folder, adapter, tp, pp, ep):
     return {side: dict(of_side) for side, of_side in texts.items()}, dict(log_probabilities)
 
 
-@pytest.fixture(scope="module")
-def expected(folder, adapter):
+def expected_texts(folder, adapter):
     """As `write` returns it."""
     texts, log_probabilities = {}, {}
     rows = [row for of_batch in make_rows(MediaTokenIds.read(folder)) for row in of_batch]
@@ -120,17 +130,24 @@ def expected(folder, adapter):
     return texts, log_probabilities
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_text_equals_transformers(folder, adapter, expected, layout):
+@pytest.fixture(scope="module")
+def expected(folder, adapters):
+    return functools.cache(lambda kind: expected_texts(folder, adapters[kind]))
+
+
+@pytest.mark.parametrize("kind, layout", CASES)
+def test_greedy_text_equals_transformers(folder, adapters, expected, kind, layout):
     """Two samples of each row; and its log-probabilities."""
-    expected_texts, expected_values = expected
-    assert expected_texts["student"] != expected_texts["teacher"]
+    of_transformers, expected_values = expected(kind)
+    assert of_transformers["student"] != of_transformers["teacher"]
     texts, values = {side: {} for side in SIDES}, {}
-    for of_rank, values_of_rank in run_ranks(write, layout[0], folder, adapter, *layout[1:]):
+    for of_rank, values_of_rank in run_ranks(
+        write, layout[0], folder, kind, adapters[kind], *layout[1:]
+    ):
         for side in SIDES:
             texts[side] |= of_rank[side]
         values |= values_of_rank
-    assert texts == expected_texts
+    assert texts == of_transformers
     assert sorted(values) == sorted(expected_values)
     for row, of_row in values.items():
         assert of_row == pytest.approx(expected_values[row], rel=0, abs=1e-5)

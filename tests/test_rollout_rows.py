@@ -8,9 +8,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.rollout import cache
 from megatron_gkd.rollout.engine import bucket
 from megatron_gkd.rollout.generate import Response, generate
+from megatron_gkd.rollout.graphs import Graphs
 from megatron_gkd.rollout.prefill import chunks_of
 from megatron_gkd.rollout.row_batch import RowBatch
 from tests.adapters import load_thinker
@@ -331,14 +333,48 @@ def state_of_engine(rank, world_size, folder):
     place = initialize(1, 1, 1)
     model_args, model = build(place, folder)
     engine = make_engine(model, model_args, place, max_new_tokens=3)
-    states = [engine.state(number) for number in (5, 2, 5, 6, 1)]
+    states = [engine.state(number) for number in (5, 2, 128, 129, 1, 256)]
     return [(rows.tokens.data_ptr(), sampler.seen.data_ptr()) for rows, sampler in states]
 
 
 def test_the_state_stays_where_it_is_until_it_is_too_small(folder):
     """CUDA graphs read it there."""
     (addresses,) = run_ranks(state_of_engine, 1, folder)
-    assert addresses[0] == addresses[1] == addresses[2] != addresses[3] == addresses[4]
+    assert addresses[0] == addresses[1] == addresses[2] != addresses[3]
+    assert addresses[3] == addresses[4] == addresses[5]
+
+
+def keys_of_graphs(rank, world_size, folder):
+    """What a graph would be captured for, and where all of them would go."""
+    place = initialize(1, 1, 1)
+    model_args, model = build(place, folder, rank=2, alpha=2, targets=["q_proj"], seed=0)
+    engine = make_engine(model, model_args, place, max_new_tokens=2)
+    events, run_call, clear = [], Graphs.run, Graphs.clear
+
+    def run_and_note(graphs, key, call):
+        events.append(key)
+        run_call(graphs, key, call)
+
+    def clear_and_note(graphs):
+        events.append("of the greedy" if graphs is engine.greedy.graphs else "clear")
+        clear(graphs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Graphs, "run", run_and_note)
+        patch.setattr(Graphs, "clear", clear_and_note)
+        for author, number in ((as_student, 2), (as_teacher, 2), (as_student, 3)):
+            with author(model):
+                generate(engine, [[5]] * number, seed=0, row_ids=range(number))
+        engine.state(129)
+        engine.close()
+    return events
+
+
+def test_a_graph_for_each_adapter_and_size(folder):
+    """They go where the state moves, and at the end those of both engines."""
+    (events,) = run_ranks(keys_of_graphs, 1, folder)
+    keys = [("student", 2), ("teacher", 2), ("student", 4)]
+    assert events == ["clear", *keys, "clear", "clear", "of the greedy"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ CAPACITY = 512  # response positions that the cache starts with (rollout/cache.p
 SORT_BYTES = 32  # a score: sorted, with its column; probabilities as fp64 and integers
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # places, then multiples of 64 (engine.py)
 
+LEAST_ROOM = 128  # rows of the sampler's state (engine.py)
+
 
 def places(layout: ParallelConfig, load: Workload) -> int:
     """B: the bucket of a rank's rows."""
@@ -40,7 +42,8 @@ def places(layout: ParallelConfig, load: Workload) -> int:
 def sampler_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
     """Of which tokens each row has seen, kept from rollout to rollout."""
     tp = layout.tensor_model_parallel_size
-    return places(layout, load) * (args.padded_vocab_size(tp) // tp + 16)
+    rows = max(places(layout, load), LEAST_ROOM)
+    return rows * (args.padded_vocab_size(tp) // tp + 16)
 
 
 def draw_bytes(args: ModelArgs, layout: ParallelConfig, load: Workload) -> int:
@@ -108,7 +111,8 @@ def rollout_moments(
     joined_too = {"features of media": features + of_media}
     yield held | joined_too | {"prompts": of_layers + last + deepstack}
     logits = rows * args.padded_vocab_size(tp) // tp * 4
-    seen = sampler_bytes(args, layout, load)  # the prompts' tokens, beside the sampler's own
+    # the tokens of prompts, then of their rows, beside the sampler's own
+    seen = (num_prompts + rows) * (args.padded_vocab_size(tp) // tp + 16)
     yield held | joined_too | {"sampling": draw_bytes(args, layout, load) + seen}
     held["features of media"] = features
     if load.completion_tokens > CAPACITY:  # it doubles until it is enough

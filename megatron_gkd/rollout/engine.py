@@ -19,6 +19,7 @@ from megatron_gkd.rollout.head import Head
 from megatron_gkd.rollout.sampling import Sampler, Sampling
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # batch sizes; then multiples of 64
+LEAST_ROOM = 128  # rows that the state has room for: graphs go where it must move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,12 @@ class Engine:
         )
 
     def state(self, num_rows: int) -> tuple[Rows, Sampler | None]:
-        """The state of so many rows, at the addresses of last time where it is large enough; the
-        sampler on the last stage.
+        """The state of so many rows or more, at the addresses of last time where it is large
+        enough; the sampler on the last stage.
         """
-        if self._rows is None or len(self._rows.tokens) < num_rows:
+        room = 0 if self._rows is None else len(self._rows.tokens)
+        if room < num_rows:
+            num_rows = max(num_rows, 2 * room, LEAST_ROOM)
             self.graphs.clear()
             self._rows = Rows.on(self.parallel.device, num_rows)
             if self.head is not None:
