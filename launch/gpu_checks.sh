@@ -42,7 +42,7 @@ ragged      45 rows of ragged lengths
 demo       120 the demo in bf16
 determinism 45 two equal backward passes with --deterministic true
 sanitizer   90 memory accesses of the kernels of the loss and of an expert layer (compute-sanitizer)
-decode      75 tokens of a rollout by batch size, graph against eager
+decode     100 tokens of a rollout by batch size, graph against eager
 rollout     75 rollouts of a small model against transformers
 rates       75 what the GPU does in a second, and what the planner makes of it
 "

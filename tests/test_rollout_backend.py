@@ -478,7 +478,7 @@ def test_stop_ids_come_from_generation_config_then_config_then_tokenizer(folder,
 
 
 def write_a_bad_row(rank, world_size, folder, ep):
-    """What two context-parallel ranks say of row 1, the second one's, whose logits are not finite."""
+    """What two context-parallel ranks say of row 1, the second's, whose logits are not finite."""
     parallel = parallel_module.initialize(
         torch.device("cpu"), expert_model_parallel_size=ep, context_parallel_size=2
     )

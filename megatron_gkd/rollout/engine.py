@@ -102,8 +102,8 @@ class Engine:
         """The state of so many rows or more, at the addresses of last time where it is large
         enough; the sampler on the last stage.
         """
-        room = 0 if self._rows is None else len(self._rows.tokens)
-        if room < num_rows:
+        if self._rows is None or len(self._rows.tokens) < num_rows:
+            room = 0 if self._rows is None else len(self._rows.tokens)
             num_rows = max(num_rows, 2 * room, LEAST_ROOM)
             self.graphs.clear()
             self._rows = Rows.on(self.parallel.device, num_rows)
