@@ -8,11 +8,13 @@ before triton is imported.
 import tempfile
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_gkd.rollout import torch_kernels
+from benchmarks.real_decoder import REAL_SHAPE
+from megatron_gkd.rollout import decode, torch_kernels
 from tests.gpu import SHARED_MEMORY
 from tests.processes import in_a_process
 from tests.rollout_layer import CASES, LayerCase, make, run_best, run_layer, run_scores
@@ -164,6 +166,28 @@ def test_kernels_equal_torch(computed, name):
         else:
             assert wanted.norm() > 0
             assert (found - wanted).norm() <= tolerance * wanted.norm(), key
+
+
+@pytest.mark.parametrize(
+    "sizes, tp, reason",
+    [
+        ({}, 8, ""),
+        (dict(hidden_size=2050), 1, "hidden_size is 2050, no multiple of 16"),
+        (dict(moe_intermediate_size=760), 1, "moe_intermediate_size is 760, no multiple of 16"),
+        (dict(head_dim=96), 1, "head_dim is 96, not 32, 64, 128 or 256"),
+        (dict(num_key_value_heads=1), 1, "32 query heads share a key, more than 16"),
+        (dict(num_key_value_heads=1), 2, ""),
+    ],
+)
+def test_a_gpu_that_does_without_triton_says_why(sizes, tp, reason):
+    model_args = replace(REAL_SHAPE.model_args(), **sizes)
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), tp_size=tp)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), tp_size=tp)
+    assert decode.slow_kernels_note(model_args, on_cpu) == ""
+    note = decode.slow_kernels_note(model_args, on_gpu)
+    assert note.endswith(f": {reason}") if reason else note == ""
+    kernels = decode.select_kernels(model_args, on_gpu)
+    assert kernels.CAPTURABLE is not bool(reason)
 
 
 def test_the_router_is_fp32():

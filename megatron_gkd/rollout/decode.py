@@ -24,25 +24,45 @@ from megatron_gkd.rollout.cache import CacheTable, KeyValueCache, Rows
 from megatron_gkd.rollout.weights import Delta, LayerWeights, StageWeights
 
 
+def misfit(model_args: ModelArgs, parallel: Parallel) -> str:
+    """Why triton_kernels do not take this rank's sizes, `` where they do."""
+    heads = model_args.num_attention_heads // parallel.tp_size
+    queries = heads // max(1, model_args.num_key_value_heads // parallel.tp_size)
+    sizes = {
+        "hidden_size": model_args.hidden_size,
+        "moe_intermediate_size": model_args.moe_intermediate_size,
+        "head_dim times a rank's heads": heads * model_args.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            return f"{name} is {size}, no multiple of 16"
+    if model_args.head_dim not in (32, 64, 128, 256):
+        return f"head_dim is {model_args.head_dim}, not 32, 64, 128 or 256"
+    return f"{queries} query heads share a key, more than 16" if queries > 16 else ""
+
+
 def select_kernels(model_args: ModelArgs, parallel: Parallel) -> ModuleType:
-    """triton_kernels on CUDA where Triton is installed, the sizes are multiples of 16 (heads: a
-    power of two from 32 on) and at most 16 query heads share a key, otherwise torch_kernels.
+    """triton_kernels on CUDA where Triton is installed and the sizes fit (`misfit`), otherwise
+    torch_kernels.
     """
-    sizes = (
-        model_args.hidden_size,
-        model_args.moe_intermediate_size,
-        model_args.num_attention_heads // parallel.tp_size * model_args.head_dim,
-    )
-    groups = max(1, model_args.num_key_value_heads // parallel.tp_size)
-    fits = all(size % 16 == 0 for size in sizes) and model_args.head_dim in (32, 64, 128, 256)
-    fits = fits and model_args.num_attention_heads // parallel.tp_size // groups <= 16
-    if fits and runs_triton(parallel.device):
+    if runs_triton(parallel.device) and not misfit(model_args, parallel):
         from megatron_gkd.rollout import triton_kernels
 
         return triton_kernels
     from megatron_gkd.rollout import torch_kernels
 
     return torch_kernels
+
+
+def slow_kernels_note(model_args: ModelArgs, parallel: Parallel) -> str:
+    """What a GPU does without, and why; `` where it does as it can, and on a CPU."""
+    if parallel.device.type != "cuda":
+        return ""
+    reason = misfit(model_args, parallel)
+    if not reason and not runs_triton(parallel.device):
+        reason = "Triton is not installed"
+    without = "rollouts go without Triton's kernels and CUDA graphs, many times slower"
+    return f"Note: {without}: {reason}" if reason else ""
 
 
 def replicas_share_experts(parallel: Parallel) -> bool:

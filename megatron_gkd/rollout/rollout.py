@@ -20,6 +20,7 @@ from megatron_gkd.model.args import ModelArgs
 from megatron_gkd.parallel import Parallel, largest, log_rank_0, text_of_rank
 from megatron_gkd.responses import RolloutConfig
 from megatron_gkd.rollout.backend import Author, MegatronBackend, Prompts, RolloutBackend
+from megatron_gkd.rollout.decode import slow_kernels_note
 from megatron_gkd.rollout.engine import Engine, GenerationSettings
 from megatron_gkd.rollout.generate import Response, telling
 from megatron_gkd.rollout.prefill import PromptMedia
@@ -267,6 +268,8 @@ def make_rollout(
             f"Note: no file in {model_folder} that can be read names an end-of-text token; every "
             "response will have --max_completion_length tokens",
         )
+    if note := slow_kernels_note(model_args, parallel):
+        log_rank_0(parallel, note)
     generation = GenerationSettings(
         sampling=Sampling(
             temperature=settings.rollout_temperature,
