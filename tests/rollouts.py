@@ -1,5 +1,7 @@
 """Rollouts in tests: sampling settings, and a `Rollout` around the training model."""
 
+import torch
+
 from megatron_gkd.data import Packing
 from megatron_gkd.data.micro_batches import Budget
 from megatron_gkd.rollout.backend import MegatronBackend
@@ -63,3 +65,23 @@ def megatron_rollout(
         budget=Budget(max_tokens),
         packing=Packing(0, parallel.sequence_multiple, parallel.row_multiple),
     )
+
+
+def greedy_texts(
+    model, prompts, max_new_tokens, *, stop_token_ids=(), **settings
+) -> dict[int, list[int]]:
+    """What transformers' `model` writes behind each prompt, by its number: one by one, since its
+    repetition penalty would count padding as text.
+    """
+    texts = {}
+    for row, prompt in enumerate(prompts):
+        ids = model.generate(
+            input_ids=torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_token_ids),
+            pad_token_id=0,
+            **settings,
+        )
+        texts[row] = ids[0, len(prompt) :].tolist()
+    return texts

@@ -36,8 +36,8 @@ from tests.adapters import (
     write_adapter,
 )
 from tests.ranks import run_ranks
-from tests.rollouts import GREEDY
-from tests.test_rollout import load, transformers_greedy, write
+from tests.rollouts import GREEDY, greedy_texts
+from tests.test_rollout import MAX_NEW_TOKENS, load, write
 from tests.test_train import error_of_run
 from tests.test_verify import rewrite, run_verify
 from tests.train_runs import SMALL, arguments, layout_flags, read_lines, run_training, stable
@@ -119,7 +119,7 @@ def write_greedily(rank, world_size, folder, layout, prompts):
 def test_greedy_text_equals_transformers(folder, layout):
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(503, (n,), generator=generator).tolist() for n in (9, 1, 17, 4)]
-    expected = transformers_greedy(load_text_model(str(folder)), prompts)
+    expected = greedy_texts(load_text_model(str(folder)), prompts, MAX_NEW_TOKENS)
     found = run_ranks(write_greedily, layout[0], str(folder), layout, prompts)
     assert all(texts == expected for texts in found)
 

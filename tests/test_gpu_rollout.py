@@ -12,6 +12,7 @@ from megatron_gkd.model.args import read_model_args
 from tests.adapters import load_peft, load_thinker, random_adapter, write_adapter
 from tests.gpu import DEVICE, needs_gpu
 from tests.processes import in_a_process
+from tests.rollouts import GREEDY, greedy_texts, make_engine, make_sampling
 
 pytestmark = [pytest.mark.extended, needs_gpu]
 MAX_NEW_TOKENS = 40
@@ -52,7 +53,6 @@ def write_all(folder, adapter, prompts):
     from megatron_gkd.parallel import initialize, resolve_device
     from megatron_gkd.rollout import cache
     from megatron_gkd.rollout.generate import generate
-    from tests.rollouts import GREEDY, make_engine, make_sampling
 
     sampled = make_sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1)
     parallel, model_args = initialize(resolve_device(DEVICE)), read_model_args(folder)
@@ -96,26 +96,16 @@ def test_kernels_of_the_device_run(texts):
     assert texts["kernels"].endswith(f"{kind}_kernels")
 
 
-def greedy_text(model, prompt):
-    ids = model.generate(
-        input_ids=torch.tensor([prompt]),
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=[],
-        pad_token_id=0,
-    )
-    return ids[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "eager"])
 def test_greedy_text_equals_peft(texts, folder, adapter, prompts, graphs):
     model, _ = load_peft(load_thinker(folder), adapter)
-    expected = [greedy_text(model, prompt) for prompt in prompts]
+    expected = list(greedy_texts(model, prompts, MAX_NEW_TOKENS).values())
     for rollout in (0, 1, 3):
         assert texts["greedy", graphs, rollout] == expected
     base = load_thinker(folder)
     read = [prompts[-1] + prompts[0], *prompts[::-1]]
-    assert texts["greedy", graphs, 2] == [greedy_text(base, prompt) for prompt in read]
+    expected = list(greedy_texts(base, read, MAX_NEW_TOKENS).values())
+    assert texts["greedy", graphs, 2] == expected
 
 
 def test_graph_and_eager_sample_the_same_texts(texts):

@@ -31,7 +31,7 @@ from megatron_gkd.rollout.backend import MegatronBackend, Prompts
 from megatron_gkd.rollout.decode import Decoder
 from megatron_gkd.rollout.generate import OTHER_RANKS_ROW, generate
 from tests.ranks import run_ranks
-from tests.rollouts import GREEDY, make_engine, make_sampling, no_media
+from tests.rollouts import GREEDY, greedy_texts, make_engine, make_sampling, no_media
 
 VOCAB_SIZE = 1000  # not a multiple of 128: every layout has padded columns
 LENGTHS = (9, 1, 17, 4, 12)
@@ -123,27 +123,10 @@ def thinker(folder):
     ).eval()
 
 
-def transformers_greedy(model, prompts, **settings):
-    texts = {}
-    for row, prompt in enumerate(
-        prompts
-    ):  # one by one: transformers' penalty would count padding as text
-        ids = model.generate(
-            input_ids=torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=[],
-            pad_token_id=0,
-            **settings,
-        )
-        texts[row] = ids[0, len(prompt) :].tolist()
-    return texts
-
-
 @pytest.mark.parametrize("name", ["greedy", "repetition"])
 def test_greedy_text_equals_transformers(thinker, prompts, single_rank, name):
-    expected = transformers_greedy(
-        thinker, prompts, repetition_penalty=SETTINGS[name].repetition_penalty
+    expected = greedy_texts(
+        thinker, prompts, MAX_NEW_TOKENS, repetition_penalty=SETTINGS[name].repetition_penalty
     )
     assert single_rank[name] == expected
 
@@ -214,7 +197,9 @@ def peft_text(folder, prompts, adapter_folder):
     student = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32
     )
-    return transformers_greedy(PeftModel.from_pretrained(student, adapter_folder).eval(), prompts)
+    return greedy_texts(
+        PeftModel.from_pretrained(student, adapter_folder).eval(), prompts, MAX_NEW_TOKENS
+    )
 
 
 @pytest.mark.parametrize(

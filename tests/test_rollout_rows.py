@@ -18,7 +18,7 @@ from megatron_gkd.rollout.row_batch import RowBatch
 from tests.adapters import load_thinker
 from tests.lora_runs import build, initialize
 from tests.ranks import run_ranks
-from tests.rollouts import GREEDY, make_engine, make_sampling
+from tests.rollouts import GREEDY, greedy_texts, make_engine, make_sampling
 
 SIZES = dict(
     num_hidden_layers=2,
@@ -208,30 +208,15 @@ def test_texts_do_not_depend_on_the_chunks(folder, prompts, thinker, layout):
     )
     assert [written.forwards for written in small] == FORWARDS[layout]
     assert all(len(written.forwards) == 1 for written in whole)
-    expected = {row: [text[:6]] for row, text in greedy_texts(thinker, prompts).items()}
+    expected = {row: [text[:6]] for row, text in greedy_texts(thinker, prompts, LONG).items()}
     assert texts_of(small) == texts_of(whole) == expected
     assert texts_of(drawn_small) == texts_of(drawn_whole) != expected
-
-
-def greedy_texts(thinker, prompts, stop_token_ids=()):
-    """What transformers writes, one prompt after the other."""
-    texts = {}
-    for row, prompt in enumerate(prompts):
-        ids = thinker.generate(
-            input_ids=torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=LONG,
-            eos_token_id=list(stop_token_ids),
-            pad_token_id=0,
-        )
-        texts[row] = ids[0, len(prompt) :].tolist()
-    return texts
 
 
 @pytest.fixture(scope="module")
 def stop_token_ids(thinker, prompts):
     """Ids with which the greedy texts have ENDS tokens."""
-    texts = greedy_texts(thinker, prompts)
+    texts = greedy_texts(thinker, prompts, LONG)
     return [texts[row][end - 1] for row, end in enumerate(ENDS)]
 
 
@@ -251,7 +236,7 @@ def test_rows_that_have_ended_leave_the_batch(
     """A text ends with the first stop id; ranks that share experts end together, with the last of
     their rows.
     """
-    expected = greedy_texts(thinker, prompts, stop_token_ids)
+    expected = greedy_texts(thinker, prompts, LONG, stop_token_ids=stop_token_ids)
     assert tuple(map(len, expected.values())) == ENDS
     settings = dict(rows=numbered(prompts), stop_token_ids=stop_token_ids)
     long, short = run(folder, layout, settings, dict(max_new_tokens=20, **settings))

@@ -25,7 +25,7 @@ from megatron_gkd.rollout.weights import Delta, LayerWeights, StageWeights
 
 
 def misfit(model_args: ModelArgs, parallel: Parallel) -> str:
-    """Why triton_kernels do not take this rank's sizes, `` where they do."""
+    """Why triton_kernels do not take this rank's sizes; empty where they do."""
     heads = model_args.num_attention_heads // parallel.tp_size
     queries = heads // max(1, model_args.num_key_value_heads // parallel.tp_size)
     sizes = {
@@ -55,13 +55,13 @@ def select_kernels(model_args: ModelArgs, parallel: Parallel) -> ModuleType:
 
 
 def slow_kernels_note(model_args: ModelArgs, parallel: Parallel) -> str:
-    """What a GPU does without, and why; `` where it does as it can, and on a CPU."""
+    """That a GPU goes without them, and why; empty where it has them, and on a CPU."""
     if parallel.device.type != "cuda":
         return ""
     reason = misfit(model_args, parallel)
     if not reason and not runs_triton(parallel.device):
         reason = "Triton is not installed"
-    without = "rollouts go without Triton's kernels and CUDA graphs, many times slower"
+    without = "rollouts go without Triton's kernels and CUDA graphs, and are slower"
     return f"Note: {without}: {reason}" if reason else ""
 
 
