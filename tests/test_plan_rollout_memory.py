@@ -159,6 +159,24 @@ def test_room_grows_as_the_cache_does(written):
     assert most - of_prompts == REAL_POSITION * places(ParallelConfig(), load) * growing
 
 
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [2]])
+def test_growth_holds_the_room_before_and_of_the_rows_that_stay(slots):
+    """The measured peak, but for the copy of a layer."""
+    table = cache.CacheTable.on(torch.device("cpu"), torch.float32)
+    layers, rows, of_row = 8, 4, 2 * 3 * 16 * 4  # keys and values, groups, head size, bytes
+    sizes = dict(num_layers=layers, num_rows=rows, num_groups=3, head_dim=16)
+    memory = LiveBytes()
+    with memory:
+        memory.begin()
+        keys = cache.KeyValueCache(
+            table, **sizes, num_prompts=1, prompt_width=1, max_new_tokens=600
+        )
+        keys.reserve(513, torch.tensor(slots, dtype=torch.int32))
+    before, after = (layers * n * of_row for n in (rows * 512, len(slots) * 600))
+    copied = len(slots) * 512 * of_row
+    assert memory.peak() == pytest.approx(before + after + copied, rel=0.01)
+
+
 def test_sorting_all_scores_is_counted():
     """Where --top_p is alone: what it takes besides the scores."""
     memory, scores = LiveBytes(), torch.randn(4, 20_000)

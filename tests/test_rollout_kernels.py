@@ -220,6 +220,23 @@ def test_the_best_equal_torch(computed, case):
     torch.testing.assert_close(found["value"][:3], expected["value"][:3], rtol=1e-14, atol=1e-14)
 
 
+def bytes_of_a_draw():
+    """At its peak, beside the scores, of 8 rows and 100,000 columns."""
+    from megatron_gkd.rollout import triton_kernels
+    from tests.live_bytes import LiveBytes
+    from tests.triton_launches import recorded_launches
+
+    scores, keys, memory = torch.zeros(8, 100_000), torch.zeros(8, dtype=torch.int64), LiveBytes()
+    with recorded_launches(), memory:
+        memory.begin()
+        triton_kernels.best_of(scores, keys, 0)
+    return memory.peak()
+
+
+def test_a_draw_among_all_columns_holds_no_copy_of_them():
+    assert 0 < in_a_process(bytes_of_a_draw) < 8 * 100_000 // 10
+
+
 class _Watched:
     """The module of Triton kernels, whose functions' own torch operations are counted."""
 
@@ -274,8 +291,9 @@ def compiled():
 
 
 def test_weights_are_read_in_16_bytes(compiled):
-    """The kernels that read weights use no narrower copies."""
-    for name, *_, ptx in compiled:
+    """The kernels that read weights use no narrower copies, and fit into shared memory."""
+    for name, shared, _, ptx in compiled:
+        assert shared <= 100_000, name
         if name in ("linear_kernel", "gate_up_kernel", "down_kernel", "attention_kernel"):
             assert "cp.async.cg" in ptx and "cp.async.ca" not in ptx, name
             assert "mma" in ptx, name
