@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_gkd.rollout.cache import CacheTable, KeyValueCache, Rows
+from megatron_gkd.rollout.noise import GOLDEN, MULTIPLIERS
 from megatron_gkd.rollout.weights import LayerWeights, Linear, Sizes
 
 
@@ -172,12 +173,26 @@ def run_scores(kernels, penalty, temperature, num_real, device) -> dict[str, tor
     return {name: value.double().cpu() for name, value in results.items()}
 
 
+def key_of(column: int, hashed: int) -> int:
+    """The step's key for which noise.py's hash of this column is `hashed`; both int64."""
+    x = hashed % 2**64
+    for bits, multiplier in ((31, None), (27, MULTIPLIERS[1]), (30, MULTIPLIERS[0])):
+        if multiplier is not None:
+            x = x * pow(multiplier, -1, 2**64) % 2**64
+        x ^= (x >> bits) ^ (x >> 2 * bits)
+    x = (x - (column + 1) * GOLDEN) % 2**64
+    return x - 2**64 * (x >= 2**63)
+
+
 def run_best(kernels, num_columns, has_noise, device) -> dict[str, torch.Tensor]:
-    """Of six rows: equal scores, a row of padding alone, one with a NaN, with or without noise."""
+    """Of six rows: equal scores, a row of padding alone, one with a NaN, with or without noise, of
+    which the last one has the largest there is.
+    """
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(6, num_columns, generator=generator).round(decimals=1)
     scores[3] = -float("inf")
     scores[4, num_columns // 2] = float("nan")
     keys = torch.randint(2**62, (6,), generator=generator) * 2 - 2**62
+    keys[5] = key_of(3007, -1)
     value, column = kernels.best_of(scores.to(device), keys.to(device) if has_noise else None, 3000)
     return {name: x.cpu() for name, x in dict(value=value, column=column).items()}

@@ -217,7 +217,9 @@ def test_the_best_equal_torch(computed, case):
     has_number = torch.arange(6) != 4
     assert found["column"][4] in range(case[0])
     assert torch.equal(found["column"][has_number], expected["column"][has_number])
-    torch.testing.assert_close(found["value"][:3], expected["value"][:3], rtol=1e-14, atol=1e-14)
+    values = found["value"][[0, 1, 2, 5]]
+    assert values.isfinite().all()
+    torch.testing.assert_close(values, expected["value"][[0, 1, 2, 5]], rtol=1e-14, atol=1e-14)
 
 
 def bytes_of_a_draw():

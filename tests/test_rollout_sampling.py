@@ -18,6 +18,7 @@ from megatron_gkd.rollout.noise import gumbel, keys_of_step
 from megatron_gkd.rollout.sampling import Sampler
 from megatron_gkd.rollout.scores import GROUP, Scores
 from tests.ranks import run_ranks
+from tests.rollout_layer import key_of
 from tests.rollouts import make_sampling
 
 VOCAB_SIZE, PADDED_SIZE = 503, 512
@@ -277,6 +278,14 @@ def test_noise_is_gumbel_and_independent_of_its_neighbours():
         )
         correlation = (first * second).mean() / centred.var()
         assert abs(correlation) < 4 / math.sqrt(size), axis
+
+
+@pytest.mark.parametrize(
+    "hashed, noise", [(0, -math.log(53 * math.log(2))), (-1, 53 * math.log(2))]
+)
+def test_the_smallest_and_the_largest_noise_are_finite(hashed, noise):
+    found = gumbel(torch.tensor([key_of(7, hashed)]), torch.tensor([[7]]))
+    assert found.item() == pytest.approx(noise, abs=1e-12)
 
 
 def test_noise_depends_on_seed_row_step_and_column_alone():

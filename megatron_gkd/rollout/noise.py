@@ -39,5 +39,6 @@ def keys_of_step(row_keys: Tensor, step: Tensor) -> Tensor:
 def gumbel(step_keys: Tensor, columns: Tensor) -> Tensor:
     """Standard Gumbel noise fp64 [B, n] for columns int64 [B, n]."""
     bits = _mix(step_keys[:, None] + columns * GOLDEN)
-    uniform = (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits and a half are a number of 53 bits, below 1: the noise is finite
+    uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))

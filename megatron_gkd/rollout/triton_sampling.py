@@ -118,7 +118,7 @@ def best_kernel(
     x = x.to(tl.float64)
     if NOISE:
         bits = mix(tl.load(keys + row) + (first_column + column).to(tl.int64) * _GOLDEN)
-        uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) + 0.5) * 2.0**-53
+        uniform = (((bits >> 12) & 0xFFFFFFFFFFFFF).to(tl.float64) + 0.5) * 2.0**-52
         x += -tl.log(-tl.log(uniform))
     top = tl.max(x, 0)
     # NaN equals nothing: then any column that is there
