@@ -340,6 +340,7 @@ def layout_line(config: Config, world_size: int, model_args: ModelArgs) -> str:
         model_args,
         config.parallel,
         samples_of_a_rank=config.train.global_batch_size(1),
+        num_generations=config.rollout.num_generations,
         max_tokens=config.train.micro_batch_tokens(config.data.max_length),
     )
 

@@ -86,6 +86,7 @@ def describe_layout(
     parallel: ParallelConfig,
     *,
     samples_of_a_rank: int,
+    num_generations: int,
     max_tokens: int,
 ) -> str:
     """One line on how `world_size` ranks share a model of these sizes, and the samples of a step;
@@ -102,10 +103,12 @@ def describe_layout(
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep, cp = parallel.expert_model_parallel_size, parallel.context_parallel_size
     of_rows = f"CP {cp} x " if cp > 1 else ""
+    each = f", each with {num_generations} responses where the run writes them,"
     return (
         f"Layout: {world_size} ranks = TP {tp} x PP {pp} x {of_rows}DP {data_parallel_size}; "
         f"EP {ep}: {model_args.num_experts // ep} of {model_args.num_experts} experts a rank; "
         f"{model_args.num_layers // pp} of {model_args.num_layers} layers a stage; "
         f"a step takes {samples_of_a_rank * data_parallel_size} samples ({samples_of_a_rank} x "
-        f"{data_parallel_size} data-parallel ranks) in micro-batches of at most {max_tokens} tokens"
+        f"{data_parallel_size} data-parallel ranks){each if num_generations > 1 else ''} in "
+        f"micro-batches of at most {max_tokens} tokens"
     )

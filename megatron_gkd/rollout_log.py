@@ -45,14 +45,28 @@ class RolloutLog:
     seed: int
 
     def of_step(self, batches: Sequence[Batch], step: int, author: Author | None) -> list[Line]:
-        """The first responses of a step that `author` wrote, without a collective; none where the
-        step has the data's own.
+        """Responses of a step that `author` wrote, without a collective; none where the step has
+        the data's own. One to each prompt in the order of the data, then the prompts' second ones:
+        micro-batches begin with the longest.
         """
         if author is None or self.parallel.rank != 0:
             return []
-        samples = [sample for batch in batches for sample in batch.samples if sample is not None]
+        rows = [
+            (number, sample)
+            for batch in batches
+            for number, sample in zip(batch.sample_ids, batch.samples)
+            if sample is not None
+        ]
+        # of one prompt's by their ids, so that their lengths do not choose
+        rows.sort(key=lambda row: (row[0], row[1].student.input_ids))
+        in_turn = [
+            (turn, number, sample)
+            for number, of_prompt in groupby(rows, key=lambda row: row[0])
+            for turn, (_, sample) in enumerate(of_prompt)
+        ]
+        in_turn.sort(key=lambda row: row[:2])
         lines = []
-        for sample in samples[: self.number]:
+        for *_, sample in in_turn[: self.number]:
             location = self.train_data.location(sample.row)
             lines.append(self._line(sample, step, "train", author, location))
         return lines

@@ -214,9 +214,10 @@ class Run:
                 self.clock.lap("data_time")
                 yield batches
 
-    def eval_batches(self) -> Iterator[tuple[list[Batch], StepMedia]]:
-        """This rank's micro-batches of the evaluation data, on the device, with their media: each
-        row once over all ranks, padding samples where a rank has none.
+    def eval_batches(self) -> Iterator[tuple[list[Batch], StepMedia, bool]]:
+        """This rank's micro-batches of the evaluation data, on the device, with their media, and
+        whether a rollout wrote them: each row once over all ranks, padding samples where a rank has
+        none.
 
         Rows with a response come a micro-batch at a time. The student answers the prompts alone
         first, as many of them at a time as a step has; no batch where logits were not finite.
@@ -224,12 +225,12 @@ class Run:
         assert self.eval_data is not None
         has_response, lengths = self.eval_data.lengths.has_response, self.eval_data.lengths
         for batch in self._eval_rows(np.flatnonzero(has_response), lengths.views):
-            yield [batch], StepMedia(self.towers, [batch.media])
+            yield [batch], StepMedia(self.towers, [batch.media]), False
         without = np.flatnonzero(~has_response)
         written = lengths.prompts + self.config.rollout.max_completion_length
         for first in range(0, len(without), self.global_batch_size):
             some = without[first : first + self.global_batch_size]
-            yield self._answered(list(self._eval_rows(some, written)))
+            yield *self._answered(list(self._eval_rows(some, written))), True
 
     def _eval_rows(
         self, rows: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray

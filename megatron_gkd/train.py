@@ -192,12 +192,23 @@ def log_evaluation(run: Run, requests: StopRequests) -> int:
     """Evaluate and write it down, with answers of student and teacher where --log_rollouts asks for
     them; unless the run is asked to stop meanwhile, which it returns. Every rank calls it.
     """
-    values = evaluate(run, requests)
+    values, answers = evaluate(run, requests), []
+    if values is not None and run.rollout_log is not None:
+        if is_asked_to_stop(run, requests):
+            values = None  # two more rollouts would be written
+        else:
+            answers = run.rollout_log.of_evaluation(run.progress.step)
     if values is not None:
         run.writer.log_eval(values)
-        if run.rollout_log is not None:
-            run.writer.log_rollouts(run.rollout_log.of_evaluation(run.progress.step))
+        run.writer.log_rollouts(answers)
     return world_max(requests.number, run.parallel.device)
+
+
+def is_asked_to_stop(run: Run, requests: StopRequests) -> bool:
+    """Whether an evaluation is left to the resumed run: not where no steps are left. Every rank
+    calls it. Collectives: then a maximum of one number over the world.
+    """
+    return not run.is_complete and bool(world_max(requests.number, run.parallel.device))
 
 
 def evaluate(run: Run, requests: StopRequests) -> dict[str, Any] | None:
@@ -207,9 +218,10 @@ def evaluate(run: Run, requests: StopRequests) -> dict[str, Any] | None:
     """
     started, parallel = time.perf_counter(), run.parallel
     sums = TokenSums.zero(parallel.device, run.eval_groups)
-    for number, (batches, media) in enumerate(run.eval_batches()):
-        looks = number % BATCHES_BETWEEN_LOOKS == 0 and not run.is_complete
-        if looks and world_max(requests.number, parallel.device):
+    for number, (batches, media, is_written) in enumerate(run.eval_batches()):
+        # those that were written took a rollout, and so will the next
+        looks = is_written or number % BATCHES_BETWEEN_LOOKS == 0
+        if looks and is_asked_to_stop(run, requests):
             return None
         if not batches:  # the logits of some rank's rollout were not finite
             sums.spoil()

@@ -22,7 +22,8 @@ from tests.ports import free_port
 from tests.ranks import run_ranks
 from tests.test_checkpoint import STATE, assert_same_run, flags_of_run, write_data
 from tests.test_child_processes import assert_they_end, children, is_alive
-from tests.train_runs import layout_flags, read_lines, run_training
+from tests.test_train_prompts import without_response
+from tests.train_runs import layout_flags, make_rows, read_lines, run_training, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +182,16 @@ def test_sigterm_to_the_torchrun_of_one_node(data, tmp_path, first):
 
 def _train_with_signal(rank, world_size, argv, step, during="step", number=signal.SIGTERM):
     """A signal reaches the last rank alone, after it has done `step` steps, or in the evaluation
-    after them, or at its end. What the rank said, its exit status, and whether the signal means
-    again what it did.
+    after them: at its first or second batch, at its end, or in the answers behind it. What the
+    rank said, its exit status, and whether the signal means again what it did.
     """
     from megatron_gkd import parallel, train
+    from megatron_gkd.rollout_log import RolloutLog
     from megatron_gkd.run import Progress, Run
 
     train.destroy = parallel.parallel_state.destroy_model_parallel
     count, eval_batches, said = Progress.count, Run.eval_batches, io.StringIO()
+    answer = RolloutLog.of_evaluation
 
     def kill(here, steps):
         if during == here and steps == step and rank == world_size - 1:
@@ -199,12 +202,17 @@ def _train_with_signal(rank, world_size, argv, step, during="step", number=signa
         kill("step", progress.step)
 
     def eval_batches_and_kill(run):
-        for batches in eval_batches(run):
-            kill("evaluation", run.progress.step)
+        for number, batches in enumerate(eval_batches(run)):
+            kill(("evaluation", "second batch")[number] if number < 2 else "", run.progress.step)
             yield batches
         kill("end of the evaluation", run.progress.step)
 
+    def answer_and_kill(log, step):
+        kill("answers", step)
+        return answer(log, step)
+
     Progress.count, Run.eval_batches = count_and_kill, eval_batches_and_kill
+    RolloutLog.of_evaluation = answer_and_kill
     before, status = signal.getsignal(number), 0
     try:
         with contextlib.redirect_stdout(said):
@@ -240,7 +248,7 @@ def test_a_signal_saves_and_stops(data, whole, tmp_path, number):
         assert_same_run(tmp_path / "out", whole, 6)
 
 
-@pytest.mark.parametrize("during", ["evaluation", "end of the evaluation"])
+@pytest.mark.parametrize("during", ["evaluation", "end of the evaluation", "answers"])
 def test_sigterm_in_an_evaluation(data, whole, tmp_path, during):
     """It may take longer than what sent the signal waits: it is not finished, but made at the start
     of the resumed run.
@@ -250,9 +258,26 @@ def test_sigterm_in_an_evaluation(data, whole, tmp_path, during):
     assert "SIGTERM: stopped after step 4 of 6; go on with" in said
     assert [step for step, _ in checkpoints(tmp_path / "out")] == [3, 4]
     steps = [line["step"] for line in read_lines(tmp_path / "out" / "eval.jsonl")]
-    assert steps == ([0, 2] if during == "evaluation" else [0, 2, 4])
+    assert steps == ([0, 2, 4] if during == "answers" else [0, 2])
     run_training(2, [*argv, "--resume_from_checkpoint", "latest"])
     assert_same_run(tmp_path / "out", whole, 6)
+
+
+def test_sigterm_between_the_rollouts_of_an_evaluation(data, tmp_path):
+    """Five prompts alone are written two at a time, by two replicas: after a signal none of the
+    next ones, which may take longer than what sent it waits.
+    """
+    prompts = [without_response(row) for row in make_rows(5, seed=1)]
+    flags = dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, lmbda=0)
+    flags |= dict(max_steps=2, eval_steps=1, log_rollouts=0)
+    flags |= dict(val_dataset=write_rows(tmp_path / "prompts.jsonl", prompts))
+    argv = flags_of_run(data, tmp_path / "out", **flags)
+    (said, *_), _ = run_ranks(_train_with_signal, 2, argv, 1, "second batch")
+    assert "SIGTERM: stopped after step 1 of 2; go on with" in said
+    lines = tmp_path / "out" / "eval.jsonl"
+    assert [line["step"] for line in read_lines(lines)] == [0]
+    run_training(2, [*argv, "--resume_from_checkpoint", "latest"])
+    assert [line["step"] for line in read_lines(lines)] == [0, 1, 2]
 
 
 def test_what_cannot_be_resumed_is_not_said_to_be(data, tmp_path):

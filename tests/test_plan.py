@@ -58,6 +58,7 @@ def test_check(tmp_path):
         in good.stdout
     )
     assert "Memory: about" in good.stdout and "GiB a rank: base" in good.stdout
+    assert "where the run writes them" not in good.stdout
     shared = check("--context_parallel_size", "2", "--max_tokens_per_micro_batch", "3000")
     assert shared.returncode == 0, shared.stderr
     assert "4 ranks = TP 1 x PP 1 x CP 2 x DP 2;" in shared.stdout

@@ -111,6 +111,22 @@ def test_which_runs_keep_samples(data, tmp_path):
             assert first == second
 
 
+def test_the_longest_responses_are_not_the_ones_that_are_shown(data, tmp_path):
+    """One response to each prompt comes before the second ones, in the order of the data, though
+    micro-batches of so few tokens begin with the longest.
+    """
+    flags = dict(lmbda=1, num_generations=2, log_rollouts=6, max_steps=1, val_dataset=None)
+    flags |= dict(max_completion_length=24, top_k=0, top_p=1, repetition_penalty=1)
+    flags |= dict(rollout_temperature=3, max_tokens_per_micro_batch=60)
+    flags |= dict(per_device_train_batch_size=4)
+    run_training(1, flags_of_run(data, tmp_path, **flags))
+    lines = read_lines(tmp_path / "rollouts.jsonl")
+    rows = [line["row"] for line in lines]
+    assert len(set(rows[:4])) == 4 and rows[4:] == rows[:2]
+    lengths = [len(line["response"]) for line in lines]
+    assert lengths != sorted(lengths, reverse=True)
+
+
 def test_a_resumed_run_keeps_the_lines_of_one_that_never_stopped(data, tmp_path):
     flags = dict(val_dataset=data["val_dataset"], eval_steps=2, save_steps=2, max_steps=4)
     flags |= dict(lmbda=1, max_completion_length=4, learning_rate=0.05)

@@ -3,6 +3,7 @@ that grows. Texts are those of transformers, or of the rows written alone.
 """
 
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from megatron_gkd.lora import as_student, as_teacher
 from megatron_gkd.rollout import cache
-from megatron_gkd.rollout.engine import bucket
+from megatron_gkd.rollout import generate as generate_module
+from megatron_gkd.rollout.engine import Engine, bucket
 from megatron_gkd.rollout.generate import Response, generate
 from megatron_gkd.rollout.graphs import Graphs
 from megatron_gkd.rollout.prefill import chunks_of
@@ -34,6 +36,7 @@ ENDS = (21, 5, 25, 16, 36)  # tokens of each row until the first stop id, of LON
 SAMPLED = make_sampling(temperature=0.9, top_p=0.9, top_k=50, repetition_penalty=1.1)
 # (world size, TP, PP, EP); data-parallel size is what remains
 SINGLE, EP2, PP2, TP2 = (1, 1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 1), (2, 2, 1, 2)
+DP2, CP2 = (2, 1, 1, 1), (2, 1, 1, 1, 2)  # the fifth: CP
 TP2_EP4 = (4, 2, 1, 4)
 
 
@@ -261,6 +264,55 @@ def test_writing_ends_at_the_look_after_the_last_row(folder, prompts, stop_token
     assert two[0].sizes == [2] * 16
     assert [len(text) for (text,) in texts_of(two).values()] == [5, 16]
     assert none[0].sizes == [] and [len(text) for (text,) in texts_of(none).values()] == [1]
+
+
+def write_and_meet(rank, world_size, folder, layout, prompts, broken, max_new_tokens, **settings):
+    """What this rank says of itself whenever all ranks meet, and the error. broken: a token whose
+    embedding has overflowed.
+    """
+    generate_module.MEET, said, any_writes = 16, [], Engine.any_writes
+
+    def record(engine, is_writing):
+        said.append(is_writing)
+        return any_writes(engine, is_writing)
+
+    Engine.any_writes = record
+    place = initialize(*layout[1:])
+    model_args, model = build(place, folder)
+    if broken is not None:
+        model.embedding.word_embeddings.weight.data[broken] = float("inf")
+    engine = make_engine(model, model_args, place, max_new_tokens=max_new_tokens, **settings)
+    rows = list(range(len(prompts)))[place.dp_rank :: place.dp_size]
+    try:
+        generate(engine, [prompts[row] for row in rows], seed=3, row_ids=rows)
+    except FloatingPointError as error:
+        return said, str(error)
+    return said, ""
+
+
+@pytest.mark.parametrize(
+    "layout, rows, is_broken, max_new_tokens, expected",
+    [
+        # three rows write until token 36; two until token 16
+        pytest.param(DP2, 5, False, LONG, [[True, True, False], [False] * 3], id="DP2"),
+        pytest.param(DP2, 1, False, LONG, [[True, False], [False] * 2], id="no rows"),
+        pytest.param(DP2, 5, True, LONG, [[True, True, False], [False] * 3], id="an error"),
+        pytest.param(CP2, 5, False, LONG, [[True, True, False]] * 2, id="CP2"),
+        pytest.param(TP2, 5, False, LONG, [[]] * 2, id="TP2"),
+        pytest.param(DP2, 5, False, 16, [[]] * 2, id="short"),
+    ],
+)
+def test_ranks_that_write_apart_meet_until_all_have_written(
+    folder, prompts, stop_token_ids, layout, rows, is_broken, max_new_tokens, expected
+):
+    """No collective waits for longer than MEET tokens."""
+    broken = prompts[1][-1] if is_broken else None
+    assert [broken in prompt for prompt in prompts] == [False, is_broken, *[False] * 3]
+    settings = dict(stop_token_ids=stop_token_ids)
+    arguments = (folder, layout, prompts[:rows], broken, max_new_tokens)
+    found = run_ranks(partial(write_and_meet, **settings), 2, *arguments)
+    assert [said for said, _ in found] == expected
+    assert [bool(error) for _, error in found] == [False, is_broken]
 
 
 STOPS_OFTEN = range(0, 1000, 20)

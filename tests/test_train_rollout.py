@@ -150,11 +150,13 @@ def test_samples_of_a_prompt_are_rows_of_the_step(data, tmp_path):
         )
         own = dict(adapter=data["adapter"], lmbda=1, num_generations=2, learning_rate=0.02) | sizes
         greedy, drawn = tmp_path / f"greedy{tp}", tmp_path / f"drawn{tp}"
-        run_training(
+        said = run_training(
             world_size,
             flags_of_run(data, greedy, max_steps=1, **GREEDY, **own),
             flags_of_run(data, drawn, max_steps=2, max_completion_length=6, **own),
         )
+        assert said.count(", each with 2 responses where the run writes them, in micro-") == 2
+        assert said.count("Note: the 2 responses to a prompt (--num_generations) are all the") == 1
         (line,) = read_lines(greedy / "metrics.jsonl")
         assert line["num_tokens"] == expected["num_tokens"]
         for key in ("jsd", "sft_loss", "kl_reverse", "grad_norm"):

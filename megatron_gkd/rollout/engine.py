@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_gkd.model.args import ModelArgs
-from megatron_gkd.parallel import Parallel, largest
+from megatron_gkd.parallel import Parallel, largest, world_max
 from megatron_gkd.rollout.cache import Rows
 from megatron_gkd.rollout.decode import Decoder, replicas_share_experts
 from megatron_gkd.rollout.graphs import Graphs
@@ -91,6 +91,17 @@ class Engine:
         is_whole = parallel.ep_size % (parallel.tp_size * parallel.cp_size) == 0
         group = parallel.groups.tp_ep_pp if is_whole else None
         return largest([number], parallel.device, group)[0]
+
+    @property
+    def writes_apart(self) -> bool:
+        """Whether other ranks have other prompts: some may have written long before others."""
+        return self.parallel.dp_size * self.parallel.cp_size > 1
+
+    def any_writes(self, is_writing: bool) -> bool:
+        """Whether this rank, or any other, is still writing. Collectives: a maximum of one number
+        over the world.
+        """
+        return bool(world_max(int(is_writing), self.parallel.device))
 
     def batch_size(self, num_rows: int) -> int:
         """The bucket for so many rows."""

@@ -16,6 +16,7 @@ from megatron_gkd.rollout.engine import Engine
 from megatron_gkd.rollout.prefill import PromptMedia
 from megatron_gkd.rollout.row_batch import RowBatch
 
+MEET = 512  # tokens of a row between two meetings of ranks that write apart: a multiple of LOOK
 OTHER_RANKS_ROW = "a row of another rank"  # in an error that names no row of this rank
 _NOT_FINITE = 1 << 30  # more than any number of rows
 
@@ -59,15 +60,47 @@ def generate(
     Holds keys and values meanwhile: of P prompts as long as the longest, and of B responses as long
     as any so far (up to twice that, for a moment three times). Collectives: those
     of the forward for the prompts, of `RowBatch.write_token` for each token; where replicas
-    share experts, maxima of one number over these: three before, and one every 16 tokens.
+    share experts, maxima of one number over these: three before, and one every 16 tokens. With
+    max_new_tokens above MEET and several replicas or context-parallel ranks, maxima of one number
+    over the world: ranks that have written meet the others every MEET tokens until all have, since
+    no collective would wait for as long as another's responses may take.
 
     Raises ValueError for an empty prompt or an id outside of the vocabulary;
     FloatingPointError, on all ranks that generate together, for logits that are not finite,
     naming the row.
     """
-    settings = engine.settings
-    check_prompts(prompts, row_ids, settings.max_new_tokens, engine.vocab_size)
+    max_new_tokens = engine.settings.max_new_tokens
+    check_prompts(prompts, row_ids, max_new_tokens, engine.vocab_size)
     sample_ids = row_ids if sample_ids is None else sample_ids
+    meets = engine.writes_apart and max_new_tokens > MEET
+    try:
+        responses = _generate(
+            engine, prompts, seed, row_ids, sample_ids, media, num_samples, meets=meets
+        )
+    except FloatingPointError:
+        _wait_for_others(engine, meets)
+        raise
+    _wait_for_others(engine, meets)
+    return responses
+
+
+def _wait_for_others(engine: Engine, meets: bool) -> None:
+    while meets and engine.any_writes(False):
+        pass
+
+
+def _generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    row_ids: Sequence[int],
+    sample_ids: Sequence[int],
+    media: Callable[[], PromptMedia | None],
+    num_samples: int,
+    *,
+    meets: bool,
+) -> list[Response]:
+    settings = engine.settings
     of_prompts = media()  # on every rank: towers may hold collectives
     num_rows = engine.largest_of_ranks(len(prompts) * num_samples)
     if not num_rows:
@@ -85,6 +118,8 @@ def generate(
             raise _not_finite_error(samples, row_ids, num_samples)
         if not state or num_written == settings.max_new_tokens:
             return responses
+        if meets and num_written > 1 and (num_written - 1) % MEET == 0:
+            engine.any_writes(True)
         batch.shrink(engine.batch_size(state))
         end = min(num_written + LOOK, settings.max_new_tokens)
         batch.reserve(end)

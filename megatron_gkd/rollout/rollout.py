@@ -268,6 +268,12 @@ def make_rollout(
             f"Note: no file in {model_folder} that can be read names an end-of-text token; every "
             "response will have --max_completion_length tokens",
         )
+    if settings.num_generations > 1 and settings.rollout_temperature == 0:
+        log_rank_0(
+            parallel,
+            f"Note: the {settings.num_generations} responses to a prompt (--num_generations) are "
+            "all the same with --rollout_temperature 0",
+        )
     if note := slow_kernels_note(model_args, parallel):
         log_rank_0(parallel, note)
     generation = GenerationSettings(
