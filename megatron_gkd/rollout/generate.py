@@ -6,7 +6,8 @@ ended where the batch can become smaller. Legend: P prompts of this data-paralle
 each, B rows, T = max_new_tokens.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,63 +70,54 @@ def generate(
     FloatingPointError, on all ranks that generate together, for logits that are not finite,
     naming the row.
     """
-    max_new_tokens = engine.settings.max_new_tokens
-    check_prompts(prompts, row_ids, max_new_tokens, engine.vocab_size)
+    settings = engine.settings
+    check_prompts(prompts, row_ids, settings.max_new_tokens, engine.vocab_size)
     sample_ids = row_ids if sample_ids is None else sample_ids
-    meets = engine.writes_apart and max_new_tokens > MEET
+    with _until_all_have_written(engine) as meets:
+        of_prompts = media()  # on every rank: towers may hold collectives
+        num_rows = engine.largest_of_ranks(len(prompts) * num_samples)
+        if not num_rows:
+            return []
+        batch = RowBatch(engine, prompts, of_prompts, num_samples, num_rows, seed, sample_ids)
+        del of_prompts  # the features have served
+        responses = [Response([], []) for _ in range(len(prompts) * num_samples)]
+        noted, num_written = 0, 1
+        while True:
+            not_finite = _collect(batch, settings.stop_token_ids, responses, noted, num_written)
+            noted = num_written
+            state = engine.largest_of_ranks(_NOT_FINITE if not_finite else len(batch.unfinished))
+            if state == _NOT_FINITE:
+                samples = {number: len(responses[number].token_ids) for number in not_finite}
+                raise _not_finite_error(samples, row_ids, num_samples)
+            if not state or num_written == settings.max_new_tokens:
+                return responses
+            if meets and num_written > 1 and (num_written - 1) % MEET == 0:
+                engine.any_writes(True)
+            batch.shrink(engine.batch_size(state))
+            end = min(num_written + LOOK, settings.max_new_tokens)
+            batch.reserve(end)
+            while num_written < end:
+                batch.write_token(num_written - 1)
+                num_written += 1
+
+
+@contextmanager
+def _until_all_have_written(engine: Engine) -> Iterator[bool]:
+    """Whether ranks meet, every MEET tokens of each: a rank that leaves goes on meeting the others
+    until all have left.
+    """
+    meets = engine.writes_apart and engine.settings.max_new_tokens > MEET
     try:
-        responses = _generate(
-            engine, prompts, seed, row_ids, sample_ids, media, num_samples, meets=meets
-        )
+        yield meets
     except FloatingPointError:
-        _wait_for_others(engine, meets)
+        _leave(engine, meets)
         raise
-    _wait_for_others(engine, meets)
-    return responses
+    _leave(engine, meets)
 
 
-def _wait_for_others(engine: Engine, meets: bool) -> None:
+def _leave(engine: Engine, meets: bool) -> None:
     while meets and engine.any_writes(False):
         pass
-
-
-def _generate(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    seed: int,
-    row_ids: Sequence[int],
-    sample_ids: Sequence[int],
-    media: Callable[[], PromptMedia | None],
-    num_samples: int,
-    *,
-    meets: bool,
-) -> list[Response]:
-    settings = engine.settings
-    of_prompts = media()  # on every rank: towers may hold collectives
-    num_rows = engine.largest_of_ranks(len(prompts) * num_samples)
-    if not num_rows:
-        return []
-    batch = RowBatch(engine, prompts, of_prompts, num_samples, num_rows, seed, sample_ids)
-    del of_prompts  # the features have served
-    responses = [Response([], []) for _ in range(len(prompts) * num_samples)]
-    noted, num_written = 0, 1
-    while True:
-        not_finite = _collect(batch, settings.stop_token_ids, responses, noted, num_written)
-        noted = num_written
-        state = engine.largest_of_ranks(_NOT_FINITE if not_finite else len(batch.unfinished))
-        if state == _NOT_FINITE:
-            samples = {number: len(responses[number].token_ids) for number in not_finite}
-            raise _not_finite_error(samples, row_ids, num_samples)
-        if not state or num_written == settings.max_new_tokens:
-            return responses
-        if meets and num_written > 1 and (num_written - 1) % MEET == 0:
-            engine.any_writes(True)
-        batch.shrink(engine.batch_size(state))
-        end = min(num_written + LOOK, settings.max_new_tokens)
-        batch.reserve(end)
-        while num_written < end:
-            batch.write_token(num_written - 1)
-            num_written += 1
 
 
 def _collect(
