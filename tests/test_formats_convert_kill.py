@@ -69,6 +69,8 @@ def kill_until_done(command, config, *args):
         if output.exists() and not (partial / DONE).exists():
             # it had done everything, but perhaps for the removal of an empty folder
             assert kill >= 3
+            if partial.exists():
+                partial.rmdir()  # raises where it is not empty
             return most
     command(config, *args, MANY)
     return most
